@@ -1,0 +1,252 @@
+"""Read the switch off a base's logits and hidden state: the C extension, or its slow twin.
+
+`implementation` names the one in use: avx512, avx2, neon or portable in C, or numpy. The
+environment variable COLM_EDGE_NATIVE forces one; unset, it is the best that the CPU can run.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+import os
+from collections.abc import Callable
+from importlib import import_module
+from typing import TYPE_CHECKING, SupportsIndex
+
+import numpy as np
+import numpy.typing as npt
+
+if TYPE_CHECKING:
+    from _typeshed import ReadableBuffer
+
+    # Before Python 3.12 type checkers do not see that an array is a buffer.
+    Buffer = ReadableBuffer | npt.NDArray[np.float32]
+    Read = Callable[
+        [
+            Buffer,
+            Buffer | None,
+            Buffer | None,
+            Buffer | None,
+            Buffer | None,
+            Buffer,
+            SupportsIndex,
+            SupportsIndex,
+        ],
+        tuple[int, float],
+    ]
+
+FEATURES: tuple[str, ...] = ("entropy", "logp1", "margin", "p1", "p2", "p3", "p4", "p5")
+"""The logit features in order: the entropy in nats, log p1, p1 - p2, the five largest p."""
+
+N_TOP = 5
+VARIABLE = "COLM_EDGE_NATIVE"
+CHUNK_BYTES = 1 << 25  # of float64 at a time in logit_features
+
+Floats = npt.NDArray[np.float32]
+Doubles = npt.NDArray[np.float64]
+
+
+def read_numpy(
+    logits: Buffer,
+    hidden: Buffer | None,
+    w_hidden: Buffer | None,
+    w_logit: Buffer | None,
+    bias: Buffer | None,
+    out: Buffer,
+    n_choose: SupportsIndex,
+    defer_row: SupportsIndex,
+    /,
+) -> tuple[int, float]:
+    """Return the argmax and the logsumexp of the logits; write the features and d to `out`.
+
+    Every buffer is C-contiguous, aligned float32; only the number of its values counts.
+    logits: (n_vocab,); -inf is probability 0
+    hidden: (n_embd,), and w_hidden: (n_experts, n_embd); both None when the head reads no hidden
+    w_logit: (n_experts, 8), in the order of FEATURES, and bias: (n_experts,); with bias None
+        there is no head and n_experts is 0
+    out: (8 + n_experts,), writable: FEATURES, then d for each expert,
+        d = w_hidden·hidden + w_logit·features + bias; unspecified after an error
+    n_choose: the argmax is over ids below it, the lowest id winning a tie; the features are over
+        all of n_vocab
+    defer_row: -1, or the id of the row that is the switch itself: left out of everything else,
+        out: (9,) ends in its logit as d (-inf: never defer), and there is no other head
+
+    Raises TypeError for what is no float32 buffer, BufferError for a read-only `out`, ValueError
+    for wrong lengths and for values without an answer: NaN or +inf in the logits, none of them
+    choosable, NaN or inf in hidden or in d.
+    """
+    choose, row = operator.index(n_choose), operator.index(defer_row)
+    x = _borrow("logits", logits)
+    parts = {"hidden": hidden, "w_hidden": w_hidden, "w_logit": w_logit, "bias": bias}
+    head = {name: _borrow(name, part) for name, part in parts.items() if part is not None}
+    result = _borrow("out", out, writable=True)
+
+    n_experts = _check(x, head, result, choose, row)
+    reading = x.astype(np.float64)
+    if row >= 0:
+        _check_logits(x[row : row + 1], row)
+        reading[row] = -math.inf  # probability 0: as if it were not there
+    _check_logits(reading)
+    argmax = int(reading[:choose].argmax())
+    if reading[argmax] == -math.inf:
+        raise ValueError(
+            "logits: nothing to choose: expected a finite value among the ids below n_choose = "
+            f"{choose} (defer_row = {row} left out), got none"
+        )
+    features, logsumexp = _features(reading[None])
+    result[: len(FEATURES)] = features[0]
+    if row >= 0:
+        result[-1] = x[row]
+    elif n_experts:
+        with np.errstate(invalid="ignore", over="ignore"):  # reported below
+            d = head["w_logit"].reshape(n_experts, -1) @ features[0] + head["bias"]
+            if "hidden" in head:
+                h = head["hidden"].astype(np.float64)
+                d += head["w_hidden"].reshape(n_experts, -1) @ h
+            result[len(FEATURES) :] = d
+        _check_d(result[len(FEATURES) :], head.get("hidden"))
+    return argmax, float(logsumexp[0])
+
+
+def logit_features(logits: Floats, exclude: int = -1) -> Floats:
+    """Return the features of many rows, (n, n_vocab) -> (n, 8), as `read` computes them.
+
+    exclude: -1, or the id that is left out (a defer row). Raises ValueError for NaN, +inf, or a
+    row of nothing but -inf.
+    """
+    n, n_vocab = logits.shape
+    if not -1 <= exclude < n_vocab:
+        raise ValueError(f"exclude: expected -1 or an id below n_vocab = {n_vocab}, got {exclude}")
+    features = np.empty((n, len(FEATURES)), np.float32)
+    step = max(1, CHUNK_BYTES // (8 * max(1, n_vocab)))
+    for start in range(0, n, step):
+        chunk = logits[start : start + step].astype(np.float64)
+        if exclude >= 0:
+            chunk[:, exclude] = -math.inf
+        top = chunk.max(axis=1, initial=-math.inf)
+        bad = np.flatnonzero(~np.isfinite(top))  # NaN and +inf carry through a maximum
+        if len(bad):
+            raise ValueError(
+                f"logits: expected finite values or -inf and at least one finite, got a maximum of "
+                f"{top[bad[0]]} in row {start + bad[0]}"
+            )
+        features[start : start + step] = _features(chunk)[0]
+    return features
+
+
+def _features(logits: Doubles) -> tuple[Doubles, Doubles]:
+    """(n, n_vocab) -> (n, 8) and the logsumexp (n,). Every row has a finite maximum."""
+    n, n_vocab = logits.shape
+    top = np.full((n, N_TOP), -math.inf)
+    n_top = min(N_TOP, n_vocab)
+    top[:, :n_top] = -np.sort(-np.partition(logits, n_vocab - n_top, axis=1)[:, -n_top:], axis=1)
+    z = top[:, :1] - logits  # >= 0, inf for probability 0
+    e = np.exp(-z)
+    total = e.sum(axis=1)
+    z[np.isinf(z)] = 0.0  # the term 0 * inf is 0
+    log_total = np.log(total)
+    features = np.empty((n, len(FEATURES)))
+    features[:, 0] = log_total + (e * z).sum(axis=1) / total
+    features[:, 1] = -log_total
+    features[:, 3:] = np.exp(top - top[:, :1]) / total[:, None]
+    features[:, 2] = features[:, 3] - features[:, 4]
+    return features, top[:, 0] + log_total
+
+
+def _borrow(name: str, buffer: Buffer, writable: bool = False) -> Floats:
+    try:
+        view = memoryview(buffer)  # type: ignore[arg-type,unused-ignore]
+    except TypeError:
+        got = type(buffer).__name__
+        raise TypeError(f"{name}: expected a buffer of float32, got {got}") from None
+    native = ("f", "@f", "=f", "<f" if np.little_endian else ">f")
+    if view.format not in native:
+        raise TypeError(f"{name}: expected float32 (format 'f'), got format '{view.format}'")
+    if not view.c_contiguous:
+        raise ValueError(f"{name}: expected a C-contiguous buffer, got a strided one")
+    values: Floats = np.asarray(view).reshape(-1)
+    if not values.flags.aligned:
+        raise ValueError(f"{name}: expected 4-byte alignment, got an unaligned buffer")
+    if writable and view.readonly:
+        raise BufferError(f"{name}: expected a writable buffer, got a read-only one")
+    return values
+
+
+def _check(x: Floats, head: dict[str, Floats], out: Floats, n_choose: int, defer_row: int) -> int:
+    """Return n_experts once every length fits."""
+    n_vocab, n_experts = len(x), 0
+    if n_vocab < 1:
+        raise ValueError("logits: expected at least 1 value, got 0")
+    if not 1 <= n_choose <= n_vocab:
+        raise ValueError(f"n_choose: expected 1 to n_vocab = {n_vocab}, got {n_choose}")
+    if not -1 <= defer_row < n_vocab:
+        raise ValueError(
+            f"defer_row: expected -1 or an id below n_vocab = {n_vocab}, got {defer_row}"
+        )
+    if defer_row >= 0 or "bias" not in head:
+        why = "defer_row" if defer_row >= 0 else "no bias"
+        for name in head:
+            raise ValueError(f"{name}: expected None together with {why}, got a buffer")
+        n_experts = int(defer_row >= 0)
+    else:
+        n_experts = len(head["bias"])
+        _check_head(head, n_experts)
+    if len(out) != len(FEATURES) + n_experts:
+        raise ValueError(f"out: expected 8 + n_experts = 8 + {n_experts} values, got {len(out)}")
+    return n_experts
+
+
+def _check_head(head: dict[str, Floats], n_experts: int) -> None:
+    if n_experts < 1:
+        raise ValueError("bias: expected one value per expert, got 0")
+    if "w_logit" not in head:
+        raise ValueError("w_logit: expected a buffer together with bias, got None")
+    n = len(head["w_logit"])
+    if n != n_experts * len(FEATURES):
+        raise ValueError(f"w_logit: expected n_experts x 8 = {n_experts} x 8 values, got {n}")
+    for name, other in (("hidden", "w_hidden"), ("w_hidden", "hidden")):
+        if name not in head and other in head:
+            raise ValueError(f"{name}: expected a buffer together with {other}, got None")
+    if "hidden" in head:
+        n_embd, n = len(head["hidden"]), len(head["w_hidden"])
+        if n_embd < 1:
+            raise ValueError("hidden: expected at least 1 value, got 0")
+        if n != n_experts * n_embd:
+            raise ValueError(
+                f"w_hidden: expected n_experts x n_embd = {n_experts} x {n_embd} values, got {n}"
+            )
+
+
+def _check_logits(logits: npt.NDArray[np.floating], first_id: int = 0) -> None:
+    bad = np.flatnonzero(~(logits < math.inf))  # NaN compares false
+    if len(bad):
+        raise ValueError(
+            f"logits: expected finite values or -inf, got {logits[bad[0]]} at id "
+            f"{first_id + bad[0]}"
+        )
+
+
+def _check_d(d: Floats, hidden: Floats | None) -> None:
+    if np.isfinite(d).all():
+        return
+    if hidden is not None and not np.isfinite(hidden).all():
+        at = int(np.flatnonzero(~np.isfinite(hidden))[0])
+        raise ValueError(f"hidden: expected finite values, got {hidden[at]} at index {at}")
+    expert = int(np.flatnonzero(~np.isfinite(d))[0])
+    raise ValueError(f"d: expected a finite value, got {d[expert]} for expert {expert}")
+
+
+def _in_use() -> tuple[Read, str]:
+    if os.environ.get(VARIABLE) == "numpy":
+        return read_numpy, "numpy"
+    try:
+        native = import_module("colm_edge._native")
+    except ModuleNotFoundError as e:
+        raise ImportError(
+            "the C extension colm_edge._native is not built; `pip install .` builds it, and "
+            f"{VARIABLE}=numpy runs the slow implementation instead"
+        ) from e
+    return native.read, native.implementation
+
+
+read, implementation = _in_use()
