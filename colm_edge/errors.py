@@ -1,0 +1,25 @@
+"""What a user can mend: each message says what was wrong, what was expected, what to do."""
+
+
+class ColmError(Exception):
+    """Base of every error that colm-edge raises on purpose."""
+
+
+class ModelError(ColmError):
+    """A model file is missing, broken, or of a kind that cannot take part."""
+
+
+class MismatchError(ColmError):
+    """Two models, or a model and a switch, do not fit each other."""
+
+
+class SwitchError(ColmError):
+    """A switch file is missing, broken or incomplete."""
+
+
+class PromptError(ColmError):
+    """A prompt is empty or does not fit the context."""
+
+
+class DataError(ColmError):
+    """A data file is missing or has a bad line."""

@@ -1,0 +1,88 @@
+"""Fakes and tiny models that the tests share; nothing here needs the network."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "tools"))
+
+from make_random_pair import SHAPES, write_model
+
+from colm_edge.pair import Pair, load
+
+N_VOCAB = 32
+TEMPLATE = (
+    "{%- for m in messages -%}{{ m['role'] + ': ' + m['content'] + '\\n' }}{%- endfor -%}"
+    "{%- if add_generation_prompt -%}assistant:{%- endif -%}"
+)
+
+
+class Scripted:
+    """A session whose next token is a function of the prefix; it keeps account like a real one.
+
+    Its cache is real bookkeeping: sync evaluates only what differs from the last prefix.
+    """
+
+    def __init__(self, choose: Callable[[tuple[int, ...]], int], n_ctx: int = 64) -> None:
+        self.choose, self.n_ctx = choose, n_ctx
+        self.n_evaluated = self.n_calls = 0
+        self.seconds = 0.0
+        self.hidden = np.zeros(1, np.float32)
+        self.logits = np.zeros(N_VOCAB, np.float32)
+        self.held: list[int] = []
+        self.batches: list[list[int]] = []
+
+    def sync(self, tokens: Sequence[int]) -> int:
+        assert 0 < len(tokens) <= self.n_ctx
+        keep = 0
+        while keep < min(len(self.held), len(tokens)) and self.held[keep] == tokens[keep]:
+            keep += 1
+        keep = min(keep, len(tokens) - 1)
+        batch = list(tokens[keep:])
+        self.held = list(tokens)
+        self.batches.append(batch)
+        self.n_calls += 1
+        self.n_evaluated += len(batch)
+        self.seconds += 1e-3 * len(batch)
+        self.logits[:] = -4.0
+        self.logits[self.choose(tuple(tokens))] = 4.0
+        self.hidden[0] = len(tokens)
+        return len(batch)
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Seeded random models of one vocabulary, in float32: base, expert, and odd ones out."""
+    folder = tmp_path_factory.mktemp("tiny")
+    shape = SHAPES["tiny"]
+    paths = {}
+    for seed, name in enumerate(("base", "expert")):
+        # A larger gain makes the random models decided, so that near-ties are rare.
+        write_model(folder / f"{name}.gguf", shape, seed=seed, gain=20.0)
+    write_model(folder / "template.gguf", shape, seed=0, gain=20.0, chat_template=TEMPLATE)
+    write_model(
+        folder / "defer.gguf", shape, seed=2, gain=20.0, extra_tokens=("<|pad|>", "<|defer|>")
+    )
+    write_model(folder / "foreign.gguf", shape, seed=3, extra_tokens=[f"<{i}>" for i in range(200)])
+    write_model(folder / "endless.gguf", shape, seed=5, gain=20.0, endless=True)
+    write_model(folder / "recurrent.gguf", shape, seed=4, architecture="mamba")
+    for path in folder.iterdir():
+        paths[path.stem] = str(path)
+    return paths
+
+
+@pytest.fixture
+def tiny_pair(tiny: dict[str, str]) -> Pair:
+    with load(tiny["base"], tiny["expert"], "margin", n_threads=1, n_ctx=256) as pair:
+        yield pair
+
+
+@pytest.fixture(scope="session")
+def demo() -> Pair:
+    with load(n_threads=1) as pair:
+        yield pair

@@ -1,0 +1,169 @@
+"""Sessions over real llama.cpp contexts, with tiny random models."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+from reference import PlainModel
+
+from colm_edge.errors import MismatchError, ModelError, PromptError
+from colm_edge.session import ContextOptions, Model, Session, shared_vocab
+
+CONTEXT = ContextOptions(n_ctx=128, n_threads=1, n_batch=16)
+
+
+@pytest.fixture
+def model(tiny):
+    model = Model(tiny["base"])
+    yield model
+    model.close()
+
+
+def test_sync_evaluates_only_what_differs(model):
+    session = Session(model, CONTEXT, hidden=True)
+    assert not session.created
+    assert session.sync([5, 6, 7, 8]) == 4
+    assert session.sync([5, 6, 7, 8]) == 0
+    assert session.sync([5, 6, 7, 8, 9]) == 1
+    assert session.sync([5, 6, 10]) == 1
+    assert session.sync([5, 6]) == 1  # the last token again, for its logits
+    assert session.sync([1]) == 1
+    assert session.n_evaluated == 8
+    session.close()
+
+
+def test_whatever_the_history_the_state_is_that_of_the_prefix(model, tiny):
+    """Random walks through prefixes: logits and hidden state equal a whole fresh evaluation."""
+    plain = PlainModel(tiny["base"], 128)
+    draw = random.Random(0)
+    session = Session(model, CONTEXT, hidden=True)
+    tokens = [3]
+    for _ in range(40):
+        tokens = tokens[: draw.randint(1, len(tokens))]
+        tokens += [draw.randrange(1, 400) for _ in range(draw.randint(0, 40))]
+        tokens = tokens[:128]
+        session.sync(tokens)
+        logits, hidden = plain.state(tokens)
+        assert np.allclose(session.logits, logits, atol=2e-2)
+        assert np.allclose(session.hidden, hidden, atol=2e-2)
+    session.close()
+    plain.close()
+
+
+def test_scoring_gives_the_states_of_every_position(model, tiny):
+    tokens = [random.Random(1).randrange(1, 400) for _ in range(50)]
+    plain = PlainModel(tiny["base"], 128)
+    session = Session(model, CONTEXT)
+    blocks = [(at, x.copy(), h.copy()) for at, x, h in session.score(tokens, 20)]
+    assert [at for at, _, _ in blocks] == [20, 36]
+    logits = np.concatenate([x for _, x, _ in blocks])
+    hidden = np.concatenate([h for _, _, h in blocks])
+    for row, position in enumerate(range(20, 50)):
+        expected = plain.state(tokens[: position + 1])
+        assert np.allclose(logits[row], expected[0], atol=2e-2)
+        assert np.allclose(hidden[row], expected[1], atol=2e-2)
+    session.sync(tokens)
+    assert np.allclose(session.logits, logits[-1], atol=2e-2)
+    session.close()
+    plain.close()
+
+
+def test_an_interrupted_decode_is_forgotten(model, monkeypatch):
+    session = Session(model, CONTEXT)
+    session.sync([1, 2, 3])
+    fresh = Session(model, CONTEXT)
+    fresh.sync([1, 2, 3, 4])
+    decode = Session._decode
+
+    def interrupted(self, tokens, *, embeddings):
+        decode(self, tokens, embeddings=embeddings)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Session, "_decode", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        session.sync([1, 2, 3, 9, 9])
+    monkeypatch.undo()
+    assert session.sync([1, 2, 3, 4]) == 1
+    assert np.allclose(session.logits, fresh.logits, atol=2e-2)
+    session.close()
+    fresh.close()
+
+
+def test_prompts_that_do_not_fit(model):
+    session = Session(model, CONTEXT)
+    with pytest.raises(PromptError, match="200 tokens do not fit the context of 128"):
+        session.sync([1] * 200)
+    with pytest.raises(PromptError, match="no tokens"):
+        session.sync([])
+    assert not session.created
+
+
+def test_the_context_can_be_filled_to_the_brim(model):
+    session = Session(model, CONTEXT)
+    assert session.sync([1] * 128) == 128
+    session.close()
+
+
+def test_text_survives_the_vocabulary(model):
+    for text in ("hello world", "naïve café, 猫 and 🦤\n\ttab", " leading"):
+        assert b"".join(map(model.piece, model.tokenize(text))).decode() == text
+
+
+def test_special_names_are_tokens_only_when_asked(model):
+    assert model.tokenize("<|end|>") == [0]
+    assert 0 not in model.tokenize("<|end|>", special=False)
+    assert model.end_tokens == {0}
+    assert model.piece(0) == b""
+
+
+def test_weights_are_read_at_the_first_evaluation(model):
+    assert (model.n_vocab, model.n_embd, model.n_ctx_train) == (400, 64, 512)
+    assert not model.loaded
+    Session(model, CONTEXT).sync([1])
+    assert model.loaded
+
+
+def test_bad_files_are_refused_by_name(tiny, tmp_path):
+    whole = Path(tiny["expert"]).read_bytes()
+    cases = {
+        "absent.gguf": (None, "No such file"),
+        "text.gguf": (b"hello, this is a text", "not a GGUF file"),
+        "empty.gguf": (b"", "not a GGUF file"),
+        "half.gguf": (whole[: len(whole) // 2], "not within the file bounds"),
+        "stump.gguf": (whole[:200], "cannot load"),
+    }
+    for name, (content, words) in cases.items():
+        path = tmp_path / name
+        if content is not None:
+            path.write_bytes(content)
+        with pytest.raises(ModelError, match=words) as caught:
+            Model(path)
+        assert str(path) in str(caught.value)
+    with pytest.raises(ModelError, match="recurrent"):
+        Model(tiny["recurrent"])
+
+
+def test_shared_vocabularies(tiny):
+    base, expert, defer, foreign = (Model(tiny[n]) for n in ("base", "expert", "defer", "foreign"))
+    assert shared_vocab(base, expert) == 400
+    assert shared_vocab(defer, expert) == 400
+    with pytest.raises(MismatchError, match="400 tokens in the base, 600 in the expert"):
+        shared_vocab(base, foreign)
+    for model in (base, expert, defer, foreign):
+        model.close()
+
+
+def test_a_different_token_is_named(tiny, tmp_path):
+    raw = bytearray(Path(tiny["expert"]).read_bytes())
+    at = raw.index(b"\x02\x00\x00\x00\x00\x00\x00\x00aa\x02")  # the token "aa", its length before
+    raw[at + 8 : at + 10] = b"~~"
+    path = tmp_path / "other.gguf"
+    path.write_bytes(raw)
+    base, other = Model(tiny["base"]), Model(path)
+    with pytest.raises(MismatchError, match="token 257 is 'aa' in the base, '~~' in the expert"):
+        shared_vocab(base, other)
+    base.close()
+    other.close()
