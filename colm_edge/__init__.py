@@ -1,0 +1,41 @@
+"""A small language model that calls an expert only for the tokens it needs.
+
+import colm_edge
+with colm_edge.load() as pair:
+    print(pair.generate("When did the last Caspian tiger die?").text)
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from colm_edge.decode import Options, Stats, Step
+    from colm_edge.errors import ColmError
+    from colm_edge.pair import Answer, Pair, Stream, load
+    from colm_edge.switch import Switch
+
+__all__ = [
+    "Answer", "ColmError", "Options", "Pair", "Stats", "Step", "Stream", "Switch", "load",
+]  # fmt: skip
+
+_HOMES = {
+    "Answer": "pair", "ColmError": "errors", "Options": "decode", "Pair": "pair",
+    "Stats": "decode", "Step": "decode", "Stream": "pair", "Switch": "switch", "load": "pair",
+}  # fmt: skip
+
+
+def __getattr__(name: str) -> Any:
+    # `import colm_edge` stays cheap: llama.cpp is loaded when a name that needs it is asked for.
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("colm-edge")
+    if name in _HOMES:
+        return getattr(import_module(f"colm_edge.{_HOMES[name]}"), name)
+    raise AttributeError(f"module 'colm_edge' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

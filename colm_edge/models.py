@@ -1,0 +1,85 @@
+"""From a reference to a file: paths, and the pairs that models.txt names."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from colm_edge.errors import ModelError
+
+DEMO_PAIR = "demo"
+_PACKAGE = Path(__file__).parent
+_ROLES = ("base", "expert", "switch")
+
+
+@dataclass(frozen=True)
+class PairFiles:
+    """What makes a pair: two GGUF models, and a switch file or the name of an untrained switch."""
+
+    base: str
+    expert: str
+    switch: str
+    is_demo: bool = False
+
+
+def _models_txt() -> Path:
+    # In an installed package the list lies beside the code, in a checkout at the top.
+    installed = _PACKAGE / "models.txt"
+    return installed if installed.exists() else _PACKAGE.parent / "models.txt"
+
+
+def known_pairs() -> dict[str, dict[str, str]]:
+    """Return models.txt as alias -> role -> reference."""
+    pairs: dict[str, dict[str, str]] = {}
+    path = _models_txt()
+    for number, line in enumerate(path.read_text().splitlines(), 1):
+        fields = line.split("#")[0].split(maxsplit=4)
+        if not fields:
+            continue
+        if len(fields) < 4 or fields[1] not in _ROLES:
+            raise ModelError(
+                f"{path}, line {number}: expected 'alias role reference licence note' with a role "
+                f"of {', '.join(_ROLES)}"
+            )
+        pairs.setdefault(fields[0], {})[fields[1]] = fields[2]
+    return pairs
+
+
+def find_pair(name: str) -> PairFiles:
+    """Return the files of a pair in models.txt. Raises ModelError when there is none."""
+    pairs = known_pairs()
+    roles = pairs.get(name, {})
+    if "base" not in roles or "expert" not in roles:
+        whole = sorted(n for n, r in pairs.items() if "base" in r and "expert" in r)
+        raise ModelError(f"no pair named {name!r} in models.txt; known: {', '.join(whole)}")
+    switch = _resolve(roles["switch"]) if "switch" in roles else "margin"
+    return PairFiles(
+        _resolve(roles["base"]), _resolve(roles["expert"]), switch, is_demo=name == DEMO_PAIR
+    )
+
+
+def _resolve(reference: str) -> str:
+    """Return the path of a reference; `package:` stands for the files that ship with colm-edge."""
+    if reference.startswith("package:"):
+        return str(_PACKAGE / "data" / reference.removeprefix("package:"))
+    return str(Path(reference).expanduser())
+
+
+def choose_pair(
+    model: str | None, expert: str | None, switch: str | None, pair: str | None = None
+) -> PairFiles:
+    """Return the pair that a user's choices name; with none of them, the shipped one.
+
+    Raises ModelError when the choices contradict each other or are incomplete.
+    """
+    if pair is not None and (model or expert):
+        raise ModelError("--pair names both models; leave out -m and -me")
+    if (model is None) != (expert is None):
+        given, missing = ("-m", "-me") if model else ("-me", "-m")
+        raise ModelError(f"{given} without {missing}: give both models, or neither")
+    if model is not None and expert is not None:
+        return PairFiles(_resolve(model), _resolve(expert), switch or "margin")
+    files = find_pair(pair or DEMO_PAIR)
+    if switch is None:
+        return files
+    return PairFiles(files.base, files.expert, switch, files.is_demo)

@@ -1,0 +1,326 @@
+"""The text API: load a base, an expert and a switch; ask; read who wrote what."""
+
+from __future__ import annotations
+
+import codecs
+import os
+import threading
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, Self
+
+from colm_edge.decode import Decoder, Options, Stats, Step
+from colm_edge.errors import ColmError, PromptError
+from colm_edge.models import choose_pair
+from colm_edge.sampling import ChainSampler
+from colm_edge.session import ContextOptions, Model, Session, shared_vocab
+from colm_edge.switch import DEFER_TOKEN, AnySwitch, DeferRow, load_switch
+
+# Contexts cost memory: unless asked for more, no more than this.
+DEFAULT_N_CTX = 4096
+
+Message = Mapping[str, str]
+
+
+@dataclass
+class Answer:
+    """A whole answer: its text, one record per token, why it ended, and what it took."""
+
+    text: str
+    steps: list[Step] = field(repr=False)
+    finish_reason: Literal["stop", "length"]
+    stats: Stats
+    prompt_tokens: list[int] = field(repr=False)
+    threshold: float
+
+
+class Stream:
+    """An answer as it is written: an iterator of steps, `answer()` at any time.
+
+    Steps that end inside a character, or whose text may turn out to begin a stop text, are held
+    back until that is decided.
+    Leaving it early costs nothing: the pair can answer again at once.
+    """
+
+    def __init__(
+        self, decoder: Decoder, model: Model, stop: Sequence[str], threshold: float
+    ) -> None:
+        self._decoder, self._model, self._stop = decoder, model, stop
+        self.threshold = threshold
+        self.prompt_tokens = list(decoder.tokens)
+        self.steps: list[Step] = []  # those already handed out
+        self._finish: Literal["stop", "length"] | None = None
+        self._iterator = self._run()
+
+    def __iter__(self) -> Iterator[Step]:
+        return self
+
+    def __next__(self) -> Step:
+        return next(self._iterator)
+
+    def close(self) -> None:
+        """End the answer here; what was written so far stays."""
+        self._iterator.close()
+
+    @property
+    def finish_reason(self) -> Literal["stop", "length"]:
+        """Why the answer ended; "stop" as well when the reader ended it."""
+        return self._finish or self._decoder.finish_reason or "stop"
+
+    def answer(self) -> Answer:
+        """Return what was written so far (the whole answer, once the stream is exhausted)."""
+        stats = self._decoder.stats
+        stats.n_generated = len(self.steps)
+        stats.n_deferred = sum(step.source == "expert" for step in self.steps)
+        stats.finish()
+        text = "".join(step.text for step in self.steps)
+        return Answer(
+            text, self.steps, self.finish_reason, stats, self.prompt_tokens, self.threshold
+        )
+
+    def _hand_out(self, step: Step) -> Step:
+        self.steps.append(step)
+        return step
+
+    def _run(self) -> Generator[Step, None, None]:
+        utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+        held: list[Step] = []  # not handed out yet: a later token may complete or cut their text
+        for step in self._decoder:
+            step.text = utf8.decode(self._model.piece(step.token))
+            held.append(step)
+            if utf8.getstate()[0]:
+                continue  # inside a character
+            if self._stop and self._cut_at_stop(held):
+                self._finish = "stop"
+                break
+            while held and not self._may_begin_stop(held):
+                yield self._hand_out(held.pop(0))
+        if held and self._finish is None:
+            held[-1].text += utf8.decode(b"", final=True)  # the answer may end inside a character
+        for step in held:
+            yield self._hand_out(step)
+
+    def _cut_at_stop(self, held: list[Step]) -> bool:
+        """Cut the held steps at the first stop text, if they hold one; say whether they did."""
+        text = "".join(step.text for step in held)
+        found = [at for at in (text.find(stop) for stop in self._stop) if at >= 0]
+        if not found:
+            return False
+        left = min(found)
+        for i, step in enumerate(held):
+            if left <= 0:
+                del held[i:]
+                break
+            step.text = step.text[:left]
+            left -= len(step.text)
+        return True
+
+    def _may_begin_stop(self, held: list[Step]) -> bool:
+        """Say whether a stop text may begin inside the first held step's text."""
+        text = "".join(step.text for step in held)
+        return any(
+            stop.startswith(text[at : at + len(stop)])
+            for at in range(len(held[0].text))
+            for stop in self._stop
+        )
+
+
+class Pair:
+    """A base, an expert and a switch that answer together. See `load`.
+
+    One answer is written at a time: threads take turns token by token, and each stream goes on
+    where it was, because a session evaluates whatever prefix it is handed.
+    """
+
+    def __init__(
+        self,
+        base: Model,
+        expert: Model,
+        switch: AnySwitch,
+        context: ContextOptions | None = None,
+        defaults: Options | None = None,
+        *,
+        is_demo: bool = False,
+    ) -> None:
+        """Check that the three fit each other; nothing is evaluated yet.
+
+        Raises MismatchError naming what differs, ModelError for files that cannot take part.
+        """
+        self.base, self.expert, self.switch, self.is_demo = base, expert, switch, is_demo
+        self.defaults = defaults or Options()
+        self.n_shared = shared_vocab(base, expert)
+        # Checks the width of the switch before the first token.
+        switch.reader(base, self.n_shared)
+        context = context or ContextOptions()
+        trained = [n for n in (base.n_ctx_train, expert.n_ctx_train) if n > 0]
+        n_ctx = context.n_ctx or min([DEFAULT_N_CTX, *trained])
+        self.n_ctx = n_ctx
+        context = ContextOptions(n_ctx, context.n_threads, min(context.n_batch, n_ctx))
+        self.base_session = Session(base, context, hidden=switch.needs_hidden)
+        self.expert_session = Session(expert, context)
+        self._lock = threading.RLock()
+        self._template: Any = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Free both models and their contexts."""
+        with self._lock:
+            for session in (self.base_session, self.expert_session):
+                session.close()
+            for model in (self.base, self.expert):
+                model.close()
+
+    def generate(self, prompt: str, **options: Any) -> Answer:
+        """Answer a prompt (one user turn, where the base has a chat template).
+
+        options: fields of `Options`, or `system`, a system prompt.
+        """
+        return _exhaust(self.stream(prompt, **options))
+
+    def stream(self, prompt: str, *, system: str | None = None, **options: Any) -> Stream:
+        """Answer a prompt step by step; options as for `generate`."""
+        messages = [{"role": "user", "content": prompt}]
+        if system:
+            messages.insert(0, {"role": "system", "content": system})
+        if not prompt.strip():
+            raise PromptError("the prompt is empty; write at least one word")
+        return self.stream_chat(messages, **options)
+
+    def chat(self, messages: Sequence[Message], **options: Any) -> Answer:
+        """Answer a conversation, a list of {"role", "content"}."""
+        return _exhaust(self.stream_chat(messages, **options))
+
+    def stream_chat(self, messages: Sequence[Message], **options: Any) -> Stream:
+        """Answer a conversation step by step; options as for `generate`."""
+        chosen = self.defaults.with_changes(**options)
+        return self.stream_tokens(self.prompt_tokens(messages, raw=chosen.raw), chosen)
+
+    def prompt_tokens(self, messages: Sequence[Message], *, raw: bool = False) -> list[int]:
+        """Return a conversation as token ids, as the base's chat template writes it.
+
+        Without a template (or raw), the contents follow each other, a blank line between.
+        """
+        for message in messages:
+            if not isinstance(message.get("role"), str) or not isinstance(
+                message.get("content"), str
+            ):
+                raise PromptError(f"a message is {dict(message)!r}; expected role and content")
+        if not messages:
+            raise PromptError("the conversation is empty; give at least one message")
+        if raw or not self.base.chat_template:
+            return self.base.tokenize("\n\n".join(m["content"] for m in messages))
+        text = self.render(messages)
+        bos = self.base.bos_text
+        return self.base.tokenize(text, bos=not (bos and text.startswith(bos)))
+
+    def render(self, messages: Sequence[Message]) -> str:
+        """Return a conversation as the chat template in the base's GGUF writes it."""
+        if self._template is None:
+            from llama_cpp.llama_chat_format import Jinja2ChatFormatter
+
+            self._template = Jinja2ChatFormatter(
+                self.base.chat_template or "", self.base.eos_text, self.base.bos_text
+            )
+        try:
+            text: str = self._template(messages=[dict(m) for m in messages]).prompt
+        except Exception as e:  # a template raises what it likes, for example on roles
+            raise PromptError(f"the base's chat template refuses this conversation: {e}") from e
+        return text
+
+    def stream_tokens(self, tokens: Sequence[int], options: Options) -> Stream:
+        """Continue token ids. Raises PromptError when they are none or do not fit the context."""
+        if not tokens:
+            raise PromptError("the prompt is empty; write at least one word")
+        if len(tokens) > self.n_ctx:
+            raise PromptError(
+                f"the prompt has {len(tokens)} tokens, the context holds {self.n_ctx}; "
+                "shorten it or raise -c"
+            )
+        out_of_range = [t for t in tokens if not 0 <= t < self.n_shared]
+        threshold = self.threshold(options)
+        if out_of_range and threshold < 1:
+            raise PromptError(
+                f"token {out_of_range[0]} of the prompt is not in the vocabulary of both models "
+                f"({self.n_shared} shared tokens)"
+            )
+        # The base alone may write whatever it has.
+        n_choose = self.n_shared if threshold < 1 else self.base.n_vocab
+        row = self.base.token_id(DEFER_TOKEN) if isinstance(self.switch, DeferRow) else None
+        sample = None
+        if options.temperature > 0 or options.repeat_penalty != 1.0:
+            sample = ChainSampler(options, n_choose, tokens, [] if row is None else [row])
+        decoder = Decoder(
+            self.base_session,
+            self.expert_session,
+            self.switch.reader(self.base, n_choose),
+            tokens,
+            threshold=threshold,
+            n_choose=n_choose,
+            end_tokens=self.base.end_tokens | self.expert.end_tokens,
+            max_tokens=options.max_tokens,
+            compose=options.strategy == "compose",
+            sample=sample,
+            lock=self._lock,
+        )
+        return Stream(decoder, self.base, options.stop, threshold)
+
+    def threshold(self, options: Options) -> float:
+        """Return the threshold that the options ask for."""
+        if options.threshold is not None:
+            return options.threshold
+        if options.defer_rate is not None:
+            return self.switch.threshold_for(options.defer_rate)
+        return self.switch.threshold
+
+
+def _exhaust(stream: Stream) -> Answer:
+    for _ in stream:
+        pass
+    return stream.answer()
+
+
+def load(
+    model: str | os.PathLike[str] | None = None,
+    expert: str | os.PathLike[str] | None = None,
+    switch: str | os.PathLike[str] | None = None,
+    *,
+    pair: str | None = None,
+    n_ctx: int = 0,
+    n_threads: int = 0,
+    n_gpu_layers: int = 0,
+    n_gpu_layers_expert: int | None = None,
+    defaults: Options | None = None,
+) -> Pair:
+    """Load a pair: GGUF files of a base and an expert and a switch, or the pair that ships here.
+
+    switch: a file, "margin" (the default beside two models), "entropy", or "defer-row".
+    pair: a name in models.txt instead.
+    n_ctx: tokens the contexts hold; 0 takes what both models were trained for, at most 4096.
+    n_threads: 0 takes every core. n_gpu_layers: as in llama.cpp, each model its own.
+
+    Raises ModelError, SwitchError or MismatchError, each saying what to do.
+    """
+    if n_ctx < 0 or n_threads < 0:
+        raise ColmError("n_ctx and n_threads must not be negative; 0 lets colm-edge choose")
+    refs = [None if ref is None else os.fspath(ref) for ref in (model, expert, switch)]
+    files = choose_pair(refs[0], refs[1], refs[2], pair)
+    head = load_switch(files.switch)
+    base = Model(files.base, n_gpu_layers)
+    try:
+        other = Model(
+            files.expert, n_gpu_layers if n_gpu_layers_expert is None else n_gpu_layers_expert
+        )
+        try:
+            options = ContextOptions(n_ctx, n_threads)
+            return Pair(base, other, head, options, defaults, is_demo=files.is_demo)
+        except BaseException:
+            other.close()
+            raise
+    except BaseException:
+        base.close()
+        raise

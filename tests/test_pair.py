@@ -1,0 +1,305 @@
+"""The text API over tiny random models: equality with the plain loop, text, stops, templates."""
+
+from __future__ import annotations
+
+import gc
+import threading
+
+import numpy as np
+import pytest
+from conftest import TEMPLATE
+from reference import PlainModel, assert_same, plain_loop
+
+import colm_edge
+from colm_edge.errors import ColmError, MismatchError, ModelError, PromptError, SwitchError
+from colm_edge.pair import Pair, load
+from colm_edge.switch import FEATURE_SETS, Switch
+
+GREEDY = {"temperature": 0.0, "max_tokens": 40}
+
+
+@pytest.fixture(scope="module")
+def switch(tmp_path_factory) -> str:
+    """A random head on hidden state and logit features that defers about half of the time."""
+    rng = np.random.default_rng(5)
+    weight = rng.normal(0, 0.3, (1, 64 + 8)).astype(np.float32)
+    path = tmp_path_factory.mktemp("switch") / "random.gguf"
+    Switch(FEATURE_SETS["both"], weight, np.zeros(1, np.float32), 64, 0.5,
+           (0.0, 0.5, 1.0), (1.0, 0.5, 0.0)).save(path)  # fmt: skip
+    return str(path)
+
+
+@pytest.mark.parametrize("kind", ["trained", "margin", "entropy"])
+def test_the_runtime_is_the_plain_loop(tiny, switch, kind):
+    base, expert = PlainModel(tiny["base"]), PlainModel(tiny["expert"])
+    head = Switch.load(switch) if kind == "trained" else kind
+    sources = set()
+    with load(tiny["base"], tiny["expert"], switch if kind == "trained" else kind,
+              n_threads=1, n_ctx=256) as pair:  # fmt: skip
+        for prompt in ("hello there", "12 + 7", "zebra quagga dodo", "été"):
+            for threshold in (0.0, 0.3, 0.5, 0.7, 1.0):
+                answer = pair.generate(prompt, threshold=threshold, **GREEDY)
+                plain = plain_loop(
+                    base, expert, head, answer.prompt_tokens, threshold, GREEDY["max_tokens"]
+                )
+                assert_same(answer.steps, plain, threshold)
+                sources |= {(threshold, s.source) for s in answer.steps}
+    assert {(0.5, "base"), (0.5, "expert")} <= sources
+    base.close()
+    expert.close()
+
+
+def test_threshold_one_is_the_base_alone_and_never_makes_the_expert(tiny, switch):
+    with load(tiny["base"], tiny["expert"], switch, n_threads=1) as pair:
+        answer = pair.generate("hello", threshold=1.0, **GREEDY)
+        assert not pair.expert_session.created
+        assert not pair.expert.loaded
+        assert answer.stats.expert_calls == answer.stats.expert_tokens == 0
+    with load(tiny["base"], tiny["base"], "margin", n_threads=1) as alone:
+        assert answer.text == alone.generate("hello", threshold=1.0, **GREEDY).text
+
+
+def test_threshold_zero_is_the_expert_alone(tiny, switch):
+    with load(tiny["base"], tiny["expert"], switch, n_threads=1) as pair:
+        answer = pair.generate("hello", threshold=0.0, **GREEDY)
+    with load(tiny["expert"], tiny["expert"], "margin", n_threads=1) as alone:
+        assert answer.text == alone.generate("hello", threshold=1.0, **GREEDY).text
+    assert answer.stats.defer_rate == 1.0
+
+
+def test_a_model_with_itself_writes_its_own_text(tiny, switch):
+    texts = set()
+    for kind in (switch, "margin", "entropy"):
+        with load(tiny["base"], tiny["base"], kind, n_threads=1) as pair:
+            for strategy in ("defer", "compose"):
+                answer = pair.generate("hello", threshold=0.3, strategy=strategy, **GREEDY)
+                texts.add(answer.text)
+    assert len(texts) == 1
+
+
+def test_the_defer_row_of_a_colm_vocabulary(tiny):
+    """p_defer is σ of the row's logit; the row and the pad are never written."""
+    plain = PlainModel(tiny["defer"])
+    with load(tiny["defer"], tiny["expert"], "defer-row", n_threads=1) as pair:
+        assert pair.n_shared == 400
+        answer = pair.generate("hello", **GREEDY)
+        tokens = list(answer.prompt_tokens)
+        for step in answer.steps:
+            logits, _ = plain.state(tokens)
+            assert step.p_defer == pytest.approx(1 / (1 + np.exp(-logits[401])), abs=1e-3)
+            assert step.token < 400
+            tokens.append(step.token)
+        alone = pair.generate("hello", threshold=1.0, **GREEDY)
+        assert all(step.token != 401 for step in alone.steps)
+    plain.close()
+
+
+def test_counts_of_a_lazy_expert(tiny_pair):
+    answer = tiny_pair.generate("hello", threshold=0.5, **GREEDY)
+    stats, steps = answer.stats, answer.steps
+    deferred = [i for i, s in enumerate(steps) if s.source == "expert"]
+    assert deferred
+    assert stats.n_deferred == len(deferred)
+    if answer.finish_reason == "length":
+        assert stats.expert_tokens == stats.n_prompt + deferred[-1]
+    again = tiny_pair.generate("hello", threshold=0.5, **GREEDY)
+    assert again.text == answer.text
+    assert again.stats.expert_tokens < stats.expert_tokens  # the prompt was still there
+
+
+def test_one_seed_one_answer(tiny_pair):
+    sampled = {"temperature": 1.5, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "max_tokens": 20}
+    ask = lambda seed: tiny_pair.generate("hello", seed=seed, **sampled).text  # noqa: E731
+    assert ask(1) == ask(1)
+    assert len({ask(seed) for seed in range(5)}) > 1
+    assert ask(-1) != ask(-1) or ask(-1) != ask(-1)
+
+
+def test_narrow_sampling_is_greedy(tiny_pair):
+    greedy = tiny_pair.generate("hello", **GREEDY).text
+    for narrow in ({"top_k": 1}, {"top_p": 0.0}, {"min_p": 1.0}, {"temperature": 1e-4}):
+        sampled = {"temperature": 1.0, "max_tokens": 40} | narrow
+        assert tiny_pair.generate("hello", **sampled).text == greedy
+
+
+def test_repeat_penalty_forbids_repeats(tiny_pair):
+    answer = tiny_pair.generate("hello", repeat_penalty=1e6, **GREEDY)
+    tokens = [s.token for s in answer.steps]
+    assert len(set(tokens)) == len(tokens)
+
+
+def test_stop_texts_cut_the_answer(tiny_pair):
+    whole = tiny_pair.generate("hello", **GREEDY)
+    text = whole.text
+    stop = text[7:10]
+    answer = tiny_pair.generate("hello", stop=("never there", stop), **GREEDY)
+    assert answer.text == text[: text.index(stop)]
+    assert answer.finish_reason == "stop"
+    assert "".join(s.text for s in answer.steps) == answer.text
+    assert answer.stats.n_generated == len(answer.steps)
+
+
+def test_a_stop_that_only_seems_to_begin_loses_nothing(tiny_pair):
+    text = tiny_pair.generate("hello", **GREEDY).text
+    answer = tiny_pair.generate("hello", stop=(text[5:9] + "\x00", text[-1] + "\x00"), **GREEDY)
+    assert answer.text == text
+
+
+class Letters:
+    """A vocabulary whose tokens are single bytes: every character but ASCII spans tokens."""
+
+    def piece(self, token: int) -> bytes:
+        return bytes([token])
+
+
+def stream_of(data: bytes, stop: tuple[str, ...] = ()):
+    from conftest import Scripted
+
+    from colm_edge.decode import Decoder
+    from colm_edge.pair import Stream
+
+    base = Scripted(lambda prefix: data[len(prefix) - 1] if len(prefix) <= len(data) else 256)
+    base.logits = np.zeros(257, np.float32)
+    decoder = Decoder(
+        base, base, lambda x, h: (0.0, int(x.argmax()), 0.0), [1], threshold=0.5, n_choose=257,
+        end_tokens=frozenset({256}),
+    )  # fmt: skip
+    return Stream(decoder, Letters(), stop, 0.5)
+
+
+def test_characters_that_span_tokens_come_whole():
+    text = "a猫é🦤b"
+    stream = stream_of(text.encode())
+    pieces = [s.text for s in stream]
+    assert "".join(pieces) == text
+    assert all("�" not in p for p in pieces)
+    assert pieces == ["a", "", "", "猫", "", "é", "", "", "", "🦤", "b"]
+
+
+def test_a_character_cut_off_at_the_end_is_shown_as_such():
+    stream = stream_of("ab🦤".encode()[:-1])
+    assert "".join(s.text for s in stream) == "ab�"
+    assert stream.answer().text == "ab�"
+
+
+@pytest.mark.parametrize("stop", ["猫é", "🦤", "c", "b猫", "éx", "b猫é🦤c!"])
+def test_stops_across_tokens(stop):
+    text = "ab猫é🦤c!"
+    answer = stream_of(text.encode(), (stop,))
+    assert "".join(s.text for s in answer) == text.split(stop, maxsplit=1)[0]
+
+
+def test_the_context_runs_full_with_a_reason(tiny):
+    with load(tiny["base"], tiny["expert"], "margin", n_threads=1, n_ctx=32) as pair:
+        pair.base.__dict__["end_tokens"] = pair.expert.__dict__["end_tokens"] = frozenset()
+        answer = pair.generate("hello", temperature=0.0)
+        assert answer.finish_reason == "length"
+        assert len(answer.prompt_tokens) + len(answer.steps) == 33
+        with pytest.raises(PromptError, match="context holds 32; shorten it or raise -c"):
+            pair.generate("hello " * 40)
+
+
+def test_empty_prompts_are_refused(tiny_pair):
+    for prompt in ("", "  \n"):
+        with pytest.raises(PromptError, match="empty"):
+            tiny_pair.generate(prompt)
+    with pytest.raises(PromptError, match="at least one message"):
+        tiny_pair.chat([])
+    with pytest.raises(PromptError, match="expected role and content"):
+        tiny_pair.chat([{"content": "hello"}])
+
+
+def test_templates_come_from_the_base(tiny):
+    with load(tiny["template"], tiny["expert"], "margin", n_threads=1) as pair:
+        messages = [{"role": "system", "content": "be short"}, {"role": "user", "content": "hi"}]
+        assert pair.base.chat_template == TEMPLATE
+        assert pair.render(messages) == "system: be short\nuser: hi\nassistant:"
+        assert pair.prompt_tokens(messages) == pair.base.tokenize(pair.render(messages))
+        assert pair.prompt_tokens(messages, raw=True) == pair.base.tokenize("be short\n\nhi")
+        assert pair.generate("hi", system="be short", **GREEDY).prompt_tokens == (
+            pair.prompt_tokens(messages)
+        )
+
+
+def test_chat_turns_reuse_the_cache(tiny):
+    with load(tiny["template"], tiny["expert"], "margin", n_threads=1) as pair:
+        first = pair.chat([{"role": "user", "content": "hi there"}], threshold=1.0, **GREEDY)
+        before = pair.base_session.n_evaluated
+        turns = [
+            {"role": "user", "content": "hi there"},
+            {"role": "assistant", "content": first.text},
+            {"role": "user", "content": "go on"},
+        ]
+        second = pair.chat(turns, threshold=1.0, temperature=0.0, max_tokens=1)
+        evaluated = pair.base_session.n_evaluated - before
+        assert evaluated < len(second.prompt_tokens) - len(first.prompt_tokens) + 8
+
+
+def test_leaving_a_stream_early_leaves_the_pair_usable(tiny_pair):
+    whole = tiny_pair.generate("hello", **GREEDY).text
+    stream = tiny_pair.stream("something else", **GREEDY)
+    next(stream)
+    stream.close()
+    for _ in tiny_pair.stream("and more", **GREEDY):
+        break
+    gc.collect()
+    assert tiny_pair.generate("hello", **GREEDY).text == whole
+
+
+def test_threads_take_turns(tiny_pair):
+    alone = [tiny_pair.generate(p, **GREEDY).text for p in ("hello", "other")]
+    found: dict[str, str] = {}
+    threads = [
+        threading.Thread(target=lambda p=p: found.update({p: tiny_pair.generate(p, **GREEDY).text}))
+        for p in ("hello", "other")
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [found["hello"], found["other"]] == alone
+
+
+def test_defer_rate_needs_a_calibration(tiny, tiny_pair, switch):
+    with pytest.raises(SwitchError, match="no calibration"):
+        tiny_pair.generate("hello", defer_rate=0.2)
+    with load(tiny["base"], tiny["expert"], switch, n_threads=1) as pair:
+        assert pair.generate("hello", defer_rate=0.25, **GREEDY).threshold == pytest.approx(0.75)
+
+
+def test_pairs_that_do_not_fit_are_refused_before_the_first_token(tiny, tmp_path, switch):
+    with pytest.raises(MismatchError, match="400 tokens in the base, 600 in the expert"):
+        load(tiny["base"], tiny["foreign"])
+    with pytest.raises(ModelError, match="recurrent"):
+        load(tiny["base"], tiny["recurrent"])
+    narrow = tmp_path / "narrow.gguf"
+    Switch(("hidden",), np.zeros((1, 48), np.float32), np.zeros(1, np.float32), 48).save(narrow)
+    with pytest.raises(MismatchError, match="hidden state of 48 numbers, the base has 64"):
+        load(tiny["base"], tiny["expert"], narrow)
+    several = tmp_path / "several.gguf"
+    Switch(("margin",), np.zeros((2, 1), np.float32), np.zeros(2, np.float32), 64).save(several)
+    with pytest.raises(MismatchError, match="chooses among 2 experts"):
+        load(tiny["base"], tiny["expert"], several)
+    with pytest.raises(MismatchError, match=r"no token <\|defer\|>"):
+        load(tiny["base"], tiny["expert"], "defer-row")
+    with pytest.raises(ModelError, match="-m without -me"):
+        load(tiny["base"])
+    with pytest.raises(ColmError, match="must not be negative"):
+        load(n_ctx=-1)
+
+
+def test_close_frees_and_says_so(tiny):
+    pair = load(tiny["base"], tiny["expert"], n_threads=1)
+    pair.generate("hello", **GREEDY)
+    pair.close()
+    assert not pair.base_session.created
+    with pytest.raises(ModelError, match="closed"):
+        pair.generate("hello", **GREEDY)
+    pair.close()
+
+
+def test_the_public_names_resolve():
+    assert colm_edge.Pair is Pair
+    assert set(colm_edge.__all__) <= set(dir(colm_edge))
+    for name in colm_edge.__all__:
+        assert getattr(colm_edge, name) is not None
