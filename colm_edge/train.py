@@ -1,0 +1,393 @@
+"""Fit a switch: score the data with both models, then maximise the marginal likelihood.
+
+The models stay frozen and only the head is fitted, a weaker variant of Co-LLM's joint
+fine-tuning (arXiv 2403.03870, section 2.2) that needs nothing but the two GGUF files.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from colm_edge import readout
+from colm_edge.errors import ColmError, DataError, PromptError, SwitchError
+from colm_edge.switch import FEATURE_SETS, HIDDEN, Switch
+
+if TYPE_CHECKING:
+    from colm_edge.pair import Pair
+    from colm_edge.session import Session
+
+Array = npt.NDArray[np.float64]
+Loss = Callable[[Array], tuple[float, Array]]
+
+VALID_SHARE = 0.2  # of the documents
+WEAK_POSITIVE_WEIGHT = 8.0  # of a weak label 1, as in the authors' script
+L2_GRID = (1e-2, 1e-3, 1e-4, 1e-5)  # on standardised weights
+DEFER_RATES = tuple(round(0.05 * i, 2) for i in range(21))
+# A threshold may give up this share of the hard decisions' gain to defer less often.
+THRESHOLD_SLACK = 0.01
+
+
+@dataclass(frozen=True)
+class Document:
+    """Token ids, of which those from `start` on are scored."""
+
+    tokens: list[int]
+    start: int
+
+
+@dataclass
+class Scores:
+    """What both models said of every scored token, one row each (float32 but for the flags)."""
+
+    hidden: npt.NDArray[np.float32]  # (n, n_embd)
+    logit_features: npt.NDArray[np.float32]  # (n, 8)
+    base: Array  # log-probability of the gold token, nats
+    expert: Array
+    base_right: npt.NDArray[np.bool_]  # the gold token is the model's likeliest
+    expert_right: npt.NDArray[np.bool_]
+    document: npt.NDArray[np.int64]
+
+    def take(self, rows: npt.NDArray[np.bool_]) -> Scores:
+        return Scores(**{name: value[rows] for name, value in vars(self).items()})
+
+
+class Progress(Protocol):
+    """A progress bar: `update(n)` says how many more tokens were scored."""
+
+    def update(self, n_steps: int) -> None: ...
+
+
+MakeProgress = Callable[[str, int], AbstractContextManager[Progress]]
+
+
+def check_writable(path: str | os.PathLike[str]) -> None:
+    """Raise SwitchError now rather than after an hour's work."""
+    target = Path(path)
+    folder = target.parent
+    if target.is_dir():
+        raise SwitchError(f"{target} is a folder; give a file's name")
+    if not folder.is_dir():
+        raise SwitchError(f"{folder}: no such folder; make it first")
+    probe = target.with_name(target.name + ".tmp")
+    try:
+        probe.write_bytes(b"")
+        probe.unlink()
+    except OSError as e:
+        raise SwitchError(f"{target}: cannot write there: {e.strerror or e}") from e
+
+
+def read_documents(
+    path: str | os.PathLike[str], pair: Pair, *, raw: bool = False
+) -> list[Document]:
+    """Return a JSONL file's documents as token ids, prompts as `run` would write them.
+
+    Documents longer than the context are cut at a token. Raises DataError with the line's number.
+    """
+    documents: list[Document] = []
+    try:
+        with open(path, "rb") as file:
+            for number, line in enumerate(file, 1):
+                if line.strip():
+                    try:
+                        documents += _documents(json.loads(line), pair, raw)
+                    except (ValueError, PromptError) as e:
+                        raise DataError(f"{path}, line {number}: {e}") from e
+    except OSError as e:
+        raise DataError(f"{path}: {e.strerror or e}; expected a JSONL file") from e
+    if not documents:
+        raise DataError(f"{path}: no documents; expected one JSON object a line")
+    return [d for d in documents if d.start < len(d.tokens)]
+
+
+def _documents(row: Any, pair: Pair, raw: bool) -> Iterator[Document]:
+    if not isinstance(row, dict):
+        raise ValueError(f"expected a JSON object, got {type(row).__name__}")
+    if "text" in row:
+        tokens = pair.base.tokenize(_text(row, "text"))[: pair.n_ctx]
+        yield Document(tokens, 1)  # nothing stands before the first token to predict it from
+        return
+    if "messages" in row:
+        messages = row["messages"]
+        if not isinstance(messages, list) or not all(isinstance(m, dict) for m in messages):
+            raise ValueError("messages must be a list of objects with role and content")
+        turns = [i for i, m in enumerate(messages) if m.get("role") == "assistant"]
+        if not turns or turns[0] == 0:
+            raise ValueError("messages must hold an assistant's turn after another's")
+    elif "prompt" in row and "completion" in row:
+        messages = [
+            {"role": "user", "content": _text(row, "prompt")},
+            {"role": "assistant", "content": _text(row, "completion")},
+        ]
+        turns = [1]
+    else:
+        raise ValueError("expected prompt and completion, or messages, or text")
+    for i in turns:
+        prompt = pair.prompt_tokens(messages[:i], raw=raw)
+        completion = pair.base.tokenize(_text(messages[i], "content"), special=False, bos=False)
+        if not completion:
+            raise ValueError("the completion is empty")
+        tokens = [*prompt, *completion, pair.base.end_token][: pair.n_ctx]
+        yield Document(tokens, len(prompt))
+
+
+def _text(row: dict[str, Any], key: str) -> str:
+    value = row.get(key)
+    if not isinstance(value, str) or not value.strip():
+        raise ValueError(f"{key} must be a text that is not empty")
+    return value
+
+
+def score(pair: Pair, documents: list[Document], progress: MakeProgress) -> Scores:
+    """Evaluate every document once with each model."""
+    n = sum(len(d.tokens) - d.start for d in documents)
+    scores = Scores(
+        hidden=np.zeros((n, pair.base.n_embd), np.float32),
+        logit_features=np.zeros((n, len(readout.FEATURES)), np.float32),
+        base=np.zeros(n),
+        expert=np.zeros(n),
+        base_right=np.zeros(n, np.bool_),
+        expert_right=np.zeros(n, np.bool_),
+        document=np.repeat(np.arange(len(documents)), [len(d.tokens) - d.start for d in documents]),
+    )
+    for name, session in (("base", pair.base_session), ("expert", pair.expert_session)):
+        with progress(name, sum(len(d.tokens) for d in documents)) as bar:
+            row = 0
+            for document in documents:
+                row = _score_document(scores, name, session, document, row, pair.n_shared)
+                bar.update(len(document.tokens))
+    return scores
+
+
+def _score_document(
+    scores: Scores, name: str, session: Session, document: Document, row: int, n_shared: int
+) -> int:
+    gold_of = document.tokens
+    logprobs, right = getattr(scores, name), getattr(scores, f"{name}_right")
+    # The state at position i predicts token i + 1.
+    for at, logits, hidden in session.score(gold_of[:-1], document.start - 1):
+        n = len(logits)
+        rows = slice(row, row + n)
+        gold = np.array(gold_of[at + 1 : at + 1 + n])
+        peak = logits.max(axis=1, keepdims=True)
+        lse = np.log(np.exp(logits - peak, dtype=np.float32).sum(axis=1, dtype=np.float64))
+        logprobs[rows] = logits[np.arange(n), gold] - peak[:, 0] - lse
+        right[rows] = logits[:, :n_shared].argmax(axis=1) == gold
+        if not np.isfinite(logprobs[rows]).all():
+            raise ColmError(
+                f"{session.model.path}: gives NaN or zero probability to a token of the data; "
+                "the file is broken or not the model that the data needs"
+            )
+        if name == "base":
+            scores.hidden[rows] = hidden
+            scores.logit_features[rows] = readout.logit_features(logits)
+        row += n
+    return row
+
+
+def marginal_loss(base: Array, expert: Array, d: Array) -> tuple[float, Array]:
+    """Return Co-LLM's loss, the mean of −log((1−σ(d))·P_base + σ(d)·P_expert), and its gradient.
+
+    base, expert: log-probabilities of the gold tokens, (n,), nats. d: (n,). The gradient (n,) is
+    with respect to d: σ(d) less the posterior probability that the expert wrote the token.
+    """
+    log_expert, log_base = -np.logaddexp(0, -d), -np.logaddexp(0, d)
+    joint = np.logaddexp(log_base + base, log_expert + expert)
+    gradient = np.exp(log_expert) - np.exp(log_expert + expert - joint)
+    return float(-joint.mean()), gradient / len(d)
+
+
+def weak_loss(label: Array, d: Array) -> tuple[float, Array]:
+    """Return the weak supervision's weighted binary cross-entropy and its gradient in d."""
+    weight = np.where(label > 0, WEAK_POSITIVE_WEIGHT, 1.0) / len(d)
+    loss = weight * (np.logaddexp(0, d) - label * d)
+    return float(loss.sum()), weight * (np.exp(-np.logaddexp(0, -d)) - label)
+
+
+def minimize(loss: Loss, x: Array, *, steps: int = 200, memory: int = 10) -> Array:
+    """Minimise a smooth function by L-BFGS with backtracking (Nocedal and Wright, ch. 7).
+
+    Stops where a step no longer lowers the loss by a relative 1e-9. Nothing to tune.
+    """
+    value, gradient = loss(x)
+    pairs: list[tuple[Array, Array, float]] = []
+    for _ in range(steps):
+        direction = -_inverse_hessian_times(gradient, pairs)
+        slope = float(direction @ gradient)
+        if slope >= 0:  # rounding spoilt the curvature: begin again with the steepest descent
+            pairs.clear()
+            direction, slope = -gradient, -float(gradient @ gradient)
+        if slope == 0:
+            break
+        step = 1.0 if pairs else min(1.0, 1.0 / np.sqrt(-slope))
+        while True:
+            moved = x + step * direction
+            new_value, new_gradient = loss(moved)
+            if new_value <= value + 1e-4 * step * slope or step < 1e-12:
+                break
+            step *= 0.5
+        change, turn = moved - x, new_gradient - gradient
+        curvature = float(change @ turn)
+        if curvature > 1e-12 * float(turn @ turn):
+            pairs = [*pairs[-memory + 1 :], (change, turn, 1.0 / curvature)]
+        gain = value - new_value
+        if gain < 0:
+            break
+        x, value, gradient = moved, new_value, new_gradient
+        if gain <= 1e-9 * max(1.0, abs(value)):
+            break
+    return x
+
+
+def _inverse_hessian_times(gradient: Array, pairs: list[tuple[Array, Array, float]]) -> Array:
+    q = gradient.copy()
+    weights = []
+    for change, turn, rho in reversed(pairs):
+        weights.append(rho * float(change @ q))
+        q -= weights[-1] * turn
+    if pairs:
+        change, turn, _ = pairs[-1]
+        q *= float(change @ turn) / float(turn @ turn)
+    for (change, turn, rho), weight in zip(pairs, reversed(weights), strict=True):
+        q += change * (weight - rho * float(turn @ q))
+    return q
+
+
+@dataclass(frozen=True)
+class Head:
+    """A linear head on raw (not standardised) columns: d = columns · weight + bias."""
+
+    weight: Array
+    bias: float
+
+    def __call__(self, columns: npt.NDArray[np.float32]) -> Array:
+        return np.asarray(columns @ self.weight.astype(np.float32), np.float64) + self.bias
+
+
+def fit_head(
+    columns: npt.NDArray[np.float32], loss_of_d: Callable[[Array], tuple[float, Array]],
+    l2: float, start: Head | None = None,
+) -> Head:  # fmt: skip
+    """Fit d = columns · weight + bias under a loss of d, with l2 · |weight|² on standard columns.
+
+    columns (n, k), raw. The scales are folded into the weights that come back.
+    """
+    mean = columns.mean(axis=0, dtype=np.float64)
+    scale = np.maximum(columns.std(axis=0, dtype=np.float64), 1e-6)
+    standard = ((columns - mean) / scale).astype(np.float32)
+
+    def loss(x: Array) -> tuple[float, Array]:
+        weight, bias = x[:-1], x[-1]
+        d = np.asarray(standard @ weight.astype(np.float32), np.float64) + bias
+        value, by_d = loss_of_d(d)
+        by_weight = np.asarray(by_d.astype(np.float32) @ standard, np.float64) + 2 * l2 * weight
+        return value + l2 * float(weight @ weight), np.append(by_weight, by_d.sum())
+
+    x = np.zeros(columns.shape[1] + 1)
+    if start is not None:
+        x = np.append(start.weight * scale, start.bias + float(mean @ start.weight))
+    x = minimize(loss, x)
+    weight = x[:-1] / scale
+    return Head(weight, float(x[-1] - mean @ weight))
+
+
+def fit_switch(
+    pair: Pair, documents: list[Document], features: str, *, seed: int = 0,
+    progress: MakeProgress,
+) -> tuple[Switch, dict[str, Any]]:  # fmt: skip
+    """Score the documents, fit a switch on one part of them and judge it on the other.
+
+    Returns the switch and a report; losses are nats per token of the held-back documents.
+    Raises DataError when there are too few documents to hold any back.
+    """
+    if len(documents) < 5:
+        raise DataError(f"{len(documents)} documents; expected at least 5, to hold one back")
+    scores = score(pair, documents, progress)
+    order = np.random.default_rng(seed).permutation(len(documents))
+    held_back = order[: max(1, round(VALID_SHARE * len(documents)))]
+    is_valid = np.isin(scores.document, held_back)
+    train, valid = scores.take(~is_valid), scores.take(is_valid)
+    names = FEATURE_SETS[features]
+    x_train, x_valid = _columns(train, names), _columns(valid, names)
+
+    label = (train.expert_right & ~train.base_right).astype(np.float64)
+    start = fit_head(x_train, lambda d: weak_loss(label, d), 1e-3)
+    best: tuple[float, float, Head] | None = None
+    for l2 in L2_GRID:
+        start = fit_head(x_train, lambda d: marginal_loss(train.base, train.expert, d), l2, start)
+        judged, _ = marginal_loss(valid.base, valid.expert, start(x_valid))
+        if best is None or judged < best[0]:
+            best = (judged, l2, start)
+    assert best is not None
+    nll_joint, l2, head = best
+
+    p = np.exp(-np.logaddexp(0, -head(x_valid)))
+    threshold = choose_threshold(p, valid.base, valid.expert)
+    deferred = p > threshold
+    rates, thresholds = calibrate(p)
+    switch = Switch(
+        features=names,
+        weight=head.weight.astype(np.float32)[None, :],
+        bias=np.array([head.bias], np.float32),
+        n_embd=pair.base.n_embd,
+        threshold=threshold,
+        defer_rates=rates,
+        thresholds=thresholds,
+        info={"base": pair.base.path.name, "expert": pair.expert.path.name},
+    )
+    report = {
+        "nll_base": float(-valid.base.mean()),
+        "nll_expert": float(-valid.expert.mean()),
+        "nll_joint": nll_joint,
+        "nll_hard": float(-np.where(deferred, valid.expert, valid.base).mean()),
+        "nll_oracle": float(-np.maximum(valid.base, valid.expert).mean()),
+        "defer_rate": float(deferred.mean()),
+        "threshold": threshold,
+        "l2": l2,
+        "n_train": len(documents) - len(held_back),
+        "n_valid": len(held_back),
+        "n_train_tokens": len(train.base),
+        "n_valid_tokens": len(valid.base),
+    }
+    return switch, report
+
+
+def _columns(scores: Scores, names: tuple[str, ...]) -> npt.NDArray[np.float32]:
+    parts = [
+        scores.hidden if name == HIDDEN
+        else scores.logit_features[:, readout.FEATURES.index(name), None]
+        for name in names
+    ]  # fmt: skip
+    return np.concatenate(parts, axis=1)
+
+
+def choose_threshold(p: Array, base: Array, expert: Array) -> float:
+    """Return the threshold whose hard decisions are likeliest on held-back tokens.
+
+    Each token comes from the expert where p > threshold. Among thresholds within a hundredth of
+    the best gain over the base alone, the highest: the expert is the dearer model.
+    """
+    order = np.argsort(-p)
+    # gain[k]: deferring the k tokens of highest p, in nats over the base alone.
+    gain = np.concatenate(([0.0], np.cumsum((expert - base)[order])))
+    enough = gain.max() - THRESHOLD_SLACK * max(0.0, gain.max())
+    k = int(np.argmax(gain >= enough))
+    if k == 0:
+        return 1.0
+    above = float(p[order[k - 1]])
+    below = float(p[order[k]]) if k < len(p) else 0.0
+    return (above + below) / 2
+
+
+def calibrate(p: Array) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Return defer rates and the thresholds that give them on held-back tokens."""
+    thresholds = [1.0, *(float(np.quantile(p, 1 - r)) for r in DEFER_RATES[1:-1]), 0.0]
+    return DEFER_RATES, tuple(thresholds)

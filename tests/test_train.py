@@ -1,0 +1,246 @@
+"""The fit: its gradient, a planted switch, an independent optimiser; the data's errors."""
+
+from __future__ import annotations
+
+import json
+from contextlib import nullcontext
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from reference import PlainModel
+from scipy import optimize
+
+from colm_edge import train
+from colm_edge.errors import DataError, SwitchError
+from colm_edge.pair import load
+from colm_edge.train import Head, calibrate, choose_threshold, fit_head, marginal_loss, weak_loss
+
+
+def no_bar(name: str, total: int):
+    return nullcontext(SimpleNamespace(update=lambda n: None))
+
+
+def planted(n=20_000, k=12, seed=0):
+    """Gold tokens drawn from the mixture that a known head defines: (columns, base, expert, head).
+
+    Each token is written by the expert with probability σ(d); the writer gives it the larger
+    probability, as two models that know different things would.
+    """
+    rng = np.random.default_rng(seed)
+    columns = rng.normal(0, rng.uniform(0.5, 4, k), (n, k)).astype(np.float32) + 1
+    head = Head(rng.normal(0, 0.5, k), 0.4)
+    by_expert = rng.random(n) < 1 / (1 + np.exp(-head(columns)))
+    likely, unlikely = np.log(rng.uniform(0.6, 0.99, n)), np.log(rng.uniform(1e-4, 0.02, n))
+    base, expert = np.where(by_expert, (unlikely, likely), (likely, unlikely))
+    return columns, base, expert, head
+
+
+@given(seed=st.integers(0, 1000), scale=st.sampled_from([0.1, 3.0, 50.0]))
+def test_gradients_agree_with_finite_differences(seed, scale):
+    rng = np.random.default_rng(seed)
+    d = rng.normal(0, scale, 7)
+    base, expert = -rng.exponential(2, 7), -rng.exponential(2, 7)
+    label = (rng.random(7) < 0.5).astype(float)
+    for loss in (lambda x: marginal_loss(base, expert, x), lambda x: weak_loss(label, x)):
+        _, gradient = loss(d)
+        for i in range(7):
+            step = np.zeros(7)
+            step[i] = 1e-5
+            numeric = (loss(d + step)[0] - loss(d - step)[0]) / 2e-5
+            assert gradient[i] == pytest.approx(numeric, abs=1e-6)
+
+
+def test_the_marginal_loss_is_the_papers():
+    base, expert, d = np.log([0.5, 0.1]), np.log([0.2, 0.8]), np.array([0.0, 2.0])
+    p = 1 / (1 + np.exp(-d))
+    expected = -np.log((1 - p) * [0.5, 0.1] + p * [0.2, 0.8]).mean()
+    assert marginal_loss(base, expert, d)[0] == pytest.approx(expected)
+
+
+def test_extreme_states_stay_finite():
+    base, expert = np.array([-700.0, -1e-9]), np.array([-1e-9, -700.0])
+    value, gradient = marginal_loss(base, expert, np.array([-1e4, 1e4]))
+    assert np.isfinite(value)
+    assert np.isfinite(gradient).all()
+
+
+def test_a_planted_switch_is_recovered():
+    columns, base, expert, head = planted(60_000)
+    found = fit_head(columns, lambda d: marginal_loss(base, expert, d), 1e-6)
+    cosine = head.weight @ found.weight / np.linalg.norm(head.weight) / np.linalg.norm(found.weight)
+    assert cosine > 0.99
+    assert found.bias == pytest.approx(head.bias, abs=0.15)
+
+
+def test_the_fit_matches_an_independent_optimiser():
+    columns, base, expert, _ = planted(5_000, seed=3)
+    scale = columns.std(axis=0)
+
+    def loss(x):
+        d = columns.astype(np.float64) @ x[:-1] + x[-1]
+        value, by_d = marginal_loss(base, expert, d)
+        penalty = 1e-4 * float(((x[:-1] * scale) ** 2).sum())
+        gradient = np.append(columns.T.astype(np.float64) @ by_d, by_d.sum())
+        gradient[:-1] += 2e-4 * x[:-1] * scale**2
+        return value + penalty, gradient
+
+    found = fit_head(columns, lambda d: marginal_loss(base, expert, d), 1e-4)
+    ours, _ = loss(np.append(found.weight, found.bias))
+    theirs = optimize.minimize(
+        loss, np.zeros(13), jac=True, method="BFGS", options={"maxiter": 5000}
+    ).fun
+    assert ours == pytest.approx(theirs, rel=1e-4)
+
+
+def test_minimize_solves_a_hard_valley():
+    """Rosenbrock's function in ten dimensions."""
+    found = train.minimize(
+        lambda x: (optimize.rosen(x), optimize.rosen_der(x)), np.zeros(10), steps=1000
+    )
+    assert np.allclose(found, 1, atol=1e-2)
+
+
+def test_scales_are_folded_into_the_weights():
+    """Columns in other units give other weights and the same d."""
+    columns, base, expert, _ = planted(4_000, seed=5)
+    loss = lambda d: marginal_loss(base, expert, d)  # noqa: E731
+    units = np.array([1e-3, 1e3] * 6, np.float32)
+    one, other = fit_head(columns, loss, 1e-3), fit_head(columns * units, loss, 1e-3)
+    assert np.allclose(one(columns), other(columns * units), atol=0.05)
+
+
+def test_thresholds_defer_as_calibrated():
+    rng = np.random.default_rng(0)
+    p = rng.random(5000) ** 2
+    rates, thresholds = calibrate(p)
+    assert rates[0] == 0
+    assert thresholds[0] == 1
+    assert rates[-1] == 1
+    assert thresholds[-1] == 0
+    for rate, threshold in zip(rates, thresholds, strict=True):
+        assert (p > threshold).mean() == pytest.approx(rate, abs=0.01)
+
+
+def test_the_default_threshold_defers_what_pays():
+    p = np.linspace(0.99, 0.01, 99)
+    expert_wins = p > 0.405
+    base = np.where(expert_wins, -3.0, -0.1)
+    expert = np.where(expert_wins, -0.1, -3.0)
+    assert choose_threshold(p, base, expert) == pytest.approx(0.405, abs=0.011)
+    assert choose_threshold(p, expert * 0, expert) == 1.0  # an expert that never helps
+
+
+def test_scores_are_those_of_a_plain_evaluation(tiny):
+    """Gold log-probabilities, features and right-or-wrong flags, position by position."""
+    with load(tiny["base"], tiny["expert"], "margin", n_threads=1, n_ctx=256) as pair:
+        rows = [("hello there", "general reply"), ("hello", "another one"), ("x", "é")]
+        documents = [
+            d for prompt, reply in rows
+            for d in train._documents({"prompt": prompt, "completion": reply}, pair, False)
+        ]  # fmt: skip
+        scores = train.score(pair, documents, no_bar)
+    at = 0
+    models = {name: PlainModel(tiny[name]) for name in ("base", "expert")}
+    for number, document in enumerate(documents):
+        assert document.tokens[-1] == 0  # the end of the turn is learnt too
+        for position in range(document.start, len(document.tokens)):
+            gold = document.tokens[position]
+            for name, model in models.items():
+                logits, hidden = model.state(document.tokens[:position])
+                logprob = logits[gold] - np.logaddexp.reduce(logits)
+                assert getattr(scores, name)[at] == pytest.approx(logprob, abs=2e-2)
+                assert getattr(scores, f"{name}_right")[at] == (logits.argmax() == gold)
+                if name == "base":
+                    assert np.allclose(scores.hidden[at], hidden, atol=2e-2)
+                    assert scores.logit_features[at, 1] == pytest.approx(
+                        logits.max() - np.logaddexp.reduce(logits), abs=2e-2
+                    )
+            assert scores.document[at] == number
+            at += 1
+    assert at == len(scores.base)
+    for model in models.values():
+        model.close()
+
+
+def test_training_learns_to_call_the_model_that_writes_the_text(tiny):
+    """The expert's own greedy text: deferring must pay, and the joint model beat the base."""
+    with load(tiny["base"], tiny["expert"], "margin", n_threads=1, n_ctx=256) as pair:
+        rows = []
+        for i in range(30):
+            text = pair.generate(f"prompt {i}", threshold=0.0, temperature=0.0, max_tokens=12).text
+            rows.append({"prompt": f"prompt {i}", "completion": text.strip() or "x"})
+        documents = [d for row in rows for d in train._documents(row, pair, False)]
+        for features in ("hidden", "logits", "both"):
+            switch, report = train.fit_switch(pair, documents, features, progress=no_bar)
+            assert report["nll_joint"] < report["nll_base"]
+            assert report["defer_rate"] > 0.5
+            assert report["nll_oracle"] <= report["nll_hard"] <= report["nll_base"]
+            assert (report["n_train"], report["n_valid"]) == (24, 6)
+            assert switch.needs_hidden == (features != "logits")
+        again, _ = train.fit_switch(pair, documents, "both", progress=no_bar)
+        assert np.array_equal(again.weight, switch.weight)
+
+
+def write_lines(path, lines) -> str:
+    path.write_bytes(b"\n".join(lines))
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        (b'{"prompt": "a", ', "line 2: "),
+        (b"[1, 2]", "line 2: expected a JSON object, got list"),
+        (b'{"prompt": "a", "completion": "  "}', "line 2: completion must be a text"),
+        (b'{"prompt": 3, "completion": "b"}', "line 2: prompt must be a text"),
+        (b'{"question": "a"}', "line 2: expected prompt and completion, or messages, or text"),
+        (b'{"messages": "hello"}', "line 2: messages must be a list"),
+        (b'{"messages": [{"role": "user", "content": "a"}]}', "line 2: messages must hold"),
+        (b'{"text": "\xff\xfe"}', "line 2: .*utf-8"),
+    ],
+)
+def test_a_bad_line_is_named_by_its_number(tiny_pair, tmp_path, line, words):
+    path = write_lines(tmp_path / "d.jsonl", [b'{"text": "good line"}', line])
+    with pytest.raises(DataError, match=words):
+        train.read_documents(path, tiny_pair)
+
+
+def test_no_data_is_an_error(tiny_pair, tmp_path):
+    with pytest.raises(DataError, match="No such file"):
+        train.read_documents(tmp_path / "absent", tiny_pair)
+    with pytest.raises(DataError, match="no documents"):
+        train.read_documents(write_lines(tmp_path / "e.jsonl", [b"", b"  "]), tiny_pair)
+    few = train.read_documents(write_lines(tmp_path / "f", [b'{"text": "ab cd"}']), tiny_pair)
+    with pytest.raises(DataError, match="expected at least 5"):
+        train.fit_switch(tiny_pair, few, "both", progress=no_bar)
+
+
+def test_documents_of_every_form(tiny_pair, tmp_path):
+    turns = [
+        {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"},
+        {"role": "user", "content": "c"}, {"role": "assistant", "content": "d"},
+    ]  # fmt: skip
+    lines = [{"text": "abc"}, {"prompt": "a", "completion": "b"}, {"messages": turns},
+             {"text": "w" * 1000}]  # fmt: skip
+    path = write_lines(tmp_path / "d.jsonl", [json.dumps(line).encode() for line in lines])
+    documents = train.read_documents(path, tiny_pair)
+    tokenize = tiny_pair.base.tokenize
+    assert len(documents) == 5
+    assert documents[0].tokens == tokenize("abc")
+    assert documents[0].start == 1
+    assert documents[1].tokens == [*tokenize("a"), *tokenize("b"), 0]
+    assert documents[2] == documents[1]
+    assert documents[3].tokens == [*tokenize("a\n\nb\n\nc"), *tokenize("d"), 0]
+    assert len(documents[4].tokens) == tiny_pair.n_ctx
+
+
+def test_a_place_that_cannot_be_written_is_found_before_the_work(tmp_path):
+    with pytest.raises(SwitchError, match="no such folder"):
+        train.check_writable(tmp_path / "absent" / "s.gguf")
+    with pytest.raises(SwitchError, match="is a folder"):
+        train.check_writable(tmp_path)
+    train.check_writable(tmp_path / "s.gguf")
+    assert list(tmp_path.iterdir()) == []
