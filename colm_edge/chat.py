@@ -1,0 +1,156 @@
+"""The interactive chat of `colm-edge run`: a terminal loop with /commands."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from colm_edge.cli import summary, write
+from colm_edge.errors import ColmError
+
+if TYPE_CHECKING:
+    from colm_edge.pair import Pair
+
+HELP = """\
+/help, /?            this list
+/set                 the settings and their values
+/set NAME VALUE      change one: threshold, defer_rate, temperature, top_k, top_p, min_p,
+                     repeat_penalty, seed, max_tokens, strategy
+/set system TEXT     the system prompt
+/show                the models and the switch
+/read FILE           ask with a file's text
+/regen               write the last answer again
+/clear               forget the conversation
+/bye, /exit, /quit   leave (or Ctrl-D)
+\"\"\"                  begins and ends a prompt of several lines
+Ctrl-C stops an answer and keeps what was written."""
+
+SETTINGS = {
+    "threshold": float, "defer_rate": float, "temperature": float, "top_k": int, "top_p": float,
+    "min_p": float, "repeat_penalty": float, "seed": int, "max_tokens": int, "strategy": str,
+}  # fmt: skip
+# Settings that say the same thing in two ways: the later one counts.
+RIVALS = {"threshold": "defer_rate", "defer_rate": "threshold"}
+
+
+class Chat:
+    """One conversation with a pair, typed at a terminal."""
+
+    def __init__(self, pair: Pair, system: str | None = None) -> None:
+        self.pair = pair
+        self.system = system
+        self.turns: list[dict[str, str]] = []
+
+    def loop(self) -> None:
+        """Read lines until /bye or the end of input."""
+        self._edit_lines()
+        click.echo("Ask something, or /help for the commands.", err=True)
+        while (line := self._read()) is not None:
+            try:
+                if not line.strip():
+                    continue
+                if not line.startswith("/"):
+                    self.ask(line)
+                elif not self.command(line):
+                    return
+            except ColmError as e:
+                click.echo(f"Error: {e}", err=True)
+
+    @staticmethod
+    def _edit_lines() -> None:
+        with suppress(ImportError):  # on Windows the console edits lines itself
+            import readline  # noqa: F401  (input() then edits lines and keeps a history)
+
+    @staticmethod
+    def _read() -> str | None:
+        """Return one prompt, None at the end of input."""
+        lines: list[str] = []
+        while True:
+            try:
+                line = input("... " if lines else ">>> ")
+            except EOFError:
+                click.echo()
+                return None
+            except KeyboardInterrupt:
+                lines = []
+                click.echo("\nUse Ctrl-D or /bye to leave.", err=True)
+                continue
+            if not lines and not line.startswith('"""'):
+                return line
+            lines.append(line)
+            text = "\n".join(lines)
+            if len(text) >= 6 and text.endswith('"""'):
+                return text[3:-3].strip("\n")
+
+    def ask(self, text: str) -> None:
+        """Add a turn, write the answer, keep both; a prompt that fails leaves no trace."""
+        system = [{"role": "system", "content": self.system}] if self.system else []
+        user = {"role": "user", "content": text}
+        stream = self.pair.stream_chat([*system, *self.turns, user])
+        stopped = write(stream)
+        answer = stream.answer()
+        click.echo(" (stopped)" if stopped else "")
+        click.echo(summary(answer.stats), err=True)
+        self.turns += [user, {"role": "assistant", "content": answer.text}]
+
+    def command(self, line: str) -> bool:
+        """Carry out a /command; False means leave."""
+        name, _, rest = line.strip().partition(" ")
+        rest = rest.strip()
+        match name:
+            case "/bye" | "/exit" | "/quit":
+                return False
+            case "/help" | "/?":
+                click.echo(HELP, err=True)
+            case "/clear":
+                self.turns.clear()
+                click.echo("The conversation is forgotten.", err=True)
+            case "/show":
+                click.echo(
+                    f"base    {self.pair.base.path}\nexpert  {self.pair.expert.path}\n"
+                    f"switch  {self.pair.switch.name}\ncontext {self.pair.n_ctx} tokens",
+                    err=True,
+                )
+            case "/set":
+                self._set(rest)
+            case "/regen":
+                if not self.turns:
+                    raise ColmError("there is no answer yet; ask something first")
+                user = self.turns[-2]["content"]
+                del self.turns[-2:]
+                self.ask(user)
+            case "/read":
+                try:
+                    text = Path(rest).expanduser().read_text(encoding="utf-8")
+                except (OSError, UnicodeDecodeError) as e:
+                    raise ColmError(f"cannot read {rest!r} ({e}); give a text file") from e
+                self.ask(text)
+            case _:
+                raise ColmError(f"no command {name}; /help lists them")
+        return True
+
+    def _set(self, rest: str) -> None:
+        name, _, value = rest.removeprefix("parameter ").partition(" ")
+        if not name:
+            defaults = self.pair.defaults
+            lines = [f"{key:15} {getattr(defaults, key)}" for key in SETTINGS]
+            click.echo("\n".join([*lines, f"{'system':15} {self.system}"]), err=True)
+            return
+        if name == "system":
+            self.system = value.strip().strip('"') or None
+            return
+        if name not in SETTINGS:
+            raise ColmError(f"no setting {name}; known: {', '.join(SETTINGS)}, system")
+        try:
+            converted: Any = SETTINGS[name](value)
+        except ValueError as e:
+            raise ColmError(
+                f"{name} is {value!r}; expected a {SETTINGS[name].__name__} number"
+            ) from e
+        changes = {name: converted}
+        if name in RIVALS:
+            changes[RIVALS[name]] = None
+        self.pair.defaults = self.pair.defaults.with_changes(**changes)

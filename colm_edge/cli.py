@@ -1,0 +1,306 @@
+"""The command line: parse, call, print."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from collections.abc import Callable
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from colm_edge.errors import ColmError
+
+if TYPE_CHECKING:
+    from colm_edge.decode import Stats, Step
+    from colm_edge.pair import Pair, Stream
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+
+class Group(click.Group):
+    """Turn what a user can mend into one line on stderr and exit code 1."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except ColmError as e:
+            raise click.ClickException(str(e)) from e
+
+
+@click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="colm-edge")
+@click.option("-v", "--verbose", is_flag=True, help="Show llama.cpp's log on stderr.")
+def main(verbose: bool) -> None:
+    """A small language model that calls an expert only for the tokens it needs."""
+    if verbose:
+        logging.basicConfig(level=logging.DEBUG, format="%(name)s: %(message)s")
+
+
+def model_options(command: Command) -> Command:
+    """Add the options that name the models, the same in every command."""
+    options = [
+        click.option("-m", "--model", metavar="GGUF", help="The base model."),
+        click.option("-me", "--model-expert", metavar="GGUF", help="The expert model."),
+        click.option(
+            "-sw",
+            "--switch",
+            metavar="FILE|entropy|margin|defer-row",
+            help="The switch: a trained one, an untrained rule (margin is the default beside two "
+            "models), or the <|defer|> row of a Co-LLM base.",
+        ),
+        click.option("--pair", metavar="NAME", help="A pair that models.txt names."),
+        click.option(
+            "-c", "--ctx-size", "n_ctx", type=click.IntRange(0), default=0,
+            help="Context in tokens; 0: what both models were trained for, at most 4096.",
+        ),
+        click.option(
+            "-t", "--threads", "n_threads", type=click.IntRange(0), default=0,
+            help="CPU threads; 0: every core.",
+        ),
+        click.option(
+            "-ngl", "--n-gpu-layers", type=int, default=0, help="Base layers put on the GPU."
+        ),
+        click.option(
+            "-ngle", "--n-gpu-layers-expert", type=int, help="Expert layers on the GPU [as -ngl]."
+        ),
+    ]  # fmt: skip
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+def decoding_options(command: Command) -> Command:
+    """Add the fields of Options; one that is not given keeps its default there."""
+    from colm_edge.decode import Options
+
+    defaults = Options()
+
+    def option(field: str, *names: str, help: str, type: Any = None, **more: Any) -> Any:
+        value = getattr(defaults, field)
+        if is_given(value):
+            help += f"  [default: {value}]"
+        return click.option(*names, field, type=type, default=None, help=help, **more)
+
+    options = [
+        option("max_tokens", "-n", "--n-predict", type=click.IntRange(-1),
+               help="Tokens to write at most; -1: until the end."),
+        option("threshold", "--threshold", type=click.FloatRange(0, 1),
+               help="Defer where p_defer is above it; 1: base alone, 0: expert alone."),
+        option("defer_rate", "--defer-rate", type=click.FloatRange(0, 1),
+               help="Share of tokens to defer, by the switch's calibration."),
+        option("strategy", "--strategy", type=click.Choice(["defer", "compose"]),
+               help="At a deferral: the expert's token, or that of the mixture."),
+        option("temperature", "--temp", type=click.FloatRange(0), help="0: greedy."),
+        option("top_k", "--top-k", type=click.IntRange(0), help="Keep the k likeliest; 0: all."),
+        option("top_p", "--top-p", type=click.FloatRange(0, 1), help="Keep this much probability."),
+        option("min_p", "--min-p", type=click.FloatRange(0, 1),
+               help="Drop what is less likely than this share of the likeliest."),
+        option("repeat_penalty", "--repeat-penalty", type=float, help="1: none."),
+        option("seed", "-s", "--seed", type=int, help="-1: another one each time."),
+        option("stop", "--stop", multiple=True, metavar="TEXT",
+               help="End the answer before this text; repeatable."),
+        option("raw", "--raw", is_flag=True, help="No chat template."),
+    ]  # fmt: skip
+    for decorate in reversed(options):
+        command = decorate(command)
+    return command
+
+
+def open_pair(
+    model: str | None,
+    model_expert: str | None,
+    switch: str | None,
+    pair: str | None,
+    **sizes: Any,
+) -> Pair:
+    """Load what the model options name and say on stderr what a user should know of it."""
+    from colm_edge.pair import load
+
+    loaded = load(model, model_expert, switch, pair=pair, **sizes)
+    if loaded.is_demo:
+        click.echo(
+            "The demonstration pair, tiny models on animals, elements and countries; for real "
+            "ones: -m BASE.gguf -me EXPERT.gguf",
+            err=True,
+        )
+    if model is not None and switch is None:
+        click.echo(
+            "No switch given (-sw): using margin, an untrained rule; `colm-edge train` fits one.",
+            err=True,
+        )
+    return loaded
+
+
+def is_given(value: Any) -> bool:
+    # By identity: 0 is a value, and equal to False.
+    return value is not None and value is not False and value != ()
+
+
+@main.command()
+@click.argument("prompt_words", metavar="[PROMPT]", required=False)
+@click.option("-p", "--prompt", help="The prompt; without one, standard input or a chat.")
+@click.option("-sys", "--system-prompt", "system", help="A system prompt.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object with every token.")
+@model_options
+@decoding_options
+def run(
+    prompt_words: str | None,
+    prompt: str | None,
+    system: str | None,
+    as_json: bool,
+    model: str | None,
+    model_expert: str | None,
+    switch: str | None,
+    pair: str | None,
+    n_ctx: int,
+    n_threads: int,
+    n_gpu_layers: int,
+    n_gpu_layers_expert: int | None,
+    **decoding: Any,
+) -> None:
+    """Answer PROMPT, or chat when there is none."""
+    if prompt_words is not None and prompt is not None:
+        raise click.UsageError("give the prompt once: as PROMPT or with -p")
+    prompt = prompt if prompt is not None else prompt_words
+    chatting = prompt is None and sys.stdin.isatty()
+    if chatting and as_json:
+        raise click.UsageError("--json needs a prompt")
+    if prompt is None and not chatting:
+        prompt = sys.stdin.read()
+    from colm_edge.decode import Options
+
+    options = Options(**{key: value for key, value in decoding.items() if is_given(value)})
+    with open_pair(
+        model, model_expert, switch, pair,
+        n_ctx=n_ctx, n_threads=n_threads, n_gpu_layers=n_gpu_layers,
+        n_gpu_layers_expert=n_gpu_layers_expert, defaults=options,
+    ) as loaded:  # fmt: skip
+        if prompt is None:
+            from colm_edge.chat import Chat
+
+            Chat(loaded, system).loop()
+            return
+        stream = loaded.stream(prompt, system=system)
+        if as_json:
+            for _ in stream:
+                pass
+            click.echo(json.dumps(describe(loaded, stream), ensure_ascii=False))
+            return
+        interrupted = write(stream)
+        click.echo()
+        click.echo(summary(stream.answer().stats), err=True)
+        if interrupted:
+            raise SystemExit(130)
+
+
+def write(stream: Stream) -> bool:
+    """Print steps as they come, the expert's marked on a terminal; say whether Ctrl-C ended it."""
+    marked = sys.stdout.isatty()
+    try:
+        for step in stream:
+            click.echo(mark(step) if marked else step.text, nl=False)
+    except KeyboardInterrupt:
+        stream.close()
+        return True
+    return False
+
+
+def mark(step: Step) -> str:
+    """Return a step's text; the expert's in colour and underlined, to read without colour too."""
+    if step.source == "base" or not step.text:
+        return step.text
+    return click.style(step.text, fg="cyan", underline=True)
+
+
+def summary(stats: Stats) -> str:
+    """Return the line that stands under an answer."""
+
+    def rate(n: int, seconds: float) -> str:
+        return f"{n / seconds:,.0f}" if n and seconds > 0 else "-"
+
+    # The base is evaluated once for every token, whoever writes it.
+    return (
+        f"{stats.n_generated} tokens, {stats.n_deferred} ({stats.defer_rate:.0%}) by the expert "
+        f"in {stats.expert_calls} calls ({stats.expert_tokens} tokens evaluated); tok/s: "
+        f"base {rate(stats.n_generated, stats.base_seconds)}, "
+        f"expert {rate(stats.expert_tokens, stats.expert_seconds)}, "
+        f"overall {rate(stats.n_generated, stats.total_seconds)}"
+    )
+
+
+def describe(pair: Pair, stream: Stream) -> dict[str, Any]:
+    """Return an answer as the object that --json prints."""
+    answer = stream.answer()
+    return {
+        "model": str(pair.base.path),
+        "expert": str(pair.expert.path),
+        "switch": pair.switch.name,
+        "threshold": answer.threshold,
+        "prompt_tokens": answer.prompt_tokens,
+        "text": answer.text,
+        "finish_reason": answer.finish_reason,
+        "tokens": [
+            {"id": s.token, "text": s.text, "source": s.source, "p_defer": s.p_defer}
+            for s in answer.steps
+        ],
+        "stats": asdict(answer.stats),
+    }
+
+
+@main.command()
+@click.option("--data", required=True, metavar="FILE.jsonl", help="Prompts with completions.")
+@click.option("--outfile", required=True, metavar="SWITCH.gguf", help="Where the switch goes.")
+@click.option(
+    "--features", type=click.Choice(["hidden", "logits", "both"]), default="both",
+    show_default=True, help="What the switch reads: hidden state, logit features, or both.",
+)  # fmt: skip
+@click.option("-s", "--seed", type=int, default=0, show_default=True, help="Of the data's split.")
+@click.option("--raw", is_flag=True, help="No chat template.")
+@model_options
+def train(
+    data: str,
+    outfile: str,
+    features: str,
+    seed: int,
+    raw: bool,
+    model: str | None,
+    model_expert: str | None,
+    switch: str | None,
+    pair: str | None,
+    n_ctx: int,
+    n_threads: int,
+    n_gpu_layers: int,
+    n_gpu_layers_expert: int | None,
+) -> None:
+    """Fit a switch for a base and an expert.
+
+    FILE.jsonl has one document a line: {"prompt", "completion"}, {"messages"} or {"text"}. Base
+    and expert stay as they are; the switch is written as GGUF, the last line printed is JSON.
+    """
+    if switch is not None:
+        raise click.UsageError("train makes the switch; leave out -sw")
+    from colm_edge.models import choose_pair
+    from colm_edge.pair import load
+    from colm_edge.train import check_writable, fit_switch, read_documents
+
+    files = choose_pair(model, model_expert, "margin", pair)
+    check_writable(outfile)
+    with load(
+        files.base, files.expert, "margin",
+        n_ctx=n_ctx, n_threads=n_threads, n_gpu_layers=n_gpu_layers,
+        n_gpu_layers_expert=n_gpu_layers_expert,
+    ) as loaded:  # fmt: skip
+        documents = read_documents(data, loaded, raw=raw)
+
+        def progress(name: str, total: int) -> Any:
+            return click.progressbar(
+                length=total, label=f"{name:>6}", file=sys.stderr, show_pos=True
+            )
+
+        head, report = fit_switch(loaded, documents, features, seed=seed, progress=progress)
+    head.save(outfile)
+    click.echo(f"{outfile}: written", err=True)
+    click.echo(json.dumps(report))
