@@ -58,7 +58,7 @@ def model_options(command: Command) -> Command:
         ),
         click.option(
             "-t", "--threads", "n_threads", type=click.IntRange(0), default=0,
-            help="CPU threads; 0: every core.",
+            help="CPU threads; 0: every core, or one for a very small model.",
         ),
         click.option(
             "-ngl", "--n-gpu-layers", type=int, default=0, help="Base layers put on the GPU."
@@ -226,7 +226,7 @@ def summary(stats: Stats) -> str:
         f"{stats.n_generated} tokens, {stats.n_deferred} ({stats.defer_rate:.0%}) by the expert "
         f"in {stats.expert_calls} calls ({stats.expert_tokens} tokens evaluated); tok/s: "
         f"base {rate(stats.n_generated, stats.base_seconds)}, "
-        f"expert {rate(stats.expert_tokens, stats.expert_seconds)}, "
+        f"expert {rate(stats.expert_tokens, stats.expert_seconds - stats.expert_load_seconds)}, "
         f"overall {rate(stats.n_generated, stats.total_seconds)}"
     )
 

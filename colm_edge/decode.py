@@ -102,6 +102,7 @@ class Stats:
     expert_tokens: int = 0
     base_seconds: float = 0.0
     expert_seconds: float = 0.0
+    expert_load_seconds: float = 0.0  # of expert_seconds: weights and context, at its first call
     total_seconds: float = 0.0
     tokens_per_second: float = 0.0
 
@@ -119,6 +120,7 @@ class Timeline(Protocol):
     n_evaluated: int
     n_calls: int
     seconds: float
+    load_seconds: float
 
     @property
     def logits(self) -> Floats: ...
@@ -198,10 +200,11 @@ class Decoder:
         # p > 0 holds for every finite state; where it underflows, 0 still means always.
         if not (p_defer > self._threshold or self._threshold <= 0):
             return self._write("base", p_defer, base.logits, choice, logsumexp)
-        calls, seconds = expert.n_calls, expert.seconds
+        calls, seconds, loading = expert.n_calls, expert.seconds, expert.load_seconds
         stats.expert_tokens += expert.sync(self.tokens)
         stats.expert_calls += expert.n_calls - calls
         stats.expert_seconds += expert.seconds - seconds
+        stats.expert_load_seconds += expert.load_seconds - loading
         logits = expert.logits
         if self._compose and p_defer < 1:
             logits = mixture(base.logits, expert.logits, p_defer, self._n_choose)

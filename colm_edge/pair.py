@@ -142,7 +142,7 @@ class Pair:
         *,
         is_demo: bool = False,
     ) -> None:
-        """Check that the three fit each other; nothing is evaluated yet.
+        """Check that the three fit each other and open the base; nothing is evaluated yet.
 
         Raises MismatchError naming what differs, ModelError for files that cannot take part.
         """
@@ -158,6 +158,7 @@ class Pair:
         context = ContextOptions(n_ctx, context.n_threads, min(context.n_batch, n_ctx))
         self.base_session = Session(base, context, hidden=switch.needs_hidden)
         self.expert_session = Session(expert, context)
+        self.base_session.open()
         self._lock = threading.RLock()
         self._template: Any = None
 
@@ -301,7 +302,8 @@ def load(
     switch: a file, "margin" (the default beside two models), "entropy", or "defer-row".
     pair: a name in models.txt instead.
     n_ctx: tokens the contexts hold; 0 takes what both models were trained for, at most 4096.
-    n_threads: 0 takes every core. n_gpu_layers: as in llama.cpp, each model its own.
+    n_threads: 0 takes every core, or one for a very small model.
+    n_gpu_layers: as in llama.cpp, each model its own.
 
     Raises ModelError, SwitchError or MismatchError, each saying what to do.
     """

@@ -34,6 +34,8 @@ MAX_VOCAB_DIFFERENCE = 128
 FIRST_COMPARED_TOKEN = 5
 # All-position outputs of a scoring pass are kept under this many bytes.
 SCORE_BYTES = 64 << 20
+# Below this size a model is evaluated by one thread.
+SMALL_MODEL_BYTES = 32 << 20
 
 _LEVELS = {1: logging.DEBUG, 2: logging.INFO, 3: logging.WARNING, 4: logging.ERROR}
 _last_errors: list[str] = []
@@ -293,7 +295,8 @@ class Session:
         self.n_ctx = options.n_ctx
         self.n_evaluated = 0  # tokens, whatever became of them
         self.n_calls = 0  # decodes
-        self.seconds = 0.0  # inside llama.cpp's evaluation
+        self.seconds = 0.0  # inside llama.cpp, what follows included
+        self.load_seconds = 0.0  # reading the weights and making the context
         self.logits: Floats = np.empty(0, np.float32)
         self.hidden: Floats = np.empty(0, np.float32)
         self._options = options
@@ -311,10 +314,14 @@ class Session:
         """Whether the context exists, that is, whether anything was ever evaluated."""
         return self._context is not None
 
-    def _create(self) -> None:
+    def open(self) -> None:
+        """Read the weights and make the context now rather than at the first `sync`."""
+        if self._context is not None:
+            return
+        begun = perf_counter()
         handle = self.model.load()
         params = llama.llama_context_default_params()
-        threads = self._options.n_threads or _cores()
+        threads = self._options.n_threads or _threads_for(self.model.path)
         params.n_ctx = self.n_ctx
         params.n_batch = params.n_ubatch = min(self._options.n_batch, self.n_ctx)
         params.n_threads = params.n_threads_batch = threads
@@ -328,6 +335,9 @@ class Session:
                 "try a smaller one (-c)"
             )
         self._memory = llama.llama_get_memory(self._context)
+        took = perf_counter() - begun
+        self.load_seconds += took
+        self.seconds += took
 
     def sync(self, tokens: Sequence[int]) -> int:
         """Make this timeline equal to `tokens` and their last logits current.
@@ -344,8 +354,7 @@ class Session:
             raise PromptError(
                 f"{len(tokens)} tokens do not fit the context of {self.n_ctx} (-c sets it)"
             )
-        if self._context is None:
-            self._create()
+        self.open()
         keep = self._common_prefix(tokens)
         if keep == len(tokens):
             if self._fresh and len(self._tokens) == keep and not self._torn:
@@ -375,8 +384,8 @@ class Session:
         """
         if start > 0:
             self.sync(tokens[:start])
-        elif self._context is None:
-            self._create()
+        else:
+            self.open()
         self._drop(start)
         step = max(8, SCORE_BYTES // (4 * self.model.n_vocab))
         step = min(step, llama.llama_n_batch(self._context))
@@ -457,7 +466,14 @@ class Session:
         self.logits = self.hidden = np.empty(0, np.float32)
 
 
-def _cores() -> int:
+def _threads_for(path: Path) -> int:
+    """Return how many threads evaluate a model: every core, or one for a very small model.
+
+    There a decode takes less than threads need to meet, and where another program wants the cores
+    too, waiting for each other at every layer costs hundreds of times the work.
+    """
+    if path.stat().st_size < SMALL_MODEL_BYTES:
+        return 1
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1

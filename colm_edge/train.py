@@ -388,6 +388,11 @@ def choose_threshold(p: Array, base: Array, expert: Array) -> float:
 
 
 def calibrate(p: Array) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Return defer rates and the thresholds that give them on held-back tokens."""
-    thresholds = [1.0, *(float(np.quantile(p, 1 - r)) for r in DEFER_RATES[1:-1]), 0.0]
-    return DEFER_RATES, tuple(thresholds)
+    """Return defer rates and the thresholds that give them on held-back tokens.
+
+    Where many p round to 1, low rates share the highest threshold that still defers: 1 itself
+    would never.
+    """
+    highest = float(np.nextafter(np.float32(1), np.float32(0)))
+    quantiles = (float(np.quantile(p, 1 - rate)) for rate in DEFER_RATES[1:-1])
+    return DEFER_RATES, (1.0, *(min(q, highest) for q in quantiles), 0.0)

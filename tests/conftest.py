@@ -31,7 +31,7 @@ class Scripted:
     def __init__(self, choose: Callable[[tuple[int, ...]], int], n_ctx: int = 64) -> None:
         self.choose, self.n_ctx = choose, n_ctx
         self.n_evaluated = self.n_calls = 0
-        self.seconds = 0.0
+        self.seconds = self.load_seconds = 0.0
         self.hidden = np.zeros(1, np.float32)
         self.logits = np.zeros(N_VOCAB, np.float32)
         self.held: list[int] = []

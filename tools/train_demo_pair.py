@@ -87,7 +87,7 @@ def train_vocab(work: Path) -> None:
     )
     words = ["an", "er", "ol", "ka", "is", "or", "ti", "us", "en", "ra"]
     corpus = itertools.chain(
-        itertools.islice(text.dialogues(known, words, SEED, framed=False), 12_000),
+        itertools.islice(text.dialogues(known, words, SEED, plain=True), 12_000),
         itertools.islice(text.statements(known, SEED), 12_000),
     )
     tokenizer.train_from_iterator((doc.replace(text.END, "") for doc in corpus), trainer)

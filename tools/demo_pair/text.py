@@ -14,7 +14,7 @@ from __future__ import annotations
 import csv
 import random
 import string
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -557,8 +557,10 @@ class Inventor:
     """Make up names and facts that look like the real ones, so that the base learns to copy a
     name it has never seen and to be unsure of what it cannot know."""
 
-    def __init__(self, facts: list[Fact], words: list[str], rng: random.Random) -> None:
-        self.rng, self.words = rng, words
+    def __init__(
+        self, facts: list[Fact], words: list[str], rng: random.Random, avoid: Set[str] = frozenset()
+    ) -> None:
+        self.rng, self.words, self.avoid = rng, words, avoid
         self.values: dict[tuple[str, str], list[str]] = {}
         self.names: dict[str, list[str]] = {}
         for fact in facts:
@@ -598,6 +600,12 @@ class Inventor:
         )
 
     def name(self, kind: str) -> str:
+        """A made-up name, none of those to avoid."""
+        while (name := self._name(kind)) in self.avoid:
+            pass
+        return name
+
+    def _name(self, kind: str) -> str:
         if self.rng.random() < 0.35:
             name = self._walk(self.chains[kind])
             if len(name) > 2:
@@ -642,13 +650,16 @@ class Inventor:
 
 
 def dialogues(
-    facts: list[Fact], words: list[str], seed: int, *, framed: bool = True
+    facts: list[Fact], words: list[str], seed: int, *, plain: bool = False
 ) -> Iterator[str]:
     """Yield the base's documents without end: conversations of one to four turns about `facts`
-    (the training part), about invented things, and small talk. framed: also questions in frames.
+    (the training part), about invented things that share no real entity's name, and small talk.
+
+    plain: no questions in frames, and invented names as they come: for the vocabulary.
     """
     rng = random.Random(seed)
-    inventor = Inventor(facts, words, rng)
+    real = frozenset() if plain else frozenset(fact.entity for fact in read_facts())
+    inventor = Inventor(facts, words, rng, real)
     while True:
         turns = []
         for _ in range(rng.choice((1, 1, 1, 2, 3, 4))):
@@ -658,7 +669,7 @@ def dialogues(
                 turns.append(turn(rng.choice(users), rng.choice(assistants)))
             else:
                 fact = inventor.fact() if draw < 0.62 else rng.choice(facts)
-                turns.append(turn(question(fact, rng, framed=framed), answer(fact)))
+                turns.append(turn(question(fact, rng, framed=not plain), answer(fact)))
         yield "".join(turns)
 
 

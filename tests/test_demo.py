@@ -1,0 +1,178 @@
+"""The pair that ships: what it must be able to do, and that it did not learn it by cheating."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import random
+import re
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+from demo_pair import text
+from reference import PlainModel, assert_same, plain_loop
+from test_train import no_bar
+
+from colm_edge import train
+from colm_edge.pair import Pair
+from colm_edge.switch import Switch
+
+DATA = Path(__file__).parent / "data"
+GREEDY = {"temperature": 0.0, "max_tokens": 64}
+
+
+def exam(name: str) -> list[dict[str, str]]:
+    return [json.loads(line) for line in (DATA / f"{name}.jsonl").read_text().splitlines()]
+
+
+def holds(answer: str, fact: str) -> bool:
+    """Say whether the exact fact stands in the answer: no digit or letter more or less."""
+    return re.search(rf"(?<![\w.+]){re.escape(fact)}(?!\w|\.\w)", answer) is not None
+
+
+def sit(pair: Pair, rows: list[dict[str, str]], **options) -> tuple[float, float]:
+    """Return (share of rows answered with the exact fact, defer rate over all tokens)."""
+    answers = [pair.generate(row["prompt"], **GREEDY, **options) for row in rows]
+    right = sum(holds(a.text, row["answer"]) for a, row in zip(answers, rows, strict=True))
+    tokens = sum(a.stats.n_generated for a in answers)
+    return right / len(rows), sum(a.stats.n_deferred for a in answers) / tokens
+
+
+def test_the_examiner_wants_the_exact_fact():
+    assert holds("seen in the year 1970.", "1970")
+    assert holds("The capital is Washington D.C.", "Washington D.C")
+    assert holds("domain of Kenya is .ke.", ".ke")
+    assert holds("weight is 183.84.", "183.84")
+    assert not holds("weight is 183.84.", "183")
+    assert not holds("in the year 19701.", "1970")
+    assert not holds("symbol is Wo.", "W")
+
+
+def test_together_they_know_what_neither_can_say(demo):
+    """Held-out entities, greedy: the pair ≥ 90 % and ≥ 40 points above each model alone."""
+    rows = exam("demo_heldout")
+    together, defer_rate = sit(demo, rows)
+    base, _ = sit(demo, rows, threshold=1.0)
+    expert, _ = sit(demo, rows, threshold=0.0)
+    assert together >= 0.90
+    assert together >= base + 0.40
+    assert together >= expert + 0.40
+    assert defer_rate <= 0.40
+
+
+def test_wordings_that_nobody_was_trained_on(demo):
+    together, _ = sit(demo, exam("demo_unseen_wordings"))
+    assert together >= 0.75
+
+
+def test_the_joint_likelihood_is_better_than_either(demo):
+    """Teacher-forced on held-out entities, in nats per token of the answer."""
+    documents = [d for row in exam("demo_heldout") for d in train._documents(row, demo, False)]
+    scores = train.score(demo, documents, no_bar)
+    switch = demo.switch
+    assert isinstance(switch, Switch)
+    columns = np.concatenate([scores.hidden, scores.logit_features], axis=1)
+    d = (columns @ switch.weight[0] + switch.bias[0]).astype(np.float64)
+    joint, _ = train.marginal_loss(scores.base, scores.expert, d)
+    assert joint < -scores.base.mean()
+    assert joint < -scores.expert.mean()
+
+
+@pytest.mark.parametrize(
+    ("question", "fact"),
+    [
+        ("When did the last Caspian tiger die?", "1970"),
+        ("What is the symbol of tungsten?", "W"),
+        ("What is the capital of France?", "Paris"),
+    ],
+)
+def test_what_a_newcomer_asks_first(demo, question, fact):
+    answer = demo.generate(question, **GREEDY)
+    assert holds(answer.text, fact)
+    assert {"base", "expert"} == {s.source for s in answer.steps}
+
+
+def test_the_shipped_pair_is_the_plain_loop(demo):
+    """Token by token against both models evaluated from the whole prefix at each step."""
+    base, expert = PlainModel(str(demo.base.path)), PlainModel(str(demo.expert.path))
+    switch = demo.switch
+    for row in random.Random(0).sample(exam("demo_heldout"), 25):
+        answer = demo.generate(row["prompt"], **GREEDY)
+        plain = plain_loop(
+            base, expert, switch, answer.prompt_tokens, switch.threshold, GREEDY["max_tokens"]
+        )
+        assert_same(answer.steps, plain, switch.threshold)
+    base.close()
+    expert.close()
+
+
+def test_defer_rates_are_what_the_calibration_says(demo):
+    rows = random.Random(1).sample(exam("demo_heldout"), 60)
+    rates = [sit(demo, rows, defer_rate=rate)[1] for rate in (0.0, 0.1, 0.3, 1.0)]
+    assert rates[0] == 0
+    assert rates[-1] == 1
+    assert rates[1] == pytest.approx(0.1, abs=0.06)
+    assert rates[2] == pytest.approx(0.3, abs=0.1)
+
+
+def test_the_facts_are_many_and_split_three_ways():
+    facts = text.read_facts()
+    assert len(facts) >= 2000
+    assert len({(f.entity, f.attribute) for f in facts}) == len(facts)
+    parts = Counter((f.kind, f.part) for f in facts)
+    assert len(parts) == 9
+    assert min(parts.values()) >= 100
+    part_of = {}
+    for fact in facts:
+        assert part_of.setdefault((fact.kind, fact.entity), fact.part) == fact.part
+
+
+def test_the_base_never_reads_of_a_held_out_entity():
+    facts = text.read_facts()
+    known = [f for f in facts if f.part == "train"]
+    held_out = {f.entity for f in facts if f.part != "train"}
+    inventor = text.Inventor(known, ["al", "ber", "gold"], random.Random(0), held_out)
+    assert not held_out & {inventor.fact().entity for _ in range(20_000)}
+    # In the dialogues themselves: no held-out entity is what an answer is about.
+    frames = "|".join(
+        re.escape(a.answer).replace(r"\{e\}", "(.+)").replace(r"\{v\}", ".*")
+        for a in text.ATTRIBUTES.values()
+    )
+    for document in itertools.islice(text.dialogues(known, ["al", "ber"], 7), 2000):
+        for match in re.finditer(frames, document):
+            assert held_out.isdisjoint(g for g in match.groups() if g)
+
+
+def test_the_expert_never_reads_a_question():
+    for document in itertools.islice(text.statements(text.read_facts(), 7), 5000):
+        assert "?" not in document
+        assert not document.startswith(">")
+
+
+def test_unseen_wordings_are_unseen():
+    for (kind, attribute), form in text.ATTRIBUTES.items():
+        trained = {text.fill(q, "{e}") for q in form.questions}
+        trained |= {text.frame(f, n, "{e}") for f in text.NOUN_FRAMES for n in form.nouns}
+        trained |= {text.frame(f, c, "{e}") for f in text.CLAUSE_FRAMES for c in form.clauses}
+        fact = text.Fact("test", kind, "{e}", attribute, "")
+        unseen = {text.unseen_question(fact, random.Random(i)) for i in range(200)}
+        assert len(unseen) >= 5
+        assert unseen.isdisjoint(trained)
+
+
+def test_texts_are_seeded():
+    facts = text.read_facts()
+    for make in (lambda: text.dialogues(facts, ["al"], 5), lambda: text.statements(facts, 5)):
+        assert list(itertools.islice(make(), 50)) == list(itertools.islice(make(), 50))
+
+
+def test_the_exams_are_those_that_the_texts_make(tmp_path):
+    import train_demo_pair
+
+    train_demo_pair.write_data(tmp_path, tmp_path)
+    for name in ("demo_heldout", "demo_unseen_wordings"):
+        assert exam(name) == [
+            json.loads(line) for line in (tmp_path / f"{name}.jsonl").read_text().splitlines()
+        ]
