@@ -11,8 +11,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from colm_edge.decode import Options, Stats, Step
+    from colm_edge.decode import Stats, Step
     from colm_edge.errors import ColmError
+    from colm_edge.options import Options
     from colm_edge.pair import Answer, Pair, Stream, load
     from colm_edge.switch import Switch
 
@@ -21,7 +22,7 @@ __all__ = [
 ]  # fmt: skip
 
 _HOMES = {
-    "Answer": "pair", "ColmError": "errors", "Options": "decode", "Pair": "pair",
+    "Answer": "pair", "ColmError": "errors", "Options": "options", "Pair": "pair",
     "Stats": "decode", "Step": "decode", "Stream": "pair", "Switch": "switch", "load": "pair",
 }  # fmt: skip
 

@@ -32,8 +32,6 @@ SETTINGS = {
     "threshold": float, "defer_rate": float, "temperature": float, "top_k": int, "top_p": float,
     "min_p": float, "repeat_penalty": float, "seed": int, "max_tokens": int, "strategy": str,
 }  # fmt: skip
-# Settings that say the same thing in two ways: the later one counts.
-RIVALS = {"threshold": "defer_rate", "defer_rate": "threshold"}
 
 
 class Chat:
@@ -119,13 +117,17 @@ class Chat:
             case "/regen":
                 if not self.turns:
                     raise ColmError("there is no answer yet; ask something first")
-                user = self.turns[-2]["content"]
+                last = self.turns[-2:]
                 del self.turns[-2:]
-                self.ask(user)
+                try:
+                    self.ask(last[0]["content"])
+                except ColmError:
+                    self.turns += last
+                    raise
             case "/read":
                 try:
                     text = Path(rest).expanduser().read_text(encoding="utf-8")
-                except (OSError, UnicodeDecodeError) as e:
+                except (OSError, RuntimeError, UnicodeDecodeError) as e:
                     raise ColmError(f"cannot read {rest!r} ({e}); give a text file") from e
                 self.ask(text)
             case _:
@@ -147,10 +149,6 @@ class Chat:
         try:
             converted: Any = SETTINGS[name](value)
         except ValueError as e:
-            raise ColmError(
-                f"{name} is {value!r}; expected a {SETTINGS[name].__name__} number"
-            ) from e
-        changes = {name: converted}
-        if name in RIVALS:
-            changes[RIVALS[name]] = None
-        self.pair.defaults = self.pair.defaults.with_changes(**changes)
+            kind = "whole number" if SETTINGS[name] is int else "number"
+            raise ColmError(f"{name} is {value!r}; expected a {kind}") from e
+        self.pair.defaults = self.pair.defaults.with_changes(**{name: converted})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import sys
@@ -27,7 +28,7 @@ class Group(click.Group):
         try:
             return super().invoke(ctx)
         except ColmError as e:
-            raise click.ClickException(str(e)) from e
+            raise click.ClickException(" ".join(str(e).split())) from e
 
 
 @click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"]})
@@ -53,7 +54,7 @@ def model_options(command: Command) -> Command:
         ),
         click.option("--pair", metavar="NAME", help="A pair that models.txt names."),
         click.option(
-            "-c", "--ctx-size", "n_ctx", type=click.IntRange(0), default=0,
+            "-c", "--ctx-size", "n_ctx", type=click.IntRange(0, 2**31 - 1), default=0,
             help="Context in tokens; 0: what both models were trained for, at most 4096.",
         ),
         click.option(
@@ -74,7 +75,7 @@ def model_options(command: Command) -> Command:
 
 def decoding_options(command: Command) -> Command:
     """Add the fields of Options; one that is not given keeps its default there."""
-    from colm_edge.decode import Options
+    from colm_edge.options import Options
 
     defaults = Options()
 
@@ -85,7 +86,7 @@ def decoding_options(command: Command) -> Command:
         return click.option(*names, field, type=type, default=None, help=help, **more)
 
     options = [
-        option("max_tokens", "-n", "--n-predict", type=click.IntRange(-1),
+        option("max_tokens", "-n", "--n-predict", type=click.IntRange(-1, 2**31 - 1),
                help="Tokens to write at most; -1: until the end."),
         option("threshold", "--threshold", type=click.FloatRange(0, 1),
                help="Defer where p_defer is above it; 1: base alone, 0: expert alone."),
@@ -94,12 +95,14 @@ def decoding_options(command: Command) -> Command:
         option("strategy", "--strategy", type=click.Choice(["defer", "compose"]),
                help="At a deferral: the expert's token, or that of the mixture."),
         option("temperature", "--temp", type=click.FloatRange(0), help="0: greedy."),
-        option("top_k", "--top-k", type=click.IntRange(0), help="Keep the k likeliest; 0: all."),
+        option("top_k", "--top-k", type=click.IntRange(0, 2**31 - 1),
+               help="Keep the k likeliest; 0: all."),
         option("top_p", "--top-p", type=click.FloatRange(0, 1), help="Keep this much probability."),
         option("min_p", "--min-p", type=click.FloatRange(0, 1),
                help="Drop what is less likely than this share of the likeliest."),
         option("repeat_penalty", "--repeat-penalty", type=float, help="1: none."),
-        option("seed", "-s", "--seed", type=int, help="-1: another one each time."),
+        option("seed", "-s", "--seed", type=click.IntRange(-1, 2**32 - 2),
+               help="-1: another one each time."),
         option("stop", "--stop", multiple=True, metavar="TEXT",
                help="End the answer before this text; repeatable."),
         option("raw", "--raw", is_flag=True, help="No chat template."),
@@ -126,7 +129,7 @@ def open_pair(
             "ones: -m BASE.gguf -me EXPERT.gguf",
             err=True,
         )
-    if model is not None and switch is None:
+    if switch is None and loaded.switch.name == "margin":
         click.echo(
             "No switch given (-sw): using margin, an untrained rule; `colm-edge train` fits one.",
             err=True,
@@ -165,12 +168,15 @@ def run(
     if prompt_words is not None and prompt is not None:
         raise click.UsageError("give the prompt once: as PROMPT or with -p")
     prompt = prompt if prompt is not None else prompt_words
-    chatting = prompt is None and sys.stdin.isatty()
+    # A process may be started without a standard input.
+    chatting = prompt is None and sys.stdin is not None and sys.stdin.isatty()
     if chatting and as_json:
         raise click.UsageError("--json needs a prompt")
     if prompt is None and not chatting:
-        prompt = sys.stdin.read()
-    from colm_edge.decode import Options
+        prompt = sys.stdin.buffer.read().decode("utf-8", "replace") if sys.stdin else ""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a console may lack a character of the answer
+    from colm_edge.options import Options
 
     options = Options(**{key: value for key, value in decoding.items() if is_given(value)})
     with open_pair(
@@ -257,13 +263,20 @@ def describe(pair: Pair, stream: Stream) -> dict[str, Any]:
     "--features", type=click.Choice(["hidden", "logits", "both"]), default="both",
     show_default=True, help="What the switch reads: hidden state, logit features, or both.",
 )  # fmt: skip
-@click.option("-s", "--seed", type=int, default=0, show_default=True, help="Of the data's split.")
+@click.option(
+    "--report-dir", metavar="DIR", type=click.Path(file_okay=False), help="Write report.json here."
+)
+@click.option(
+    "-s", "--seed", type=click.IntRange(0), default=0, show_default=True,
+    help="Of the data's split.",
+)  # fmt: skip
 @click.option("--raw", is_flag=True, help="No chat template.")
 @model_options
 def train(
     data: str,
     outfile: str,
     features: str,
+    report_dir: str | None,
     seed: int,
     raw: bool,
     model: str | None,
@@ -284,7 +297,7 @@ def train(
         raise click.UsageError("train makes the switch; leave out -sw")
     from colm_edge.models import choose_pair
     from colm_edge.pair import load
-    from colm_edge.train import check_writable, fit_switch, read_documents
+    from colm_edge.train import check_writable, fit_switch, read_documents, write_report
 
     files = choose_pair(model, model_expert, "margin", pair)
     check_writable(outfile)
@@ -303,4 +316,6 @@ def train(
         head, report = fit_switch(loaded, documents, features, seed=seed, progress=progress)
     head.save(outfile)
     click.echo(f"{outfile}: written", err=True)
+    if report_dir is not None:
+        write_report(report, report_dir)
     click.echo(json.dumps(report))

@@ -10,73 +10,19 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from time import perf_counter
-from typing import Any, Literal, Protocol
+from typing import Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from colm_edge import readout
-from colm_edge.errors import ColmError
+from colm_edge.errors import ModelError
 from colm_edge.switch import Reader
 
 Floats = npt.NDArray[np.float32]
 Source = Literal["base", "expert"]
-
-
-@dataclass(frozen=True)
-class Options:
-    """How an answer is written. Every default of CLI, server and Python API stands here.
-
-    Sampling follows llama.cpp: repeat penalty, top-k, top-p, min-p, temperature, in that order;
-    a temperature of 0 is greedy.
-    """
-
-    max_tokens: int = -1  # -1: until an end token or the end of the context
-    threshold: float | None = None  # None: the switch's own
-    defer_rate: float | None = None  # turned into a threshold by the switch's calibration
-    strategy: Literal["defer", "compose"] = "defer"
-    temperature: float = 0.8
-    top_k: int = 40
-    top_p: float = 0.95
-    min_p: float = 0.05
-    repeat_penalty: float = 1.0
-    repeat_last_n: int = 64
-    seed: int = -1  # -1: another one each time
-    stop: tuple[str, ...] = ()
-    raw: bool = False  # no chat template
-
-    def __post_init__(self) -> None:
-        if isinstance(self.stop, str):
-            object.__setattr__(self, "stop", (self.stop,))
-        object.__setattr__(self, "stop", tuple(self.stop))
-        limits: tuple[tuple[str, float | None, float, float], ...] = (
-            ("threshold", self.threshold, 0, 1),
-            ("defer_rate", self.defer_rate, 0, 1),
-            ("temperature", self.temperature, 0, math.inf),
-            ("top_p", self.top_p, 0, 1),
-            ("min_p", self.min_p, 0, 1),
-        )
-        for name, value, low, high in limits:
-            if value is not None and not low <= value <= high:
-                bounds = f"from {low} to {high}" if high < math.inf else f"{low} or more"
-                raise ColmError(f"{name} is {value}; expected a number {bounds}")
-        if self.repeat_penalty <= 0:
-            raise ColmError(f"repeat_penalty is {self.repeat_penalty}; expected more than 0")
-        if self.strategy not in ("defer", "compose"):
-            raise ColmError(f"strategy is {self.strategy!r}; expected 'defer' or 'compose'")
-        if self.threshold is not None and self.defer_rate is not None:
-            raise ColmError("threshold and defer_rate are two ways to say one thing; give one")
-        if "" in self.stop:
-            raise ColmError("a stop text is empty; give at least one character")
-
-    def with_changes(self, **changes: Any) -> Options:
-        try:
-            return replace(self, **changes)
-        except TypeError as e:
-            known = ", ".join(self.__dataclass_fields__)
-            raise ColmError(f"unknown option in {sorted(changes)}; known: {known}") from e
 
 
 @dataclass(slots=True)
@@ -129,7 +75,7 @@ class Timeline(Protocol):
     def sync(self, tokens: Sequence[int]) -> int: ...
 
 
-# Picks a token from logits (n_choose,) and hears of every token written.
+# Picks a token from logits (n_choose,).
 Sampler = Callable[[Floats], int]
 
 
@@ -137,6 +83,7 @@ class Decoder:
     """Two timelines and a switch at work; an iterator of steps.
 
     n_choose: ids at or above it are never written while the two work together.
+    defer_row: the id in the base's vocabulary that is the switch and no token, or -1.
     end_tokens: they end the answer and are no step of it.
     sample: None writes the likeliest token.
     """
@@ -153,6 +100,7 @@ class Decoder:
         end_tokens: frozenset[int],
         max_tokens: int = -1,
         compose: bool = False,
+        defer_row: int = -1,
         sample: Sampler | None = None,
         lock: threading.RLock | None = None,
     ) -> None:
@@ -162,6 +110,7 @@ class Decoder:
         self._base, self._expert, self._read = base, expert, read
         self._threshold, self._n_choose, self._end_tokens = threshold, n_choose, end_tokens
         self._max_tokens, self._compose, self._sample = max_tokens, compose, sample
+        self._defer_row = defer_row
         self._lock = lock or threading.RLock()
         self._expert_head = np.empty(len(readout.FEATURES), np.float32)
 
@@ -196,7 +145,10 @@ class Decoder:
         seconds = base.seconds
         base.sync(self.tokens)
         stats.base_seconds += base.seconds - seconds
-        p_defer, choice, logsumexp = self._read(base.logits, base.hidden)
+        try:
+            p_defer, choice, logsumexp = self._read(base.logits, base.hidden)
+        except ValueError as e:
+            raise ModelError(f"the base or the switch is broken: {e}; use another file") from e
         # p > 0 holds for every finite state; where it underflows, 0 still means always.
         if not (p_defer > self._threshold or self._threshold <= 0):
             return self._write("base", p_defer, base.logits, choice, logsumexp)
@@ -207,10 +159,14 @@ class Decoder:
         stats.expert_load_seconds += expert.load_seconds - loading
         logits = expert.logits
         if self._compose and p_defer < 1:
-            logits = mixture(base.logits, expert.logits, p_defer, self._n_choose)
-        choice, logsumexp = readout.read(
-            logits, None, None, None, None, self._expert_head, min(self._n_choose, len(logits)), -1
-        )
+            logits = mixture(base.logits, expert.logits, p_defer, self._n_choose, self._defer_row)
+        n_choose = min(self._n_choose, len(logits))
+        try:
+            choice, logsumexp = readout.read(
+                logits, None, None, None, None, self._expert_head, n_choose, -1
+            )
+        except ValueError as e:
+            raise ModelError(f"the expert is broken: {e}; use another file") from e
         return self._write("expert", p_defer, logits, choice, logsumexp)
 
     def _write(
@@ -221,8 +177,16 @@ class Decoder:
         return Step(choice, source, p_defer, float(logits[choice]) - logsumexp)
 
 
-def mixture(base: Floats, expert: Floats, p_defer: float, n_choose: int) -> Floats:
-    """Return log((1−p)·P_base + p·P_expert), shape (n_choose,): Co-LLM's equation 1."""
+def mixture(
+    base: Floats, expert: Floats, p_defer: float, n_choose: int, defer_row: int = -1
+) -> Floats:
+    """Return log((1−p)·P_base + p·P_expert), shape (n_choose,): Co-LLM's equation 1.
+
+    P_base is normalised without the defer row, if the base has one.
+    """
+    if defer_row >= 0:
+        base = base.copy()
+        base[defer_row] = -math.inf
 
     def log_softmax(logits: Floats) -> npt.NDArray[np.float64]:
         x = logits.astype(np.float64)

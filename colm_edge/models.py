@@ -62,7 +62,10 @@ def _resolve(reference: str) -> str:
     """Return the path of a reference; `package:` stands for the files that ship with colm-edge."""
     if reference.startswith("package:"):
         return str(_PACKAGE / "data" / reference.removeprefix("package:"))
-    return str(Path(reference).expanduser())
+    try:
+        return str(Path(reference).expanduser())
+    except RuntimeError as e:  # ~somebody who does not exist
+        raise ModelError(f"{reference}: {e}; give a path that exists") from e
 
 
 def choose_pair(

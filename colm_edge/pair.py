@@ -6,12 +6,13 @@ import codecs
 import os
 import threading
 from collections.abc import Generator, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Self
 
-from colm_edge.decode import Decoder, Options, Stats, Step
+from colm_edge.decode import Decoder, Stats, Step
 from colm_edge.errors import ColmError, PromptError
 from colm_edge.models import choose_pair
+from colm_edge.options import Options
 from colm_edge.sampling import ChainSampler
 from colm_edge.session import ContextOptions, Model, Session, shared_vocab
 from colm_edge.switch import DEFER_TOKEN, AnySwitch, DeferRow, load_switch
@@ -69,14 +70,12 @@ class Stream:
 
     def answer(self) -> Answer:
         """Return what was written so far (the whole answer, once the stream is exhausted)."""
-        stats = self._decoder.stats
-        stats.n_generated = len(self.steps)
-        stats.n_deferred = sum(step.source == "expert" for step in self.steps)
+        steps = list(self.steps)
+        deferred = sum(step.source == "expert" for step in steps)
+        stats = replace(self._decoder.stats, n_generated=len(steps), n_deferred=deferred)
         stats.finish()
-        text = "".join(step.text for step in self.steps)
-        return Answer(
-            text, self.steps, self.finish_reason, stats, self.prompt_tokens, self.threshold
-        )
+        text = "".join(step.text for step in steps)
+        return Answer(text, steps, self.finish_reason, stats, self.prompt_tokens, self.threshold)
 
     def _hand_out(self, step: Step) -> Step:
         self.steps.append(step)
@@ -88,11 +87,11 @@ class Stream:
         for step in self._decoder:
             step.text = utf8.decode(self._model.piece(step.token))
             held.append(step)
-            if utf8.getstate()[0]:
-                continue  # inside a character
-            if self._stop and self._cut_at_stop(held):
+            if self._cut_at_stop(held):
                 self._finish = "stop"
                 break
+            if utf8.getstate()[0]:
+                continue  # inside a character
             while held and not self._may_begin_stop(held):
                 yield self._hand_out(held.pop(0))
         if held and self._finish is None:
@@ -128,8 +127,9 @@ class Stream:
 class Pair:
     """A base, an expert and a switch that answer together. See `load`.
 
-    One answer is written at a time: threads take turns token by token, and each stream goes on
-    where it was, because a session evaluates whatever prefix it is handed.
+    Any thread may use it. `generate` and `chat` are written one after the other; streams take turns
+    token by token and stay right, since a session evaluates whatever prefix it is handed, but two
+    at once evaluate each other's prompts anew at every turn: better finish one before the next.
     """
 
     def __init__(
@@ -181,7 +181,7 @@ class Pair:
 
         options: fields of `Options`, or `system`, a system prompt.
         """
-        return _exhaust(self.stream(prompt, **options))
+        return self._exhaust(self.stream(prompt, **options))
 
     def stream(self, prompt: str, *, system: str | None = None, **options: Any) -> Stream:
         """Answer a prompt step by step; options as for `generate`."""
@@ -194,7 +194,7 @@ class Pair:
 
     def chat(self, messages: Sequence[Message], **options: Any) -> Answer:
         """Answer a conversation, a list of {"role", "content"}."""
-        return _exhaust(self.stream_chat(messages, **options))
+        return self._exhaust(self.stream_chat(messages, **options))
 
     def stream_chat(self, messages: Sequence[Message], **options: Any) -> Stream:
         """Answer a conversation step by step; options as for `generate`."""
@@ -214,20 +214,21 @@ class Pair:
         if not messages:
             raise PromptError("the conversation is empty; give at least one message")
         if raw or not self.base.chat_template:
-            return self.base.tokenize("\n\n".join(m["content"] for m in messages))
-        text = self.render(messages)
+            text = "\n\n".join(m["content"] for m in messages)
+        else:
+            text = self.render(messages)
         bos = self.base.bos_text
         return self.base.tokenize(text, bos=not (bos and text.startswith(bos)))
 
     def render(self, messages: Sequence[Message]) -> str:
         """Return a conversation as the chat template in the base's GGUF writes it."""
-        if self._template is None:
-            from llama_cpp.llama_chat_format import Jinja2ChatFormatter
+        from llama_cpp.llama_chat_format import Jinja2ChatFormatter
 
-            self._template = Jinja2ChatFormatter(
-                self.base.chat_template or "", self.base.eos_text, self.base.bos_text
-            )
         try:
+            if self._template is None:
+                self._template = Jinja2ChatFormatter(
+                    self.base.chat_template or "", self.base.eos_text, self.base.bos_text
+                )
             text: str = self._template(messages=[dict(m) for m in messages]).prompt
         except Exception as e:  # a template raises what it likes, for example on roles
             raise PromptError(f"the base's chat template refuses this conversation: {e}") from e
@@ -265,10 +266,17 @@ class Pair:
             end_tokens=self.base.end_tokens | self.expert.end_tokens,
             max_tokens=options.max_tokens,
             compose=options.strategy == "compose",
+            defer_row=-1 if row is None else row,
             sample=sample,
             lock=self._lock,
         )
         return Stream(decoder, self.base, options.stop, threshold)
+
+    def _exhaust(self, stream: Stream) -> Answer:
+        with self._lock:
+            for _ in stream:
+                pass
+        return stream.answer()
 
     def threshold(self, options: Options) -> float:
         """Return the threshold that the options ask for."""
@@ -277,12 +285,6 @@ class Pair:
         if options.defer_rate is not None:
             return self.switch.threshold_for(options.defer_rate)
         return self.switch.threshold
-
-
-def _exhaust(stream: Stream) -> Answer:
-    for _ in stream:
-        pass
-    return stream.answer()
 
 
 def load(

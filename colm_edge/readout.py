@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, SupportsIndex
 import numpy as np
 import numpy.typing as npt
 
+from colm_edge.errors import ColmError
+
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer
 
@@ -242,10 +244,12 @@ def _in_use() -> tuple[Read, str]:
     try:
         native = import_module("colm_edge._native")
     except ModuleNotFoundError as e:
-        raise ImportError(
+        raise ColmError(
             "the C extension colm_edge._native is not built; `pip install .` builds it, and "
             f"{VARIABLE}=numpy runs the slow implementation instead"
         ) from e
+    except ImportError as e:  # the variable names what this CPU cannot run
+        raise ColmError(str(e)) from e
     return native.read, native.implementation
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import ctypes
 import logging
 import os
+import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -79,11 +80,12 @@ class Model:
         self.n_gpu_layers = n_gpu_layers
         self._handle: Any = None
         self._loaded = False
+        # Loading the weights replaces the handle; others may be asking the vocabulary meanwhile.
+        self._lock = threading.RLock()
         self._check_file()
         self._handle = self._open(vocab_only=True)
-        if llama.llama_model_is_recurrent(self._handle) or llama.llama_model_is_hybrid(
-            self._handle
-        ):
+        handle = self._handle
+        if llama.llama_model_is_recurrent(handle) or llama.llama_model_is_hybrid(handle):
             self.close()
             raise ModelError(
                 f"{self.path}: a recurrent model cannot drop the end of its state, which "
@@ -115,35 +117,46 @@ class Model:
 
     def load(self) -> Any:
         """Return llama.cpp's model, reading the weights on the first call."""
-        if not self._loaded:
-            if self._handle is None:
-                raise ModelError(f"{self.path}: the model is closed")
-            full = self._open(vocab_only=False)
-            llama.llama_model_free(self._handle)
-            self._handle, self._loaded = full, True
-        return self._handle
+        with self._lock:
+            if not self._loaded:
+                self._check_open()
+                full = self._open(vocab_only=False)
+                llama.llama_model_free(self._handle)
+                self._handle, self._loaded = full, True
+            return self._handle
 
     @property
     def loaded(self) -> bool:
         return self._loaded
 
     def close(self) -> None:
-        if self._handle is not None:
-            llama.llama_model_free(self._handle)
-            self._handle, self._loaded = None, False
+        """Free the model; its sessions must be closed before it."""
+        with self._lock:
+            if self._handle is not None:
+                llama.llama_model_free(self._handle)
+                self._handle, self._loaded = None, False
+
+    def __del__(self) -> None:
+        if getattr(self, "_handle", None) is not None:
+            self.close()
+
+    def _check_open(self) -> Any:
+        if self._handle is None:
+            raise ModelError(f"{self.path}: the model is closed; load it again")
+        return self._handle
 
     @property
     def _vocab(self) -> Any:
-        if self._handle is None:
-            raise ModelError(f"{self.path}: the model is closed")
-        return llama.llama_model_get_vocab(self._handle)
+        return llama.llama_model_get_vocab(self._check_open())
 
     def metadata(self, key: str) -> str | None:
         """Return a GGUF key's value as text, or None."""
         size = 256
         while True:
             buffer = ctypes.create_string_buffer(size)
-            n = llama.llama_model_meta_val_str(self._handle, key.encode(), buffer, size)
+            with self._lock:
+                handle = self._check_open()
+                n = llama.llama_model_meta_val_str(handle, key.encode(), buffer, size)
             if n < 0:
                 return None
             if n < size:
@@ -183,7 +196,8 @@ class Model:
             size = 64
             while True:
                 buffer = ctypes.create_string_buffer(size)
-                n = llama.llama_token_to_piece(self._vocab, token, buffer, size, 0, False)
+                with self._lock:
+                    n = llama.llama_token_to_piece(self._vocab, token, buffer, size, 0, False)
                 if n >= 0:
                     break
                 size = -n
@@ -192,7 +206,8 @@ class Model:
 
     def token_text(self, token: int) -> str:
         """Return a token as the vocabulary spells it, special tokens included."""
-        text = llama.llama_vocab_get_text(self._vocab, token)
+        with self._lock:
+            text = llama.llama_vocab_get_text(self._vocab, token)
         return (text or b"").decode("utf-8", "replace")
 
     def tokenize(self, text: str, *, special: bool = True, bos: bool = True) -> list[int]:
@@ -205,7 +220,8 @@ class Model:
         size = len(raw) + 8
         while True:
             buffer = (llama.llama_token * size)()
-            n = llama.llama_tokenize(self._vocab, raw, len(raw), buffer, size, bos, special)
+            with self._lock:
+                n = llama.llama_tokenize(self._vocab, raw, len(raw), buffer, size, bos, special)
             if n >= 0:
                 return list(buffer[:n])
             size = -n
@@ -232,8 +248,9 @@ class Model:
     @cached_property
     def end_tokens(self) -> frozenset[int]:
         """Every token that ends a generation."""
-        vocab = self._vocab
-        return frozenset(i for i in range(self.n_vocab) if llama.llama_vocab_is_eog(vocab, i))
+        with self._lock:
+            vocab = self._vocab
+            return frozenset(i for i in range(self.n_vocab) if llama.llama_vocab_is_eog(vocab, i))
 
     def token_id(self, text: str) -> int | None:
         """Return the id of a token by its spelling; the added ones stand last."""
@@ -321,7 +338,7 @@ class Session:
         begun = perf_counter()
         handle = self.model.load()
         params = llama.llama_context_default_params()
-        threads = self._options.n_threads or _threads_for(self.model.path)
+        threads = self._options.n_threads or _threads_for(llama.llama_model_size(handle))
         params.n_ctx = self.n_ctx
         params.n_batch = params.n_ubatch = min(self._options.n_batch, self.n_ctx)
         params.n_threads = params.n_threads_batch = threads
@@ -412,10 +429,11 @@ class Session:
 
     def _drop(self, keep: int) -> None:
         """Forget every position from `keep` on."""
+        self._torn, self._fresh = True, False
+        del self._tokens[keep:]
         if not llama.llama_memory_seq_rm(self._memory, 0, keep, -1):
             raise ModelError(f"{self.model.path}: the model cannot drop the end of its state")
-        del self._tokens[keep:]
-        self._torn = self._fresh = False
+        self._torn = False
 
     def _decode(self, tokens: list[int], *, embeddings: bool) -> None:
         if not tokens:
@@ -465,14 +483,18 @@ class Session:
         self._embeddings, self._addresses = False, (0, 0)
         self.logits = self.hidden = np.empty(0, np.float32)
 
+    def __del__(self) -> None:
+        if getattr(self, "_context", None) is not None:
+            self.close()
 
-def _threads_for(path: Path) -> int:
+
+def _threads_for(n_bytes: int) -> int:
     """Return how many threads evaluate a model: every core, or one for a very small model.
 
     There a decode takes less than threads need to meet, and where another program wants the cores
     too, waiting for each other at every layer costs hundreds of times the work.
     """
-    if path.stat().st_size < SMALL_MODEL_BYTES:
+    if n_bytes < SMALL_MODEL_BYTES:
         return 1
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))

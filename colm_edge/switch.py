@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import os
+import tempfile
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -59,7 +60,7 @@ class Switch:
 
     features: column names in order; "hidden" stands for n_embd columns.
     weight (n_experts, n_columns) and bias (n_experts,), float32.
-    calibration: thresholds for defer rates, both ascending in the rate.
+    defer_rates, thresholds: the calibration, rising rates and the falling thresholds for them.
     """
 
     features: tuple[str, ...]
@@ -88,6 +89,14 @@ class Switch:
         numbers = (self.weight, self.bias, self.threshold, self.defer_rates, self.thresholds)
         if not all(np.isfinite(np.asarray(x)).all() for x in numbers):
             raise SwitchError(f"{self.name}: holds NaN or infinite numbers; train it again")
+        if not 0 <= self.threshold <= 1:
+            raise SwitchError(f"{self.name}: its threshold is {self.threshold}, expected 0 to 1")
+        rates, thresholds = self.defer_rates, self.thresholds
+        if list(rates) != sorted(rates) or list(thresholds) != sorted(thresholds, reverse=True):
+            raise SwitchError(
+                f"{self.name}: its calibration is out of order; expected rising defer rates and "
+                "falling thresholds"
+            )
         if len(self.defer_rates) != len(self.thresholds):
             raise SwitchError(
                 f"{self.name}: calibration has {len(self.defer_rates)} defer rates but "
@@ -153,8 +162,13 @@ class Switch:
         from gguf import GGUFWriter
 
         target = Path(path)
-        temporary = target.with_name(target.name + ".tmp")
-        writer = GGUFWriter(str(temporary), ARCHITECTURE)
+        try:
+            handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
+            os.close(handle)
+        except OSError as e:
+            raise SwitchError(f"{target}: cannot write the switch: {e.strerror or e}") from e
+        temporary = Path(name)
+        writer = GGUFWriter(name, ARCHITECTURE)
         writer.add_uint32("colm.switch.version", VERSION)
         writer.add_array("colm.switch.features", list(self.features))
         writer.add_uint32("colm.switch.n_embd", self.n_embd)
@@ -172,6 +186,7 @@ class Switch:
             writer.write_kv_data_to_file()
             writer.write_tensors_to_file()
             writer.close()
+            temporary.chmod(0o666 & ~_umask())  # mkstemp's files are private
             os.replace(temporary, target)
         except OSError as e:
             with suppress(OSError):
@@ -226,6 +241,14 @@ class Switch:
             )
         except KeyError as e:
             raise SwitchError(f"{path}: the switch lacks {e.args[0]}; train it again") from e
+        except (TypeError, ValueError) as e:
+            raise SwitchError(f"{path}: a key or tensor is not as it must be ({e})") from e
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
 
 
 def _floats(values: Any) -> tuple[float, ...]:

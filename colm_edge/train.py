@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -28,7 +29,8 @@ if TYPE_CHECKING:
 Array = npt.NDArray[np.float64]
 Loss = Callable[[Array], tuple[float, Array]]
 
-VALID_SHARE = 0.2  # of the documents
+VALID_SHARE = 0.2  # of the data's lines
+MIN_LINES = 5
 WEAK_POSITIVE_WEIGHT = 8.0  # of a weak label 1, as in the authors' script
 L2_GRID = (1e-2, 1e-3, 1e-4, 1e-5)  # on standardised weights
 DEFER_RATES = tuple(round(0.05 * i, 2) for i in range(21))
@@ -38,10 +40,11 @@ THRESHOLD_SLACK = 0.01
 
 @dataclass(frozen=True)
 class Document:
-    """Token ids, of which those from `start` on are scored."""
+    """Token ids, of which those from `start` on are scored; `line` is where they came from."""
 
     tokens: list[int]
     start: int
+    line: int
 
 
 @dataclass
@@ -54,7 +57,7 @@ class Scores:
     expert: Array
     base_right: npt.NDArray[np.bool_]  # the gold token is the model's likeliest
     expert_right: npt.NDArray[np.bool_]
-    document: npt.NDArray[np.int64]
+    line: npt.NDArray[np.int64]
 
     def take(self, rows: npt.NDArray[np.bool_]) -> Scores:
         return Scores(**{name: value[rows] for name, value in vars(self).items()})
@@ -77,12 +80,19 @@ def check_writable(path: str | os.PathLike[str]) -> None:
         raise SwitchError(f"{target} is a folder; give a file's name")
     if not folder.is_dir():
         raise SwitchError(f"{folder}: no such folder; make it first")
-    probe = target.with_name(target.name + ".tmp")
     try:
-        probe.write_bytes(b"")
-        probe.unlink()
+        tempfile.TemporaryFile(dir=folder).close()
     except OSError as e:
         raise SwitchError(f"{target}: cannot write there: {e.strerror or e}") from e
+
+
+def write_report(report: dict[str, Any], folder: str | os.PathLike[str]) -> None:
+    """Write report.json into a folder, which is made if need be."""
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        Path(folder, "report.json").write_text(json.dumps(report, indent=2) + "\n")
+    except OSError as e:
+        raise DataError(f"{folder}: cannot write the report: {e.strerror or e}") from e
 
 
 def read_documents(
@@ -98,8 +108,8 @@ def read_documents(
             for number, line in enumerate(file, 1):
                 if line.strip():
                     try:
-                        documents += _documents(json.loads(line), pair, raw)
-                    except (ValueError, PromptError) as e:
+                        documents += _documents(json.loads(line), pair, raw, number)
+                    except (ValueError, RecursionError, PromptError) as e:
                         raise DataError(f"{path}, line {number}: {e}") from e
     except OSError as e:
         raise DataError(f"{path}: {e.strerror or e}; expected a JSONL file") from e
@@ -108,12 +118,13 @@ def read_documents(
     return [d for d in documents if d.start < len(d.tokens)]
 
 
-def _documents(row: Any, pair: Pair, raw: bool) -> Iterator[Document]:
+def _documents(row: Any, pair: Pair, raw: bool, line: int) -> Iterator[Document]:
     if not isinstance(row, dict):
         raise ValueError(f"expected a JSON object, got {type(row).__name__}")
     if "text" in row:
-        tokens = pair.base.tokenize(_text(row, "text"))[: pair.n_ctx]
-        yield Document(tokens, 1)  # nothing stands before the first token to predict it from
+        tokens = pair.base.tokenize(_text(row, "text"))
+        # Nothing stands before the first token to predict it from.
+        yield _document(tokens, 1, pair, line)
         return
     if "messages" in row:
         messages = row["messages"]
@@ -135,8 +146,19 @@ def _documents(row: Any, pair: Pair, raw: bool) -> Iterator[Document]:
         completion = pair.base.tokenize(_text(messages[i], "content"), special=False, bos=False)
         if not completion:
             raise ValueError("the completion is empty")
-        tokens = [*prompt, *completion, pair.base.end_token][: pair.n_ctx]
-        yield Document(tokens, len(prompt))
+        # The end of the turn is learnt too, where both models have a token for it.
+        end = pair.base.end_token
+        ends = [end] if 0 <= end < pair.n_shared else []
+        yield _document([*prompt, *completion, *ends], len(prompt), pair, line)
+
+
+def _document(tokens: list[int], start: int, pair: Pair, line: int) -> Document:
+    alone = [token for token in tokens if token >= pair.n_shared]
+    if alone:
+        raise ValueError(
+            f"{pair.base.token_text(alone[0])!r} is a token of the base alone; leave it out"
+        )
+    return Document(tokens[: pair.n_ctx], start, line)
 
 
 def _text(row: dict[str, Any], key: str) -> str:
@@ -156,7 +178,7 @@ def score(pair: Pair, documents: list[Document], progress: MakeProgress) -> Scor
         expert=np.zeros(n),
         base_right=np.zeros(n, np.bool_),
         expert_right=np.zeros(n, np.bool_),
-        document=np.repeat(np.arange(len(documents)), [len(d.tokens) - d.start for d in documents]),
+        line=np.repeat([d.line for d in documents], [len(d.tokens) - d.start for d in documents]),
     )
     for name, session in (("base", pair.base_session), ("expert", pair.expert_session)):
         with progress(name, sum(len(d.tokens) for d in documents)) as bar:
@@ -305,27 +327,38 @@ def fit_switch(
 ) -> tuple[Switch, dict[str, Any]]:  # fmt: skip
     """Score the documents, fit a switch on one part of them and judge it on the other.
 
-    Returns the switch and a report; losses are nats per token of the held-back documents.
+    Returns the switch and a report; losses are nats per token of the held-back lines, on which
+    regularisation, threshold and calibration were chosen too: judge a switch on data of its own.
     Raises DataError when there are too few documents to hold any back.
     """
-    if len(documents) < 5:
-        raise DataError(f"{len(documents)} documents; expected at least 5, to hold one back")
+    lines = sorted({d.line for d in documents})
+    if len(lines) < MIN_LINES:
+        raise DataError(f"{len(lines)} documents; expected at least {MIN_LINES}, to hold one back")
     scores = score(pair, documents, progress)
-    order = np.random.default_rng(seed).permutation(len(documents))
-    held_back = order[: max(1, round(VALID_SHARE * len(documents)))]
-    is_valid = np.isin(scores.document, held_back)
+    order = np.random.default_rng(seed).permutation(lines)
+    held_back = order[: max(1, round(VALID_SHARE * len(lines)))]
+    is_valid = np.isin(scores.line, held_back)
     train, valid = scores.take(~is_valid), scores.take(is_valid)
     names = FEATURE_SETS[features]
     x_train, x_valid = _columns(train, names), _columns(valid, names)
 
+    def marginal(d: Array) -> tuple[float, Array]:
+        return marginal_loss(train.base, train.expert, d)
+
+    # The weak start helps where there are labels of both kinds and misleads where not: the fit is
+    # begun from it and from nothing, and goes on from the better.
+    starts: list[Head | None] = [None]
     label = (train.expert_right & ~train.base_right).astype(np.float64)
-    start = fit_head(x_train, lambda d: weak_loss(label, d), 1e-3)
+    if 0 < label.sum() < len(label):
+        starts.append(fit_head(x_train, lambda d: weak_loss(label, d), 1e-3))
     best: tuple[float, float, Head] | None = None
     for l2 in L2_GRID:
-        start = fit_head(x_train, lambda d: marginal_loss(train.base, train.expert, d), l2, start)
-        judged, _ = marginal_loss(valid.base, valid.expert, start(x_valid))
+        fits = [fit_head(x_train, marginal, l2, start) for start in starts]
+        fit = min(fits, key=lambda head: marginal(head(x_train))[0])
+        starts = [fit]
+        judged, _ = marginal_loss(valid.base, valid.expert, fit(x_valid))
         if best is None or judged < best[0]:
-            best = (judged, l2, start)
+            best = (judged, l2, fit)
     assert best is not None
     nll_joint, l2, head = best
 
@@ -352,7 +385,7 @@ def fit_switch(
         "defer_rate": float(deferred.mean()),
         "threshold": threshold,
         "l2": l2,
-        "n_train": len(documents) - len(held_back),
+        "n_train": len(lines) - len(held_back),
         "n_valid": len(held_back),
         "n_train_tokens": len(train.base),
         "n_valid_tokens": len(valid.base),
@@ -373,18 +406,25 @@ def choose_threshold(p: Array, base: Array, expert: Array) -> float:
     """Return the threshold whose hard decisions are likeliest on held-back tokens.
 
     Each token comes from the expert where p > threshold. Among thresholds within a hundredth of
-    the best gain over the base alone, the highest: the expert is the dearer model.
+    the best gain over the base alone, the highest: the expert is the dearer model. The result is
+    a float32, as the switch file holds it.
     """
+    levels = np.unique(p)
+    between = _below_one((levels[1:] + levels[:-1]) / 2)
+    candidates = np.unique(np.concatenate(([0.0], between, [1.0])))
     order = np.argsort(-p)
     # gain[k]: deferring the k tokens of highest p, in nats over the base alone.
     gain = np.concatenate(([0.0], np.cumsum((expert - base)[order])))
-    enough = gain.max() - THRESHOLD_SLACK * max(0.0, gain.max())
-    k = int(np.argmax(gain >= enough))
-    if k == 0:
-        return 1.0
-    above = float(p[order[k - 1]])
-    below = float(p[order[k]]) if k < len(p) else 0.0
-    return (above + below) / 2
+    # A candidate defers the tokens of p above it, whatever rounding and ties made of it.
+    gains = gain[np.searchsorted(-p[order], -candidates, side="left")]
+    enough = gains.max() - THRESHOLD_SLACK * max(0.0, gains.max())
+    return float(candidates[np.flatnonzero(gains >= enough)[-1]])
+
+
+def _below_one(p: Array) -> Array:
+    """Round to float32; what would round to 1, which never defers, to the number below it."""
+    highest = np.nextafter(np.float32(1), np.float32(0))
+    return np.minimum(p.astype(np.float32), highest).astype(np.float64)
 
 
 def calibrate(p: Array) -> tuple[tuple[float, ...], tuple[float, ...]]:
@@ -393,6 +433,5 @@ def calibrate(p: Array) -> tuple[tuple[float, ...], tuple[float, ...]]:
     Where many p round to 1, low rates share the highest threshold that still defers: 1 itself
     would never.
     """
-    highest = float(np.nextafter(np.float32(1), np.float32(0)))
-    quantiles = (float(np.quantile(p, 1 - rate)) for rate in DEFER_RATES[1:-1])
-    return DEFER_RATES, (1.0, *(min(q, highest) for q in quantiles), 0.0)
+    quantiles = _below_one(np.quantile(p, [1 - rate for rate in DEFER_RATES[1:-1]]))
+    return DEFER_RATES, (1.0, *(float(q) for q in quantiles), 0.0)

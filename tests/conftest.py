@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -77,12 +77,12 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 
 @pytest.fixture
-def tiny_pair(tiny: dict[str, str]) -> Pair:
+def tiny_pair(tiny: dict[str, str]) -> Iterator[Pair]:
     with load(tiny["base"], tiny["expert"], "margin", n_threads=1, n_ctx=256) as pair:
         yield pair
 
 
 @pytest.fixture(scope="session")
-def demo() -> Pair:
+def demo() -> Iterator[Pair]:
     with load(n_threads=1) as pair:
         yield pair

@@ -123,6 +123,26 @@ def test_errors_are_one_line_and_exit_1(tiny, tmp_path):
         assert sum(line.startswith("Error") for line in result.stderr.splitlines()) == 1
 
 
+def test_odd_surroundings_are_no_traceback(tiny):
+    """No standard input, bytes that are no text, an encoding that lacks the answer's characters,
+    an implementation that does not exist."""
+    command = [sys.executable, "-P", "-m", "colm_edge", "run", *models_of(tiny), "-n", "20"]
+    cases = [
+        ({"stdin": subprocess.DEVNULL}, {}, 1, "Error: the prompt is empty"),
+        ({"input": b"caf\xe9 and more"}, {}, 0, "tok/s"),
+        ({"input": b"hello"}, {"PYTHONIOENCODING": "ascii"}, 0, "tok/s"),
+        ({"input": b"hello"}, {"COLM_EDGE_NATIVE": "abacus"}, 1, "Error: COLM_EDGE_NATIVE: exp"),
+    ]
+    for source, environment, code, words in cases:
+        result = subprocess.run(
+            command, env={**os.environ, **environment}, capture_output=True, check=False, **source
+        )
+        assert result.returncode == code, result.stderr
+        last = result.stderr.decode(errors="replace").splitlines()[-1]
+        assert words in last
+        assert last.startswith("Error: ") == (code == 1)
+
+
 def test_wrong_usage_exits_2():
     for args in (["run", "--threshold", "7", "x"], ["run", "--nonsense"], ["train"], ["walk"]):
         assert invoke(*args).exit_code == 2
@@ -151,7 +171,7 @@ def test_train_writes_a_switch_that_runs(tiny, tmp_path):
 
 
 def test_help_and_import_load_nothing_heavy():
-    heavy = ["llama_cpp", "onnxruntime", "matplotlib", "torch", "starlette"]
+    heavy = ["numpy", "llama_cpp", "onnxruntime", "matplotlib", "torch", "starlette"]
     code = (
         "import sys, colm_edge\nfrom click.testing import CliRunner\n"
         "from colm_edge.cli import main\n"

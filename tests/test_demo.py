@@ -69,7 +69,7 @@ def test_wordings_that_nobody_was_trained_on(demo):
 
 def test_the_joint_likelihood_is_better_than_either(demo):
     """Teacher-forced on held-out entities, in nats per token of the answer."""
-    documents = [d for row in exam("demo_heldout") for d in train._documents(row, demo, False)]
+    documents = [d for row in exam("demo_heldout") for d in train._documents(row, demo, False, 0)]
     scores = train.score(demo, documents, no_bar)
     switch = demo.switch
     assert isinstance(switch, Switch)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import gc
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
 from conftest import TEMPLATE
+from make_random_pair import SHAPES, write_model
 from reference import PlainModel, assert_same, plain_loop
 
 import colm_edge
@@ -246,6 +248,50 @@ def test_leaving_a_stream_early_leaves_the_pair_usable(tiny_pair):
     assert tiny_pair.generate("hello", **GREEDY).text == whole
 
 
+def test_looking_at_an_answer_early_changes_nothing(tiny_pair):
+    whole = tiny_pair.generate("hello", stop=("never there",), **GREEDY)
+    stream = tiny_pair.stream("hello", stop=("never there",), **GREEDY)
+    first = next(stream)
+    early = stream.answer()
+    for _ in stream:
+        stream.answer()
+    assert early.steps == [first]
+    assert early.stats.n_generated == 1
+    assert stream.answer().text == whole.text
+    assert stream.answer().stats.n_generated == GREEDY["max_tokens"]
+
+
+def test_a_stop_before_a_broken_character_is_found():
+    answer = stream_of(b"ab STOP\xf0", ("STOP",))
+    assert "".join(s.text for s in answer) == "ab "
+
+
+def test_broken_models_are_named(tiny, tmp_path):
+    raw = bytearray(Path(tiny["base"]).read_bytes())
+    raw[-4000:] = np.full(1000, np.nan, np.float32).tobytes()
+    (tmp_path / "nan.gguf").write_bytes(raw)
+    for base, expert, threshold, words in (
+        (tmp_path / "nan.gguf", tiny["expert"], 0.5, "the base or the switch is broken"),
+        (tiny["base"], tmp_path / "nan.gguf", 0.0, "the expert is broken"),
+    ):
+        with (
+            load(base, expert, "margin", n_threads=1) as pair,
+            pytest.raises(ModelError, match=words),
+        ):
+            pair.generate("hello", threshold=threshold)
+
+
+@pytest.mark.parametrize("template", ["{% broken", "{{ raise_exception('only\\nusers') }}"])
+def test_templates_that_fail_are_refused(tiny, tmp_path, template):
+    path = tmp_path / "template.gguf"
+    write_model(path, SHAPES["tiny"], chat_template=template)
+    with (
+        load(path, tiny["expert"], "margin", n_threads=1) as pair,
+        pytest.raises(PromptError, match="chat template refuses"),
+    ):
+        pair.generate("hello")
+
+
 def test_threads_take_turns(tiny_pair):
     alone = [tiny_pair.generate(p, **GREEDY).text for p in ("hello", "other")]
     found: dict[str, str] = {}
@@ -296,6 +342,10 @@ def test_close_frees_and_says_so(tiny):
     with pytest.raises(ModelError, match="closed"):
         pair.generate("hello", **GREEDY)
     pair.close()
+    untouched = load(tiny["base"], tiny["expert"], n_threads=1)
+    untouched.close()
+    with pytest.raises(ModelError, match="closed"):
+        untouched.generate("hello", **GREEDY)
 
 
 def test_the_public_names_resolve():

@@ -122,8 +122,10 @@ def test_special_names_are_tokens_only_when_asked(model):
 def test_weights_are_read_at_the_first_evaluation(model):
     assert (model.n_vocab, model.n_embd, model.n_ctx_train) == (400, 64, 512)
     assert not model.loaded
-    Session(model, CONTEXT).sync([1])
+    session = Session(model, CONTEXT)
+    session.sync([1])
     assert model.loaded
+    session.close()
 
 
 def test_bad_files_are_refused_by_name(tiny, tmp_path):

@@ -35,7 +35,7 @@ def test_a_file_gives_back_the_switch(tmp_path):
     assert again.threshold == pytest.approx(0.37)
     assert again.threshold_for(0.25) == pytest.approx(0.7)
     assert again.threshold_for(0.0) == 1.0
-    assert not (tmp_path / "s.gguf.tmp").exists()
+    assert [p.name for p in tmp_path.iterdir()] == ["s.gguf"]
 
 
 def test_the_file_has_the_documented_keys(tmp_path):
@@ -102,6 +102,10 @@ def test_what_does_not_fit_is_named():
         Switch(("p1",), np.full((1, 1), np.nan, np.float32), np.zeros(1, np.float32), 6)
     with pytest.raises(SwitchError, match="2 defer rates but 1 thresholds"):
         make(defer_rates=(0.0, 1.0), thresholds=(1.0,))
+    with pytest.raises(SwitchError, match="threshold is 7"):
+        make(threshold=7.0)
+    with pytest.raises(SwitchError, match="out of order"):
+        make(defer_rates=(1.0, 0.0), thresholds=(0.0, 1.0))
     with pytest.raises(MismatchError, match="6 numbers, the base has 7"):
         make().reader(SimpleNamespace(n_embd=7, token_id=None), 4)
     # The logit features fit a base of any width.
@@ -143,10 +147,17 @@ def test_missing_keys_and_later_versions_are_refused(tmp_path):
             Switch.load(path)
 
 
-def test_an_unwritable_place_keeps_what_was_there(tmp_path):
+def test_a_failed_write_keeps_what_was_there(tmp_path, monkeypatch):
     make().save(tmp_path / "s.gguf")
     before = (tmp_path / "s.gguf").read_bytes()
-    (tmp_path / "s.gguf.tmp").mkdir()  # the temporary file's place is taken
-    with pytest.raises(SwitchError, match="cannot write"):
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.replace", full)
+    with pytest.raises(SwitchError, match="cannot write the switch: No space left"):
         make(seed=1).save(tmp_path / "s.gguf")
     assert (tmp_path / "s.gguf").read_bytes() == before
+    assert [p.name for p in tmp_path.iterdir()] == ["s.gguf"]
+    with pytest.raises(SwitchError, match="No such file"):
+        make().save(tmp_path / "absent" / "s.gguf")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from contextlib import nullcontext
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -131,6 +132,28 @@ def test_the_default_threshold_defers_what_pays():
     expert = np.where(expert_wins, -0.1, -3.0)
     assert choose_threshold(p, base, expert) == pytest.approx(0.405, abs=0.011)
     assert choose_threshold(p, expert * 0, expert) == 1.0  # an expert that never helps
+    assert choose_threshold(p, base, base + 1) < 0.01  # one that always does
+
+
+def test_thresholds_survive_float32_and_ties():
+    """p so near to 1 that they round to it, and many alike: the threshold still tells them apart
+    from the rest, in the precision of the file."""
+    p = np.array([1 - 1e-9] * 30 + [1 - 3e-8] * 20 + [0.2] * 50)
+    base, expert = np.full(100, -1.0), np.where(p > 0.5, -0.1, -3.0)
+    threshold = choose_threshold(p, base, expert)
+    assert threshold == np.float32(threshold) < 1
+    assert (p > np.float32(threshold)).sum() == 50
+    _, thresholds = calibrate(p)
+    assert all((p > np.float32(t)).any() for t in thresholds[1:])
+
+
+def test_the_joint_model_is_no_worse_than_either_alone():
+    """An expert better on every token and never right where the base is wrong: no weak label."""
+    rng = np.random.default_rng(0)
+    columns = rng.normal(size=(400, 3)).astype(np.float32)
+    base, expert = np.full(400, -5.3), np.full(400, -3.0)
+    found = fit_head(columns, lambda d: marginal_loss(base, expert, d), 1e-3)
+    assert marginal_loss(base, expert, found(columns))[0] == pytest.approx(3.0, abs=0.01)
 
 
 def test_scores_are_those_of_a_plain_evaluation(tiny):
@@ -139,12 +162,12 @@ def test_scores_are_those_of_a_plain_evaluation(tiny):
         rows = [("hello there", "general reply"), ("hello", "another one"), ("x", "é")]
         documents = [
             d for prompt, reply in rows
-            for d in train._documents({"prompt": prompt, "completion": reply}, pair, False)
+            for d in train._documents({"prompt": prompt, "completion": reply}, pair, False, 1)
         ]  # fmt: skip
         scores = train.score(pair, documents, no_bar)
     at = 0
     models = {name: PlainModel(tiny[name]) for name in ("base", "expert")}
-    for number, document in enumerate(documents):
+    for document in documents:
         assert document.tokens[-1] == 0  # the end of the turn is learnt too
         for position in range(document.start, len(document.tokens)):
             gold = document.tokens[position]
@@ -158,7 +181,7 @@ def test_scores_are_those_of_a_plain_evaluation(tiny):
                     assert scores.logit_features[at, 1] == pytest.approx(
                         logits.max() - np.logaddexp.reduce(logits), abs=2e-2
                     )
-            assert scores.document[at] == number
+            assert scores.line[at] == 1
             at += 1
     assert at == len(scores.base)
     for model in models.values():
@@ -172,10 +195,11 @@ def test_training_learns_to_call_the_model_that_writes_the_text(tiny):
         for i in range(30):
             text = pair.generate(f"prompt {i}", threshold=0.0, temperature=0.0, max_tokens=12).text
             rows.append({"prompt": f"prompt {i}", "completion": text.strip() or "x"})
-        documents = [d for row in rows for d in train._documents(row, pair, False)]
+        documents = [d for i, row in enumerate(rows) for d in train._documents(row, pair, False, i)]
         for features in ("hidden", "logits", "both"):
             switch, report = train.fit_switch(pair, documents, features, progress=no_bar)
             assert report["nll_joint"] < report["nll_base"]
+            assert report["nll_joint"] <= report["nll_expert"] + 0.05
             assert report["defer_rate"] > 0.5
             assert report["nll_oracle"] <= report["nll_hard"] <= report["nll_base"]
             assert (report["n_train"], report["n_valid"]) == (24, 6)
@@ -232,7 +256,8 @@ def test_documents_of_every_form(tiny_pair, tmp_path):
     assert documents[0].tokens == tokenize("abc")
     assert documents[0].start == 1
     assert documents[1].tokens == [*tokenize("a"), *tokenize("b"), 0]
-    assert documents[2] == documents[1]
+    assert documents[2] == replace(documents[1], line=3)
+    assert [d.line for d in documents] == [1, 2, 3, 3, 4]
     assert documents[3].tokens == [*tokenize("a\n\nb\n\nc"), *tokenize("d"), 0]
     assert len(documents[4].tokens) == tiny_pair.n_ctx
 
@@ -242,5 +267,13 @@ def test_a_place_that_cannot_be_written_is_found_before_the_work(tmp_path):
         train.check_writable(tmp_path / "absent" / "s.gguf")
     with pytest.raises(SwitchError, match="is a folder"):
         train.check_writable(tmp_path)
+    (tmp_path / "s.gguf.tmp").write_text("somebody's")
     train.check_writable(tmp_path / "s.gguf")
-    assert list(tmp_path.iterdir()) == []
+    assert [p.name for p in tmp_path.iterdir()] == ["s.gguf.tmp"]
+
+
+def test_tokens_of_the_base_alone_are_refused_by_line(tiny, tmp_path):
+    with load(tiny["defer"], tiny["expert"], "margin", n_threads=1) as pair:
+        path = write_lines(tmp_path / "d.jsonl", [b'{"text": "a <|pad|> b"}'])
+        with pytest.raises(DataError, match=r"line 1: '<\|pad\|>' is a token of the base alone"):
+            train.read_documents(path, pair)

@@ -1,0 +1,69 @@
+"""How an answer is written: every default of the CLI and the Python API stands here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from colm_edge.errors import ColmError
+
+
+@dataclass(frozen=True)
+class Options:
+    """Sampling follows llama.cpp: repeat penalty, top-k, top-p, min-p, temperature, in that order;
+    a temperature of 0 is greedy.
+    """
+
+    max_tokens: int = -1  # -1: until an end token or the end of the context
+    threshold: float | None = None  # None: the switch's own
+    defer_rate: float | None = None  # turned into a threshold by the switch's calibration
+    strategy: Literal["defer", "compose"] = "defer"
+    temperature: float = 0.8
+    top_k: int = 40
+    top_p: float = 0.95
+    min_p: float = 0.05
+    repeat_penalty: float = 1.0
+    repeat_last_n: int = 64
+    seed: int = -1  # -1: another one each time
+    stop: tuple[str, ...] = ()
+    raw: bool = False  # no chat template
+
+    def __post_init__(self) -> None:
+        if isinstance(self.stop, str):
+            object.__setattr__(self, "stop", (self.stop,))
+        object.__setattr__(self, "stop", tuple(self.stop))
+        limits: tuple[tuple[str, float | None, float, float], ...] = (
+            ("max_tokens", self.max_tokens, -1, 2**31 - 1),
+            ("threshold", self.threshold, 0, 1),
+            ("defer_rate", self.defer_rate, 0, 1),
+            ("temperature", self.temperature, 0, 1e6),
+            ("top_k", self.top_k, 0, 2**31 - 1),
+            ("top_p", self.top_p, 0, 1),
+            ("min_p", self.min_p, 0, 1),
+            ("repeat_penalty", self.repeat_penalty, 1e-6, 1e6),
+            ("repeat_last_n", self.repeat_last_n, 0, 2**31 - 1),
+            ("seed", self.seed, -1, 2**32 - 2),  # llama.cpp takes 2^32 - 1 for "draw one"
+        )
+        for name, value, low, high in limits:
+            if value is None:
+                continue
+            if not isinstance(value, int | float) or not low <= value <= high:
+                raise ColmError(f"{name} is {value!r}; expected a number from {low:g} to {high:g}")
+        if self.strategy not in ("defer", "compose"):
+            raise ColmError(f"strategy is {self.strategy!r}; expected 'defer' or 'compose'")
+        if self.threshold is not None and self.defer_rate is not None:
+            raise ColmError("threshold and defer_rate are two ways to say one thing; give one")
+        if "" in self.stop:
+            raise ColmError("a stop text is empty; give at least one character")
+
+    def with_changes(self, **changes: Any) -> Options:
+        """Return these options with others in their place; of threshold and defer_rate the one
+        that is changed counts. Raises ColmError for an unknown name or a value out of range."""
+        known = self.__dataclass_fields__
+        for name in changes:
+            if name not in known:
+                raise ColmError(f"unknown option {name!r}; known: {', '.join(known)}")
+        for name, rival in (("threshold", "defer_rate"), ("defer_rate", "threshold")):
+            if changes.get(name) is not None:
+                changes.setdefault(rival, None)
+        return replace(self, **changes)
