@@ -8,7 +8,8 @@ import logging
 import sys
 from collections.abc import Callable
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any, TypeVar
+from functools import wraps
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import click
 
@@ -41,10 +42,10 @@ def main(verbose: bool) -> None:
 
 
 def model_options(command: Command) -> Command:
-    """Add the options that name the models, the same in every command."""
+    """Add the options that name the models, the same in every command, gathered as `models`."""
     options = [
         click.option("-m", "--model", metavar="GGUF", help="The base model."),
-        click.option("-me", "--model-expert", metavar="GGUF", help="The expert model."),
+        click.option("-me", "--model-expert", "expert", metavar="GGUF", help="The expert model."),
         click.option(
             "-sw",
             "--switch",
@@ -68,20 +69,18 @@ def model_options(command: Command) -> Command:
             "-ngle", "--n-gpu-layers-expert", type=int, help="Expert layers on the GPU [as -ngl]."
         ),
     ]  # fmt: skip
-    for option in reversed(options):
-        command = option(command)
-    return command
+    return _gather(command, options, "models")
 
 
 def decoding_options(command: Command) -> Command:
-    """Add the fields of Options; one that is not given keeps its default there."""
+    """Add the fields of Options, gathered as `decoding`; what is not given keeps its default."""
     from colm_edge.options import Options
 
     defaults = Options()
 
     def option(field: str, *names: str, help: str, type: Any = None, **more: Any) -> Any:
         value = getattr(defaults, field)
-        if is_given(value):
+        if _is_given(value):
             help += f"  [default: {value}]"
         return click.option(*names, field, type=type, default=None, help=help, **more)
 
@@ -107,39 +106,51 @@ def decoding_options(command: Command) -> Command:
                help="End the answer before this text; repeatable."),
         option("raw", "--raw", is_flag=True, help="No chat template."),
     ]  # fmt: skip
-    for decorate in reversed(options):
-        command = decorate(command)
-    return command
+    return _gather(command, options, "decoding")
 
 
-def open_pair(
-    model: str | None,
-    model_expert: str | None,
-    switch: str | None,
-    pair: str | None,
-    **sizes: Any,
-) -> Pair:
+def _is_given(value: Any) -> bool:
+    # By identity: 0 is a value, and equal to False.
+    return value is not None and value is not False and value != ()
+
+
+def _gather(command: Command, options: list[Any], name: str) -> Command:
+    """Add click options and hand the values given to the command as one dict."""
+    keys: set[str] = set()
+
+    @wraps(command)
+    def gathering(**values: Any) -> Any:
+        chosen = {key: values.pop(key) for key in keys}
+        values[name] = {key: value for key, value in chosen.items() if _is_given(value)}
+        return command(**values)
+
+    def parameters() -> set[str]:
+        return {p.name for p in getattr(gathering, "__click_params__", [])}
+
+    before = parameters()
+    for option in reversed(options):
+        option(gathering)
+    keys.update(parameters() - before)
+    return cast(Command, gathering)
+
+
+def open_pair(models: dict[str, Any], **more: Any) -> Pair:
     """Load what the model options name and say on stderr what a user should know of it."""
     from colm_edge.pair import load
 
-    loaded = load(model, model_expert, switch, pair=pair, **sizes)
+    loaded = load(**models, **more)
     if loaded.is_demo:
         click.echo(
             "The demonstration pair, tiny models on animals, elements and countries; for real "
             "ones: -m BASE.gguf -me EXPERT.gguf",
             err=True,
         )
-    if switch is None and loaded.switch.name == "margin":
+    if "switch" not in models and loaded.switch.name == "margin":
         click.echo(
             "No switch given (-sw): using margin, an untrained rule; `colm-edge train` fits one.",
             err=True,
         )
     return loaded
-
-
-def is_given(value: Any) -> bool:
-    # By identity: 0 is a value, and equal to False.
-    return value is not None and value is not False and value != ()
 
 
 @main.command()
@@ -154,17 +165,12 @@ def run(
     prompt: str | None,
     system: str | None,
     as_json: bool,
-    model: str | None,
-    model_expert: str | None,
-    switch: str | None,
-    pair: str | None,
-    n_ctx: int,
-    n_threads: int,
-    n_gpu_layers: int,
-    n_gpu_layers_expert: int | None,
-    **decoding: Any,
+    models: dict[str, Any],
+    decoding: dict[str, Any],
 ) -> None:
     """Answer PROMPT, or chat when there is none."""
+    from colm_edge.options import Options
+
     if prompt_words is not None and prompt is not None:
         raise click.UsageError("give the prompt once: as PROMPT or with -p")
     prompt = prompt if prompt is not None else prompt_words
@@ -176,14 +182,7 @@ def run(
         prompt = sys.stdin.buffer.read().decode("utf-8", "replace") if sys.stdin else ""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a console may lack a character of the answer
-    from colm_edge.options import Options
-
-    options = Options(**{key: value for key, value in decoding.items() if is_given(value)})
-    with open_pair(
-        model, model_expert, switch, pair,
-        n_ctx=n_ctx, n_threads=n_threads, n_gpu_layers=n_gpu_layers,
-        n_gpu_layers_expert=n_gpu_layers_expert, defaults=options,
-    ) as loaded:  # fmt: skip
+    with open_pair(models, defaults=Options(**decoding)) as loaded:
         if prompt is None:
             from colm_edge.chat import Chat
 
@@ -279,33 +278,20 @@ def train(
     report_dir: str | None,
     seed: int,
     raw: bool,
-    model: str | None,
-    model_expert: str | None,
-    switch: str | None,
-    pair: str | None,
-    n_ctx: int,
-    n_threads: int,
-    n_gpu_layers: int,
-    n_gpu_layers_expert: int | None,
+    models: dict[str, Any],
 ) -> None:
     """Fit a switch for a base and an expert.
 
     FILE.jsonl has one document a line: {"prompt", "completion"}, {"messages"} or {"text"}. Base
     and expert stay as they are; the switch is written as GGUF, the last line printed is JSON.
     """
-    if switch is not None:
+    if "switch" in models:
         raise click.UsageError("train makes the switch; leave out -sw")
-    from colm_edge.models import choose_pair
     from colm_edge.pair import load
     from colm_edge.train import check_writable, fit_switch, read_documents, write_report
 
-    files = choose_pair(model, model_expert, "margin", pair)
     check_writable(outfile)
-    with load(
-        files.base, files.expert, "margin",
-        n_ctx=n_ctx, n_threads=n_threads, n_gpu_layers=n_gpu_layers,
-        n_gpu_layers_expert=n_gpu_layers_expert,
-    ) as loaded:  # fmt: skip
+    with load(**models, switch="margin") as loaded:
         documents = read_documents(data, loaded, raw=raw)
 
         def progress(name: str, total: int) -> Any:

@@ -34,8 +34,6 @@ MIN_LINES = 5
 WEAK_POSITIVE_WEIGHT = 8.0  # of a weak label 1, as in the authors' script
 L2_GRID = (1e-2, 1e-3, 1e-4, 1e-5)  # on standardised weights
 DEFER_RATES = tuple(round(0.05 * i, 2) for i in range(21))
-# A threshold may give up this share of the hard decisions' gain to defer less often.
-THRESHOLD_SLACK = 0.01
 
 
 @dataclass(frozen=True)
@@ -405,9 +403,8 @@ def _columns(scores: Scores, names: tuple[str, ...]) -> npt.NDArray[np.float32]:
 def choose_threshold(p: Array, base: Array, expert: Array) -> float:
     """Return the threshold whose hard decisions are likeliest on held-back tokens.
 
-    Each token comes from the expert where p > threshold. Among thresholds within a hundredth of
-    the best gain over the base alone, the highest: the expert is the dearer model. The result is
-    a float32, as the switch file holds it.
+    Each token comes from the expert where p > threshold. Of equally good thresholds the highest:
+    the expert is the dearer model. The result is a float32, as the switch file holds it.
     """
     levels = np.unique(p)
     between = _below_one((levels[1:] + levels[:-1]) / 2)
@@ -417,8 +414,7 @@ def choose_threshold(p: Array, base: Array, expert: Array) -> float:
     gain = np.concatenate(([0.0], np.cumsum((expert - base)[order])))
     # A candidate defers the tokens of p above it, whatever rounding and ties made of it.
     gains = gain[np.searchsorted(-p[order], -candidates, side="left")]
-    enough = gains.max() - THRESHOLD_SLACK * max(0.0, gains.max())
-    return float(candidates[np.flatnonzero(gains >= enough)[-1]])
+    return float(candidates[np.flatnonzero(gains == gains.max())[-1]])
 
 
 def _below_one(p: Array) -> Array:
