@@ -255,6 +255,11 @@ def describe(pair: Pair, stream: Stream) -> dict[str, Any]:
     }
 
 
+def progress(name: str, total: int) -> Any:
+    """Return a progress bar on stderr."""
+    return click.progressbar(length=total, label=f"{name:>7}", file=sys.stderr, show_pos=True)
+
+
 @main.command()
 @click.option("--data", required=True, metavar="FILE.jsonl", help="Prompts with completions.")
 @click.option("--outfile", required=True, metavar="SWITCH.gguf", help="Where the switch goes.")
@@ -287,21 +292,52 @@ def train(
     """
     if "switch" in models:
         raise click.UsageError("train makes the switch; leave out -sw")
+    from colm_edge.documents import read_rows, tokenized
     from colm_edge.pair import load
-    from colm_edge.train import check_writable, fit_switch, read_documents, write_report
+    from colm_edge.train import check_writable, fit_switch, write_report
 
     check_writable(outfile)
     with load(**models, switch="margin") as loaded:
-        documents = read_documents(data, loaded, raw=raw)
-
-        def progress(name: str, total: int) -> Any:
-            return click.progressbar(
-                length=total, label=f"{name:>6}", file=sys.stderr, show_pos=True
-            )
-
+        documents = tokenized(read_rows(data), loaded, raw=raw)
         head, report = fit_switch(loaded, documents, features, seed=seed, progress=progress)
     head.save(outfile)
     click.echo(f"{outfile}: written", err=True)
     if report_dir is not None:
         write_report(report, report_dir)
     click.echo(json.dumps(report))
+
+
+@main.command("eval")
+@click.option("--data", required=True, metavar="FILE.jsonl", help="Prompts with completions.")
+@click.option(
+    "--metric", type=click.Choice(["nll", "exact", "contains", "gsm8k", "steps"]), default="nll",
+    show_default=True, help="nll scores the data alone; the others judge generated answers too.",
+)  # fmt: skip
+@click.option("--limit", type=click.IntRange(1), help="Use the first lines only.")
+@click.option(
+    "-o", "--output", type=click.Choice(["md", "csv", "json"]), default="md", show_default=True
+)
+@model_options
+@decoding_options
+def eval_command(
+    data: str,
+    metric: str,
+    limit: int | None,
+    output: str,
+    models: dict[str, Any],
+    decoding: dict[str, Any],
+) -> None:
+    """Score base, expert and their collaboration on a JSONL file, beside simpler switches.
+
+    Answers are greedy unless --temp says otherwise.
+    """
+    from colm_edge.evaluate import evaluate, render
+    from colm_edge.options import Options
+
+    options = Options(**({"temperature": 0.0} | decoding))
+    with open_pair(models, defaults=options) as loaded:
+        table = evaluate(
+            loaded, data, options, metric=None if metric == "nll" else metric, limit=limit,
+            progress=progress,
+        )  # fmt: skip
+    click.echo(render(table, output))

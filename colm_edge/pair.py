@@ -6,6 +6,7 @@ import codecs
 import os
 import threading
 from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Self
 
@@ -277,6 +278,15 @@ class Pair:
             for _ in stream:
                 pass
         return stream.answer()
+
+    @contextmanager
+    def switched(self, switch: AnySwitch) -> Iterator[None]:
+        """Answer with another switch for a while; one that needs no more than the pair's own."""
+        own, self.switch = self.switch, switch
+        try:
+            yield
+        finally:
+            self.switch = own
 
     def threshold(self, options: Options) -> float:
         """Return the threshold that the options ask for."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +19,8 @@ import numpy as np
 import numpy.typing as npt
 
 from colm_edge import readout
-from colm_edge.errors import ColmError, DataError, PromptError, SwitchError
+from colm_edge.documents import Document
+from colm_edge.errors import ColmError, DataError, SwitchError
 from colm_edge.switch import FEATURE_SETS, HIDDEN, Switch
 
 if TYPE_CHECKING:
@@ -34,15 +35,6 @@ MIN_LINES = 5
 WEAK_POSITIVE_WEIGHT = 8.0  # of a weak label 1, as in the authors' script
 L2_GRID = (1e-2, 1e-3, 1e-4, 1e-5)  # on standardised weights
 DEFER_RATES = tuple(round(0.05 * i, 2) for i in range(21))
-
-
-@dataclass(frozen=True)
-class Document:
-    """Token ids, of which those from `start` on are scored; `line` is where they came from."""
-
-    tokens: list[int]
-    start: int
-    line: int
 
 
 @dataclass
@@ -91,79 +83,6 @@ def write_report(report: dict[str, Any], folder: str | os.PathLike[str]) -> None
         Path(folder, "report.json").write_text(json.dumps(report, indent=2) + "\n")
     except OSError as e:
         raise DataError(f"{folder}: cannot write the report: {e.strerror or e}") from e
-
-
-def read_documents(
-    path: str | os.PathLike[str], pair: Pair, *, raw: bool = False
-) -> list[Document]:
-    """Return a JSONL file's documents as token ids, prompts as `run` would write them.
-
-    Documents longer than the context are cut at a token. Raises DataError with the line's number.
-    """
-    documents: list[Document] = []
-    try:
-        with open(path, "rb") as file:
-            for number, line in enumerate(file, 1):
-                if line.strip():
-                    try:
-                        documents += _documents(json.loads(line), pair, raw, number)
-                    except (ValueError, RecursionError, PromptError) as e:
-                        raise DataError(f"{path}, line {number}: {e}") from e
-    except OSError as e:
-        raise DataError(f"{path}: {e.strerror or e}; expected a JSONL file") from e
-    if not documents:
-        raise DataError(f"{path}: no documents; expected one JSON object a line")
-    return [d for d in documents if d.start < len(d.tokens)]
-
-
-def _documents(row: Any, pair: Pair, raw: bool, line: int) -> Iterator[Document]:
-    if not isinstance(row, dict):
-        raise ValueError(f"expected a JSON object, got {type(row).__name__}")
-    if "text" in row:
-        tokens = pair.base.tokenize(_text(row, "text"))
-        # Nothing stands before the first token to predict it from.
-        yield _document(tokens, 1, pair, line)
-        return
-    if "messages" in row:
-        messages = row["messages"]
-        if not isinstance(messages, list) or not all(isinstance(m, dict) for m in messages):
-            raise ValueError("messages must be a list of objects with role and content")
-        turns = [i for i, m in enumerate(messages) if m.get("role") == "assistant"]
-        if not turns or turns[0] == 0:
-            raise ValueError("messages must hold an assistant's turn after another's")
-    elif "prompt" in row and "completion" in row:
-        messages = [
-            {"role": "user", "content": _text(row, "prompt")},
-            {"role": "assistant", "content": _text(row, "completion")},
-        ]
-        turns = [1]
-    else:
-        raise ValueError("expected prompt and completion, or messages, or text")
-    for i in turns:
-        prompt = pair.prompt_tokens(messages[:i], raw=raw)
-        completion = pair.base.tokenize(_text(messages[i], "content"), special=False, bos=False)
-        if not completion:
-            raise ValueError("the completion is empty")
-        # The end of the turn is learnt too, where both models have a token for it.
-        end = pair.base.end_token
-        ends = [end] if 0 <= end < pair.n_shared else []
-        yield _document([*prompt, *completion, *ends], len(prompt), pair, line)
-
-
-def _document(tokens: list[int], start: int, pair: Pair, line: int) -> Document:
-    alone = [token for token in tokens if token >= pair.n_shared]
-    if alone:
-        raise ValueError(
-            f"{pair.base.token_text(alone[0])!r} is a token of the base alone; leave it out"
-        )
-    return Document(tokens[: pair.n_ctx], start, line)
-
-
-def _text(row: dict[str, Any], key: str) -> str:
-    value = row.get(key)
-    if not isinstance(value, str) or not value.strip():
-        raise ValueError(f"{key} must be a text that is not empty")
-    return value
 
 
 def score(pair: Pair, documents: list[Document], progress: MakeProgress) -> Scores:

@@ -16,6 +16,8 @@ from reference import PlainModel, assert_same, plain_loop
 from test_train import no_bar
 
 from colm_edge import train
+from colm_edge.documents import tokenized
+from colm_edge.evaluate import contains
 from colm_edge.pair import Pair
 from colm_edge.switch import Switch
 
@@ -28,8 +30,7 @@ def exam(name: str) -> list[dict[str, str]]:
 
 
 def holds(answer: str, fact: str) -> bool:
-    """Say whether the exact fact stands in the answer: no digit or letter more or less."""
-    return re.search(rf"(?<![\w.+]){re.escape(fact)}(?!\w|\.\w)", answer) is not None
+    return bool(contains(answer, {"completion": "", "answer": fact}))
 
 
 def sit(pair: Pair, rows: list[dict[str, str]], **options) -> tuple[float, float]:
@@ -38,16 +39,6 @@ def sit(pair: Pair, rows: list[dict[str, str]], **options) -> tuple[float, float
     right = sum(holds(a.text, row["answer"]) for a, row in zip(answers, rows, strict=True))
     tokens = sum(a.stats.n_generated for a in answers)
     return right / len(rows), sum(a.stats.n_deferred for a in answers) / tokens
-
-
-def test_the_examiner_wants_the_exact_fact():
-    assert holds("seen in the year 1970.", "1970")
-    assert holds("The capital is Washington D.C.", "Washington D.C")
-    assert holds("domain of Kenya is .ke.", ".ke")
-    assert holds("weight is 183.84.", "183.84")
-    assert not holds("weight is 183.84.", "183")
-    assert not holds("in the year 19701.", "1970")
-    assert not holds("symbol is Wo.", "W")
 
 
 def test_together_they_know_what_neither_can_say(demo):
@@ -69,7 +60,7 @@ def test_wordings_that_nobody_was_trained_on(demo):
 
 def test_the_joint_likelihood_is_better_than_either(demo):
     """Teacher-forced on held-out entities, in nats per token of the answer."""
-    documents = [d for row in exam("demo_heldout") for d in train._documents(row, demo, False, 0)]
+    documents = tokenized(enumerate(exam("demo_heldout")), demo)
     scores = train.score(demo, documents, no_bar)
     switch = demo.switch
     assert isinstance(switch, Switch)

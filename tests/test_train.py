@@ -15,6 +15,7 @@ from reference import PlainModel
 from scipy import optimize
 
 from colm_edge import train
+from colm_edge.documents import read_rows, tokenized
 from colm_edge.errors import DataError, SwitchError
 from colm_edge.pair import load
 from colm_edge.train import Head, calibrate, choose_threshold, fit_head, marginal_loss, weak_loss
@@ -160,10 +161,9 @@ def test_scores_are_those_of_a_plain_evaluation(tiny):
     """Gold log-probabilities, features and right-or-wrong flags, position by position."""
     with load(tiny["base"], tiny["expert"], "margin", n_threads=1, n_ctx=256) as pair:
         rows = [("hello there", "general reply"), ("hello", "another one"), ("x", "é")]
-        documents = [
-            d for prompt, reply in rows
-            for d in train._documents({"prompt": prompt, "completion": reply}, pair, False, 1)
-        ]  # fmt: skip
+        documents = tokenized(
+            [(i, {"prompt": p, "completion": c}) for i, (p, c) in enumerate(rows)], pair
+        )
         scores = train.score(pair, documents, no_bar)
     at = 0
     models = {name: PlainModel(tiny[name]) for name in ("base", "expert")}
@@ -181,7 +181,7 @@ def test_scores_are_those_of_a_plain_evaluation(tiny):
                     assert scores.logit_features[at, 1] == pytest.approx(
                         logits.max() - np.logaddexp.reduce(logits), abs=2e-2
                     )
-            assert scores.line[at] == 1
+            assert scores.line[at] == document.line
             at += 1
     assert at == len(scores.base)
     for model in models.values():
@@ -195,7 +195,7 @@ def test_training_learns_to_call_the_model_that_writes_the_text(tiny):
         for i in range(30):
             text = pair.generate(f"prompt {i}", threshold=0.0, temperature=0.0, max_tokens=12).text
             rows.append({"prompt": f"prompt {i}", "completion": text.strip() or "x"})
-        documents = [d for i, row in enumerate(rows) for d in train._documents(row, pair, False, i)]
+        documents = tokenized(enumerate(rows), pair)
         for features in ("hidden", "logits", "both"):
             switch, report = train.fit_switch(pair, documents, features, progress=no_bar)
             assert report["nll_joint"] < report["nll_base"]
@@ -218,6 +218,7 @@ def write_lines(path, lines) -> str:
     [
         (b'{"prompt": "a", ', "line 2: "),
         (b"[1, 2]", "line 2: expected a JSON object, got list"),
+        (b"[" * 100_000, "line 2: "),
         (b'{"prompt": "a", "completion": "  "}', "line 2: completion must be a text"),
         (b'{"prompt": 3, "completion": "b"}', "line 2: prompt must be a text"),
         (b'{"question": "a"}', "line 2: expected prompt and completion, or messages, or text"),
@@ -229,15 +230,15 @@ def write_lines(path, lines) -> str:
 def test_a_bad_line_is_named_by_its_number(tiny_pair, tmp_path, line, words):
     path = write_lines(tmp_path / "d.jsonl", [b'{"text": "good line"}', line])
     with pytest.raises(DataError, match=words):
-        train.read_documents(path, tiny_pair)
+        tokenized(read_rows(path), tiny_pair)
 
 
 def test_no_data_is_an_error(tiny_pair, tmp_path):
     with pytest.raises(DataError, match="No such file"):
-        train.read_documents(tmp_path / "absent", tiny_pair)
+        tokenized(read_rows(tmp_path / "absent"), tiny_pair)
     with pytest.raises(DataError, match="no documents"):
-        train.read_documents(write_lines(tmp_path / "e.jsonl", [b"", b"  "]), tiny_pair)
-    few = train.read_documents(write_lines(tmp_path / "f", [b'{"text": "ab cd"}']), tiny_pair)
+        tokenized(read_rows(write_lines(tmp_path / "e.jsonl", [b"", b"  "])), tiny_pair)
+    few = tokenized([(1, {"text": "ab cd"})], tiny_pair)
     with pytest.raises(DataError, match="expected at least 5"):
         train.fit_switch(tiny_pair, few, "both", progress=no_bar)
 
@@ -250,7 +251,7 @@ def test_documents_of_every_form(tiny_pair, tmp_path):
     lines = [{"text": "abc"}, {"prompt": "a", "completion": "b"}, {"messages": turns},
              {"text": "w" * 1000}]  # fmt: skip
     path = write_lines(tmp_path / "d.jsonl", [json.dumps(line).encode() for line in lines])
-    documents = train.read_documents(path, tiny_pair)
+    documents = tokenized(read_rows(path), tiny_pair)
     tokenize = tiny_pair.base.tokenize
     assert len(documents) == 5
     assert documents[0].tokens == tokenize("abc")
@@ -276,4 +277,4 @@ def test_tokens_of_the_base_alone_are_refused_by_line(tiny, tmp_path):
     with load(tiny["defer"], tiny["expert"], "margin", n_threads=1) as pair:
         path = write_lines(tmp_path / "d.jsonl", [b'{"text": "a <|pad|> b"}'])
         with pytest.raises(DataError, match=r"line 1: '<\|pad\|>' is a token of the base alone"):
-            train.read_documents(path, pair)
+            tokenized(read_rows(path), pair)
