@@ -322,8 +322,9 @@ def _columns(scores: Scores, names: tuple[str, ...]) -> npt.NDArray[np.float32]:
 def choose_threshold(p: Array, base: Array, expert: Array) -> float:
     """Return the threshold whose hard decisions are likeliest on held-back tokens.
 
-    Each token comes from the expert where p > threshold. Of equally good thresholds the highest:
-    the expert is the dearer model. The result is a float32, as the switch file holds it.
+    Each token comes from the expert where p > threshold. Of the thresholds within one standard
+    error of the best the highest, as the expert is the dearer model: the rule of Breiman et al.,
+    Classification and Regression Trees, 1984. The result is a float32, as in the switch file.
     """
     levels = np.unique(p)
     between = _below_one((levels[1:] + levels[:-1]) / 2)
@@ -333,7 +334,9 @@ def choose_threshold(p: Array, base: Array, expert: Array) -> float:
     gain = np.concatenate(([0.0], np.cumsum((expert - base)[order])))
     # A candidate defers the tokens of p above it, whatever rounding and ties made of it.
     gains = gain[np.searchsorted(-p[order], -candidates, side="left")]
-    return float(candidates[np.flatnonzero(gains == gains.max())[-1]])
+    best = np.where(p > candidates[gains.argmax()], expert, base)
+    error = float(best.std()) * np.sqrt(len(best))  # of a sum over all tokens
+    return float(candidates[np.flatnonzero(gains >= gains.max() - error)[-1]])
 
 
 def _below_one(p: Array) -> Array:

@@ -133,7 +133,7 @@ def test_the_default_threshold_defers_what_pays():
     expert = np.where(expert_wins, -0.1, -3.0)
     assert choose_threshold(p, base, expert) == pytest.approx(0.405, abs=0.011)
     assert choose_threshold(p, expert * 0, expert) == 1.0  # an expert that never helps
-    assert choose_threshold(p, base, base + 1) < 0.01  # one that always does
+    assert choose_threshold(p, p * 0 - 2.0, p * 0 - 1.0) < 0.02  # one that always does
 
 
 def test_thresholds_survive_float32_and_ties():
