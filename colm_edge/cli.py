@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 import click
 
 from colm_edge.errors import ColmError
+from colm_edge.terminal import Chat, summary, write
 
 if TYPE_CHECKING:
-    from colm_edge.decode import Stats, Step
     from colm_edge.pair import Pair, Stream
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -184,8 +184,6 @@ def run(
         sys.stdout.reconfigure(errors="replace")  # a console may lack a character of the answer
     with open_pair(models, defaults=Options(**decoding)) as loaded:
         if prompt is None:
-            from colm_edge.chat import Chat
-
             Chat(loaded, system).loop()
             return
         stream = loaded.stream(prompt, system=system)
@@ -199,41 +197,6 @@ def run(
         click.echo(summary(stream.answer().stats), err=True)
         if interrupted:
             raise SystemExit(130)
-
-
-def write(stream: Stream) -> bool:
-    """Print steps as they come, the expert's marked on a terminal; say whether Ctrl-C ended it."""
-    marked = sys.stdout.isatty()
-    try:
-        for step in stream:
-            click.echo(mark(step) if marked else step.text, nl=False)
-    except KeyboardInterrupt:
-        stream.close()
-        return True
-    return False
-
-
-def mark(step: Step) -> str:
-    """Return a step's text; the expert's in colour and underlined, to read without colour too."""
-    if step.source == "base" or not step.text:
-        return step.text
-    return click.style(step.text, fg="cyan", underline=True)
-
-
-def summary(stats: Stats) -> str:
-    """Return the line that stands under an answer."""
-
-    def rate(n: int, seconds: float) -> str:
-        return f"{n / seconds:,.0f}" if n and seconds > 0 else "-"
-
-    # The base is evaluated once for every token, whoever writes it.
-    return (
-        f"{stats.n_generated} tokens, {stats.n_deferred} ({stats.defer_rate:.0%}) by the expert "
-        f"in {stats.expert_calls} calls ({stats.expert_tokens} tokens evaluated); tok/s: "
-        f"base {rate(stats.n_generated, stats.base_seconds)}, "
-        f"expert {rate(stats.expert_tokens, stats.expert_seconds - stats.expert_load_seconds)}, "
-        f"overall {rate(stats.n_generated, stats.total_seconds)}"
-    )
 
 
 def describe(pair: Pair, stream: Stream) -> dict[str, Any]:

@@ -1,18 +1,19 @@
-"""The interactive chat of `colm-edge run`: a terminal loop with /commands."""
+"""What `colm-edge run` shows: marked tokens, the summary, and a chat with /commands."""
 
 from __future__ import annotations
 
+import sys
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from colm_edge.cli import summary, write
 from colm_edge.errors import ColmError
 
 if TYPE_CHECKING:
-    from colm_edge.pair import Pair
+    from colm_edge.decode import Stats, Step
+    from colm_edge.pair import Pair, Stream
 
 HELP = """\
 /help, /?            this list
@@ -32,6 +33,41 @@ SETTINGS = {
     "threshold": float, "defer_rate": float, "temperature": float, "top_k": int, "top_p": float,
     "min_p": float, "repeat_penalty": float, "seed": int, "max_tokens": int, "strategy": str,
 }  # fmt: skip
+
+
+def write(stream: Stream) -> bool:
+    """Print steps as they come, the expert's marked on a terminal; say whether Ctrl-C ended it."""
+    marked = sys.stdout.isatty()
+    try:
+        for step in stream:
+            click.echo(mark(step) if marked else step.text, nl=False)
+    except KeyboardInterrupt:
+        stream.close()
+        return True
+    return False
+
+
+def mark(step: Step) -> str:
+    """Return a step's text; the expert's in colour and underlined, to read without colour too."""
+    if step.source == "base" or not step.text:
+        return step.text
+    return click.style(step.text, fg="cyan", underline=True)
+
+
+def summary(stats: Stats) -> str:
+    """Return the line that stands under an answer."""
+
+    def rate(n: int, seconds: float) -> str:
+        return f"{n / seconds:,.0f}" if n and seconds > 0 else "-"
+
+    # The base is evaluated once for every token, whoever writes it.
+    return (
+        f"{stats.n_generated} tokens, {stats.n_deferred} ({stats.defer_rate:.0%}) by the expert "
+        f"in {stats.expert_calls} calls ({stats.expert_tokens} tokens evaluated); tok/s: "
+        f"base {rate(stats.n_generated, stats.base_seconds)}, "
+        f"expert {rate(stats.expert_tokens, stats.expert_seconds - stats.expert_load_seconds)}, "
+        f"overall {rate(stats.n_generated, stats.total_seconds)}"
+    )
 
 
 class Chat:
