@@ -344,6 +344,8 @@ def write_data(work: Path, exams: Path) -> None:
         (exams / "demo_unseen_wordings.jsonl", test, True, 1),
     ):
         rows = list(text.exam(part, unseen=unseen, seed=SEED, per_fact=per_fact))
+        if part is switch:  # it must learn as well when the base can do alone
+            rows += [row for row in text.small_talk() for _ in range(8)]
         random.Random(SEED).shuffle(rows)
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
         print(f"{path}: {len(rows)} lines")

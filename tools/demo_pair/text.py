@@ -701,6 +701,13 @@ def exam(
             }
 
 
+def small_talk() -> Iterator[dict[str, str]]:
+    """Yield every greeting and the like with its answer."""
+    for users, assistants in SMALL_TALK:
+        for user in users:
+            yield {"prompt": user, "completion": assistants[0]}
+
+
 def unseen_question(fact: Fact, rng: random.Random) -> str:
     form = ATTRIBUTES[fact.kind, fact.attribute]
     draw = rng.random()
