@@ -63,7 +63,8 @@ def summary(stats: Stats) -> str:
     # The base is evaluated once for every token, whoever writes it.
     return (
         f"{stats.n_generated} tokens, {stats.n_deferred} ({stats.defer_rate:.0%}) by the expert "
-        f"in {stats.expert_calls} calls ({stats.expert_tokens} tokens evaluated); tok/s: "
+        f"in {stats.expert_calls} call{'s' * (stats.expert_calls != 1)} "
+        f"({stats.expert_tokens} tokens evaluated); tok/s: "
         f"base {rate(stats.n_generated, stats.base_seconds)}, "
         f"expert {rate(stats.expert_tokens, stats.expert_seconds - stats.expert_load_seconds)}, "
         f"overall {rate(stats.n_generated, stats.total_seconds)}"

@@ -21,8 +21,8 @@ def main() -> None:
         raise SystemExit((__doc__ or "").strip())
     rows: list[str] = []
     with load() as pair:
+        pair.generate("When was gold discovered?", temperature=0)  # loads both models
         for question in questions:
-            pair.generate(question, temperature=0)  # warm, so that the figures are
             answer = pair.generate(question, temperature=0)
             spans = "".join(
                 f'<tspan class="{step.source}">{escape(step.text)}</tspan>' for step in answer.steps
