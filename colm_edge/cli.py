@@ -141,8 +141,8 @@ def open_pair(models: dict[str, Any], **more: Any) -> Pair:
     loaded = load(**models, **more)
     if loaded.is_demo:
         click.echo(
-            "The demonstration pair, tiny models on animals, elements and countries; for real "
-            "ones: -m BASE.gguf -me EXPERT.gguf",
+            "A demonstration pair (animals, elements, countries). "
+            "Real models: -m BASE.gguf -me EXPERT.gguf",
             err=True,
         )
     if "switch" not in models and loaded.switch.name == "margin":
