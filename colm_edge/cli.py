@@ -231,7 +231,10 @@ def progress(name: str, total: int) -> Any:
     show_default=True, help="What the switch reads: hidden state, logit features, or both.",
 )  # fmt: skip
 @click.option(
-    "--report-dir", metavar="DIR", type=click.Path(file_okay=False), help="Write report.json here."
+    "--report-dir",
+    metavar="DIR",
+    type=click.Path(file_okay=False),
+    help="Write figures, pictures and coloured texts here.",
 )
 @click.option(
     "-s", "--seed", type=click.IntRange(0), default=0, show_default=True,
@@ -257,17 +260,25 @@ def train(
         raise click.UsageError("train makes the switch; leave out -sw")
     from colm_edge.documents import read_rows, tokenized
     from colm_edge.pair import load
-    from colm_edge.train import check_writable, fit_switch, write_report
+    from colm_edge.train import check_writable, fit_switch
 
     check_writable(outfile)
+    if report_dir is not None:
+        from colm_edge.report import check_report, write_report
+
+        check_report(report_dir)
     with load(**models, switch="margin") as loaded:
         documents = tokenized(read_rows(data), loaded, raw=raw)
-        head, report = fit_switch(loaded, documents, features, seed=seed, progress=progress)
-    head.save(outfile)
-    click.echo(f"{outfile}: written", err=True)
-    if report_dir is not None:
-        write_report(report, report_dir)
-    click.echo(json.dumps(report))
+        fit = fit_switch(
+            loaded, documents, features, seed=seed, compare=report_dir is not None,
+            progress=progress,
+        )  # fmt: skip
+        fit.switch.save(outfile)
+        click.echo(f"{outfile}: written", err=True)
+        if report_dir is not None:
+            write_report(fit, loaded.base, report_dir)
+            click.echo(f"{report_dir}: report written", err=True)
+    click.echo(json.dumps(fit.report))
 
 
 @main.command("eval")

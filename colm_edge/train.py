@@ -6,7 +6,6 @@ fine-tuning (arXiv 2403.03870, section 2.2) that needs nothing but the two GGUF 
 
 from __future__ import annotations
 
-import json
 import os
 import tempfile
 from collections.abc import Callable
@@ -47,6 +46,7 @@ class Scores:
     expert: Array
     base_right: npt.NDArray[np.bool_]  # the gold token is the model's likeliest
     expert_right: npt.NDArray[np.bool_]
+    token: npt.NDArray[np.int64]  # the gold token
     line: npt.NDArray[np.int64]
 
     def take(self, rows: npt.NDArray[np.bool_]) -> Scores:
@@ -76,15 +76,6 @@ def check_writable(path: str | os.PathLike[str]) -> None:
         raise SwitchError(f"{target}: cannot write there: {e.strerror or e}") from e
 
 
-def write_report(report: dict[str, Any], folder: str | os.PathLike[str]) -> None:
-    """Write report.json into a folder, which is made if need be."""
-    try:
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        Path(folder, "report.json").write_text(json.dumps(report, indent=2) + "\n")
-    except OSError as e:
-        raise DataError(f"{folder}: cannot write the report: {e.strerror or e}") from e
-
-
 def score(pair: Pair, documents: list[Document], progress: MakeProgress) -> Scores:
     """Evaluate every document once with each model."""
     n = sum(len(d.tokens) - d.start for d in documents)
@@ -95,6 +86,7 @@ def score(pair: Pair, documents: list[Document], progress: MakeProgress) -> Scor
         expert=np.zeros(n),
         base_right=np.zeros(n, np.bool_),
         expert_right=np.zeros(n, np.bool_),
+        token=np.array([token for d in documents for token in d.tokens[d.start :]], np.int64),
         line=np.repeat([d.line for d in documents], [len(d.tokens) - d.start for d in documents]),
     )
     for name, session in (("base", pair.base_session), ("expert", pair.expert_session)):
@@ -238,14 +230,25 @@ def fit_head(
     return Head(weight, float(x[-1] - mean @ weight))
 
 
+@dataclass(frozen=True)
+class Fit:
+    """A fitted switch, its figures, and what they were measured on: the held-back lines."""
+
+    switch: Switch
+    report: dict[str, Any]
+    held_back: Scores
+    p: Array  # p_defer of every held-back token
+
+
 def fit_switch(
     pair: Pair, documents: list[Document], features: str, *, seed: int = 0,
-    progress: MakeProgress,
-) -> tuple[Switch, dict[str, Any]]:  # fmt: skip
+    compare: bool = False, progress: MakeProgress,
+) -> Fit:  # fmt: skip
     """Score the documents, fit a switch on one part of them and judge it on the other.
 
-    Returns the switch and a report; losses are nats per token of the held-back lines, on which
-    regularisation, threshold and calibration were chosen too: judge a switch on data of its own.
+    The report's losses are nats per token of the held-back lines, on which regularisation,
+    threshold and calibration were chosen too: judge a switch on data of its own. compare: fit the
+    other feature sets as well and report how they do.
     Raises DataError when there are too few documents to hold any back.
     """
     lines = sorted({d.line for d in documents})
@@ -257,29 +260,8 @@ def fit_switch(
     is_valid = np.isin(scores.line, held_back)
     train, valid = scores.take(~is_valid), scores.take(is_valid)
     names = FEATURE_SETS[features]
-    x_train, x_valid = _columns(train, names), _columns(valid, names)
-
-    def marginal(d: Array) -> tuple[float, Array]:
-        return marginal_loss(train.base, train.expert, d)
-
-    # The weak start helps where there are labels of both kinds and misleads where not: the fit is
-    # begun from it and from nothing, and goes on from the better.
-    starts: list[Head | None] = [None]
-    label = (train.expert_right & ~train.base_right).astype(np.float64)
-    if 0 < label.sum() < len(label):
-        starts.append(fit_head(x_train, lambda d: weak_loss(label, d), 1e-3))
-    best: tuple[float, float, Head] | None = None
-    for l2 in L2_GRID:
-        fits = [fit_head(x_train, marginal, l2, start) for start in starts]
-        fit = min(fits, key=lambda head: marginal(head(x_train))[0])
-        starts = [fit]
-        judged, _ = marginal_loss(valid.base, valid.expert, fit(x_valid))
-        if best is None or judged < best[0]:
-            best = (judged, l2, fit)
-    assert best is not None
-    nll_joint, l2, head = best
-
-    p = np.exp(-np.logaddexp(0, -head(x_valid)))
+    head, l2 = _fit_regularised(train, valid, names)
+    p = _probability(head, valid, names)
     threshold = choose_threshold(p, valid.base, valid.expert)
     deferred = p > threshold
     rates, thresholds = calibrate(p)
@@ -293,10 +275,11 @@ def fit_switch(
         thresholds=thresholds,
         info={"base": pair.base.path.name, "expert": pair.expert.path.name},
     )
-    report = {
+    report: dict[str, Any] = {
+        "features": features,
         "nll_base": float(-valid.base.mean()),
         "nll_expert": float(-valid.expert.mean()),
-        "nll_joint": nll_joint,
+        **_figures(p, valid),
         "nll_hard": float(-np.where(deferred, valid.expert, valid.base).mean()),
         "nll_oracle": float(-np.maximum(valid.base, valid.expert).mean()),
         "defer_rate": float(deferred.mean()),
@@ -307,7 +290,57 @@ def fit_switch(
         "n_train_tokens": len(train.base),
         "n_valid_tokens": len(valid.base),
     }
-    return switch, report
+    if compare:
+        report["feature_sets"] = {}
+        for name, columns in FEATURE_SETS.items():
+            rival = head if name == features else _fit_regularised(train, valid, columns)[0]
+            report["feature_sets"][name] = _figures(_probability(rival, valid, columns), valid)
+    return Fit(switch, report, valid, p)
+
+
+def _fit_regularised(train: Scores, valid: Scores, names: tuple[str, ...]) -> tuple[Head, float]:
+    """Return the head of the l2 that does best on the held-back tokens, and that l2."""
+    x_train, x_valid = _columns(train, names), _columns(valid, names)
+
+    def marginal(d: Array) -> tuple[float, Array]:
+        return marginal_loss(train.base, train.expert, d)
+
+    # The weak start helps where there are labels of both kinds and misleads where not: the fit is
+    # begun from it and from nothing, and goes on from the better.
+    starts: list[Head | None] = [None]
+    label = (train.expert_right & ~train.base_right).astype(np.float64)
+    if 0 < label.sum() < len(label):
+        starts.append(fit_head(x_train, lambda d: weak_loss(label, d), 1e-3))
+    judged: list[tuple[float, float, Head]] = []
+    for l2 in L2_GRID:
+        fits = [fit_head(x_train, marginal, l2, start) for start in starts]
+        fit = min(fits, key=lambda head: marginal(head(x_train))[0])
+        starts = [fit]
+        judged.append((marginal_loss(valid.base, valid.expert, fit(x_valid))[0], l2, fit))
+    _, l2, head = min(judged, key=lambda entry: entry[0])
+    return head, l2
+
+
+def _probability(head: Head, scores: Scores, names: tuple[str, ...]) -> Array:
+    return np.asarray(np.exp(-np.logaddexp(0, -head(_columns(scores, names)))), np.float64)
+
+
+def _figures(p: Array, scores: Scores) -> dict[str, float]:
+    """Return the joint loss, and that of hard decisions at the defer rates that people use."""
+    with np.errstate(divide="ignore"):
+        d = np.log(p) - np.log1p(-p)
+    curve = hard_curve(p, scores)
+    figures = {"nll_joint": marginal_loss(scores.base, scores.expert, d)[0]}
+    for rate in (0.1, 0.2, 0.3):
+        figures[f"nll_hard_{rate}"] = float(curve[round(rate * len(p))])
+    return figures
+
+
+def hard_curve(p: Array, scores: Scores) -> Array:
+    """Return the loss of hard decisions when the k tokens of highest p are deferred, (n + 1,)."""
+    gain = np.cumsum((scores.expert - scores.base)[np.argsort(-p, kind="stable")])
+    curve: Array = -(scores.base.sum() + np.concatenate(([0.0], gain))) / len(p)
+    return curve
 
 
 def _columns(scores: Scores, names: tuple[str, ...]) -> npt.NDArray[np.float32]:

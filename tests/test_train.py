@@ -197,15 +197,18 @@ def test_training_learns_to_call_the_model_that_writes_the_text(tiny):
             rows.append({"prompt": f"prompt {i}", "completion": text.strip() or "x"})
         documents = tokenized(enumerate(rows), pair)
         for features in ("hidden", "logits", "both"):
-            switch, report = train.fit_switch(pair, documents, features, progress=no_bar)
+            fit = train.fit_switch(pair, documents, features, compare=True, progress=no_bar)
+            switch, report = fit.switch, fit.report
+            assert set(report["feature_sets"]) == {"hidden", "logits", "both"}
+            assert report["feature_sets"][features]["nll_joint"] == report["nll_joint"]
             assert report["nll_joint"] < report["nll_base"]
             assert report["nll_joint"] <= report["nll_expert"] + 0.05
             assert report["defer_rate"] > 0.5
             assert report["nll_oracle"] <= report["nll_hard"] <= report["nll_base"]
             assert (report["n_train"], report["n_valid"]) == (24, 6)
             assert switch.needs_hidden == (features != "logits")
-        again, _ = train.fit_switch(pair, documents, "both", progress=no_bar)
-        assert np.array_equal(again.weight, switch.weight)
+        again = train.fit_switch(pair, documents, "both", progress=no_bar)
+        assert np.array_equal(again.switch.weight, switch.weight)
 
 
 def write_lines(path, lines) -> str:
