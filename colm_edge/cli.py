@@ -6,15 +6,16 @@ import io
 import json
 import logging
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from functools import wraps
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import click
 
 from colm_edge.errors import ColmError
-from colm_edge.terminal import Chat, summary, write
+from colm_edge.terminal import Chat, drain, summary, write
 
 if TYPE_CHECKING:
     from colm_edge.pair import Pair, Stream
@@ -41,18 +42,29 @@ def main(verbose: bool) -> None:
         logging.basicConfig(level=logging.DEBUG, format="%(name)s: %(message)s")
 
 
+SWITCH = click.option(
+    "-sw",
+    "--switch",
+    metavar="FILE|entropy|margin|defer-row",
+    help="The switch: a trained one, an untrained rule (margin is the default beside two "
+    "models), or the <|defer|> row of a Co-LLM base.",
+)
+
+
 def model_options(command: Command) -> Command:
     """Add the options that name the models, the same in every command, gathered as `models`."""
-    options = [
+    return _gather(command, [*_pair_options()[:2], SWITCH, *_pair_options()[2:]], "models")
+
+
+def pair_options(command: Command) -> Command:
+    """Add the model options without a switch."""
+    return _gather(command, _pair_options(), "models")
+
+
+def _pair_options() -> list[Any]:
+    return [
         click.option("-m", "--model", metavar="GGUF", help="The base model."),
         click.option("-me", "--model-expert", "expert", metavar="GGUF", help="The expert model."),
-        click.option(
-            "-sw",
-            "--switch",
-            metavar="FILE|entropy|margin|defer-row",
-            help="The switch: a trained one, an untrained rule (margin is the default beside two "
-            "models), or the <|defer|> row of a Co-LLM base.",
-        ),
         click.option("--pair", metavar="NAME", help="A pair that models.txt names."),
         click.option(
             "-c", "--ctx-size", "n_ctx", type=click.IntRange(0, 2**31 - 1), default=0,
@@ -69,14 +81,14 @@ def model_options(command: Command) -> Command:
             "-ngle", "--n-gpu-layers-expert", type=int, help="Expert layers on the GPU [as -ngl]."
         ),
     ]  # fmt: skip
-    return _gather(command, options, "models")
 
 
-def decoding_options(command: Command) -> Command:
-    """Add the fields of Options, gathered as `decoding`; what is not given keeps its default."""
+def decoding_options(**other_defaults: Any) -> Callable[[Command], Command]:
+    """Add the fields of Options, gathered as `decoding`: what is given, and a command's own
+    defaults where it has other ones."""
     from colm_edge.options import Options
 
-    defaults = Options()
+    defaults = Options(**other_defaults)
 
     def option(field: str, *names: str, help: str, type: Any = None, **more: Any) -> Any:
         value = getattr(defaults, field)
@@ -106,7 +118,7 @@ def decoding_options(command: Command) -> Command:
                help="End the answer before this text; repeatable."),
         option("raw", "--raw", is_flag=True, help="No chat template."),
     ]  # fmt: skip
-    return _gather(command, options, "decoding")
+    return lambda command: _gather(command, options, "decoding", other_defaults)
 
 
 def _is_given(value: Any) -> bool:
@@ -114,14 +126,17 @@ def _is_given(value: Any) -> bool:
     return value is not None and value is not False and value != ()
 
 
-def _gather(command: Command, options: list[Any], name: str) -> Command:
-    """Add click options and hand the values given to the command as one dict."""
+def _gather(
+    command: Command, options: list[Any], name: str, defaults: Mapping[str, Any] = {}
+) -> Command:
+    """Add click options and hand the values given, over the defaults, to the command as a dict."""
     keys: set[str] = set()
 
     @wraps(command)
     def gathering(**values: Any) -> Any:
         chosen = {key: values.pop(key) for key in keys}
-        values[name] = {key: value for key, value in chosen.items() if _is_given(value)}
+        given = {key: value for key, value in chosen.items() if _is_given(value)}
+        values[name] = {**defaults, **given}
         return command(**values)
 
     def parameters() -> set[str]:
@@ -154,14 +169,14 @@ def open_pair(models: dict[str, Any], **more: Any) -> Pair:
 
 
 @main.command()
-@click.argument("prompt_words", metavar="[PROMPT]", required=False)
+@click.argument("words", metavar="[PROMPT]", nargs=-1)
 @click.option("-p", "--prompt", help="The prompt; without one, standard input or a chat.")
 @click.option("-sys", "--system-prompt", "system", help="A system prompt.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object with every token.")
 @model_options
-@decoding_options
+@decoding_options()
 def run(
-    prompt_words: str | None,
+    words: tuple[str, ...],
     prompt: str | None,
     system: str | None,
     as_json: bool,
@@ -171,9 +186,9 @@ def run(
     """Answer PROMPT, or chat when there is none."""
     from colm_edge.options import Options
 
-    if prompt_words is not None and prompt is not None:
+    if words and prompt is not None:
         raise click.UsageError("give the prompt once: as PROMPT or with -p")
-    prompt = prompt if prompt is not None else prompt_words
+    prompt = " ".join(words) if words else prompt
     # A process may be started without a standard input.
     chatting = prompt is None and sys.stdin is not None and sys.stdin.isatty()
     if chatting and as_json:
@@ -188,13 +203,12 @@ def run(
             return
         stream = loaded.stream(prompt, system=system)
         if as_json:
-            for _ in stream:
-                pass
+            interrupted = drain(stream)
             click.echo(json.dumps(describe(loaded, stream), ensure_ascii=False))
-            return
-        interrupted = write(stream)
-        click.echo()
-        click.echo(summary(stream.answer().stats), err=True)
+        else:
+            interrupted = write(stream)
+            click.echo()
+            click.echo(summary(stream.answer().stats), err=True)
         if interrupted:
             raise SystemExit(130)
 
@@ -237,16 +251,29 @@ def progress(name: str, total: int) -> Any:
     help="Write figures, pictures and coloured texts here.",
 )
 @click.option(
+    "--work-dir",
+    metavar="DIR",
+    type=click.Path(file_okay=False),
+    help="Keep the scores here, on disk as they come; a killed run goes on from them.",
+)
+@click.option(
+    "--expert-scores",
+    metavar="FILE.npz",
+    help="What `colm-edge score` wrote where the expert is; -m alone is then enough.",
+)
+@click.option(
     "-s", "--seed", type=click.IntRange(0), default=0, show_default=True,
     help="Of the data's split.",
 )  # fmt: skip
 @click.option("--raw", is_flag=True, help="No chat template.")
-@model_options
+@pair_options
 def train(
     data: str,
     outfile: str,
     features: str,
     report_dir: str | None,
+    work_dir: str | None,
+    expert_scores: str | None,
     seed: int,
     raw: bool,
     models: dict[str, Any],
@@ -256,8 +283,6 @@ def train(
     FILE.jsonl has one document a line: {"prompt", "completion"}, {"messages"} or {"text"}. Base
     and expert stay as they are; the switch is written as GGUF, the last line printed is JSON.
     """
-    if "switch" in models:
-        raise click.UsageError("train makes the switch; leave out -sw")
     from colm_edge.documents import read_rows, tokenized
     from colm_edge.pair import load
     from colm_edge.train import check_writable, fit_switch
@@ -267,11 +292,14 @@ def train(
         from colm_edge.report import check_report, write_report
 
         check_report(report_dir)
+    if expert_scores is not None and "model" in models:
+        models.setdefault("expert", models["model"])  # it is never evaluated
     with load(**models, switch="margin") as loaded:
         documents = tokenized(read_rows(data), loaded, raw=raw)
         fit = fit_switch(
             loaded, documents, features, seed=seed, compare=report_dir is not None,
-            progress=progress,
+            work=Path(work_dir) if work_dir else None,
+            expert_scores=Path(expert_scores) if expert_scores else None, progress=progress,
         )  # fmt: skip
         fit.switch.save(outfile)
         click.echo(f"{outfile}: written", err=True)
@@ -279,6 +307,29 @@ def train(
             write_report(fit, loaded.base, report_dir)
             click.echo(f"{report_dir}: report written", err=True)
     click.echo(json.dumps(fit.report))
+
+
+@main.command("score")
+@click.option("--data", required=True, metavar="FILE.jsonl", help="Prompts with completions.")
+@click.option("--outfile", required=True, metavar="FILE.npz", help="Where the scores go.")
+@click.option("--raw", is_flag=True, help="No chat template.")
+@pair_options
+def score_command(data: str, outfile: str, raw: bool, models: dict[str, Any]) -> None:
+    """Write the expert's log-probabilities of a JSONL file, for `train --expert-scores` elsewhere.
+
+    The base is needed as well, for the prompts are written by its chat template; it is not
+    evaluated. The last line printed is JSON.
+    """
+    from colm_edge.documents import read_rows, tokenized
+    from colm_edge.pair import load
+    from colm_edge.scoring import score_expert
+    from colm_edge.train import check_writable
+
+    check_writable(outfile)
+    with load(**models, switch="margin") as loaded:
+        documents = tokenized(read_rows(data), loaded, raw=raw)
+        result = score_expert(loaded, documents, Path(outfile), progress)
+    click.echo(json.dumps(result))
 
 
 @main.command("eval")
@@ -292,7 +343,7 @@ def train(
     "-o", "--output", type=click.Choice(["md", "csv", "json"]), default="md", show_default=True
 )
 @model_options
-@decoding_options
+@decoding_options(temperature=0.0)
 def eval_command(
     data: str,
     metric: str,
@@ -303,12 +354,12 @@ def eval_command(
 ) -> None:
     """Score base, expert and their collaboration on a JSONL file, beside simpler switches.
 
-    Answers are greedy unless --temp says otherwise.
+    With a metric other than nll every method answers every prompt, greedily unless --temp is given.
     """
     from colm_edge.evaluate import evaluate, render
     from colm_edge.options import Options
 
-    options = Options(**({"temperature": 0.0} | decoding))
+    options = Options(**decoding)
     with open_pair(models, defaults=options) as loaded:
         table = evaluate(
             loaded, data, options, metric=None if metric == "nll" else metric, limit=limit,

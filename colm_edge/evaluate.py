@@ -21,8 +21,8 @@ import numpy.typing as npt
 from colm_edge import readout
 from colm_edge.documents import Row, read_rows, tokenized
 from colm_edge.errors import DataError, MismatchError
+from colm_edge.scoring import MakeProgress, Scores, score
 from colm_edge.switch import HIDDEN, Base, Floats, Reader, Switch, Untrained
-from colm_edge.train import MakeProgress, Scores, score
 
 if TYPE_CHECKING:
     from colm_edge.options import Options
@@ -120,6 +120,9 @@ def evaluate(
     Raises DataError for bad data, MismatchError where the pair's switch has no features to score.
     """
     rows = list(islice(read_rows(data), limit))
+    for number, row in rows if metric is not None else []:
+        if not {"prompt", "completion"} <= set(row):
+            raise DataError(f"line {number}: {metric} needs prompt and completion")
     scores = score(pair, tokenized(rows, pair, raw=options.raw), progress)
     table = []
     for method in _methods(pair, scores, options):
@@ -193,9 +196,7 @@ def _generated(
     )
     right, tokens, deferred, seconds = [], 0, 0, 0.0
     with pair.switched(method.switch), progress(method.name, len(rows)) as bar:
-        for number, row in rows:
-            if not {"prompt", "completion"} <= set(row):
-                raise DataError(f"line {number}: generation metrics need prompt and completion")
+        for _, row in rows:
             answer = pair.chat([{"role": "user", "content": row["prompt"]}], **vars(chosen))
             right.append(metric(answer.text, row))
             tokens += answer.stats.n_generated

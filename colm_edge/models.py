@@ -51,7 +51,7 @@ def find_pair(name: str) -> PairFiles:
     roles = pairs.get(name, {})
     if "base" not in roles or "expert" not in roles:
         whole = sorted(n for n, r in pairs.items() if "base" in r and "expert" in r)
-        raise ModelError(f"no pair named {name!r} in models.txt; known: {', '.join(whole)}")
+        raise ModelError(f"no pair named {name!r} in {_models_txt()}; known: {', '.join(whole)}")
     switch = _resolve(roles["switch"]) if "switch" in roles else "margin"
     return PairFiles(
         _resolve(roles["base"]), _resolve(roles["expert"]), switch, is_demo=name == DEMO_PAIR

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +20,7 @@ HELP = """\
 /help, /?            this list
 /set                 the settings and their values
 /set NAME VALUE      change one: threshold, defer_rate, temperature, top_k, top_p, min_p,
-                     repeat_penalty, seed, max_tokens, strategy
+                     repeat_penalty, seed, max_tokens, strategy; without VALUE: as at the start
 /set system TEXT     the system prompt
 /show                the models and the switch
 /read FILE           ask with a file's text
@@ -38,9 +39,14 @@ SETTINGS = {
 def write(stream: Stream) -> bool:
     """Print steps as they come, the expert's marked on a terminal; say whether Ctrl-C ended it."""
     marked = sys.stdout.isatty()
+    return drain(stream, lambda step: click.echo(mark(step) if marked else step.text, nl=False))
+
+
+def drain(stream: Stream, show: Callable[[Step], object] = lambda step: None) -> bool:
+    """Take a stream's steps to its end; say whether Ctrl-C ended it, which keeps what there is."""
     try:
         for step in stream:
-            click.echo(mark(step) if marked else step.text, nl=False)
+            show(step)
     except KeyboardInterrupt:
         stream.close()
         return True
@@ -72,6 +78,10 @@ def summary(stats: Stats) -> str:
     )
 
 
+# This part of the context is kept for the answer when a conversation grows.
+ANSWER_SHARE = 4
+
+
 class Chat:
     """One conversation with a pair, typed at a terminal."""
 
@@ -79,6 +89,7 @@ class Chat:
         self.pair = pair
         self.system = system
         self.turns: list[dict[str, str]] = []
+        self._at_start = pair.defaults
 
     def loop(self) -> None:
         """Read lines until /bye or the end of input."""
@@ -123,14 +134,28 @@ class Chat:
 
     def ask(self, text: str) -> None:
         """Add a turn, write the answer, keep both; a prompt that fails leaves no trace."""
-        system = [{"role": "system", "content": self.system}] if self.system else []
         user = {"role": "user", "content": text}
-        stream = self.pair.stream_chat([*system, *self.turns, user])
+        stream = self.pair.stream_chat(self._messages(user))
         stopped = write(stream)
         answer = stream.answer()
         click.echo(" (stopped)" if stopped else "")
         click.echo(summary(answer.stats), err=True)
         self.turns += [user, {"role": "assistant", "content": answer.text}]
+
+    def _messages(self, user: dict[str, str]) -> list[dict[str, str]]:
+        """Return the conversation with a new turn, the oldest turns forgotten if it must fit."""
+        system = [{"role": "system", "content": self.system}] if self.system else []
+        room = self.pair.n_ctx - self.pair.n_ctx // ANSWER_SHARE
+        forgotten = 0
+        while self.turns:
+            messages = [*system, *self.turns, user]
+            if len(self.pair.prompt_tokens(messages, raw=self.pair.defaults.raw)) <= room:
+                break
+            del self.turns[:2]
+            forgotten += 1
+        if forgotten:
+            click.echo(f"(the context is full: {forgotten} old turn(s) forgotten)", err=True)
+        return [*system, *self.turns, user]
 
     def command(self, line: str) -> bool:
         """Carry out a /command; False means leave."""
@@ -147,7 +172,9 @@ class Chat:
             case "/show":
                 click.echo(
                     f"base    {self.pair.base.path}\nexpert  {self.pair.expert.path}\n"
-                    f"switch  {self.pair.switch.name}\ncontext {self.pair.n_ctx} tokens",
+                    f"switch  {self.pair.switch.name}, threshold "
+                    f"{self.pair.threshold(self.pair.defaults):.3f}\n"
+                    f"context {self.pair.n_ctx} tokens",
                     err=True,
                 )
             case "/set":
@@ -163,6 +190,8 @@ class Chat:
                     self.turns += last
                     raise
             case "/read":
+                if not rest:
+                    raise ColmError("/read needs a file's name")
                 try:
                     text = Path(rest).expanduser().read_text(encoding="utf-8")
                 except (OSError, RuntimeError, UnicodeDecodeError) as e:
@@ -176,17 +205,24 @@ class Chat:
         name, _, value = rest.removeprefix("parameter ").partition(" ")
         if not name:
             defaults = self.pair.defaults
-            lines = [f"{key:15} {getattr(defaults, key)}" for key in SETTINGS]
-            click.echo("\n".join([*lines, f"{'system':15} {self.system}"]), err=True)
+            values = {key: getattr(defaults, key) for key in SETTINGS}
+            # The one in force, wherever it comes from.
+            values["threshold"] = f"{self.pair.threshold(defaults):.3f}"
+            values["system"] = self.system
+            lines = [f"{key:15} {'' if v is None else v}" for key, v in values.items()]
+            click.echo("\n".join(lines), err=True)
             return
         if name == "system":
             self.system = value.strip().strip('"') or None
+            click.echo(f"system {self.system or 'prompt removed'}", err=True)
             return
         if name not in SETTINGS:
             raise ColmError(f"no setting {name}; known: {', '.join(SETTINGS)}, system")
         try:
-            converted: Any = SETTINGS[name](value)
+            converted: Any = SETTINGS[name](value) if value else getattr(self._at_start, name)
         except ValueError as e:
             kind = "whole number" if SETTINGS[name] is int else "number"
             raise ColmError(f"{name} is {value!r}; expected a {kind}") from e
         self.pair.defaults = self.pair.defaults.with_changes(**{name: converted})
+        shown = self.pair.threshold(self.pair.defaults) if name == "threshold" else converted
+        click.echo(f"{name} {shown}", err=True)

@@ -9,22 +9,21 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
 from colm_edge import readout
 from colm_edge.documents import Document
-from colm_edge.errors import ColmError, DataError, SwitchError
+from colm_edge.errors import DataError, SwitchError
+from colm_edge.scoring import MakeProgress, Scores, score
 from colm_edge.switch import FEATURE_SETS, HIDDEN, Switch
 
 if TYPE_CHECKING:
     from colm_edge.pair import Pair
-    from colm_edge.session import Session
 
 Array = npt.NDArray[np.float64]
 Loss = Callable[[Array], tuple[float, Array]]
@@ -34,32 +33,6 @@ MIN_LINES = 5
 WEAK_POSITIVE_WEIGHT = 8.0  # of a weak label 1, as in the authors' script
 L2_GRID = (1e-2, 1e-3, 1e-4, 1e-5)  # on standardised weights
 DEFER_RATES = tuple(round(0.05 * i, 2) for i in range(21))
-
-
-@dataclass
-class Scores:
-    """What both models said of every scored token, one row each (float32 but for the flags)."""
-
-    hidden: npt.NDArray[np.float32]  # (n, n_embd)
-    logit_features: npt.NDArray[np.float32]  # (n, 8)
-    base: Array  # log-probability of the gold token, nats
-    expert: Array
-    base_right: npt.NDArray[np.bool_]  # the gold token is the model's likeliest
-    expert_right: npt.NDArray[np.bool_]
-    token: npt.NDArray[np.int64]  # the gold token
-    line: npt.NDArray[np.int64]
-
-    def take(self, rows: npt.NDArray[np.bool_]) -> Scores:
-        return Scores(**{name: value[rows] for name, value in vars(self).items()})
-
-
-class Progress(Protocol):
-    """A progress bar: `update(n)` says how many more tokens were scored."""
-
-    def update(self, n_steps: int) -> None: ...
-
-
-MakeProgress = Callable[[str, int], AbstractContextManager[Progress]]
 
 
 def check_writable(path: str | os.PathLike[str]) -> None:
@@ -74,54 +47,6 @@ def check_writable(path: str | os.PathLike[str]) -> None:
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as e:
         raise SwitchError(f"{target}: cannot write there: {e.strerror or e}") from e
-
-
-def score(pair: Pair, documents: list[Document], progress: MakeProgress) -> Scores:
-    """Evaluate every document once with each model."""
-    n = sum(len(d.tokens) - d.start for d in documents)
-    scores = Scores(
-        hidden=np.zeros((n, pair.base.n_embd), np.float32),
-        logit_features=np.zeros((n, len(readout.FEATURES)), np.float32),
-        base=np.zeros(n),
-        expert=np.zeros(n),
-        base_right=np.zeros(n, np.bool_),
-        expert_right=np.zeros(n, np.bool_),
-        token=np.array([token for d in documents for token in d.tokens[d.start :]], np.int64),
-        line=np.repeat([d.line for d in documents], [len(d.tokens) - d.start for d in documents]),
-    )
-    for name, session in (("base", pair.base_session), ("expert", pair.expert_session)):
-        with progress(name, sum(len(d.tokens) for d in documents)) as bar:
-            row = 0
-            for document in documents:
-                row = _score_document(scores, name, session, document, row, pair.n_shared)
-                bar.update(len(document.tokens))
-    return scores
-
-
-def _score_document(
-    scores: Scores, name: str, session: Session, document: Document, row: int, n_shared: int
-) -> int:
-    gold_of = document.tokens
-    logprobs, right = getattr(scores, name), getattr(scores, f"{name}_right")
-    # The state at position i predicts token i + 1.
-    for at, logits, hidden in session.score(gold_of[:-1], document.start - 1):
-        n = len(logits)
-        rows = slice(row, row + n)
-        gold = np.array(gold_of[at + 1 : at + 1 + n])
-        peak = logits.max(axis=1, keepdims=True)
-        lse = np.log(np.exp(logits - peak, dtype=np.float32).sum(axis=1, dtype=np.float64))
-        logprobs[rows] = logits[np.arange(n), gold] - peak[:, 0] - lse
-        right[rows] = logits[:, :n_shared].argmax(axis=1) == gold
-        if not np.isfinite(logprobs[rows]).all():
-            raise ColmError(
-                f"{session.model.path}: gives NaN or zero probability to a token of the data; "
-                "the file is broken or not the model that the data needs"
-            )
-        if name == "base":
-            scores.hidden[rows] = hidden
-            scores.logit_features[rows] = readout.logit_features(logits)
-        row += n
-    return row
 
 
 def marginal_loss(base: Array, expert: Array, d: Array) -> tuple[float, Array]:
@@ -242,19 +167,20 @@ class Fit:
 
 def fit_switch(
     pair: Pair, documents: list[Document], features: str, *, seed: int = 0,
-    compare: bool = False, progress: MakeProgress,
+    compare: bool = False, work: Path | None = None, expert_scores: Path | None = None,
+    progress: MakeProgress,
 ) -> Fit:  # fmt: skip
     """Score the documents, fit a switch on one part of them and judge it on the other.
 
     The report's losses are nats per token of the held-back lines, on which regularisation,
     threshold and calibration were chosen too: judge a switch on data of its own. compare: fit the
-    other feature sets as well and report how they do.
+    other feature sets as well and report how they do. work, expert_scores: as in `score`.
     Raises DataError when there are too few documents to hold any back.
     """
     lines = sorted({d.line for d in documents})
     if len(lines) < MIN_LINES:
         raise DataError(f"{len(lines)} documents; expected at least {MIN_LINES}, to hold one back")
-    scores = score(pair, documents, progress)
+    scores = score(pair, documents, progress, work=work, expert_scores=expert_scores)
     order = np.random.default_rng(seed).permutation(lines)
     held_back = order[: max(1, round(VALID_SHARE * len(lines)))]
     is_valid = np.isin(scores.line, held_back)

@@ -45,9 +45,10 @@ def test_run_prints_the_answer_and_a_summary(tiny):
 def test_the_prompt_comes_from_any_of_three_places(tiny):
     options = [*models_of(tiny), "--temp", "0", "-n", "9"]
     texts = {
-        invoke("run", "hello", *options).stdout,
-        invoke("run", "-p", "hello", *options).stdout,
-        invoke("run", *options, input="hello").stdout,
+        invoke("run", "hello you", *options).stdout,
+        invoke("run", *options, "hello", "you").stdout,
+        invoke("run", "-p", "hello you", *options).stdout,
+        invoke("run", *options, input="hello you").stdout,
     }
     assert len(texts) == 1
     assert invoke("run", "a", "-p", "b", *options).exit_code == 2
@@ -170,6 +171,27 @@ def test_train_writes_a_switch_that_runs(tiny, tmp_path):
     assert run.exit_code == 0
 
 
+def test_expert_scores_come_from_elsewhere(tiny, tmp_path):
+    """`score` where the expert is, `train` where it is not: the same switch."""
+    data = tmp_path / "data.jsonl"
+    lines = [{"prompt": f"p{i}", "completion": f"c{i} and more"} for i in range(10)]
+    data.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    scores, switches = tmp_path / "scores.npz", [tmp_path / "a.gguf", tmp_path / "b.gguf"]
+    result = invoke("score", "--data", data, "--outfile", scores, *models_of(tiny))
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["n_documents"] == 10
+    invoke("train", "--data", data, "--outfile", switches[0], *models_of(tiny))
+    apart = ["train", "--data", data, "--outfile", switches[1], "--expert-scores", scores]
+    result = invoke(*apart, "-m", tiny["base"], "-t", "1")
+    assert result.exit_code == 0, result.output
+    one, other = (Switch.load(path) for path in switches)
+    assert np.array_equal(one.weight, other.weight)
+    data.write_text("".join(json.dumps(line) + "\n" for line in lines[1:]))
+    result = invoke(*apart, "-m", tiny["base"], "-t", "1")
+    assert result.exit_code == 1
+    assert "holds scores of other data" in result.stderr.splitlines()[-1]
+
+
 def test_help_and_import_load_nothing_heavy():
     heavy = ["numpy", "llama_cpp", "onnxruntime", "matplotlib", "torch", "starlette"]
     code = (
@@ -187,12 +209,18 @@ def test_help_and_import_load_nothing_heavy():
 class Terminal:
     """`colm-edge run` on a pseudo-terminal; `expect` reads on until a text appears."""
 
+    # A job in the background hands an ignored SIGINT down to its children.
+    START = (
+        "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "from colm_edge.cli import main; main(sys.argv[1:])"
+    )
+
     def __init__(self, *args: str) -> None:
         import pty
 
         self.master, slave = pty.openpty()
         self.process = subprocess.Popen(
-            [sys.executable, "-P", "-m", "colm_edge", "run", *args],
+            [sys.executable, "-P", "-c", self.START, "run", *args],
             stdin=slave, stdout=slave, stderr=slave, close_fds=True, start_new_session=True,
             env={**os.environ, "TERM": "xterm"},
         )  # fmt: skip
@@ -255,6 +283,28 @@ def test_a_chat_in_a_terminal(tiny):
         terminal.expect(">>> ")
         terminal.send("/bye\n")
         assert terminal.process.wait(timeout=60) == 0
+    finally:
+        terminal.close()
+
+
+@posix_only
+def test_a_long_chat_forgets_its_oldest_turns(tiny):
+    endless = tiny["endless"]
+    terminal = Terminal(
+        "-m", endless, "-me", endless, "-t", "1", "--temp", "0", "-c", "64", "-n", "9"
+    )
+    try:
+        terminal.expect(">>> ")
+        for _ in range(8):
+            terminal.send("hello\n")
+            seen = terminal.expect(">>> ")
+            assert "Error" not in seen
+            assert "deferred" in seen
+        assert "turn(s) forgotten" in seen
+        terminal.send("/set threshold 0.25\n")
+        assert "threshold 0.25" in terminal.expect(">>> ")
+        terminal.send("/set threshold\n")
+        assert "threshold 0.5" in terminal.expect(">>> ")
     finally:
         terminal.close()
 

@@ -19,6 +19,7 @@ from colm_edge import train
 from colm_edge.documents import tokenized
 from colm_edge.evaluate import contains
 from colm_edge.pair import Pair
+from colm_edge.scoring import score
 from colm_edge.switch import Switch
 
 DATA = Path(__file__).parent / "data"
@@ -61,7 +62,7 @@ def test_wordings_that_nobody_was_trained_on(demo):
 def test_the_joint_likelihood_is_better_than_either(demo):
     """Teacher-forced on held-out entities, in nats per token of the answer."""
     documents = tokenized(enumerate(exam("demo_heldout")), demo)
-    scores = train.score(demo, documents, no_bar)
+    scores = score(demo, documents, no_bar)
     switch = demo.switch
     assert isinstance(switch, Switch)
     columns = np.concatenate([scores.hidden, scores.logit_features], axis=1)

@@ -17,7 +17,7 @@ from colm_edge.documents import read_rows, tokenized
 from colm_edge.errors import DataError, MismatchError
 from colm_edge.options import Options
 from colm_edge.pair import load
-from colm_edge.train import score
+from colm_edge.scoring import score
 
 METHODS = ["base", "expert", "colm", "compose", "random", "entropy", "margin"]
 GREEDY = Options(temperature=0.0, max_tokens=8)

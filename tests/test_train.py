@@ -18,6 +18,7 @@ from colm_edge import train
 from colm_edge.documents import read_rows, tokenized
 from colm_edge.errors import DataError, SwitchError
 from colm_edge.pair import load
+from colm_edge.scoring import score
 from colm_edge.train import Head, calibrate, choose_threshold, fit_head, marginal_loss, weak_loss
 
 
@@ -164,7 +165,7 @@ def test_scores_are_those_of_a_plain_evaluation(tiny):
         documents = tokenized(
             [(i, {"prompt": p, "completion": c}) for i, (p, c) in enumerate(rows)], pair
         )
-        scores = train.score(pair, documents, no_bar)
+        scores = score(pair, documents, no_bar)
     at = 0
     models = {name: PlainModel(tiny[name]) for name in ("base", "expert")}
     for document in documents:
