@@ -160,7 +160,8 @@ def write_model(
         matrix(f"blk.{i}.attn_output.weight", n, n, coarse_n)
         matrix(f"blk.{i}.ffn_gate.weight", shape.n_ff, n, coarse_n)
         matrix(f"blk.{i}.ffn_up.weight", shape.n_ff, n, coarse_n)
-        matrix(f"blk.{i}.ffn_down.weight", n, shape.n_ff, coarse if shape.n_ff % 256 else better)
+        down = coarse_n if shape.n_ff % 256 else better
+        matrix(f"blk.{i}.ffn_down.weight", n, shape.n_ff, down)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

@@ -34,8 +34,7 @@ from demo_pair import text
 ROOT = Path(__file__).parent.parent
 SEED = 20261123
 N_VOCAB = 2048
-N_CTX = 512  # stated in the GGUF
-WINDOW = 192  # tokens a training example
+WINDOW = 192  # tokens a training example, and the context that the GGUF files state
 PRETOKEN = (  # the pre-tokenizer llama.cpp calls "qwen2": every digit stands alone
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -53,10 +52,13 @@ class Shape:
     steps: int
     batch: int  # windows
     lr: float
+    last_steps: int = 0  # more of them, at a tenth of the rate, on casual text
 
 
 SHAPES = {
-    "base": Shape(n_embd=160, n_layer=5, n_head=5, n_ff=448, steps=4500, batch=24, lr=3e-3),
+    "base": Shape(
+        n_embd=160, n_layer=5, n_head=5, n_ff=448, steps=4500, batch=24, lr=3e-3, last_steps=400
+    ),
     "expert": Shape(n_embd=256, n_layer=6, n_head=8, n_ff=704, steps=4500, batch=12, lr=2e-3),
 }
 
@@ -101,7 +103,7 @@ def load_vocab(work: Path):
 
 
 def windows(
-    name: str, work: Path, chunk: int, count: int
+    name: str, work: Path, chunk: int, count: int, casual: bool
 ) -> tuple[list[list[int]], list[list[int]]]:
     """Return `count` training windows and their loss masks, seeded by the chunk's number.
 
@@ -118,7 +120,7 @@ def windows(
         ]
         pieces = [p for p in pieces if p.isascii() and p.isalpha()]
         known = [f for f in facts if f.part == "train"]
-        documents = text.dialogues(known, pieces, seed)
+        documents = text.dialogues(known, pieces, seed, casual=casual)
     else:
         documents = text.statements(facts, seed)
     ids, masks = [], []
@@ -207,7 +209,8 @@ def train_model(name: str, work: Path, threads: int, steps: int | None) -> None:
     from torch.nn import functional as F
 
     shape = SHAPES[name]
-    steps = steps or shape.steps
+    main_steps = steps or shape.steps
+    steps = main_steps + shape.last_steps
     torch.manual_seed(SEED)
     if threads:
         torch.set_num_threads(threads)
@@ -235,13 +238,17 @@ def train_model(name: str, work: Path, threads: int, steps: int | None) -> None:
     mask: torch.Tensor
     for step in range(start, steps):
         if step == start or step % chunk_steps == 0:
-            rows, masks = windows(name, work, step // chunk_steps, chunk_steps * shape.batch)
+            rows, masks = windows(
+                name, work, step // chunk_steps, chunk_steps * shape.batch, step >= main_steps
+            )
             ids, mask = torch.tensor(rows, device=device), torch.tensor(masks, device=device)
         at = (step % chunk_steps) * shape.batch
         batch, loss_mask = ids[at : at + shape.batch], mask[at : at + shape.batch, 1:]
         warm = min(1.0, (step + 1) / 200)
         # Warm-up, flat, then linear to zero over the last 40 %.
-        lr = shape.lr * warm * min(1.0, (steps - step) / (0.4 * steps))
+        lr = shape.lr * warm * min(1.0, (main_steps - step) / (0.4 * main_steps))
+        if step >= main_steps:
+            lr = 0.1 * shape.lr * (steps - step) / shape.last_steps
         for group in optimizer.param_groups:
             group["lr"] = lr
         with torch.autocast(device, torch.bfloat16):
@@ -289,7 +296,7 @@ def export(name: str, work: Path, path: Path) -> None:
     writer.add_name(f"colm-edge demonstration {name}")
     writer.add_license("MIT")
     writer.add_vocab_size(N_VOCAB)
-    writer.add_context_length(N_CTX)
+    writer.add_context_length(WINDOW)
     writer.add_embedding_length(shape.n_embd)
     writer.add_block_count(shape.n_layer)
     writer.add_feed_forward_length(shape.n_ff)
@@ -345,7 +352,7 @@ def write_data(work: Path, exams: Path) -> None:
     ):
         rows = list(text.exam(part, unseen=unseen, seed=SEED, per_fact=per_fact))
         if part is switch:  # it must learn as well when the base can do alone
-            rows += [row for row in text.small_talk() for _ in range(8)]
+            rows += text.small_talk(SEED)
         random.Random(SEED).shuffle(rows)
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
         print(f"{path}: {len(rows)} lines")

@@ -539,6 +539,23 @@ def question(fact: Fact, rng: random.Random, *, framed: bool = True) -> str:
     return text
 
 
+def respelt(text: str, rng: random.Random) -> str:
+    """Return small talk as people type it: in small letters, without or with other marks."""
+    text = text.lower() if rng.random() < 0.6 else text
+    draw = rng.random()
+    if draw < 0.4:
+        return text.rstrip("!.?")
+    return text.rstrip("!.?") + rng.choice("!.?") if draw < 0.6 else text
+
+
+def bare(fact: Fact, rng: random.Random) -> str:
+    """Ask by the attribute's noun alone: Symbol of helium?"""
+    text = fill(rng.choice(ATTRIBUTES[fact.kind, fact.attribute].nouns), fact.entity)
+    text = text.removeprefix("the ")
+    text = text[0].upper() + text[1:] if rng.random() < 0.5 else text
+    return text + rng.choice(("", "?", "."))
+
+
 def frame(template: str, phrase: str, entity: str) -> str:
     """Put an entity's attribute into a frame; a sentence starts with a capital."""
     text = template.replace("{x}", fill(phrase, entity))
@@ -650,12 +667,18 @@ class Inventor:
 
 
 def dialogues(
-    facts: list[Fact], words: list[str], seed: int, *, plain: bool = False
+    facts: list[Fact],
+    words: list[str],
+    seed: int,
+    *,
+    plain: bool = False,
+    casual: bool = False,
 ) -> Iterator[str]:
     """Yield the base's documents without end: conversations of one to four turns about `facts`
     (the training part), about invented things that share no real entity's name, and small talk.
 
     plain: no questions in frames, and invented names as they come: for the vocabulary.
+    casual: more small talk, in any spelling, and bare nouns for questions: for the last steps.
     """
     rng = random.Random(seed)
     real = frozenset() if plain else frozenset(fact.entity for fact in read_facts())
@@ -664,12 +687,17 @@ def dialogues(
         turns = []
         for _ in range(rng.choice((1, 1, 1, 2, 3, 4))):
             draw = rng.random()
-            if draw < 0.04:
+            if draw < (0.15 if casual else 0.04):
                 users, assistants = rng.choice(SMALL_TALK)
-                turns.append(turn(rng.choice(users), rng.choice(assistants)))
+                user = rng.choice(users)
+                user = respelt(user, rng) if casual else user
+                turns.append(turn(user, rng.choice(assistants)))
             else:
                 fact = inventor.fact() if draw < 0.62 else rng.choice(facts)
-                turns.append(turn(question(fact, rng, framed=not plain), answer(fact)))
+                asked = question(fact, rng, framed=not plain)
+                if casual and rng.random() < 0.15:
+                    asked = bare(fact, rng)
+                turns.append(turn(asked, answer(fact)))
         yield "".join(turns)
 
 
@@ -701,11 +729,13 @@ def exam(
             }
 
 
-def small_talk() -> Iterator[dict[str, str]]:
-    """Yield every greeting and the like with its answer."""
+def small_talk(seed: int) -> Iterator[dict[str, str]]:
+    """Yield every greeting and the like with its answer, as written and respelt."""
+    rng = random.Random(seed)
     for users, assistants in SMALL_TALK:
         for user in users:
-            yield {"prompt": user, "completion": assistants[0]}
+            for text in (user, user, *(respelt(user, rng) for _ in range(6))):
+                yield {"prompt": text, "completion": assistants[0]}
 
 
 def unseen_question(fact: Fact, rng: random.Random) -> str:
