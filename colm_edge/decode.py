@@ -38,12 +38,14 @@ class Step:
 
 @dataclass(slots=True)
 class Stats:
-    """What an answer took; `expert_tokens` counts every token the expert evaluated."""
+    """What an answer took; `base_tokens` and `expert_tokens` count every token that was evaluated,
+    the prompt included."""
 
     n_prompt: int = 0
     n_generated: int = 0
     n_deferred: int = 0
     defer_rate: float = 0.0
+    base_tokens: int = 0
     expert_calls: int = 0
     expert_tokens: int = 0
     base_seconds: float = 0.0
@@ -143,7 +145,7 @@ class Decoder:
     def _step(self) -> Step:
         base, expert, stats = self._base, self._expert, self.stats
         seconds = base.seconds
-        base.sync(self.tokens)
+        stats.base_tokens += base.sync(self.tokens)
         stats.base_seconds += base.seconds - seconds
         try:
             p_defer, choice, logsumexp = self._read(base.logits, base.hidden)

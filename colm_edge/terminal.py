@@ -66,13 +66,12 @@ def summary(stats: Stats) -> str:
     def rate(n: int, seconds: float) -> str:
         return f"{n / seconds:,.0f}" if n and seconds > 0 else "-"
 
-    # The base is evaluated once for every token, whoever writes it.
     expert_seconds = stats.expert_seconds - stats.expert_load_seconds
     return (
         f"{stats.n_generated} tokens, {stats.defer_rate:.0%} deferred, "
         f"{stats.expert_calls} expert call{'s' * (stats.expert_calls != 1)} "
         f"({stats.expert_tokens} tokens); "
-        f"tok/s: base {rate(stats.n_generated, stats.base_seconds)}, "
+        f"tok/s: base {rate(stats.base_tokens, stats.base_seconds)}, "
         f"expert {rate(stats.expert_tokens, expert_seconds)}, "
         f"overall {rate(stats.n_generated, stats.total_seconds)}"
     )

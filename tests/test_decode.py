@@ -97,6 +97,7 @@ def test_every_token_is_evaluated_once(seed, rate):
     run = decoder(base, expert, read, [1, 2, 3], max_tokens=40)
     steps = list(run)
     assert [len(b) for b in base.batches] == [3] + [1] * 39
+    assert run.stats.base_tokens == 42
     deferrals = [i for i, s in enumerate(steps) if s.source == "expert"]
     assert expert.n_calls == run.stats.expert_calls == len(deferrals)
     if deferrals:
