@@ -361,7 +361,7 @@ def test_a_checkpoint_of_gigabytes_takes_little_memory(tmp_path, kind):
     if kind == "bin":
         args += ["--strip-to", str(tmp_path / "base")]
     out = subprocess.run(
-        [sys.executable, "-c", PEAK.format(tools=str(TOOL.parent)), *args],
+        [sys.executable, "-P", "-c", PEAK.format(tools=str(TOOL.parent)), *args],
         capture_output=True, text=True, check=True,
     )  # fmt: skip
     assert int(out.stdout) < 60_000  # kB

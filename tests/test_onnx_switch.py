@@ -149,4 +149,4 @@ def test_onnxruntime_is_loaded_only_for_onnx_heads(tmp_path):
         "load_switch('margin')\n"
         "assert 'onnxruntime' not in sys.modules\n"
     )
-    subprocess.run([sys.executable, "-c", code], check=True)
+    subprocess.run([sys.executable, "-P", "-c", code], check=True)
