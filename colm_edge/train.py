@@ -31,6 +31,8 @@ Loss = Callable[[Array], tuple[float, Array]]
 VALID_SHARE = 0.2  # of the data's lines
 MIN_LINES = 5
 WEAK_POSITIVE_WEIGHT = 8.0  # of a weak label 1, as in the authors' script
+CHUNK_ROWS = 1 << 16
+SEARCH_TOKENS = 100_000  # are enough to choose a start and the regularisation
 L2_GRID = (1e-2, 1e-3, 1e-4, 1e-5)  # on standardised weights
 DEFER_RATES = tuple(round(0.05 * i, 2) for i in range(21))
 
@@ -136,9 +138,7 @@ def fit_head(
 
     columns (n, k), raw. The scales are folded into the weights that come back.
     """
-    mean = columns.mean(axis=0, dtype=np.float64)
-    scale = np.maximum(columns.std(axis=0, dtype=np.float64), 1e-6)
-    standard = ((columns - mean) / scale).astype(np.float32)
+    mean, scale, standard = _standardised(columns)
 
     def loss(x: Array) -> tuple[float, Array]:
         weight, bias = x[:-1], x[-1]
@@ -153,6 +153,21 @@ def fit_head(
     x = minimize(loss, x)
     weight = x[:-1] / scale
     return Head(weight, float(x[-1] - mean @ weight))
+
+
+def _standardised(
+    columns: npt.NDArray[np.float32],
+) -> tuple[Array, Array, npt.NDArray[np.float32]]:
+    """Return mean, deviation, and the columns in those units, in float64 a chunk at a time."""
+    chunks = [slice(at, at + CHUNK_ROWS) for at in range(0, len(columns), CHUNK_ROWS)]
+    total = sum(columns[rows].sum(axis=0, dtype=np.float64) for rows in chunks)
+    mean = np.asarray(total, np.float64) / len(columns)
+    spread = sum(((columns[rows] - mean) ** 2).sum(axis=0) for rows in chunks)
+    scale = np.maximum(np.sqrt(np.asarray(spread, np.float64) / len(columns)), 1e-6)
+    standard = np.empty_like(columns)
+    for rows in chunks:
+        standard[rows] = (columns[rows] - mean) / scale
+    return mean, scale, standard
 
 
 @dataclass(frozen=True)
@@ -225,25 +240,35 @@ def fit_switch(
 
 
 def _fit_regularised(train: Scores, valid: Scores, names: tuple[str, ...]) -> tuple[Head, float]:
-    """Return the head of the l2 that does best on the held-back tokens, and that l2."""
+    """Return the head of the l2 that does best on the held-back tokens, and that l2.
+
+    With much data start and l2 are sought on a part of it, and the last fit is on all.
+    """
     x_train, x_valid = _columns(train, names), _columns(valid, names)
+    n = len(x_train)
+    part: npt.NDArray[np.int64] | slice = slice(None)
+    if n > SEARCH_TOKENS:
+        part = np.sort(np.random.default_rng(0).choice(n, SEARCH_TOKENS, replace=False))
+    x_part, base, expert = x_train[part], train.base[part], train.expert[part]
 
     def marginal(d: Array) -> tuple[float, Array]:
-        return marginal_loss(train.base, train.expert, d)
+        return marginal_loss(base, expert, d)
 
     # The weak start helps where there are labels of both kinds and misleads where not: the fit is
     # begun from it and from nothing, and goes on from the better.
     starts: list[Head | None] = [None]
-    label = (train.expert_right & ~train.base_right).astype(np.float64)
+    label = (train.expert_right & ~train.base_right)[part].astype(np.float64)
     if 0 < label.sum() < len(label):
-        starts.append(fit_head(x_train, lambda d: weak_loss(label, d), 1e-3))
+        starts.append(fit_head(x_part, lambda d: weak_loss(label, d), 1e-3))
     judged: list[tuple[float, float, Head]] = []
     for l2 in L2_GRID:
-        fits = [fit_head(x_train, marginal, l2, start) for start in starts]
-        fit = min(fits, key=lambda head: marginal(head(x_train))[0])
+        fits = [fit_head(x_part, marginal, l2, start) for start in starts]
+        fit = min(fits, key=lambda head: marginal(head(x_part))[0])
         starts = [fit]
         judged.append((marginal_loss(valid.base, valid.expert, fit(x_valid))[0], l2, fit))
     _, l2, head = min(judged, key=lambda entry: entry[0])
+    if n > SEARCH_TOKENS:
+        head = fit_head(x_train, lambda d: marginal_loss(train.base, train.expert, d), l2, head)
     return head, l2
 
 
@@ -275,7 +300,7 @@ def _columns(scores: Scores, names: tuple[str, ...]) -> npt.NDArray[np.float32]:
         else scores.logit_features[:, readout.FEATURES.index(name), None]
         for name in names
     ]  # fmt: skip
-    return np.concatenate(parts, axis=1)
+    return parts[0] if len(parts) == 1 else np.concatenate(parts, axis=1)
 
 
 def choose_threshold(p: Array, base: Array, expert: Array) -> float:

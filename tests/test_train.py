@@ -212,6 +212,18 @@ def test_training_learns_to_call_the_model_that_writes_the_text(tiny):
         assert np.array_equal(again.switch.weight, switch.weight)
 
 
+def test_much_data_is_searched_in_part_and_fitted_whole(tiny, monkeypatch):
+    with load(tiny["base"], tiny["expert"], "margin", n_threads=1, n_ctx=256) as pair:
+        rows = [{"prompt": f"p{i}", "completion": f"c{i} and some more"} for i in range(40)]
+        documents = tokenized(enumerate(rows), pair)
+        whole = train.fit_switch(pair, documents, "logits", progress=no_bar)
+        monkeypatch.setattr(train, "SEARCH_TOKENS", 200)
+        part = train.fit_switch(pair, documents, "logits", progress=no_bar)
+    assert part.report["n_train_tokens"] > 200
+    # The last fit is on all of the data, so only the choice of l2 may differ.
+    assert part.report["nll_joint"] == pytest.approx(whole.report["nll_joint"], rel=0.02)
+
+
 def write_lines(path, lines) -> str:
     path.write_bytes(b"\n".join(lines))
     return str(path)

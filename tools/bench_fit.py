@@ -1,0 +1,57 @@
+"""Time the fit of a switch on random features, scoring not included.
+
+    python tools/bench_fit.py [--tokens 1000000] [--width 1024]
+
+A planted head decides which of two models knows each token; the fit must find it again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import os
+import time
+
+import numpy as np
+from bench_loop import cpu_name
+
+from colm_edge import train
+from colm_edge.readout import FEATURES
+from colm_edge.scoring import Scores
+
+
+def planted(n: int, width: int, rng: np.random.Generator) -> tuple[Scores, np.ndarray]:
+    """Return the scores of n tokens, of which a head on the hidden state knows the writer."""
+    hidden = np.empty((n, width), np.float32)
+    for i in range(0, n, 50_000):
+        rng.standard_normal(dtype=np.float32, out=hidden[i : i + 50_000])
+    weight = rng.normal(size=width).astype(np.float32) * np.float32(2 / np.sqrt(width))
+    by_expert = rng.random(n) < 1 / (1 + np.exp(1 - hidden @ weight))
+    likely, unlikely = np.log(rng.uniform(0.6, 0.99, n)), np.log(rng.uniform(1e-4, 0.1, n))
+    base, expert = np.where(by_expert, (unlikely, likely), (likely, unlikely))
+    features = np.zeros((n, len(FEATURES)), np.float32)
+    return Scores(hidden, features, base, expert, ~by_expert, by_expert,
+                  np.zeros(n, np.int64), np.arange(n)), weight  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--tokens", type=int, default=1_000_000)
+    parser.add_argument("--width", type=int, default=1024)
+    args = parser.parse_args()
+    rng = np.random.default_rng(0)
+    scores, weight = planted(args.tokens, args.width, rng)
+    held_back, _ = planted(max(1000, args.tokens // 50), args.width, rng)
+    begun = time.perf_counter()
+    head, l2 = train._fit_regularised(scores, held_back, ("hidden",))
+    seconds = time.perf_counter() - begun
+    cosine = head.weight @ weight / np.linalg.norm(head.weight) / np.linalg.norm(weight)
+    print(
+        f"{args.tokens:,} tokens of {args.width} features: {seconds:.1f} s, l2 {l2:g}, cosine with "
+        f"the planted head {cosine:.4f}; {cpu_name()}, {os.cpu_count()} cores, "
+        f"{datetime.date.today()}"
+    )
+
+
+if __name__ == "__main__":
+    main()
