@@ -242,10 +242,10 @@ def _in_use() -> tuple[Read, str]:
     if os.environ.get(VARIABLE) == "numpy":
         return read_numpy, "numpy"
     try:
-        native = import_module("colm_edge._native")
+        native = import_module("_colm_edge_native")
     except ModuleNotFoundError as e:
         raise ColmError(
-            "the C extension colm_edge._native is not built; `pip install .` builds it, and "
+            "the C extension _colm_edge_native is not built; `pip install .` builds it, and "
             f"{VARIABLE}=numpy runs the slow implementation instead"
         ) from e
     except ImportError as e:  # the variable names what this CPU cannot run

@@ -608,13 +608,13 @@ static PyModuleDef_Slot slots[] = {
 
 static struct PyModuleDef definition = {
     .m_base = PyModuleDef_HEAD_INIT,
-    .m_name = "_native",
+    .m_name = "_colm_edge_native",
     .m_doc = "The switch in C: read(), implementation, implementations.",
     .m_size = sizeof(State),
     .m_methods = methods,
     .m_slots = slots,
 };
 
-PyMODINIT_FUNC PyInit__native(void) {
+PyMODINIT_FUNC PyInit__colm_edge_native(void) {
     return PyModuleDef_Init(&definition);
 }

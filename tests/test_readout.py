@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from colm_edge import readout
 
-SPEC = importlib.util.find_spec("colm_edge._native")
+SPEC = importlib.util.find_spec("_colm_edge_native")
 
 
 def load_native(variant: str | None) -> Any:
@@ -28,7 +28,7 @@ def load_native(variant: str | None) -> Any:
         patch.delenv("COLM_EDGE_NATIVE", raising=False)
         if variant is not None:
             patch.setenv("COLM_EDGE_NATIVE", variant)
-        spec = importlib.util.spec_from_file_location("colm_edge._native", SPEC.origin)
+        spec = importlib.util.spec_from_file_location("_colm_edge_native", SPEC.origin)
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
     return module
@@ -477,6 +477,6 @@ def test_the_environment_forces_each(name):
 
 
 def test_an_extension_that_is_not_built_is_an_error_and_no_fallback():
-    hide = "sys.modules['colm_edge._native'] = None\nfrom colm_edge import readout"
-    assert "_native is not built; `pip install .` builds it" in in_python(hide).stderr
+    hide = "sys.modules['_colm_edge_native'] = None\nfrom colm_edge import readout"
+    assert "_colm_edge_native is not built; `pip install .` builds it" in in_python(hide).stderr
     assert in_python(hide, COLM_EDGE_NATIVE="numpy").returncode == 0

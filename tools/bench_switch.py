@@ -40,11 +40,11 @@ def implementations() -> dict[str, Callable[..., tuple[int, float]]]:
     os.environ.pop("COLM_EDGE_NATIVE", None)
     from colm_edge.readout import read_numpy
 
-    spec = importlib.util.find_spec("colm_edge._native")
+    spec = importlib.util.find_spec("_colm_edge_native")
     if spec is None or spec.loader is None:
-        raise SystemExit("colm_edge._native is not built; `pip install .` builds it")
+        raise SystemExit("_colm_edge_native is not built; `pip install .` builds it")
     readers = {}
-    for name in importlib.import_module("colm_edge._native").implementations:
+    for name in importlib.import_module("_colm_edge_native").implementations:
         os.environ["COLM_EDGE_NATIVE"] = name  # the extension reads it when it is loaded
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
