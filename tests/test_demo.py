@@ -11,11 +11,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from demo_pair import text
+from click.testing import CliRunner
+from demo_pair import text, wordings
 from reference import PlainModel, assert_same, plain_loop
 from test_train import no_bar
 
 from colm_edge import train
+from colm_edge.cli import main
 from colm_edge.documents import tokenized
 from colm_edge.evaluate import contains
 from colm_edge.pair import Pair
@@ -96,6 +98,11 @@ def test_the_shipped_pair_is_the_plain_loop(demo):
             base, expert, switch, answer.prompt_tokens, switch.threshold, GREEDY["max_tokens"]
         )
         assert_same(answer.steps, plain, switch.threshold)
+        printed = CliRunner().invoke(main, ["run", row["prompt"], "--temp", "0", "--json"])
+        tokens = json.loads(printed.stdout)["tokens"]
+        assert [(t["id"], t["source"]) for t in tokens] == [
+            (s.token, s.source) for s in answer.steps
+        ]
     base.close()
     expert.close()
 
@@ -130,7 +137,7 @@ def test_the_base_never_reads_of_a_held_out_entity():
     # In the dialogues themselves: no held-out entity is what an answer is about.
     frames = "|".join(
         re.escape(a.answer).replace(r"\{e\}", "(.+)").replace(r"\{v\}", ".*")
-        for a in text.ATTRIBUTES.values()
+        for a in wordings.ATTRIBUTES.values()
     )
     for document in itertools.islice(text.dialogues(known, ["al", "ber"], 7), 2000):
         for match in re.finditer(frames, document):
@@ -144,10 +151,10 @@ def test_the_expert_never_reads_a_question():
 
 
 def test_unseen_wordings_are_unseen():
-    for (kind, attribute), form in text.ATTRIBUTES.items():
+    for (kind, attribute), form in wordings.ATTRIBUTES.items():
         trained = {text.fill(q, "{e}") for q in form.questions}
-        trained |= {text.frame(f, n, "{e}") for f in text.NOUN_FRAMES for n in form.nouns}
-        trained |= {text.frame(f, c, "{e}") for f in text.CLAUSE_FRAMES for c in form.clauses}
+        trained |= {text.frame(f, n, "{e}") for f in wordings.NOUN_FRAMES for n in form.nouns}
+        trained |= {text.frame(f, c, "{e}") for f in wordings.CLAUSE_FRAMES for c in form.clauses}
         fact = text.Fact("test", kind, "{e}", attribute, "")
         unseen = {text.unseen_question(fact, random.Random(i)) for i in range(200)}
         assert len(unseen) >= 5
