@@ -241,9 +241,22 @@ def progress(name: str, total: int) -> Any:
 @click.option("--data", required=True, metavar="FILE.jsonl", help="Prompts with completions.")
 @click.option("--outfile", required=True, metavar="SWITCH.gguf", help="Where the switch goes.")
 @click.option(
-    "--features", type=click.Choice(["hidden", "logits", "both"]), default="both",
-    show_default=True, help="What the switch reads: hidden state, logit features, or both.",
+    "--features", type=click.Choice(["hidden", "logits", "both"]),
+    help="What the switch reads: hidden state, logit features, or both.  [default: both, or as "
+    "the switch of --update]",
 )  # fmt: skip
+@click.option(
+    "--objective", type=click.Choice(["best", "marginal", "budget", "weak"]), default="best",
+    show_default=True, help="marginal: the mixture's likelihood (the paper's). budget: that of "
+    "hard decisions at defer rates of 0.1 to 0.3. best: the better of the two at those rates, on "
+    "held-back lines. weak: the paper's weak supervision, to compare with.",
+)  # fmt: skip
+@click.option(
+    "--update",
+    metavar="SWITCH.gguf",
+    help="The switch that this one replaces, after the expert or the data changed: the fit begins "
+    "with it, the report compares both, and --work-dir evaluates only what is new.",
+)
 @click.option(
     "--report-dir",
     metavar="DIR",
@@ -270,7 +283,9 @@ def progress(name: str, total: int) -> Any:
 def train(
     data: str,
     outfile: str,
-    features: str,
+    features: str | None,
+    objective: str,
+    update: str | None,
     report_dir: str | None,
     work_dir: str | None,
     expert_scores: str | None,
@@ -285,19 +300,22 @@ def train(
     """
     from colm_edge.documents import read_rows, tokenized
     from colm_edge.pair import load
+    from colm_edge.switch import Switch
     from colm_edge.train import check_writable, fit_switch
 
     check_writable(outfile)
+    old = Switch.load(update) if update is not None else None
     if report_dir is not None:
         from colm_edge.report import check_report, write_report
 
         check_report(report_dir)
     if expert_scores is not None and "model" in models:
         models.setdefault("expert", models["model"])  # it is never evaluated
-    with load(**models, switch="margin") as loaded:
+    with load(**models, switch=update or "margin") as loaded:
         documents = tokenized(read_rows(data), loaded, raw=raw)
         fit = fit_switch(
-            loaded, documents, features, seed=seed, compare=report_dir is not None,
+            loaded, documents, features, objective=objective, seed=seed, update=old,
+            compare=report_dir is not None,
             work=Path(work_dir) if work_dir else None,
             expert_scores=Path(expert_scores) if expert_scores else None, progress=progress,
         )  # fmt: skip

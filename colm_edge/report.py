@@ -63,18 +63,22 @@ def draw_curve(fit: Fit) -> Figure:
     """Draw the loss of hard decisions against the defer rate, for the switch and simpler ones."""
     from matplotlib.figure import Figure
 
-    scores, report = fit.held_back, fit.report
+    report, rows = fit.report, fit.valid
+    base, expert = fit.scores.base[rows], fit.scores.expert[rows]
     n = len(fit.p)
     rate = np.arange(n + 1) / n
     figure = Figure(figsize=(7, 4.6), layout="constrained")
     axes = figure.subplots()
-    features = scores.logit_features.astype(np.float64)
-    for name, order, style in (
+    features = fit.scores.logit_features[rows].astype(np.float64)
+    curves = [
         ("this switch", fit.p, "C0-"),
         ("entropy", features[:, 0], "C1--"),
         ("margin", 1 - features[:, 2], "C2-."),
-    ):
-        axes.plot(rate, hard_curve(order, scores), style, label=name)
+    ]
+    if fit.p_before is not None:
+        curves.insert(1, ("the switch before", fit.p_before, "C4-"))
+    for name, rank, style in curves:
+        axes.plot(rate, hard_curve(rank, base, expert), style, label=name)
     axes.plot([0, 1], [report["nll_base"], report["nll_expert"]], "C7:", label="at random")
     axes.axhline(report["nll_joint"], color="C0", lw=0.8, alpha=0.6)
     axes.axhline(report["nll_oracle"], color="C3", lw=0.8, alpha=0.6)
@@ -94,7 +98,7 @@ def draw_reliability(fit: Fit) -> Figure:
     """Draw how often the expert is the better model, by p_defer; the dots' size is their count."""
     from matplotlib.figure import Figure
 
-    better = fit.held_back.expert > fit.held_back.base
+    better = fit.scores.expert[fit.valid] > fit.scores.base[fit.valid]
     bins = np.minimum((fit.p * BINS).astype(int), BINS - 1)
     figure = Figure(figsize=(5, 4.6), layout="constrained")
     axes = figure.subplots()
@@ -111,7 +115,7 @@ def draw_reliability(fit: Fit) -> Figure:
 def page(fit: Fit, model: Model) -> str:
     """Return an HTML page that needs no network: the most deferred tokens, and example texts."""
     deferred = fit.p > fit.switch.threshold
-    tokens = fit.held_back.token
+    tokens = fit.scores.token[fit.valid]
     seen, counts = Counter(tokens.tolist()), Counter(tokens[deferred].tolist())
     rows = "".join(
         f"<tr><td><code>{escape(_show(model, token))}</code><td>{count}"
@@ -120,7 +124,7 @@ def page(fit: Fit, model: Model) -> str:
     )
     texts: dict[int, list[str]] = defaultdict(list)
     for token, line, p, expert in zip(
-        tokens.tolist(), fit.held_back.line.tolist(), fit.p, deferred, strict=True
+        tokens.tolist(), fit.scores.line[fit.valid].tolist(), fit.p, deferred, strict=True
     ):
         if line in texts or len(texts) < EXAMPLES:
             kind = ' class="expert"' if expert else ""

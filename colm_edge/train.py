@@ -1,4 +1,4 @@
-"""Fit a switch: score the data with both models, then maximise the marginal likelihood.
+"""Fit a switch: score the data with both models, fit heads on one part, judge them on the other.
 
 The models stay frozen and only the head is fitted, a weaker variant of Co-LLM's joint
 fine-tuning (arXiv 2403.03870, section 2.2) that needs nothing but the two GGUF files.
@@ -6,10 +6,12 @@ fine-tuning (arXiv 2403.03870, section 2.2) that needs nothing but the two GGUF 
 
 from __future__ import annotations
 
+import hashlib
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,22 +21,36 @@ import numpy.typing as npt
 from colm_edge import readout
 from colm_edge.documents import Document
 from colm_edge.errors import DataError, SwitchError
+from colm_edge.heads import (
+    CHUNK_ROWS,
+    DEFER_RATES,
+    Array,
+    Columns,
+    Head,
+    Loss,
+    Standardised,
+    budget_loss,
+    marginal_loss,
+    sigmoid,
+    weak_loss,
+)  # fmt: skip
 from colm_edge.scoring import MakeProgress, Scores, score
 from colm_edge.switch import FEATURE_SETS, HIDDEN, Switch
 
 if TYPE_CHECKING:
     from colm_edge.pair import Pair
 
-Array = npt.NDArray[np.float64]
-Loss = Callable[[Array], tuple[float, Array]]
+Rows = npt.NDArray[np.int64]
 
 VALID_SHARE = 0.2  # of the data's lines
 MIN_LINES = 5
-WEAK_POSITIVE_WEIGHT = 8.0  # of a weak label 1, as in the authors' script
-CHUNK_ROWS = 1 << 16
-SEARCH_TOKENS = 100_000  # are enough to choose a start and the regularisation
+SEARCH_TOKENS = 100_000  # are enough to choose objective and regularisation
+FIT_BYTES = 4 << 30  # of columns in memory; more tokens than fit are drawn from
 L2_GRID = (1e-2, 1e-3, 1e-4, 1e-5)  # on standardised weights
-DEFER_RATES = tuple(round(0.05 * i, 2) for i in range(21))
+CALIBRATED_RATES = tuple(round(0.05 * i, 2) for i in range(21))
+
+OBJECTIVES = ("marginal", "budget", "weak")
+BEST_OF = ("marginal", "budget")  # what the objective "best" chooses from; weak is a baseline
 
 
 def check_writable(path: str | os.PathLike[str]) -> None:
@@ -51,256 +67,291 @@ def check_writable(path: str | os.PathLike[str]) -> None:
         raise SwitchError(f"{target}: cannot write there: {e.strerror or e}") from e
 
 
-def marginal_loss(base: Array, expert: Array, d: Array) -> tuple[float, Array]:
-    """Return Co-LLM's loss, the mean of −log((1−σ(d))·P_base + σ(d)·P_expert), and its gradient.
-
-    base, expert: log-probabilities of the gold tokens, (n,), nats. d: (n,). The gradient (n,) is
-    with respect to d: σ(d) less the posterior probability that the expert wrote the token.
-    """
-    log_expert, log_base = -np.logaddexp(0, -d), -np.logaddexp(0, d)
-    joint = np.logaddexp(log_base + base, log_expert + expert)
-    gradient = np.exp(log_expert) - np.exp(log_expert + expert - joint)
-    return float(-joint.mean()), gradient / len(d)
-
-
-def weak_loss(label: Array, d: Array) -> tuple[float, Array]:
-    """Return the weak supervision's weighted binary cross-entropy and its gradient in d."""
-    weight = np.where(label > 0, WEAK_POSITIVE_WEIGHT, 1.0) / len(d)
-    loss = weight * (np.logaddexp(0, d) - label * d)
-    return float(loss.sum()), weight * (np.exp(-np.logaddexp(0, -d)) - label)
-
-
-def minimize(loss: Loss, x: Array, *, steps: int = 200, memory: int = 10) -> Array:
-    """Minimise a smooth function by L-BFGS with backtracking (Nocedal and Wright, ch. 7).
-
-    Stops where a step no longer lowers the loss by a relative 1e-9. Nothing to tune.
-    """
-    value, gradient = loss(x)
-    pairs: list[tuple[Array, Array, float]] = []
-    for _ in range(steps):
-        direction = -_inverse_hessian_times(gradient, pairs)
-        slope = float(direction @ gradient)
-        if slope >= 0:  # rounding spoilt the curvature: begin again with the steepest descent
-            pairs.clear()
-            direction, slope = -gradient, -float(gradient @ gradient)
-        if slope == 0:
-            break
-        step = 1.0 if pairs else min(1.0, 1.0 / np.sqrt(-slope))
-        while True:
-            moved = x + step * direction
-            new_value, new_gradient = loss(moved)
-            if new_value <= value + 1e-4 * step * slope or step < 1e-12:
-                break
-            step *= 0.5
-        change, turn = moved - x, new_gradient - gradient
-        curvature = float(change @ turn)
-        if curvature > 1e-12 * float(turn @ turn):
-            pairs = [*pairs[-memory + 1 :], (change, turn, 1.0 / curvature)]
-        gain = value - new_value
-        if gain < 0:
-            break
-        x, value, gradient = moved, new_value, new_gradient
-        if gain <= 1e-9 * max(1.0, abs(value)):
-            break
-    return x
-
-
-def _inverse_hessian_times(gradient: Array, pairs: list[tuple[Array, Array, float]]) -> Array:
-    q = gradient.copy()
-    weights = []
-    for change, turn, rho in reversed(pairs):
-        weights.append(rho * float(change @ q))
-        q -= weights[-1] * turn
-    if pairs:
-        change, turn, _ = pairs[-1]
-        q *= float(change @ turn) / float(turn @ turn)
-    for (change, turn, rho), weight in zip(pairs, reversed(weights), strict=True):
-        q += change * (weight - rho * float(turn @ q))
-    return q
-
-
-@dataclass(frozen=True)
-class Head:
-    """A linear head on raw (not standardised) columns: d = columns · weight + bias."""
-
-    weight: Array
-    bias: float
-
-    def __call__(self, columns: npt.NDArray[np.float32]) -> Array:
-        return np.asarray(columns @ self.weight.astype(np.float32), np.float64) + self.bias
-
-
-def fit_head(
-    columns: npt.NDArray[np.float32], loss_of_d: Callable[[Array], tuple[float, Array]],
-    l2: float, start: Head | None = None,
-) -> Head:  # fmt: skip
-    """Fit d = columns · weight + bias under a loss of d, with l2 · |weight|² on standard columns.
-
-    columns (n, k), raw. The scales are folded into the weights that come back.
-    """
-    mean, scale, standard = _standardised(columns)
-
-    def loss(x: Array) -> tuple[float, Array]:
-        weight, bias = x[:-1], x[-1]
-        d = np.asarray(standard @ weight.astype(np.float32), np.float64) + bias
-        value, by_d = loss_of_d(d)
-        by_weight = np.asarray(by_d.astype(np.float32) @ standard, np.float64) + 2 * l2 * weight
-        return value + l2 * float(weight @ weight), np.append(by_weight, by_d.sum())
-
-    x = np.zeros(columns.shape[1] + 1)
-    if start is not None:
-        x = np.append(start.weight * scale, start.bias + float(mean @ start.weight))
-    x = minimize(loss, x)
-    weight = x[:-1] / scale
-    return Head(weight, float(x[-1] - mean @ weight))
-
-
-def _standardised(
-    columns: npt.NDArray[np.float32],
-) -> tuple[Array, Array, npt.NDArray[np.float32]]:
-    """Return mean, deviation, and the columns in those units, in float64 a chunk at a time."""
-    chunks = [slice(at, at + CHUNK_ROWS) for at in range(0, len(columns), CHUNK_ROWS)]
-    total = sum(columns[rows].sum(axis=0, dtype=np.float64) for rows in chunks)
-    mean = np.asarray(total, np.float64) / len(columns)
-    spread = sum(((columns[rows] - mean) ** 2).sum(axis=0) for rows in chunks)
-    scale = np.maximum(np.sqrt(np.asarray(spread, np.float64) / len(columns)), 1e-6)
-    standard = np.empty_like(columns)
-    for rows in chunks:
-        standard[rows] = (columns[rows] - mean) / scale
-    return mean, scale, standard
-
-
 @dataclass(frozen=True)
 class Fit:
     """A fitted switch, its figures, and what they were measured on: the held-back lines."""
 
     switch: Switch
     report: dict[str, Any]
-    held_back: Scores
+    scores: Scores
+    valid: Rows  # the held-back tokens' rows in the scores
     p: Array  # p_defer of every held-back token
+    p_before: Array | None  # by the switch that is updated
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A head by one objective, the regularisation it was best with, and p_defer where held back."""
+
+    objective: str
+    n_tokens: int  # that the head was fitted on
+    head: Head
+    l2: float
+    p: Array
+    figures: dict[str, float]
 
 
 def fit_switch(
-    pair: Pair, documents: list[Document], features: str, *, seed: int = 0,
-    compare: bool = False, work: Path | None = None, expert_scores: Path | None = None,
-    progress: MakeProgress,
+    pair: Pair, documents: list[Document], features: str | None = None, *, objective: str = "best",
+    seed: int = 0, compare: bool = False, work: Path | None = None,
+    expert_scores: Path | None = None, update: Switch | None = None, progress: MakeProgress,
 ) -> Fit:  # fmt: skip
     """Score the documents, fit a switch on one part of them and judge it on the other.
 
-    The report's losses are nats per token of the held-back lines, on which regularisation,
-    threshold and calibration were chosen too: judge a switch on data of its own. compare: fit the
-    other feature sets as well and report how they do. work, expert_scores: as in `score`.
+    features: hidden, logits or both; None takes those of the switch that is updated, or both.
+    objective: "marginal", the paper's likelihood of the mixture; "budget", the likelihood of hard
+    decisions at defer rates of 0.1 to 0.3; "weak", the paper's weak supervision; or "best", the
+    one of the first two whose hard decisions at those rates are likelier on the held-back lines.
+    update: the switch that this one replaces; the fit begins with it and the report compares them.
+    compare: fit the other feature sets as well and report how they do. work, expert_scores: as in
+    `score`.
+
+    The report's losses are nats per token of the held-back lines, on which objective,
+    regularisation, threshold and calibration were chosen too: judge a switch on data of its own.
     Raises DataError when there are too few documents to hold any back.
     """
-    lines = sorted({d.line for d in documents})
-    if len(lines) < MIN_LINES:
-        raise DataError(f"{len(lines)} documents; expected at least {MIN_LINES}, to hold one back")
+    held_back = _held_back(documents, seed)
     scores = score(pair, documents, progress, work=work, expert_scores=expert_scores)
-    order = np.random.default_rng(seed).permutation(lines)
-    held_back = order[: max(1, round(VALID_SHARE * len(lines)))]
-    is_valid = np.isin(scores.line, held_back)
-    train, valid = scores.take(~is_valid), scores.take(is_valid)
-    names = FEATURE_SETS[features]
-    head, l2 = _fit_regularised(train, valid, names)
-    p = _probability(head, valid, names)
-    threshold = choose_threshold(p, valid.base, valid.expert)
-    deferred = p > threshold
-    rates, thresholds = calibrate(p)
+    is_valid = np.isin(scores.line, list(held_back))
+    train, valid = np.flatnonzero(~is_valid), np.flatnonzero(is_valid)
+    if features is None:
+        same = (name for name in FEATURE_SETS if update and FEATURE_SETS[name] == update.features)
+        features = next(same, "both")
+    names, start = FEATURE_SETS[features], None
+    if update is not None and update.features == names:
+        start = Head(update.weight[0].astype(np.float64), float(update.bias[0]))
+    trial, trials = fit_head(scores, train, valid, names, objective, start)
+    base, expert = scores.base[valid], scores.expert[valid]
+    threshold = choose_threshold(trial.p, base, expert)
+    deferred = trial.p > threshold
+    rates, thresholds = calibrate(trial.p)
     switch = Switch(
         features=names,
-        weight=head.weight.astype(np.float32)[None, :],
-        bias=np.array([head.bias], np.float32),
+        weight=trial.head.weight.astype(np.float32)[None, :],
+        bias=np.array([trial.head.bias], np.float32),
         n_embd=pair.base.n_embd,
         threshold=threshold,
         defer_rates=rates,
         thresholds=thresholds,
-        info={"base": pair.base.path.name, "expert": pair.expert.path.name},
+        info={
+            "base": pair.base.path.name,
+            "expert": pair.expert.path.name,
+            "objective": trial.objective,
+        },
     )
+    n_lines = len({d.line for d in documents})
     report: dict[str, Any] = {
         "features": features,
-        "nll_base": float(-valid.base.mean()),
-        "nll_expert": float(-valid.expert.mean()),
-        **_figures(p, valid),
-        "nll_hard": float(-np.where(deferred, valid.expert, valid.base).mean()),
-        "nll_oracle": float(-np.maximum(valid.base, valid.expert).mean()),
+        "objective": trial.objective,
+        "nll_base": float(-base.mean()),
+        "nll_expert": float(-expert.mean()),
+        **trial.figures,
+        "nll_hard": float(-np.where(deferred, expert, base).mean()),
+        "nll_oracle": float(-np.maximum(base, expert).mean()),
         "defer_rate": float(deferred.mean()),
         "threshold": threshold,
-        "l2": l2,
-        "n_train": len(lines) - len(held_back),
+        "l2": trial.l2,
+        "n_train": n_lines - len(held_back),
         "n_valid": len(held_back),
-        "n_train_tokens": len(train.base),
-        "n_valid_tokens": len(valid.base),
+        "n_train_tokens": len(train),
+        "n_fit_tokens": trial.n_tokens,
+        "n_valid_tokens": len(valid),
+        "objectives": {name: found.figures for name, found in trials.items()},
     }
+    p_before = None
+    if update is not None:
+        p_before, report["before"] = _before(update, scores, valid)
     if compare:
-        report["feature_sets"] = {}
-        for name, columns in FEATURE_SETS.items():
-            rival = head if name == features else _fit_regularised(train, valid, columns)[0]
-            report["feature_sets"][name] = _figures(_probability(rival, valid, columns), valid)
-    return Fit(switch, report, valid, p)
+        report["feature_sets"] = {features: trial.figures}
+        for name in FEATURE_SETS.keys() - {features}:
+            rival, _ = fit_head(scores, train, valid, FEATURE_SETS[name], trial.objective)
+            report["feature_sets"][name] = rival.figures
+    return Fit(switch, report, scores, valid, trial.p, p_before)
 
 
-def _fit_regularised(train: Scores, valid: Scores, names: tuple[str, ...]) -> tuple[Head, float]:
-    """Return the head of the l2 that does best on the held-back tokens, and that l2.
+def fit_head(
+    scores: Scores, train: Rows, valid: Rows, names: tuple[str, ...], objective: str = "best",
+    start: Head | None = None,
+) -> tuple[Trial, dict[str, Trial]]:  # fmt: skip
+    """Fit a head on the train rows of the scores and judge it on the valid ones.
 
-    With much data start and l2 are sought on a part of it, and the last fit is on all.
+    Returns it, and one by each objective for comparison. With much data objective and
+    regularisation are sought on a part of it; the head that is returned is fitted on all, or on
+    as much as FIT_BYTES hold.
     """
-    x_train, x_valid = _columns(train, names), _columns(valid, names)
-    n = len(x_train)
-    part: npt.NDArray[np.int64] | slice = slice(None)
-    if n > SEARCH_TOKENS:
-        part = np.sort(np.random.default_rng(0).choice(n, SEARCH_TOKENS, replace=False))
-    x_part, base, expert = x_train[part], train.base[part], train.expert[part]
+    trials = _trials(scores, train, valid, names, start)
+    if objective == "best":
+        objective = min(BEST_OF, key=lambda name: _hard_mean(trials[name].figures))
+    trial = trials[objective]
+    rows = _some(train, FIT_BYTES // (4 * len(trial.head.weight)))
+    if len(rows) > trial.n_tokens:
+        block = Standardised(_columns(scores, rows, names))
+        head = block.fit(_losses(scores, rows)[objective], trial.l2, trial.head)
+        if objective == "budget":
+            head = block.rescaled(head, scores.base[rows], scores.expert[rows])
+        trial = _tried(head, trial.l2, scores, valid, names, objective, len(rows))
+    return trial, trials
 
-    def marginal(d: Array) -> tuple[float, Array]:
-        return marginal_loss(base, expert, d)
+
+def _held_back(documents: Sequence[Document], seed: int) -> set[int]:
+    """Return the lines that are held back: those of the smallest digests.
+
+    By content, so that a document stays on its side when others are added to the data.
+    """
+    digests: dict[int, bytes] = {}
+    for document in documents:
+        if document.line not in digests:
+            digest = hashlib.blake2b(digest_size=8, salt=seed.to_bytes(8, "little"))
+            digest.update(np.asarray(document.tokens, np.int32).tobytes())
+            digests[document.line] = digest.digest()
+    if len(digests) < MIN_LINES:
+        raise DataError(
+            f"{len(digests)} documents; expected at least {MIN_LINES}, to hold one back"
+        )
+    order = sorted(digests, key=lambda line: (digests[line], line))
+    return set(order[: max(1, round(VALID_SHARE * len(order)))])
+
+
+def _trials(
+    scores: Scores, train: Rows, valid: Rows, names: tuple[str, ...], start: Head | None = None
+) -> dict[str, Trial]:
+    """Return a head by each objective, fitted and chosen on parts of both sides if they are large.
+
+    The regularisation is the best on the held-back side, by the objective's own purpose.
+    """
+    rows, judged = _some(train, SEARCH_TOKENS), _some(valid, SEARCH_TOKENS)
+    block = Standardised(_columns(scores, rows, names))
+    x_judged = _columns(scores, judged, names)
+    base, expert = scores.base[judged], scores.expert[judged]
+    losses = _losses(scores, rows)
+
+    def joint(head: Head) -> float:
+        return marginal_loss(base, expert, head(x_judged))[0]
+
+    def hard(head: Head) -> float:
+        return _hard_mean(_figures(head(x_judged), base, expert))
 
     # The weak start helps where there are labels of both kinds and misleads where not: the fit is
     # begun from it and from nothing, and goes on from the better.
-    starts: list[Head | None] = [None]
-    label = (train.expert_right & ~train.base_right)[part].astype(np.float64)
+    starts: list[Head | None] = [None] if start is None else [None, start]
+    weak = _path(block, losses["weak"], [None])
+    label = losses["weak"].args[0]
     if 0 < label.sum() < len(label):
-        starts.append(fit_head(x_part, lambda d: weak_loss(label, d), 1e-3))
-    judged: list[tuple[float, float, Head]] = []
+        starts.append(min(weak, key=lambda found: hard(found[1]))[1])
+    marginal = _path(block, losses["marginal"], starts)
+    best = min(marginal, key=lambda found: joint(found[1]))
+    budget = _path(block, losses["budget"], [best[1]])
+    chosen = {
+        "marginal": best,
+        "budget": min(budget, key=lambda found: hard(found[1])),
+        "weak": min(weak, key=lambda found: hard(found[1])),
+    }
+    l2, head = chosen["budget"]
+    chosen["budget"] = l2, block.rescaled(head, scores.base[rows], scores.expert[rows])
+    return {
+        name: _tried(head, l2, scores, valid, names, name, len(rows))
+        for name, (l2, head) in chosen.items()
+    }
+
+
+def _losses(scores: Scores, rows: Rows) -> dict[str, partial[tuple[float, Array]]]:
+    """Return each objective's loss of d on these rows."""
+    base, expert = scores.base[rows], scores.expert[rows]
+    label = (scores.expert_right[rows] & ~scores.base_right[rows]).astype(np.float64)
+    return {
+        "marginal": partial(marginal_loss, base, expert),
+        "budget": partial(budget_loss, expert - base),
+        "weak": partial(weak_loss, label),
+    }
+
+
+def _path(block: Standardised, loss: Loss, starts: list[Head | None]) -> list[tuple[float, Head]]:
+    """Return a head for each l2 of the grid, each begun from the one before it."""
+    found: list[tuple[float, Head]] = []
     for l2 in L2_GRID:
-        fits = [fit_head(x_part, marginal, l2, start) for start in starts]
-        fit = min(fits, key=lambda head: marginal(head(x_part))[0])
-        starts = [fit]
-        judged.append((marginal_loss(valid.base, valid.expert, fit(x_valid))[0], l2, fit))
-    _, l2, head = min(judged, key=lambda entry: entry[0])
-    if n > SEARCH_TOKENS:
-        head = fit_head(x_train, lambda d: marginal_loss(train.base, train.expert, d), l2, head)
-    return head, l2
+        heads = [block.fit(loss, l2, start) for start in starts]
+        head = min(heads, key=lambda head: loss(block.d(head))[0])
+        starts = [head]
+        found.append((l2, head))
+    return found
 
 
-def _probability(head: Head, scores: Scores, names: tuple[str, ...]) -> Array:
-    return np.asarray(np.exp(-np.logaddexp(0, -head(_columns(scores, names)))), np.float64)
+def _tried(
+    head: Head, l2: float, scores: Scores, valid: Rows, names: tuple[str, ...], objective: str,
+    n_tokens: int,
+) -> Trial:  # fmt: skip
+    d = _d(head, scores, valid, names)
+    figures = _figures(d, scores.base[valid], scores.expert[valid])
+    return Trial(objective, n_tokens, head, l2, sigmoid(d), figures)
 
 
-def _figures(p: Array, scores: Scores) -> dict[str, float]:
+def _d(head: Head, scores: Scores, rows: Rows, names: tuple[str, ...]) -> Array:
+    return np.concatenate(
+        [
+            head(_columns(scores, rows[at : at + CHUNK_ROWS], names))
+            for at in range(0, len(rows), CHUNK_ROWS)
+        ]
+    )
+
+
+def _before(update: Switch, scores: Scores, valid: Rows) -> tuple[Array, dict[str, float]]:
+    """Return an older switch's p_defer of the held-back tokens, and its figures."""
+    head = Head(update.weight[0].astype(np.float64), float(update.bias[0]))
+    d = _d(head, scores, valid, update.features)
+    p, base, expert = sigmoid(d), scores.base[valid], scores.expert[valid]
+    deferred = p > update.threshold
+    return p, {
+        **_figures(d, base, expert),
+        "nll_hard": float(-np.where(deferred, expert, base).mean()),
+        "defer_rate": float(deferred.mean()),
+        "threshold": update.threshold,
+    }
+
+
+def _figures(d: Array, base: Array, expert: Array) -> dict[str, float]:
     """Return the joint loss, and that of hard decisions at the defer rates that people use."""
-    with np.errstate(divide="ignore"):
-        d = np.log(p) - np.log1p(-p)
-    curve = hard_curve(p, scores)
-    figures = {"nll_joint": marginal_loss(scores.base, scores.expert, d)[0]}
-    for rate in (0.1, 0.2, 0.3):
-        figures[f"nll_hard_{rate}"] = float(curve[round(rate * len(p))])
+    curve = hard_curve(d, base, expert)
+    figures = {"nll_joint": marginal_loss(base, expert, d)[0]}
+    for rate in DEFER_RATES:
+        figures[f"nll_hard_{rate}"] = float(curve[round(rate * len(d))])
     return figures
 
 
-def hard_curve(p: Array, scores: Scores) -> Array:
-    """Return the loss of hard decisions when the k tokens of highest p are deferred, (n + 1,)."""
-    gain = np.cumsum((scores.expert - scores.base)[np.argsort(-p, kind="stable")])
-    curve: Array = -(scores.base.sum() + np.concatenate(([0.0], gain))) / len(p)
+def _hard_mean(figures: dict[str, float]) -> float:
+    return sum(figures[f"nll_hard_{rate}"] for rate in DEFER_RATES) / len(DEFER_RATES)
+
+
+def hard_curve(rank: Array, base: Array, expert: Array) -> Array:
+    """Return the loss of hard decisions when the k tokens of highest rank are deferred, (n + 1,).
+
+    base, expert: log-probabilities of the gold tokens, (n,). Ties are taken in their order.
+    """
+    gain = np.cumsum((expert - base)[np.argsort(-rank, kind="stable")])
+    curve: Array = -(base.sum() + np.concatenate(([0.0], gain))) / len(rank)
     return curve
 
 
-def _columns(scores: Scores, names: tuple[str, ...]) -> npt.NDArray[np.float32]:
-    parts = [
-        scores.hidden if name == HIDDEN
-        else scores.logit_features[:, readout.FEATURES.index(name), None]
-        for name in names
-    ]  # fmt: skip
-    return parts[0] if len(parts) == 1 else np.concatenate(parts, axis=1)
+def _some(rows: Rows, n: int) -> Rows:
+    """Return at most n of the rows, drawn by a fixed seed, in order."""
+    if len(rows) <= n:
+        return rows
+    return np.sort(np.random.default_rng(0).choice(rows, n, replace=False))
+
+
+def _columns(scores: Scores, rows: Rows, names: tuple[str, ...]) -> Columns:
+    """Return the features of some rows, (n, k): a copy, whatever the scores lie on."""
+    widths = [scores.hidden.shape[1] if name == HIDDEN else 1 for name in names]
+    columns = np.empty((len(rows), sum(widths)), np.float32)
+    for at in range(0, len(rows), CHUNK_ROWS):
+        some, to = rows[at : at + CHUNK_ROWS], 0
+        for name, width in zip(names, widths, strict=True):
+            part = columns[at : at + CHUNK_ROWS, to : to + width]
+            if name == HIDDEN:
+                part[:] = scores.hidden[some]
+            else:
+                part[:, 0] = scores.logit_features[some, readout.FEATURES.index(name)]
+            to += width
+    return columns
 
 
 def choose_threshold(p: Array, base: Array, expert: Array) -> float:
@@ -335,5 +386,5 @@ def calibrate(p: Array) -> tuple[tuple[float, ...], tuple[float, ...]]:
     Where many p round to 1, low rates share the highest threshold that still defers: 1 itself
     would never.
     """
-    quantiles = _below_one(np.quantile(p, [1 - rate for rate in DEFER_RATES[1:-1]]))
-    return DEFER_RATES, (1.0, *(float(q) for q in quantiles), 0.0)
+    quantiles = _below_one(np.quantile(p, [1 - rate for rate in CALIBRATED_RATES[1:-1]]))
+    return CALIBRATED_RATES, (1.0, *(float(q) for q in quantiles), 0.0)

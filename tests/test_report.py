@@ -48,13 +48,14 @@ def test_the_page_needs_no_network_and_shows_the_texts(fitted):
 
 def test_the_curve_runs_from_base_to_expert(fitted):
     fit, _ = fitted
-    curve = hard_curve(fit.p, fit.held_back)
+    scores = fit.scores.base[fit.valid], fit.scores.expert[fit.valid]
+    curve = hard_curve(fit.p, *scores)
     assert curve[0] == pytest.approx(fit.report["nll_base"])
     assert curve[-1] == pytest.approx(fit.report["nll_expert"])
     assert curve.min() >= fit.report["nll_oracle"] - 1e-9
     at = round(fit.report["defer_rate"] * len(fit.p))
     assert curve[at] == pytest.approx(fit.report["nll_hard"])
-    assert np.array_equal(hard_curve(fit.p, fit.held_back), curve)
+    assert np.array_equal(hard_curve(fit.p, *scores), curve)
 
 
 def test_what_is_missing_is_said_before_the_work(tmp_path, monkeypatch):

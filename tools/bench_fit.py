@@ -1,6 +1,6 @@
 """Time the fit of a switch on random features, scoring not included.
 
-    python tools/bench_fit.py [--tokens 1000000] [--width 1024]
+    python tools/bench_fit.py [--tokens 1000000] [--width 1024] [--objective best]
 
 A planted head decides which of two models knows each token; the fit must find it again.
 """
@@ -38,18 +38,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--tokens", type=int, default=1_000_000)
     parser.add_argument("--width", type=int, default=1024)
+    parser.add_argument("--objective", choices=("best", *train.OBJECTIVES), default="best")
     args = parser.parse_args()
     rng = np.random.default_rng(0)
-    scores, weight = planted(args.tokens, args.width, rng)
-    held_back, _ = planted(max(1000, args.tokens // 50), args.width, rng)
+    n_valid = max(1000, args.tokens // 50)
+    scores, weight = planted(args.tokens + n_valid, args.width, rng)
+    rows = np.arange(args.tokens + n_valid)
     begun = time.perf_counter()
-    head, l2 = train._fit_regularised(scores, held_back, ("hidden",))
-    seconds = time.perf_counter() - begun
+    trial, _ = train.fit_head(scores, rows[n_valid:], rows[:n_valid], ("hidden",), args.objective)
+    seconds, head = time.perf_counter() - begun, trial.head
     cosine = head.weight @ weight / np.linalg.norm(head.weight) / np.linalg.norm(weight)
     print(
-        f"{args.tokens:,} tokens of {args.width} features: {seconds:.1f} s, l2 {l2:g}, cosine with "
-        f"the planted head {cosine:.4f}; {cpu_name()}, {os.cpu_count()} cores, "
-        f"{datetime.date.today()}"
+        f"{args.tokens:,} tokens of {args.width} features: {seconds:.1f} s, {trial.objective}, l2 "
+        f"{trial.l2:g}, cosine with the planted head {cosine:.4f}; {cpu_name()}, "
+        f"{os.cpu_count()} cores, {datetime.date.today()}"
     )
 
 
