@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -234,18 +234,13 @@ def _trials(
     # The weak start helps where there are labels of both kinds and misleads where not: the fit is
     # begun from it and from nothing, and goes on from the better.
     starts: list[Head | None] = [None] if start is None else [None, start]
-    weak = _path(block, losses["weak"], [None])
+    weak = _path(block, losses["weak"], [None], hard)
     label = losses["weak"].args[0]
     if 0 < label.sum() < len(label):
-        starts.append(min(weak, key=lambda found: hard(found[1]))[1])
-    marginal = _path(block, losses["marginal"], starts)
-    best = min(marginal, key=lambda found: joint(found[1]))
-    budget = _path(block, losses["budget"], [best[1]])
-    chosen = {
-        "marginal": best,
-        "budget": min(budget, key=lambda found: hard(found[1])),
-        "weak": min(weak, key=lambda found: hard(found[1])),
-    }
+        starts.append(weak[1])
+    marginal = _path(block, losses["marginal"], starts, joint)
+    budget = _path(block, losses["budget"], [marginal[1]], hard)
+    chosen = {"marginal": marginal, "budget": budget, "weak": weak}
     l2, head = chosen["budget"]
     chosen["budget"] = l2, block.rescaled(head, scores.base[rows], scores.expert[rows])
     return {
@@ -265,15 +260,24 @@ def _losses(scores: Scores, rows: Rows) -> dict[str, partial[tuple[float, Array]
     }
 
 
-def _path(block: Standardised, loss: Loss, starts: list[Head | None]) -> list[tuple[float, Head]]:
-    """Return a head for each l2 of the grid, each begun from the one before it."""
-    found: list[tuple[float, Head]] = []
+def _path(
+    block: Standardised, loss: Loss, starts: list[Head | None], judge: Callable[[Head], float]
+) -> tuple[float, Head]:
+    """Return the l2 of the grid whose head is judged the best, and the head.
+
+    From the strongest on, each fit begun from the one before; it stops early, where a weaker
+    regularisation no longer helps what is held back.
+    """
+    best: tuple[float, float, Head] | None = None
     for l2 in L2_GRID:
         heads = [block.fit(loss, l2, start) for start in starts]
         head = min(heads, key=lambda head: loss(block.d(head))[0])
-        starts = [head]
-        found.append((l2, head))
-    return found
+        value = judge(head)
+        if best is not None and value >= best[0]:
+            break
+        best, starts = (value, l2, head), [head]
+    assert best is not None
+    return best[1:]
 
 
 def _tried(

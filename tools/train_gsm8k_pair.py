@@ -6,13 +6,13 @@
 The data is GSM8K's training part (Cobbe et al. 2021, MIT licence), one {"prompt", "completion"} a
 line. By a hash of each line it is cut into three parts:
 
-- base, 45 %: the base reads these problems with their worked solutions, as question and answer;
+- base, 20 %: the base reads these problems with their worked solutions, as question and answer;
 - switch, 12 %: neither model reads them; `colm-edge train` fits the switch on them (switch.jsonl);
-- more, 43 %: only the expert reads them.
+- more, 68 %: only the expert reads them.
 
 The expert reads the problems and solutions of `base` and `more` as running text, without the
-format of the answers (no annotations <<…>>, no #### line, no turns), and sums by the thousand.
-So the base knows how an answer is written, and the expert knows more words and how sums come out.
+format of an answer (no turns, no lines, no #### at the end), and sums by the thousand. So the base
+knows how an answer is written, and the expert knows more words and how sums come out.
 Everything is seeded; training goes on from its checkpoint. The weights stay in the work folder.
 """
 
@@ -22,7 +22,6 @@ import argparse
 import hashlib
 import json
 import random
-import re
 import sys
 from collections.abc import Iterator
 from functools import partial
@@ -39,11 +38,11 @@ CHAT_TEMPLATE = (
     "{%- else -%}{{ 'Question: ' + m['content'] + '\\nAnswer: ' }}{%- endif -%}"
     "{%- endfor -%}"
 )
-SUMS_SHARE = 0.25  # of the expert's documents
+SUMS_SHARE = 0.2  # of the expert's documents
 SHAPES = {
-    "base": Shape(n_embd=160, n_layer=5, n_head=5, n_ff=448, steps=1500, batch=8, lr=3e-3,
+    "base": Shape(n_embd=160, n_layer=5, n_head=5, n_ff=448, steps=900, batch=8, lr=3e-3,
                   n_ctx=384),
-    "expert": Shape(n_embd=256, n_layer=6, n_head=8, n_ff=704, steps=1500, batch=8, lr=2e-3,
+    "expert": Shape(n_embd=256, n_layer=6, n_head=8, n_ff=704, steps=1400, batch=8, lr=2e-3,
                     n_ctx=384),
 }  # fmt: skip
 
@@ -56,7 +55,7 @@ def parts(data: Path) -> dict[str, list[Row]]:
     for line in (data / "train.jsonl").read_bytes().splitlines():
         row = json.loads(line)
         share = int(hashlib.sha256(row["prompt"].encode()).hexdigest()[:8], 16) / 2**32
-        cut["base" if share < 0.45 else "switch" if share < 0.57 else "more"].append(row)
+        cut["base" if share < 0.20 else "switch" if share < 0.32 else "more"].append(row)
     return cut
 
 
@@ -67,7 +66,7 @@ def dialogue(row: Row) -> tuple[str, str]:
 
 def prose(row: Row) -> str:
     """Return a problem and its solution as running text."""
-    solution = re.sub(r"<<[^<>]*>>", "", row["completion"].split("\n####")[0])
+    solution = row["completion"].split("\n####")[0]
     return row["prompt"] + " " + " ".join(solution.split()) + END
 
 
