@@ -136,8 +136,8 @@ def test_cutting_a_step_into_micro_batches_changes_nothing(tiny, scores, tmp_pat
     for size in (1, 3, 8):
         model = tuned(tiny["base"], batch=8, micro_batch=size, start_steps=0)
         run = tuning.Run(model, tuning.ScoredData(scores, N_VOCAB), Path("base"), tmp_path)
-        steps = run.steps()
-        made.append((next(steps), {n: p.detach().clone() for n, p in model.trained().items()}))
+        next(run.steps())
+        made.append((run.loss, {n: p.detach().clone() for n, p in model.trained().items()}))
     for loss, parameters in made[1:]:
         assert np.isclose(loss, made[0][0], rtol=1e-5)
         # Adam's first step is the gradient's sign: compare where that is not a near-tie.
@@ -180,7 +180,7 @@ def test_a_killed_run_goes_on_to_the_same_weights(tiny, scores, tmp_path, monkey
     assert not (tmp_path / "killed" / "checkpoint").exists()
     message = tune(tiny["base"], scores, tmp_path / "killed", *options, "--epochs", 3, code=1)
     assert "another epochs" in message
-    tune(tiny["base"], scores, tmp_path / "killed", *options)
+    assert tune(tiny["base"], scores, tmp_path / "killed", *options)["loss"] == whole["loss"]
     ours, theirs = weights(tmp_path / "killed"), weights(tmp_path / "whole")
     assert ours.keys() == theirs.keys()
     assert all(np.array_equal(ours[name], theirs[name]) for name in ours)
@@ -340,6 +340,7 @@ def test_what_cannot_be_tuned_is_one_clear_line(tiny, folder, scores, tmp_path):
     path = write_scores(tmp_path / "other.npz", **other)
     assert "the base knows 400" in tune(tiny["base"], path, out, code=1)
     assert "no such file" in tune(tmp_path / "none", scores, out, code=1)
+    assert "--device nowhere" in tune(tiny["base"], scores, out, "--device", "nowhere", code=1)
     assert "not a GGUF" in tune(scores, scores, out, code=1)
     assert "a recurrent model" in tune(tiny["recurrent"], scores, out, code=1)
     empty = tmp_path / "empty"

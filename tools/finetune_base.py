@@ -157,22 +157,23 @@ def finetune(
         out.mkdir(parents=True, exist_ok=True)
     except OSError as e:
         raise ColmError(f"{out}: {e.strerror or e}; name a folder that can be made") from e
+    tuning.check_device(device)
     model, source = tuning.open_base(base, chosen)
     n_vocab = model.get_input_embeddings().weight.shape[0]
     data = tuning.ScoredData(scores, n_vocab)
     held_back = None if valid is None else tuning.ScoredData(valid, n_vocab)
     tuned = tuning.Tuned(model, chosen, device)
     run = tuning.Run(tuned, data, base, out)
-    taken_up, begun, loss = run.done, time.perf_counter(), float("nan")
-    for loss in run.steps():
-        rate = (run.done - taken_up) / (time.perf_counter() - begun)
-        left = (run.n_steps - run.done) / rate
-        click.echo(f"step {run.done}/{run.n_steps}  loss {loss:.4f}  {left:.0f} s left", err=True)
-        if run.done % save_every == 0 or run.done == run.n_steps:
+    taken_up, begun = run.done, time.perf_counter()
+    for done in run.steps():
+        left = (run.n_steps - done) * (time.perf_counter() - begun) / (done - taken_up)
+        click.echo(f"step {done}/{run.n_steps}  loss {run.loss:.4f}  {left:.0f} s left", err=True)
+        if done % save_every == 0 or done == run.n_steps:
             run.save()
     report = tuning.write_results(tuned, source, base, out, held_back)
     run.state.unlink(missing_ok=True)
-    return {"steps": run.n_steps, "loss": loss, "seconds": time.perf_counter() - begun, **report}
+    seconds = round(time.perf_counter() - begun, 1)
+    return {"steps": run.n_steps, "loss": run.loss, "seconds": seconds, **report}
 
 
 if __name__ == "__main__":

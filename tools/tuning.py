@@ -237,7 +237,7 @@ class Run:
         settings = model.settings
         self._per_epoch = math.ceil(len(data) / settings.batch)
         self.n_steps = settings.epochs * self._per_epoch
-        self.done = 0
+        self.done, self.loss = 0, math.nan  # steps taken, and the last one's loss
         self._optimizer = torch.optim.AdamW(
             model.trained().values(), lr=settings.lr, weight_decay=0.0
         )
@@ -265,13 +265,14 @@ class Run:
         torch.set_rng_state(state["rng"])
         if self.model.device.startswith("cuda"):
             torch.cuda.set_rng_state(state["rng_cuda"], self.model.device)
-        self.done = state["done"]
+        self.done, self.loss = state["done"], state["loss"]
 
     def save(self) -> None:
         """Write the state to a temporary file, then put it in place."""
         state = {
             "key": self._key,
             "done": self.done,
+            "loss": self.loss,
             "trained": self.model.trained(),
             "optimizer": self._optimizer.state_dict(),
             "rng": torch.get_rng_state(),
@@ -282,11 +283,12 @@ class Run:
         torch.save(state, temporary)
         os.replace(temporary, self.state)
 
-    def steps(self) -> Iterator[float]:
-        """Take the steps that are left; yield each one's loss, nats per scored token."""
+    def steps(self) -> Iterator[int]:
+        """Take the steps that are left; yield the number taken after each."""
         self.model.train()
         while self.done < self.n_steps:
-            yield self._step(self._documents(self.done))
+            self.loss = self._step(self._documents(self.done))
+            yield self.done
 
     def _documents(self, step: int) -> np.ndarray:
         """Return the documents of a step, a function of seed and step alone."""
@@ -314,6 +316,14 @@ class Run:
         self._optimizer.zero_grad(set_to_none=True)
         self.done += 1
         return total
+
+
+def check_device(device: str) -> None:
+    """Raise ColmError for a device that PyTorch does not have here."""
+    try:
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as e:
+        raise ColmError(f"--device {device}: {str(e).splitlines()[0]}") from e
 
 
 def open_base(path: Path, settings: Settings) -> tuple[Any, GgufBase | None]:
