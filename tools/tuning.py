@@ -28,10 +28,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from colm_edge.errors import ColmError, DataError, ModelError
 from colm_edge.switch import DEFER_TOKEN, HIDDEN, Switch
-from colm_edge.train import calibrate, choose_threshold, minimize, weak_loss
+from colm_edge.train import calibrate, choose_threshold
 
 CLIP = 1.0  # of the gradient's norm
 WARM_UP = 0.03  # of all steps
+WEAK_POSITIVE_WEIGHT = 8.0  # of a weak label 1, as in the authors' script
 START_TOKENS = 50_000  # the weak start sees at most so many
 LORA_ALPHA = 2.0  # times the rank
 RATES = (0.1, 0.2, 0.3)
@@ -203,16 +204,22 @@ class Tuned(torch.nn.Module):
                 wrong = (logits.argmax(dim=1).cpu() != batch.gold).numpy()
                 states.append(state.cpu().numpy())
                 labels.append(wrong & data.right[batch.rows])
-        x, label = np.concatenate(states), np.concatenate(labels).astype(np.float64)
+        x, label = (torch.from_numpy(np.concatenate(parts)) for parts in (states, labels))
+        row = self.row.detach().cpu().clone().requires_grad_()
+        weight = torch.tensor(WEAK_POSITIVE_WEIGHT)
+        optimizer = torch.optim.LBFGS(
+            [row], max_iter=self.settings.start_steps, line_search_fn="strong_wolfe"
+        )
 
-        def loss(row: np.ndarray) -> tuple[float, np.ndarray]:
-            value, by_d = weak_loss(label, (x @ row.astype(np.float32)).astype(np.float64))
-            return value, (by_d.astype(np.float32) @ x).astype(np.float64)
+        def loss() -> Any:
+            optimizer.zero_grad()
+            value = F.binary_cross_entropy_with_logits(x @ row, label.float(), pos_weight=weight)
+            value.backward()
+            return value
 
-        row = self.row.detach().cpu().double().numpy()
-        row = minimize(loss, row, steps=self.settings.start_steps)
+        optimizer.step(loss)
         with torch.no_grad():
-            self.row.copy_(torch.from_numpy(row))
+            self.row.copy_(row)
 
 
 def figures(base: np.ndarray, d: np.ndarray, expert: np.ndarray) -> dict[str, float]:
@@ -372,7 +379,9 @@ def write_results(
     threshold, rates, thresholds = 0.5, (), ()
     if valid is not None:
         log_base, d = model.judge(valid)
-        report = figures(log_base, d, valid.logprob) if joint else {"nll_base": -log_base.mean()}
+        report = (
+            figures(log_base, d, valid.logprob) if joint else {"nll_base": float(-log_base.mean())}
+        )
         p = np.exp(-np.logaddexp(0, -d))
         threshold = choose_threshold(p, log_base, valid.logprob)
         rates, thresholds = calibrate(p)
