@@ -206,7 +206,7 @@ def test_joint_training_lowers_the_joint_loss_and_llama_cpp_runs_the_result(tiny
     file = Model(tmp_path / "out/base.gguf")
     session = Session(file, ContextOptions(n_ctx=64, n_threads=1), hidden=True)
     session.sync(TOKENS)
-    assert np.isclose(float(session.hidden @ row.weight[0]), theirs[N_VOCAB], atol=1e-2)
+    assert np.isclose(float(session.hidden @ row.weight[0]), theirs[N_VOCAB], rtol=5e-3)
     session.close()
     file.close()
 
