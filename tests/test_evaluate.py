@@ -11,6 +11,7 @@ import pytest
 from click.testing import CliRunner
 from test_train import no_bar
 
+from colm_edge import answers
 from colm_edge import evaluate as ev
 from colm_edge.cli import main
 from colm_edge.documents import read_rows, tokenized
@@ -51,12 +52,12 @@ def data(tmp_path_factory) -> str:
     ],
 )
 def test_metrics(metric, text, row, value):
-    assert ev.METRICS[metric](text, row) == value
+    assert answers.METRICS[metric](text, row) == value
 
 
 def test_steps_need_annotations():
     with pytest.raises(DataError, match="annotations"):
-        ev.steps("x", {"completion": "no step"})
+        answers.steps("x", {"completion": "no step"})
 
 
 def test_rows_are_the_documented_likelihoods(tiny, data):
