@@ -10,7 +10,7 @@ import csv
 import io
 import json
 import os
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
@@ -41,6 +41,7 @@ Table = list[dict[str, Any]]
 METHODS = (
     "base", "expert", "colm", "compose", "random", "entropy", "margin", "weak", "proxy",
 )  # fmt: skip
+SWITCHED = METHODS[2:-1]  # they choose a model for each token
 BOOTSTRAPS = 1000
 SEED = 0
 # The least threshold above 0, which would defer what has p = 0 as well.
@@ -101,15 +102,23 @@ def evaluate(
     """
     if thresholds and defer_rates:
         raise ColmError("thresholds and defer rates are two ways to say one thing; give one")
+    if metric is not None and metric not in METRICS:
+        raise ColmError(f"no metric {metric!r}; known: {', '.join(METRICS)}")
     names = _names(methods, weak, proxy)
     rows = list(islice(read_rows(data), limit))
     if metric is not None:
         check_rows(rows, METRICS[metric])
+    if set(names) & set(SWITCHED):
+        _check_scored(pair.switch)
+    if weak is not None:
+        weak.reader(pair.base, pair.n_shared)  # checks its width
+    if not thresholds and not defer_rates:
+        thresholds = [pair.threshold(options)]
     scoring = Journal(work / "proxy.jsonl") if work is not None else None
     answering = Journal(work / "answers.jsonl") if work is not None else None
     documents = tokenized(rows, pair, raw=options.raw)
     scores = score(pair, documents, progress, work=work)
-    found = _methods(pair, scores, options, names, thresholds, defer_rates, weak)
+    found = _methods(pair.switch, scores, names, thresholds, defer_rates, weak)
     if proxy is not None and "proxy" in names:
         found = chain(found, [_by_proxy(proxy, -proxy.score(documents, progress, scoring))])
     table = []
@@ -122,12 +131,15 @@ def evaluate(
                 options, rows, METRICS[metric], progress, journal=answering
             )
         else:
+            label = method.name
+            if len(thresholds) + len(defer_rates) > 1:
+                label += f" {method.deferred.mean():.0%}"
             chosen = options.with_changes(
                 threshold=method.threshold, strategy="compose" if method.compose else "defer"
             )
             given = answers(
                 pair, method.switch, chosen, rows, METRICS[metric], progress,
-                label=method.name, journal=answering,
+                label=label, journal=answering,
             )  # fmt: skip
         table[-1] |= _generated(given)
     return table
@@ -146,16 +158,19 @@ def _names(methods: Collection[str], weak: Switch | None, proxy: Proxy | None) -
     return tuple(name for name in METHODS if name in methods)
 
 
+def _check_scored(switch: AnySwitch) -> None:
+    if not isinstance(switch, Switch) and switch.name not in readout.FEATURES:
+        raise MismatchError(f"eval cannot score the switch {switch.name}; train one for the pair")
+
+
 def _methods(
-    pair: Pair,
+    switch: AnySwitch,
     scores: Scores,
-    options: Options,
     names: Collection[str],
     thresholds: Sequence[float],
     defer_rates: Sequence[float],
     weak: Switch | None,
 ) -> Iterator[Method]:
-    switch = pair.switch
     n = len(scores.base)
 
     def method(
@@ -172,23 +187,16 @@ def _methods(
         yield method("base", np.zeros(n), 1.0, np.zeros(n), switch)
     if "expert" in names:
         yield method("expert", np.ones(n), 0.0, np.ones(n), switch)
-    if not set(names) - {"base", "expert", "proxy"}:
+    if not set(names) & set(SWITCHED):
         return
     p = probability(switch, scores)
-    rivals: list[tuple[str, AnySwitch, Array]] = [
-        (name, Untrained(name), probability(Untrained(name), scores))
-        for name in ("entropy", "margin")
-        if name in names
-    ]
-    if weak is not None and "weak" in names:
-        weak.reader(pair.base, pair.n_shared)  # checks its width
-        rivals.append(("weak", weak, probability(weak, scores)))
     drawn = np.random.default_rng(SEED).random(n)
-    counts = [round(rate * n) for rate in defer_rates]
-    points = [(threshold_at(p, k), k) for k in counts]
-    if not points:
-        chosen = thresholds or [pair.threshold(options)]
-        points = [(at, int(_deferred(p, at).sum())) for at in chosen]
+    rivals: dict[str, AnySwitch] = {name: Untrained(name) for name in ("entropy", "margin")}
+    if weak is not None:
+        rivals["weak"] = weak
+    p_of = {name: probability(rivals[name], scores) for name in rivals if name in names}
+    points = [(at, int(_deferred(p, at).sum())) for at in thresholds]
+    points += [(threshold_at(p, round(rate * n)), round(rate * n)) for rate in defer_rates]
     for threshold, k in points:
         if "colm" in names:
             yield method("colm", p, threshold, p, switch)
@@ -198,8 +206,8 @@ def _methods(
         if "random" in names:
             rate = np.full(n, k / n)
             yield method("random", drawn, threshold_at(drawn, k), rate, RandomSwitch())
-        for name, rival, values in rivals:
-            yield method(name, values, threshold_at(values, k), values, rival)
+        for name, values in p_of.items():
+            yield method(name, values, threshold_at(values, k), values, rivals[name])
 
 
 def _deferred(p: Array, threshold: float) -> npt.NDArray[np.bool_]:
@@ -218,10 +226,9 @@ def probability(switch: AnySwitch, scores: Scores) -> Array:
         if w_hidden is not None:
             d += scores.hidden @ w_hidden[0]
         return np.asarray(np.exp(-np.logaddexp(0, -d)), np.float64)
-    if isinstance(switch, Untrained) and switch.name in readout.FEATURES:
-        values = features[:, readout.FEATURES.index(switch.name)].astype(np.float64)
-        return -np.expm1(-values) if switch.name == "entropy" else 1 - values
-    raise MismatchError(f"eval cannot score the switch {switch.name}; train one for the pair")
+    _check_scored(switch)
+    values = features[:, readout.FEATURES.index(switch.name)].astype(np.float64)
+    return -np.expm1(-values) if switch.name == "entropy" else 1 - values
 
 
 def threshold_at(p: Array, k: int) -> float:
@@ -363,40 +370,34 @@ def draw(table: Table) -> Figure:
     from matplotlib.figure import Figure
 
     generated = "accuracy" in table[0]
-    figure = Figure(figsize=(12.5 if generated else 7, 4.8), layout="constrained")
+    figure = Figure(figsize=(13 if generated else 7.5, 4.8), layout="constrained")
     panels = figure.subplots(1, 2 if generated else 1, squeeze=False)[0]
-    # What compose writes at a deferral is the mixture's, and no one model's.
-    _panel(
-        panels[0],
-        table,
-        "defer_rate",
-        lambda row: "nll" if row["method"] == "compose" else "nll_hard",
-    )
+    _panel(panels[0], table, "defer_rate", "nll_hard")
     joint = [row["nll"] for row in table if row["method"] == "colm"]
-    if joint:
-        panels[0].axhline(joint[0], color="C0", lw=0.8, alpha=0.6)
-        panels[0].annotate("joint", (1, joint[0]), color="C0", ha="right", va="bottom")
+    if joint:  # of the mixture, whatever the threshold
+        panels[0].axhline(joint[0], color="C0", lw=0.8, label="joint")
     panels[0].set(xlabel="defer rate, teacher-forced", ylabel="nats per token, hard decisions")
     if generated:
-        _panel(panels[1], table, "generated_defer_rate", lambda row: "accuracy")
+        _panel(panels[1], table, "generated_defer_rate", "accuracy")
         panels[1].set(xlabel="defer rate, generated", ylabel="accuracy")
-    panels[0].legend(frameon=False)
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right center", frameon=False)
     return figure
 
 
-def _panel(axes: Axes, table: Table, x: str, y: Callable[[dict[str, Any]], str]) -> None:
+def _panel(axes: Axes, table: Table, x: str, y: str) -> None:
     def points(name: str) -> tuple[list[float], list[float], list[list[float]]]:
+        # What compose writes at a deferral is the mixture's and no one model's.
+        of = "nll" if (name, y) == ("compose", "nll_hard") else y
         rows = sorted((row for row in table if row["method"] == name), key=lambda row: row[x])
-        values = [row[y(row)] for row in rows]
         # A percentile interval need not hold the mean of few lines.
-        below = [max(0.0, row[y(row)] - row[f"{y(row)}_low"]) for row in rows]
-        above = [max(0.0, row[f"{y(row)}_high"] - row[y(row)]) for row in rows]
-        return [row[x] for row in rows], values, [below, above]
+        below = [max(0.0, row[of] - row[f"{of}_low"]) for row in rows]
+        above = [max(0.0, row[f"{of}_high"] - row[of]) for row in rows]
+        return [row[x] for row in rows], [row[of] for row in rows], [below, above]
 
     for name, style in STYLES.items():
         rates, values, errors = points(name)
         if rates:
-            axes.errorbar(rates, values, errors, elinewidth=0.6, label=name, **style)
+            axes.errorbar(rates, values, errors, elinewidth=0.6, mfc="none", label=name, **style)
     for name, (color, marker) in ALONE.items():
         rates, values, errors = points(name)
         if rates:

@@ -8,7 +8,7 @@ same part, so that the anti-expert may be either one as it was before it was tun
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -171,6 +171,8 @@ class Proxy:
                 pass
             return stream.answer()
 
+        # What proxy does not look at makes no other answer.
+        options = replace(options, threshold=None, defer_rate=None, strategy="defer")
         what = [*self._key(), asdict(options)] if journal is not None else []
         return judged(ask, rows, metric, progress, label=NAME, journal=journal, what=what)
 
