@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from colm_edge.options import Options
     from colm_edge.pair import Answer, Pair
     from colm_edge.scoring import MakeProgress
+    from colm_edge.session import Model
     from colm_edge.switch import AnySwitch
 
 FINGERPRINT_BYTES = 1 << 20  # of a model's file, at each end
@@ -163,15 +164,18 @@ class Journal:
             raise DataError(f"{self._path}: cannot keep a result: {e.strerror or e}") from e
 
 
-def fingerprint(path: Path) -> str:
-    """Tell model files apart without reading all of them: size, beginning and end."""
-    size = path.stat().st_size
-    digest = hashlib.sha256(str(size).encode())
-    with path.open("rb") as file:
-        digest.update(file.read(FINGERPRINT_BYTES))
-        file.seek(max(0, size - FINGERPRINT_BYTES))
-        digest.update(file.read(FINGERPRINT_BYTES))
-    return digest.hexdigest()
+def identity(*models: Model) -> list[str]:
+    """Tell models apart without reading all of their files: size, beginning and end."""
+    digests = []
+    for path in (model.path for model in models):
+        size = path.stat().st_size
+        digest = hashlib.sha256(str(size).encode())
+        with path.open("rb") as file:
+            digest.update(file.read(FINGERPRINT_BYTES))
+            file.seek(max(0, size - FINGERPRINT_BYTES))
+            digest.update(file.read(FINGERPRINT_BYTES))
+        digests.append(digest.hexdigest())
+    return digests
 
 
 def key_of(*parts: Any) -> str:
@@ -208,7 +212,7 @@ def answers(
 
         what: list[Any] = []
         if journal is not None:
-            models = [fingerprint(model.path) for model in (pair.base, pair.expert)]
+            models = identity(pair.base, pair.expert)
             what = [*models, pair.n_ctx, _switch_key(switch), asdict(options)]
         return judged(ask, rows, metric, progress, label=label, journal=journal, what=what)
 

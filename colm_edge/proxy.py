@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 import numpy.typing as npt
 
-from colm_edge.answers import Generated, Journal, Metric, fingerprint, judged, key_of
+from colm_edge.answers import Generated, Journal, Metric, identity, judged, key_of
 from colm_edge.decode import Decoder, Timeline
 from colm_edge.documents import Document, Row
 from colm_edge.errors import MismatchError, ModelError
@@ -199,8 +199,8 @@ class Proxy:
         return Stream(decoder, pair.base, options.stop, 0.0)
 
     def _key(self) -> list[Any]:
-        models = (self.pair.base, self.pair.expert, self.model)
-        return [NAME, *(fingerprint(model.path) for model in models), self.alpha, self.pair.n_ctx]
+        models = identity(self.pair.base, self.pair.expert, self.model)
+        return [NAME, *models, self.alpha, self.pair.n_ctx]
 
 
 def _side_by_side(

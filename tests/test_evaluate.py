@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from test_train import no_bar
 
@@ -135,6 +135,7 @@ def test_a_switch_without_features_is_refused(tiny, data):
         ev.evaluate(pair, data, GREEDY, progress=no_bar)
 
 
+@example(p=[1 - 1e-16, 1.0], share=0.5)  # no number lies between
 @given(
     p=st.lists(st.sampled_from([0.0, 1e-9, 0.1, 0.5, 1 - 1e-16, 1.0]), min_size=1, max_size=12),
     share=st.floats(0, 1),
@@ -197,6 +198,21 @@ def test_weak_is_colm_when_it_is_the_same_switch(demo):
         options["defer_rates"] = [colm["defer_rate"]]
         _, beside = ev.evaluate(pair, HELD_OUT, WHOLE, weak=demo.switch, **options)
     assert timeless([beside]) == timeless([weak])
+
+
+def test_a_switch_that_reads_the_hidden_state_gets_that_of_the_prompt_at_once(tiny, tiny_pair):
+    head = np.random.default_rng(0).normal(0, 1, (1, 64)).astype(np.float32)
+    switch = Switch(("hidden",), head, np.zeros(1, np.float32), tiny_pair.base.n_embd)
+    tokens = tiny_pair.base.tokenize("hello you")
+    session = tiny_pair.base_session
+    session.sync(tokens)
+    with tiny_pair.switched(switch):
+        session.sync(tokens)  # evaluated already, but for its hidden state
+        hidden = session.hidden.copy()
+    with load(tiny["base"], tiny["expert"], "margin", n_threads=1, n_ctx=256) as other:
+        other.base_session.want_hidden(True)
+        other.base_session.sync(tokens)
+        assert hidden == pytest.approx(other.base_session.hidden, abs=1e-4)
 
 
 def test_a_weak_switch_of_another_width_is_refused_before_the_work(tiny_pair, data):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from colm_edge.documents import read_rows, tokenized
 from colm_edge.errors import DataError, MismatchError, ModelError
 from colm_edge.evaluate import evaluate
 from colm_edge.pair import load
-from colm_edge.proxy import Proxy
+from colm_edge.proxy import Proxy, _side_by_side
 
 
 @pytest.fixture
@@ -84,6 +85,27 @@ def test_without_a_contrast_one_model_is_left(demo, anti, twin):
     assert proxied["nll"] == proxied["nll_hard"] == pytest.approx(alone["nll"], abs=1e-5)
     for key in ("accuracy", "tokens_per_answer", "cut"):
         assert proxied[key] == alone[key]
+
+
+@pytest.mark.parametrize("sizes", [(5, 5, 5), (2, 3, 7), (1, 9, 4)])
+def test_blocks_of_different_lengths_are_read_side_by_side(sizes):
+    def timeline(size):
+        def score(tokens, start):
+            buffer = np.zeros((size, 1), np.float32)  # overwritten by the next block
+            for at in range(start, len(tokens), size):
+                block = tokens[at : at + size]
+                buffer[: len(block), 0] = block
+                yield at, buffer[: len(block)], None
+
+        return SimpleNamespace(score=score)
+
+    tokens = list(range(100, 111))
+    seen = [[], [], []]
+    for at, blocks in _side_by_side([timeline(size) for size in sizes], tokens, 2):
+        assert at == 2 + len(seen[0])
+        for values, block in zip(seen, blocks, strict=True):
+            values.extend(block[:, 0].tolist())
+    assert seen == [tokens[2:]] * 3
 
 
 def test_sampled_answers_are_seeded(third):
