@@ -7,6 +7,7 @@ import json
 import logging
 import sys
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import asdict
 from functools import wraps
 from pathlib import Path
@@ -350,6 +351,23 @@ def score_command(data: str, outfile: str, raw: bool, models: dict[str, Any]) ->
     click.echo(json.dumps(result))
 
 
+def shares(_: click.Context, __: click.Parameter, value: str | None) -> tuple[float, ...]:
+    """Return numbers from 0 to 1: a list, 0.1,0.2, or a range, 0:1:0.1, both ends included."""
+    numbers: list[float] = []
+    try:
+        for part in value.split(",") if value is not None else []:
+            first, *rest = (float(x) for x in part.split(":"))
+            last, step = rest or (first, 1.0)
+            if not (0 <= first <= last <= 1 and step > 0):
+                raise ValueError
+            count = int((last - first) / step + 1e-9) + 1
+            numbers += [round(first + i * step, 9) for i in range(count)]
+    except ValueError as e:
+        message = f"{value!r}: expected numbers from 0 to 1, as 0.1,0.2 or 0:1:0.1"
+        raise click.BadParameter(message) from e
+    return tuple(numbers)
+
+
 @main.command("eval")
 @click.option("--data", required=True, metavar="FILE.jsonl", help="Prompts with completions.")
 @click.option(
@@ -357,6 +375,35 @@ def score_command(data: str, outfile: str, raw: bool, models: dict[str, Any]) ->
     show_default=True, help="nll scores the data alone; the others judge generated answers too.",
 )  # fmt: skip
 @click.option("--limit", type=click.IntRange(1), help="Use the first lines only.")
+@click.option(
+    "--methods", metavar="NAME,…", default="",
+    help="Rows of the table: base, expert, colm, compose, random, entropy, margin, weak, proxy "
+    "[all there are].",
+)  # fmt: skip
+@click.option(
+    "--defer-rates", metavar="LIST", callback=shares,
+    help="Sweep: 0.1,0.2 or 0:1:0.1. Every switch at each rate, by its own p_defer on this data.",
+)  # fmt: skip
+@click.option(
+    "--thresholds", metavar="LIST", callback=shares,
+    help="Sweep over the switch's thresholds; simpler switches defer as often.",
+)  # fmt: skip
+@click.option(
+    "--weak", metavar="SWITCH.gguf", help="A switch to compare with (`train --objective weak`)."
+)
+@click.option(
+    "--anti-expert", metavar="GGUF",
+    help="A third model, for Proxy Tuning: base + alpha · (expert − anti-expert).",
+)  # fmt: skip
+@click.option("--alpha", type=click.FloatRange(0), default=1.0, show_default=True,
+              help="The weight of Proxy Tuning.")  # fmt: skip
+@click.option(
+    "--work-dir",
+    metavar="DIR",
+    type=click.Path(file_okay=False),
+    help="Keep scores and answers here as they come; a killed run goes on from them.",
+)
+@click.option("--plot", metavar="FILE.png", help="Draw the table.")
 @click.option(
     "-o", "--output", type=click.Choice(["md", "csv", "json"]), default="md", show_default=True
 )
@@ -366,6 +413,14 @@ def eval_command(
     data: str,
     metric: str,
     limit: int | None,
+    methods: str,
+    defer_rates: tuple[float, ...],
+    thresholds: tuple[float, ...],
+    weak: str | None,
+    anti_expert: str | None,
+    alpha: float,
+    work_dir: str | None,
+    plot: str | None,
     output: str,
     models: dict[str, Any],
     decoding: dict[str, Any],
@@ -374,13 +429,42 @@ def eval_command(
 
     With a metric other than nll every method answers every prompt, greedily unless --temp is given.
     """
-    from colm_edge.evaluate import evaluate, render
+    from colm_edge.evaluate import METHODS, check_plot, evaluate, render, write_plot
     from colm_edge.options import Options
+    from colm_edge.proxy import Proxy
+    from colm_edge.switch import Switch
 
+    points = [defer_rates, thresholds, decoding.get("threshold"), decoding.get("defer_rate")]
+    if sum(point not in (None, ()) for point in points) > 1:
+        raise click.UsageError(
+            "give one of --defer-rates, --thresholds, --defer-rate and --threshold"
+        )
+    names = [name.strip() for name in methods.split(",")] if methods else []
+    needs = {"weak": ("--weak", weak), "proxy": ("--anti-expert", anti_expert)}
+    for name in names:
+        if name not in METHODS:
+            raise click.UsageError(f"no method {name!r}; known: {', '.join(METHODS)}")
+        if name in needs and needs[name][1] is None:
+            raise click.UsageError(f"the method {name} needs {needs[name][0]}")
+    if plot is not None:
+        check_plot(plot)
     options = Options(**decoding)
-    with open_pair(models, defaults=options) as loaded:
+    with ExitStack() as stack:
+        loaded = stack.enter_context(open_pair(models, defaults=options))
+        proxy = None
+        if anti_expert is not None:
+            third = Proxy(
+                loaded, Path(anti_expert).expanduser(), alpha=alpha,
+                n_threads=models.get("n_threads", 0), n_gpu_layers=models.get("n_gpu_layers", 0),
+            )  # fmt: skip
+            proxy = stack.enter_context(third)
         table = evaluate(
             loaded, data, options, metric=None if metric == "nll" else metric, limit=limit,
-            progress=progress,
+            methods=names, thresholds=thresholds, defer_rates=defer_rates,
+            weak=Switch.load(weak) if weak else None, proxy=proxy,
+            work=Path(work_dir) if work_dir else None, progress=progress,
         )  # fmt: skip
     click.echo(render(table, output))
+    if plot is not None:
+        write_plot(table, plot)
+        click.echo(f"{plot}: written", err=True)

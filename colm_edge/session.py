@@ -331,6 +331,13 @@ class Session:
         """Whether the context exists, that is, whether anything was ever evaluated."""
         return self._context is not None
 
+    def want_hidden(self, wanted: bool) -> bool:
+        """Set whether `sync` leaves the hidden state beside the logits; return what was set."""
+        before, self._wants_hidden = self._wants_hidden, wanted
+        if wanted and not before:
+            self._fresh = False  # the last token must be evaluated again for its hidden state
+        return before
+
     def open(self) -> None:
         """Read the weights and make the context now rather than at the first `sync`."""
         if self._context is not None:
