@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from colm_edge import readout
-from colm_edge.documents import Document
+from colm_edge.documents import Documents
 from colm_edge.errors import DataError, SwitchError
 from colm_edge.scoring import MakeProgress, Scores, score
 from colm_edge.switch import FEATURE_SETS, HIDDEN, Switch
@@ -181,7 +181,7 @@ class Fit:
 
 
 def fit_switch(
-    pair: Pair, documents: list[Document], features: str, *, seed: int = 0,
+    pair: Pair, documents: Documents, features: str, *, seed: int = 0,
     compare: bool = False, work: Path | None = None, expert_scores: Path | None = None,
     progress: MakeProgress,
 ) -> Fit:  # fmt: skip
