@@ -19,6 +19,7 @@ from colm_edge.errors import ColmError
 from colm_edge.terminal import Chat, drain, summary, write
 
 if TYPE_CHECKING:
+    from colm_edge.documents import Documents
     from colm_edge.pair import Pair, Stream
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -306,6 +307,7 @@ def train(
 
     check_writable(outfile)
     old = Switch.load(update) if update is not None else None
+    work = Path(work_dir) if work_dir else None
     if report_dir is not None:
         from colm_edge.report import check_report, write_report
 
@@ -313,11 +315,11 @@ def train(
     if expert_scores is not None and "model" in models:
         models.setdefault("expert", models["model"])  # it is never evaluated
     with load(**models, switch=update or "margin") as loaded:
-        documents = tokenized(read_rows(data), loaded, raw=raw)
+        documents = tokenized(read_rows(data), loaded, raw=raw, work=work)
+        say_cut(documents)
         fit = fit_switch(
             loaded, documents, features, objective=objective, seed=seed, update=old,
-            compare=report_dir is not None,
-            work=Path(work_dir) if work_dir else None,
+            compare=report_dir is not None, work=work,
             expert_scores=Path(expert_scores) if expert_scores else None, progress=progress,
         )  # fmt: skip
         fit.switch.save(outfile)
@@ -328,12 +330,31 @@ def train(
     click.echo(json.dumps(fit.report))
 
 
+def say_cut(documents: Documents) -> None:
+    """Tell on stderr of documents that did not fit the context."""
+    if documents.cut_note:
+        click.echo(documents.cut_note, err=True)
+
+
 @main.command("score")
 @click.option("--data", required=True, metavar="FILE.jsonl", help="Prompts with completions.")
 @click.option("--outfile", required=True, metavar="FILE.npz", help="Where the scores go.")
+@click.option(
+    "--work-dir",
+    metavar="DIR",
+    type=click.Path(file_okay=False),
+    help="Keep the scores here, on disk as they come; a killed run goes on from them.",
+)
+@click.option(
+    "--update", is_flag=True,
+    help="The work folder may hold other documents or another expert; what it knows is not "
+    "scored again.",
+)  # fmt: skip
 @click.option("--raw", is_flag=True, help="No chat template.")
 @pair_options
-def score_command(data: str, outfile: str, raw: bool, models: dict[str, Any]) -> None:
+def score_command(
+    data: str, outfile: str, work_dir: str | None, update: bool, raw: bool, models: dict[str, Any]
+) -> None:
     """Write the expert's log-probabilities of a JSONL file, for `train --expert-scores` elsewhere.
 
     The base is needed as well, for the prompts are written by its chat template; it is not
@@ -344,10 +365,14 @@ def score_command(data: str, outfile: str, raw: bool, models: dict[str, Any]) ->
     from colm_edge.scoring import score_expert
     from colm_edge.train import check_writable
 
+    if update and work_dir is None:
+        raise click.UsageError("--update needs --work-dir")
     check_writable(outfile)
+    work = Path(work_dir) if work_dir else None
     with load(**models, switch="margin") as loaded:
-        documents = tokenized(read_rows(data), loaded, raw=raw)
-        result = score_expert(loaded, documents, Path(outfile), progress)
+        documents = tokenized(read_rows(data), loaded, raw=raw, work=work)
+        say_cut(documents)
+        result = score_expert(loaded, documents, Path(outfile), progress, work=work, update=update)
     click.echo(json.dumps(result))
 
 

@@ -8,6 +8,7 @@ same part, so that the anti-expert may be either one as it was before it was tun
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -21,7 +22,7 @@ from colm_edge.documents import Document, Row
 from colm_edge.errors import MismatchError, ModelError
 from colm_edge.pair import Answer, Pair, Stream
 from colm_edge.sampling import ChainSampler
-from colm_edge.session import ContextOptions, Model, Session, shared_vocab
+from colm_edge.session import ContextOptions, Model, Scorer, Session, shared_vocab
 from colm_edge.switch import Untrained
 
 if TYPE_CHECKING:
@@ -112,15 +113,24 @@ class Proxy:
         journal: keeps those of every document.
         """
         what = self._key() if journal is not None else []
+        sessions = (self.pair.base_session, self.pair.expert_session, self.session)
+        n_cells = max(len(d.tokens) for d in documents)
+        scorers: list[Scorer] = []
         logprobs: list[float] = []
-        with progress(NAME, sum(len(d.tokens) for d in documents)) as bar:
+        with ExitStack() as stack:
+            bar = stack.enter_context(progress(NAME, sum(len(d.tokens) for d in documents)))
             for document in documents:
-                tokens = [int(token) for token in document.tokens]
+                tokens = document.tokens
                 self._check(tokens, document.line)
                 key = key_of(what, tokens, document.start)
                 entry = journal.get(key) if journal is not None else None
                 if entry is None:
-                    entry = {"logprob": self._score(tokens, document.start)}
+                    if not scorers:
+                        scorers = [
+                            stack.enter_context(Scorer(session, n_cells, hidden=False))
+                            for session in sessions
+                        ]
+                    entry = {"logprob": self._score(scorers, tokens, document.start)}
                     if journal is not None:
                         journal.add(key, entry)
                 logprobs += entry["logprob"]
@@ -134,14 +144,12 @@ class Proxy:
                 f"({self.n_shared} shared tokens)"
             )
 
-    def _score(self, tokens: list[int], start: int) -> list[float]:
+    def _score(self, scorers: Sequence[Scorer], tokens: list[int], start: int) -> list[float]:
         logprobs: list[float] = []
-        sessions = (self.pair.base_session, self.pair.expert_session, self.session)
-        # The state at position i predicts token i + 1.
-        for at, (base, expert, anti) in _side_by_side(sessions, tokens[:-1], start - 1):
+        for at, (base, expert, anti) in _side_by_side(scorers, tokens, start):
             logits = contrast(base, expert, anti, self.alpha, self.n_shared).astype(np.float64)
             logits -= logits.max(axis=1, keepdims=True)
-            gold = tokens[at + 1 : at + 1 + len(logits)]
+            gold = tokens[at : at + len(logits)]
             logprob = logits[np.arange(len(gold)), gold] - np.log(np.exp(logits).sum(axis=1))
             if not np.isfinite(logprob).all():
                 raise ModelError(
@@ -204,19 +212,21 @@ class Proxy:
 
 
 def _side_by_side(
-    sessions: Sequence[Session], tokens: list[int], start: int
+    scorers: Sequence[Scorer], tokens: list[int], start: int
 ) -> Iterator[tuple[int, list[Floats]]]:
-    """Yield (position, every session's logits there (n, n_vocab)); their blocks may differ."""
-    streams = [session.score(tokens, start) for session in sessions]
-    blocks = [next(stream)[:2] for stream in streams]
+    """Yield (position, every model's logits (n, n_vocab) for the tokens from there on); the
+    models' own blocks may differ in length."""
+    ids, length, first = np.array(tokens, np.int32), np.array([len(tokens)]), np.array([start])
+    streams = [scorer.score(ids, length, first) for scorer in scorers]
+    blocks = [next(stream)[0] for stream in streams]
     at = start
     while True:
-        ends = [begin + len(logits) for begin, logits in blocks]
-        stop = min(ends)
-        yield at, [logits[at - begin : stop - begin] for begin, logits in blocks]
-        if stop == len(tokens):
+        n = min(len(logits) for logits in blocks)
+        yield at, [logits[:n] for logits in blocks]
+        at += n
+        if at == len(tokens):
             return
-        at = stop
-        for i, stream in enumerate(streams):
-            if ends[i] == stop:
-                blocks[i] = next(stream)[:2]
+        blocks = [
+            logits[n:] if len(logits) > n else next(stream)[0]
+            for logits, stream in zip(blocks, streams, strict=True)
+        ]

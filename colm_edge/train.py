@@ -6,10 +6,9 @@ fine-tuning (arXiv 2403.03870, section 2.2) that needs nothing but the two GGUF 
 
 from __future__ import annotations
 
-import hashlib
 import os
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -19,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from colm_edge import readout
-from colm_edge.documents import Document
+from colm_edge.documents import Documents
 from colm_edge.errors import DataError, SwitchError
 from colm_edge.heads import (
     CHUNK_ROWS,
@@ -92,7 +91,7 @@ class Trial:
 
 
 def fit_switch(
-    pair: Pair, documents: list[Document], features: str | None = None, *, objective: str = "best",
+    pair: Pair, documents: Documents, features: str | None = None, *, objective: str = "best",
     seed: int = 0, compare: bool = False, work: Path | None = None,
     expert_scores: Path | None = None, update: Switch | None = None, progress: MakeProgress,
 ) -> Fit:  # fmt: skip
@@ -111,7 +110,10 @@ def fit_switch(
     Raises DataError when there are too few documents to hold any back.
     """
     held_back = _held_back(documents, seed)
-    scores = score(pair, documents, progress, work=work, expert_scores=expert_scores)
+    scores = score(
+        pair, documents, progress, work=work, update=update is not None,
+        expert_scores=expert_scores,
+    )  # fmt: skip
     is_valid = np.isin(scores.line, list(held_back))
     train, valid = np.flatnonzero(~is_valid), np.flatnonzero(is_valid)
     if features is None:
@@ -139,7 +141,7 @@ def fit_switch(
             "objective": trial.objective,
         },
     )
-    n_lines = len({d.line for d in documents})
+    n_lines = len(np.unique(documents.lines))
     report: dict[str, Any] = {
         "features": features,
         "objective": trial.objective,
@@ -153,6 +155,8 @@ def fit_switch(
         "l2": trial.l2,
         "n_train": n_lines - len(held_back),
         "n_valid": len(held_back),
+        "n_cut": documents.n_cut,
+        "n_dropped": documents.n_dropped,
         "n_train_tokens": len(train),
         "n_fit_tokens": trial.n_tokens,
         "n_valid_tokens": len(valid),
@@ -193,23 +197,17 @@ def fit_head(
     return trial, trials
 
 
-def _held_back(documents: Sequence[Document], seed: int) -> set[int]:
-    """Return the lines that are held back: those of the smallest digests.
+def _held_back(documents: Documents, seed: int) -> set[int]:
+    """Return the lines that are held back: those of the smallest keys, as the seed turns them.
 
     By content, so that a document stays on its side when others are added to the data.
     """
-    digests: dict[int, bytes] = {}
-    for document in documents:
-        if document.line not in digests:
-            digest = hashlib.blake2b(digest_size=8, salt=seed.to_bytes(8, "little"))
-            digest.update(np.asarray(document.tokens, np.int32).tobytes())
-            digests[document.line] = digest.digest()
-    if len(digests) < MIN_LINES:
-        raise DataError(
-            f"{len(digests)} documents; expected at least {MIN_LINES}, to hold one back"
-        )
-    order = sorted(digests, key=lambda line: (digests[line], line))
-    return set(order[: max(1, round(VALID_SHARE * len(order)))])
+    lines, first = np.unique(documents.lines, return_index=True)
+    if len(lines) < MIN_LINES:
+        raise DataError(f"{len(lines)} documents; expected at least {MIN_LINES}, to hold one back")
+    turn = np.random.default_rng(seed).integers(2**64, dtype=np.uint64)
+    order = np.argsort(documents.keys[first] ^ turn, kind="stable")
+    return set(lines[order[: max(1, round(VALID_SHARE * len(lines)))]].tolist())
 
 
 def _trials(
