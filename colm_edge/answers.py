@@ -23,10 +23,7 @@ if TYPE_CHECKING:
     from colm_edge.options import Options
     from colm_edge.pair import Answer, Pair
     from colm_edge.scoring import MakeProgress
-    from colm_edge.session import Model
     from colm_edge.switch import AnySwitch
-
-FINGERPRINT_BYTES = 1 << 20  # of a model's file, at each end
 
 # How right is an answer? (generated text, the data's line) -> 0 to 1. Raises DataError where the
 # line has no right answer; every line is tried with an empty text before the first generation.
@@ -164,20 +161,6 @@ class Journal:
             raise DataError(f"{self._path}: cannot keep a result: {e.strerror or e}") from e
 
 
-def identity(*models: Model) -> list[str]:
-    """Tell models apart without reading all of their files: size, beginning and end."""
-    digests = []
-    for path in (model.path for model in models):
-        size = path.stat().st_size
-        digest = hashlib.sha256(str(size).encode())
-        with path.open("rb") as file:
-            digest.update(file.read(FINGERPRINT_BYTES))
-            file.seek(max(0, size - FINGERPRINT_BYTES))
-            digest.update(file.read(FINGERPRINT_BYTES))
-        digests.append(digest.hexdigest())
-    return digests
-
-
 def key_of(*parts: Any) -> str:
     """Return a key for what JSON can write."""
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
@@ -212,7 +195,7 @@ def answers(
 
         what: list[Any] = []
         if journal is not None:
-            models = identity(pair.base, pair.expert)
+            models = [model.fingerprint for model in (pair.base, pair.expert)]
             what = [*models, pair.n_ctx, _switch_key(switch), asdict(options)]
         return judged(ask, rows, metric, progress, label=label, journal=journal, what=what)
 

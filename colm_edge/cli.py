@@ -68,6 +68,7 @@ def _pair_options() -> list[Any]:
         click.option("-m", "--model", metavar="GGUF", help="The base model."),
         click.option("-me", "--model-expert", "expert", metavar="GGUF", help="The expert model."),
         click.option("--pair", metavar="NAME", help="A pair that models.txt names."),
+        click.option("--lora", metavar="GGUF", help="A LoRA adapter for the base."),
         click.option(
             "-c", "--ctx-size", "n_ctx", type=click.IntRange(0, 2**31 - 1), default=0,
             help="Context in tokens; 0: what both models were trained for, at most 4096.",

@@ -305,6 +305,7 @@ def load(
     switch: str | os.PathLike[str] | None = None,
     *,
     pair: str | None = None,
+    lora: str | os.PathLike[str] | None = None,
     n_ctx: int = 0,
     n_threads: int = 0,
     n_gpu_layers: int = 0,
@@ -315,6 +316,7 @@ def load(
 
     switch: a file, "margin" (the default beside two models), "entropy", or "defer-row".
     pair: a name in models.txt instead.
+    lora: a LoRA adapter for the base, a GGUF file.
     n_ctx: tokens the contexts hold; 0 takes what both models were trained for, at most 4096.
     n_threads: 0 takes every core, or one for a very small model.
     n_gpu_layers: as in llama.cpp, each model its own.
@@ -326,7 +328,7 @@ def load(
     refs = [None if ref is None else os.fspath(ref) for ref in (model, expert, switch)]
     files = choose_pair(refs[0], refs[1], refs[2], pair)
     head = load_switch(files.switch)
-    base = Model(files.base, n_gpu_layers)
+    base = Model(files.base, n_gpu_layers, lora)
     try:
         other = Model(
             files.expert, n_gpu_layers if n_gpu_layers_expert is None else n_gpu_layers_expert

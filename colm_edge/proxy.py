@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 import numpy.typing as npt
 
-from colm_edge.answers import Generated, Journal, Metric, identity, judged, key_of
+from colm_edge.answers import Generated, Journal, Metric, judged, key_of
 from colm_edge.decode import Decoder, Timeline
 from colm_edge.documents import Document, Row
 from colm_edge.errors import MismatchError, ModelError
@@ -207,7 +207,7 @@ class Proxy:
         return Stream(decoder, pair.base, options.stop, 0.0)
 
     def _key(self) -> list[Any]:
-        models = identity(self.pair.base, self.pair.expert, self.model)
+        models = [m.fingerprint for m in (self.pair.base, self.pair.expert, self.model)]
         return [NAME, *models, self.alpha, self.pair.n_ctx]
 
 

@@ -13,7 +13,6 @@ files in it, mapped into memory once they are whole; a pass that was killed goes
 from __future__ import annotations
 
 import errno
-import hashlib
 import math
 import os
 import shutil
@@ -35,7 +34,7 @@ from colm_edge.errors import ColmError, DataError
 
 if TYPE_CHECKING:
     from colm_edge.pair import Pair
-    from colm_edge.session import Scorer, Session
+    from colm_edge.session import Model, Scorer, Session
 
 Array = npt.NDArray[np.float64]
 Columns = dict[str, npt.NDArray[Any]]
@@ -44,8 +43,6 @@ Kinds = dict[str, tuple[tuple[int, ...], type]]  # a column's shape but for its 
 SAVE_SECONDS = 5.0  # between two notes of how far a pass has come
 PACK_TOKENS = 1024  # of short documents, evaluated together
 COPY_ROWS = 1 << 14
-FINGERPRINT_PLACES = 1024  # of a model's file, evenly spread
-FINGERPRINT_BYTES = 4096  # at each
 
 # A document's state in a ledger: to be scored, scored, or taken over from the folder's last data.
 TO_DO, DONE, KEPT = 0, 1, 2
@@ -220,7 +217,7 @@ def _pass(
     if work is None:
         ledger = Memory(kinds, documents)
     else:
-        ledger = Ledger(_folder(work, name, session.model.path, update), kinds, documents, update)
+        ledger = Ledger(_folder(work, name, session.model, update), kinds, documents, update)
     n_tokens = int(documents.lengths[ledger.state != TO_DO].sum())
     with ExitStack() as stack:
         stack.enter_context(ledger)
@@ -499,7 +496,7 @@ def _runs(*starts_and_counts: npt.NDArray[np.int64]) -> Iterator[tuple[int, int]
     yield from pairwise(ends)
 
 
-def _folder(work: Path, name: str, model: Path, update: bool) -> Path:
+def _folder(work: Path, name: str, model: Model, update: bool) -> Path:
     """Return the folder of a model's columns. Raises DataError where another model's stand.
 
     Each model has its own, by its fingerprint, so that no two are ever mixed; after an update the
@@ -507,26 +504,15 @@ def _folder(work: Path, name: str, model: Path, update: bool) -> Path:
     """
     with _disk(work):
         work.mkdir(parents=True, exist_ok=True)
-    folder = work / f"{name}-{_fingerprint(model)}"
+    folder = work / f"{name}-{model.fingerprint[:8]}"
     others = [p for p in work.glob(f"{name}-" + "[0-9a-f]" * 8) if p != folder]
     if folder.exists() or not others or (update and name == "expert"):
         return folder
     cure = " or have it updated (--update)" if name == "expert" else ""
     raise DataError(
-        f"{others[0]}: holds scores of another model than {model}; name another work folder, "
+        f"{others[0]}: holds scores of another model than {model.path}; name another work folder, "
         f"remove this one{',' if cure else ''}{cure}"
     )
-
-
-def _fingerprint(path: Path) -> str:
-    """Tell models apart without reading all of them: the size and bytes from all over the file."""
-    size = path.stat().st_size
-    digest = hashlib.sha256(str(size).encode())
-    with path.open("rb") as file:
-        for i in range(FINGERPRINT_PLACES):
-            file.seek(size * i // FINGERPRINT_PLACES)
-            digest.update(file.read(FINGERPRINT_BYTES))
-    return digest.hexdigest()[:8]
 
 
 def _write_header(file: BinaryIO, shape: tuple[int, ...], kind: type) -> None:

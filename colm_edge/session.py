@@ -9,6 +9,7 @@ what to keep, drop and evaluate.
 from __future__ import annotations
 
 import ctypes
+import hashlib
 import logging
 import os
 import threading
@@ -43,6 +44,9 @@ MAX_SEQUENCES = 64
 SMALL_MODEL_BYTES = 32 << 20
 
 _BATCH_FIELDS = dict(llama.llama_batch._fields_)
+FINGERPRINT_PLACES = 1024  # of a model's file, evenly spread
+FINGERPRINT_BYTES = 4096  # at each
+
 _LEVELS = {1: logging.DEBUG, 2: logging.INFO, 3: logging.WARNING, 4: logging.ERROR}
 _last_errors: list[str] = []
 
@@ -77,17 +81,27 @@ class ContextOptions:
 class Model:
     """A GGUF file. The vocabulary is read at once, the weights at the first `load`.
 
-    Raises ModelError when the file is missing, not a GGUF, truncated, or recurrent.
+    lora: a LoRA adapter in GGUF for these weights; every context of the model runs with it.
+
+    Raises ModelError when a file is missing, not a GGUF or truncated, or the model recurrent.
     """
 
-    def __init__(self, path: str | os.PathLike[str], n_gpu_layers: int = 0) -> None:
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        n_gpu_layers: int = 0,
+        lora: str | os.PathLike[str] | None = None,
+    ) -> None:
         self.path = Path(path)
+        self.lora = None if lora is None else Path(lora)
         self.n_gpu_layers = n_gpu_layers
         self._handle: Any = None
+        self._adapter: Any = None  # llama.cpp frees it with the model
         self._loaded = False
         # Loading the weights replaces the handle; others may be asking the vocabulary meanwhile.
         self._lock = threading.RLock()
-        self._check_file()
+        for file in self.files:
+            _check_gguf(file)
         self._handle = self._open(vocab_only=True)
         handle = self._handle
         if llama.llama_model_is_recurrent(handle) or llama.llama_model_is_hybrid(handle):
@@ -97,16 +111,23 @@ class Model:
                 "following another model needs; use an attention model"
             )
 
-    def _check_file(self) -> None:
-        try:
-            with self.path.open("rb") as file:
-                magic = file.read(4)
-        except OSError as e:
-            raise ModelError(f"{self.path}: {e.strerror or e}; expected a GGUF file") from e
-        if magic != b"GGUF":
-            raise ModelError(
-                f"{self.path}: not a GGUF file (starts with {magic!r}, expected b'GGUF')"
-            )
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """The files that decide what the model says: its weights, and its adapter if any."""
+        return (self.path,) if self.lora is None else (self.path, self.lora)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Tell models apart without reading all of their files: sizes, and bytes from all over."""
+        digest = hashlib.sha256()
+        for path in self.files:
+            size = path.stat().st_size
+            digest.update(str(size).encode())
+            with path.open("rb") as file:
+                for i in range(FINGERPRINT_PLACES):
+                    file.seek(size * i // FINGERPRINT_PLACES)
+                    digest.update(file.read(FINGERPRINT_BYTES))
+        return digest.hexdigest()
 
     def _open(self, vocab_only: bool) -> Any:
         params = llama.llama_model_default_params()
@@ -126,9 +147,39 @@ class Model:
             if not self._loaded:
                 self._check_open()
                 full = self._open(vocab_only=False)
+                try:
+                    self._adapter = self._open_adapter(full)
+                except ModelError:
+                    llama.llama_model_free(full)
+                    raise
                 llama.llama_model_free(self._handle)
                 self._handle, self._loaded = full, True
             return self._handle
+
+    def _open_adapter(self, handle: Any) -> Any:
+        if self.lora is None:
+            return None
+        _last_errors.clear()
+        adapter = llama.llama_adapter_lora_init(handle, os.fsencode(self.lora))
+        if not adapter:
+            reason = next((m for m in _last_errors if "lora" in m), "llama.cpp refused the file")
+            reason = reason.split("adapter: ", 1)[-1]
+            raise ModelError(
+                f"{self.lora}: no LoRA adapter for {self.path}: {reason}; expected one that was "
+                "trained on this model and written as GGUF"
+            )
+        return adapter
+
+    def adapt(self, context: Any) -> None:
+        """Put the model's adapter, if it has one, on a fresh llama.cpp context of it.
+
+        Raises ModelError when llama.cpp refuses.
+        """
+        if self._adapter is None:
+            return
+        adapters = (llama.llama_adapter_lora_p_ctypes * 1)(self._adapter)
+        if llama.llama_set_adapters_lora(context, adapters, 1, (ctypes.c_float * 1)(1.0)) != 0:
+            raise ModelError(f"{self.lora}: llama.cpp could not use the adapter with {self.path}")
 
     @property
     def loaded(self) -> bool:
@@ -139,7 +190,7 @@ class Model:
         with self._lock:
             if self._handle is not None:
                 llama.llama_model_free(self._handle)
-                self._handle, self._loaded = None, False
+                self._handle, self._adapter, self._loaded = None, None, False
 
     def __del__(self) -> None:
         if getattr(self, "_handle", None) is not None:
@@ -275,6 +326,16 @@ class Model:
         )
 
 
+def _check_gguf(path: Path) -> None:
+    try:
+        with path.open("rb") as file:
+            magic = file.read(4)
+    except OSError as e:
+        raise ModelError(f"{path}: {e.strerror or e}; expected a GGUF file") from e
+    if magic != b"GGUF":
+        raise ModelError(f"{path}: not a GGUF file (starts with {magic!r}, expected b'GGUF')")
+
+
 def shared_vocab(base: Model, expert: Model) -> int:
     """Return how many ids two models share; ids at or above it belong to one of them alone.
 
@@ -365,7 +426,9 @@ class Session:
         params.no_perf = True
         _last_errors.clear()
         context = llama.llama_init_from_model(handle, params)
-        if not context:
+        if context:
+            self.model.adapt(context)
+        else:
             reason = _last_errors[-1] if _last_errors else "llama.cpp gave no reason"
             raise ModelError(
                 f"{self.model.path}: no context of {n_ctx} tokens: {reason}; try a smaller one (-c)"

@@ -1,0 +1,444 @@
+"""Joint training of a base and its switch: data, model, steps, and what a run leaves behind.
+
+The loss is Co-LLM's marginal likelihood (arXiv 2403.03870, section 2.2), averaged over scored
+tokens: −logsumexp(log σ(−d) + log P_base, log σ(d) + log P_expert). d is the product of the switch
+row with the state that the output matrix reads. The row is a parameter of its own while training
+lasts, so that P_base is normalised without it and tied embeddings do not see it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import shutil
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from convert_switch import TOKENIZER_FILES, logit_scale
+from gguf_base import GgufBase
+from torch.nn import functional as F
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from colm_edge.errors import ColmError, DataError, ModelError
+from colm_edge.switch import DEFER_TOKEN, HIDDEN, Switch
+from colm_edge.train import calibrate, choose_threshold
+
+CLIP = 1.0  # of the gradient's norm
+WARM_UP = 0.03  # of all steps
+WEAK_POSITIVE_WEIGHT = 8.0  # of a weak label 1, as in the authors' script
+START_TOKENS = 50_000  # the weak start sees at most so many
+LORA_ALPHA = 2.0  # times the rank
+RATES = (0.1, 0.2, 0.3)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What decides a run's result, beside base and data."""
+
+    objective: str  # joint or sft
+    lora: int  # rank; 0: all weights
+    epochs: int
+    lr: float
+    batch: int  # documents a step
+    micro_batch: int  # of them evaluated at once
+    start_steps: int
+    dtype: str
+    seed: int
+    checkpointing: bool
+
+
+class ScoredData:
+    """A file of `colm-edge score`: documents as token ids, and what the expert says of them.
+
+    Document i is tokens[at[i] : at[i + 1]]; its tokens from starts[i] on are scored, and their
+    rows of logprob and right are rows[i] : rows[i + 1].
+    """
+
+    def __init__(self, path: Path, n_vocab: int) -> None:
+        """Raises DataError for what is no such file, or of another vocabulary."""
+        try:
+            with np.load(path) as file:
+                self.tokens = file["tokens"].astype(np.int64)
+                lengths, self.starts = file["lengths"], file["starts"]
+                self.logprob, self.right = file["logprob"], file["right"]
+        except OSError as e:
+            raise DataError(
+                f"{path}: {e.strerror or e}; expected a file of `colm-edge score`"
+            ) from e
+        except (KeyError, ValueError, EOFError) as e:
+            raise DataError(f"{path}: not a file of `colm-edge score` ({e})") from e
+        self.at = np.concatenate(([0], np.cumsum(lengths)))
+        self.rows = np.concatenate(([0], np.cumsum(lengths - self.starts)))
+        fits = len(lengths) > 0 and len(self.starts) == len(lengths)
+        fits = fits and bool(((self.starts >= 1) & (self.starts < lengths)).all())
+        fits = fits and self.at[-1] == len(self.tokens)
+        if not fits or not self.rows[-1] == len(self.logprob) == len(self.right):
+            raise DataError(f"{path}: its arrays do not fit each other; score the data again")
+        if not 0 <= self.tokens.min() <= self.tokens.max() < n_vocab:
+            raise DataError(
+                f"{path}: has the token {self.tokens.max()}, the base knows {n_vocab}; score the "
+                "data with this base (-m)"
+            )
+        digest = hashlib.sha256()
+        for array in (self.tokens, lengths, self.starts, self.logprob):
+            digest.update(np.ascontiguousarray(array).tobytes())
+        self.key = digest.hexdigest()
+
+    def __len__(self) -> int:
+        return len(self.starts)
+
+    def n_scored(self, documents: np.ndarray) -> int:
+        return int((self.rows[documents + 1] - self.rows[documents]).sum())
+
+    def batches(self, documents: np.ndarray, size: int) -> Iterator[Batch]:
+        """Yield documents of about one length together, padded at the end."""
+        lengths = np.diff(self.at)
+        documents = documents[np.argsort(lengths[documents], kind="stable")]
+        for i in range(0, len(documents), size):
+            yield Batch(self, documents[i : i + size])
+
+
+class Batch:
+    """Documents side by side. Causal attention never looks at the padding behind a token."""
+
+    def __init__(self, data: ScoredData, documents: np.ndarray) -> None:
+        lengths = np.diff(data.at)[documents]
+        starts = data.starts[documents]
+        self.first = int(starts.min()) - 1  # of the positions that predict a scored token
+        width = int(lengths.max())
+        ids = np.zeros((len(documents), width), np.int64)
+        scored = np.zeros((len(documents), width), bool)
+        for row, (i, n, start) in enumerate(zip(documents, lengths, starts, strict=True)):
+            ids[row, :n] = data.tokens[data.at[i] : data.at[i + 1]]
+            scored[row, start:n] = True
+        places = [slice(data.rows[i], data.rows[i + 1]) for i in documents]
+        self.ids = torch.from_numpy(ids[:, :-1])
+        self.scored = torch.from_numpy(scored[:, self.first + 1 :])
+        self.gold = torch.from_numpy(ids[scored])
+        self.expert = torch.from_numpy(np.concatenate([data.logprob[p] for p in places])).float()
+        self.rows = np.concatenate([np.arange(p.start, p.stop) for p in places])
+
+
+class Tuned(torch.nn.Module):
+    """A base and the row of its switch. Call it for what it says of a batch's scored tokens."""
+
+    def __init__(self, base: Any, settings: Settings, device: str) -> None:
+        super().__init__()
+        self.settings, self.device = settings, device
+        self.base = base
+        head = base.get_output_embeddings()
+        head.register_forward_pre_hook(self._keep_state)
+        row = head.weight.detach().float().mean(dim=0)
+        self.row = torch.nn.Parameter(row, requires_grad=settings.objective == "joint")
+        self._state: Any = None
+        if settings.checkpointing:
+            base.gradient_checkpointing_enable({"use_reentrant": False})
+        if settings.lora:
+            from peft import LoraConfig, get_peft_model
+
+            config = LoraConfig(
+                r=settings.lora, lora_alpha=LORA_ALPHA * settings.lora,
+                target_modules="all-linear", task_type="CAUSAL_LM",
+            )  # fmt: skip
+            self.base = get_peft_model(base, config)
+        self.to(device)
+
+    def _keep_state(self, _: Any, arguments: tuple[Any, ...]) -> None:
+        self._state = arguments[0]
+
+    def forward(self, batch: Batch) -> tuple[Any, Any, Any]:
+        """Return logits (n, n_vocab), d (n,) and the state (n, n_embd) at n scored tokens."""
+        kind = self.device.split(":")[0]
+        with torch.autocast(kind, torch.bfloat16, enabled=self.settings.dtype == "bfloat16"):
+            ids = batch.ids.to(self.device)
+            keep = ids.shape[1] - batch.first
+            logits = self.base(input_ids=ids, use_cache=False, logits_to_keep=keep).logits
+        scored = batch.scored.to(self.device)
+        state, self._state = self._state[:, -keep:][scored].float(), None
+        return logits[:, -keep:][scored].float(), state @ self.row, state
+
+    def losses(self, batch: Batch) -> Any:
+        """Return the loss of every scored token, (n,), nats."""
+        logits, d, _ = self(batch)
+        base = -F.cross_entropy(logits, batch.gold.to(self.device), reduction="none")
+        if self.settings.objective == "sft":
+            return -base
+        expert = batch.expert.to(self.device)
+        return -torch.logaddexp(F.logsigmoid(-d) + base, F.logsigmoid(d) + expert)
+
+    def trained(self) -> dict[str, Any]:
+        return {name: p for name, p in self.named_parameters() if p.requires_grad}
+
+    def judge(self, data: ScoredData) -> tuple[np.ndarray, np.ndarray]:
+        """Return the base's log-probability and d of every scored token."""
+        base, d = np.zeros(len(data.logprob)), np.zeros(len(data.logprob))
+        self.eval()
+        with torch.no_grad():
+            for batch in data.batches(np.arange(len(data)), self.settings.micro_batch):
+                logits, switch, _ = self(batch)
+                gold = batch.gold.to(self.device)
+                base[batch.rows] = -F.cross_entropy(logits, gold, reduction="none").cpu().numpy()
+                d[batch.rows] = switch.cpu().numpy()
+        return base, d
+
+    def start(self, data: ScoredData) -> None:
+        """Fit the row alone under weak supervision: 1 where only the expert's argmax is right.
+
+        From the mean of the output rows, positives weighted, as the authors do.
+        """
+        order = np.random.default_rng(self.settings.seed).permutation(len(data))
+        scored = np.cumsum(np.diff(data.rows)[order])
+        documents = order[: 1 + int(np.searchsorted(scored, START_TOKENS))]
+        states, labels = [], []
+        self.eval()
+        with torch.no_grad():
+            for batch in data.batches(documents, self.settings.micro_batch):
+                logits, _, state = self(batch)
+                wrong = (logits.argmax(dim=1).cpu() != batch.gold).numpy()
+                states.append(state.cpu().numpy())
+                labels.append(wrong & data.right[batch.rows])
+        x, label = (torch.from_numpy(np.concatenate(parts)) for parts in (states, labels))
+        row = self.row.detach().cpu().clone().requires_grad_()
+        weight = torch.tensor(WEAK_POSITIVE_WEIGHT)
+        optimizer = torch.optim.LBFGS(
+            [row], max_iter=self.settings.start_steps, line_search_fn="strong_wolfe"
+        )
+
+        def loss() -> Any:
+            optimizer.zero_grad()
+            value = F.binary_cross_entropy_with_logits(x @ row, label.float(), pos_weight=weight)
+            value.backward()
+            return value
+
+        optimizer.step(loss)
+        with torch.no_grad():
+            self.row.copy_(row)
+
+
+def figures(base: np.ndarray, d: np.ndarray, expert: np.ndarray) -> dict[str, float]:
+    """Return the losses of base, expert and collaboration, nats per scored token.
+
+    Hard decisions defer the tokens of highest d, so many of them as the name says.
+    """
+    joint = np.logaddexp(base - np.logaddexp(0, d), expert - np.logaddexp(0, -d))
+    gain = np.cumsum((expert - base)[np.argsort(-d, kind="stable")])
+    result = {"nll_base": -base.mean(), "nll_expert": -expert.mean(), "nll_joint": -joint.mean()}
+    for rate in RATES:
+        k = round(rate * len(d))
+        result[f"nll_hard_{rate}"] = -(base.sum() + (gain[k - 1] if k else 0)) / len(d)
+    return {name: float(value) for name, value in result.items()}
+
+
+class Run:
+    """A training run in a folder: steps, and a state file from which a killed one goes on."""
+
+    def __init__(self, model: Tuned, data: ScoredData, base: Path, folder: Path) -> None:
+        self.model, self.data, self.state = model, data, folder / "state.pt"
+        settings = model.settings
+        self._per_epoch = math.ceil(len(data) / settings.batch)
+        self.n_steps = settings.epochs * self._per_epoch
+        self.done, self.loss = 0, math.nan  # steps taken, and the last one's loss
+        self._optimizer = torch.optim.AdamW(
+            model.trained().values(), lr=settings.lr, weight_decay=0.0
+        )
+        said = {**asdict(settings), "data": data.key, "base": str(base.resolve())}
+        self._key = json.dumps(said, sort_keys=True)
+        torch.manual_seed(settings.seed)
+        if self.state.exists():
+            self._take_up()
+        elif settings.objective == "joint" and settings.start_steps:
+            model.start(data)
+
+    def _take_up(self) -> None:
+        state = torch.load(self.state, weights_only=True, map_location="cpu")
+        if state["key"] != self._key:
+            ours, theirs = json.loads(self._key), json.loads(state["key"])
+            other = ", ".join(sorted(k for k in ours if ours[k] != theirs.get(k)))
+            raise ColmError(
+                f"{self.state}: belongs to a run with another {other}; give the same again, or "
+                "another --out"
+            )
+        with torch.no_grad():
+            for name, parameter in self.model.trained().items():
+                parameter.copy_(state["trained"][name])
+        self._optimizer.load_state_dict(state["optimizer"])
+        torch.set_rng_state(state["rng"])
+        if self.model.device.startswith("cuda"):
+            torch.cuda.set_rng_state(state["rng_cuda"], self.model.device)
+        self.done, self.loss = state["done"], state["loss"]
+
+    def save(self) -> None:
+        """Write the state to a temporary file, then put it in place."""
+        state = {
+            "key": self._key,
+            "done": self.done,
+            "loss": self.loss,
+            "trained": self.model.trained(),
+            "optimizer": self._optimizer.state_dict(),
+            "rng": torch.get_rng_state(),
+        }
+        if self.model.device.startswith("cuda"):
+            state["rng_cuda"] = torch.cuda.get_rng_state(self.model.device)
+        temporary = self.state.with_suffix(".tmp")
+        torch.save(state, temporary)
+        os.replace(temporary, self.state)
+
+    def steps(self) -> Iterator[int]:
+        """Take the steps that are left; yield the number taken after each."""
+        self.model.train()
+        while self.done < self.n_steps:
+            self.loss = self._step(self._documents(self.done))
+            yield self.done
+
+    def _documents(self, step: int) -> np.ndarray:
+        """Return the documents of a step, a function of seed and step alone."""
+        epoch, i = divmod(step, self._per_epoch)
+        settings = self.model.settings
+        order = np.random.default_rng([settings.seed, epoch]).permutation(len(self.data))
+        return order[i * settings.batch : (i + 1) * settings.batch]
+
+    def _step(self, documents: np.ndarray) -> float:
+        settings = self.model.settings
+        warm = max(1, round(WARM_UP * self.n_steps))
+        share = min((self.done + 1) / warm, (self.n_steps - self.done) / self.n_steps)
+        for group in self._optimizer.param_groups:
+            group["lr"] = settings.lr * share
+        # The mean over the whole step's tokens, however it is cut into micro-batches.
+        n, total = self.data.n_scored(documents), 0.0
+        for batch in self.data.batches(documents, settings.micro_batch):
+            loss = self.model.losses(batch).sum() / n
+            loss.backward()
+            total += loss.item()
+        if not math.isfinite(total):
+            raise ColmError(f"step {self.done + 1}: the loss is {total}; try a lower --lr")
+        torch.nn.utils.clip_grad_norm_(self.model.trained().values(), CLIP)
+        self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)
+        self.done += 1
+        return total
+
+
+def check_device(device: str) -> None:
+    """Raise ColmError for a device that PyTorch does not have here."""
+    try:
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as e:
+        raise ColmError(f"--device {device}: {str(e).splitlines()[0]}") from e
+
+
+def open_base(path: Path, settings: Settings) -> tuple[Any, GgufBase | None]:
+    """Return the base as a transformers model, and its GGUF file if it comes from one.
+
+    Raises ModelError for what is neither, or whose logits are not linear in the state.
+    """
+    # Under LoRA the base's weights only stand there; trained ones stay in float32.
+    light = settings.lora and settings.dtype == "bfloat16"
+    dtype = torch.bfloat16 if light else torch.float32
+    if path.is_dir():
+        if DEFER_TOKEN in _added(path):
+            raise ModelError(
+                f"{path}: has {DEFER_TOKEN} already; take the base without it "
+                "(tools/convert_switch.py --strip-to)"
+            )
+        try:
+            base = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, local_files_only=True)
+        except (OSError, ValueError) as e:
+            raise ModelError(f"{path}: transformers cannot read it ({e})") from e
+        source = None
+    else:
+        source = GgufBase(path)
+        base = source.load().to(dtype)
+    scale, scaled_by = logit_scale(base.config.to_dict(), path)
+    if scale != 1:
+        raise ModelError(f"{path}: its logits are scaled ({scaled_by}), so the switch's would be")
+    return base, source
+
+
+def _added(folder: Path) -> str:
+    return " ".join((folder / f).read_text() for f in TOKENIZER_FILES if (folder / f).exists())
+
+
+def write_results(
+    model: Tuned, source: GgufBase | None, base: Path, folder: Path, valid: ScoredData | None
+) -> dict[str, Any]:
+    """Write what the run made into its folder, `checkpoint` last; return figures on `valid`.
+
+    Always checkpoint/, a Hugging Face folder. After joint training switch.gguf, and <|defer|> is
+    the last row of the checkpoint. From a GGUF base base.gguf; with LoRA also adapter.gguf and
+    PEFT's folder adapter/.
+    """
+    settings, report = model.settings, {}
+    joint = settings.objective == "joint"
+    threshold, rates, thresholds = 0.5, (), ()
+    if valid is not None:
+        log_base, d = model.judge(valid)
+        report = (
+            figures(log_base, d, valid.logprob) if joint else {"nll_base": float(-log_base.mean())}
+        )
+        p = np.exp(-np.logaddexp(0, -d))
+        threshold = choose_threshold(p, log_base, valid.logprob)
+        rates, thresholds = calibrate(p)
+    row = model.row.detach().cpu().float()
+    if joint:
+        switch = Switch(
+            (HIDDEN,), row.numpy()[None], np.zeros(1, np.float32), len(row), threshold=threshold,
+            defer_rates=rates, thresholds=thresholds, info={"base": base.name},
+        )  # fmt: skip
+        switch.save(folder / "switch.gguf")
+    tuned = model.base
+    if settings.lora:
+        tuned.save_pretrained(folder / "adapter", save_embedding_layers=False)
+        if source is not None:
+            pairs = {
+                name.removeprefix("base_model.model.") + ".weight": (
+                    module.lora_A["default"].weight, module.lora_B["default"].weight
+                )
+                for name, module in tuned.named_modules() if hasattr(module, "lora_A")
+            }  # fmt: skip
+            source.write_adapter(folder / "adapter.gguf", pairs, LORA_ALPHA * settings.lora)
+        tuned = tuned.float().merge_and_unload()
+    tuned = tuned.cpu()
+    if source is not None:
+        coarser = source.write(folder / "base.gguf", dict(tuned.named_parameters()))
+        if coarser:
+            print(
+                f"base.gguf: {len(coarser)} tensors in Q8_0: gguf cannot write theirs",
+                file=sys.stderr,
+            )
+    _write_checkpoint(tuned, row if joint else None, base, folder, settings.dtype)
+    return report
+
+
+def _write_checkpoint(tuned: Any, row: Any, base: Path, folder: Path, dtype: str) -> None:
+    made = folder / ".checkpoint.tmp"
+    shutil.rmtree(made, ignore_errors=True)
+    made.mkdir()
+    tokenizer = None
+    if any((base / name).exists() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
+        tokenizer = AutoTokenizer.from_pretrained(base, local_files_only=True)
+    if row is not None:
+        # As the authors do: one token more than the tokenizer has, its row the last.
+        n = tuned.get_input_embeddings().weight.shape[0]
+        if tokenizer is not None:
+            tokenizer.add_tokens([DEFER_TOKEN], special_tokens=True)
+            n = tokenizer.convert_tokens_to_ids(DEFER_TOKEN)
+        else:
+            (made / "added_tokens.json").write_text(json.dumps({DEFER_TOKEN: n}) + "\n")
+        tuned.resize_token_embeddings(n + 1, mean_resizing=False)
+        with torch.no_grad():
+            embeddings = tuned.get_input_embeddings().weight
+            embeddings[n] = embeddings[:n].mean(dim=0)
+            tuned.get_output_embeddings().weight[n] = row  # the same row, where they are tied
+    if dtype == "bfloat16":
+        tuned = tuned.to(torch.bfloat16)
+    tuned.save_pretrained(made)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(made)
+    os.replace(made, folder / "checkpoint")
