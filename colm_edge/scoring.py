@@ -121,14 +121,15 @@ def _whence(documents: Documents, work: Path | None) -> Columns:
     columns: Columns = {}
     for name, kind in (("token", np.int32), ("line", np.int64)):
         path, temporary = work / f"{name}.npy", work / f"{name}.tmp"
-        with _disk(work):
+        with _disk(work), _removed(temporary):
             with temporary.open("wb") as file:
                 _write_header(file, (documents.n_scored,), kind)
-                for at in range(0, n, COPY_ROWS):
-                    some = slice(at, min(at + COPY_ROWS, n))
+                starts = np.searchsorted(documents.rows, range(0, documents.n_scored, COPY_ROWS))
+                for first, last in pairwise([*starts.tolist(), n]):
                     if name == "token":
-                        file.write(documents.scored(some.start, some.stop).data)
+                        file.write(documents.scored(first, last).data)
                     else:
+                        some = slice(first, last)
                         file.write(np.repeat(documents.lines[some], documents.counts[some]).data)
             os.replace(temporary, path)
             columns[name] = np.load(path, mmap_mode="r")
@@ -519,6 +520,14 @@ def _write_header(file: BinaryIO, shape: tuple[int, ...], kind: type) -> None:
     described = np.lib.format.dtype_to_descr(np.dtype(kind))
     header = {"descr": described, "fortran_order": False, "shape": shape}
     np.lib.format.write_array_header_1_0(file, header)
+
+
+@contextmanager
+def _removed(temporary: Path) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 @contextmanager
