@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, replace
 from decimal import Decimal
 from pathlib import Path
@@ -74,7 +74,7 @@ def _final_number(text: str) -> Decimal | None:
 METRICS: dict[str, Metric] = {f.__name__: f for f in (exact, contains, gsm8k, steps)}
 
 
-def check_rows(rows: list[Row], metric: Metric) -> None:
+def check_rows(rows: Iterable[Row], metric: Metric) -> None:
     """Raise DataError, with its number, for the first line that the metric cannot judge."""
     for number, row in rows:
         texts = [row.get("prompt"), row.get("completion"), row.get("answer", "-")]

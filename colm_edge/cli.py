@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import asdict
-from functools import wraps
+from functools import partial, wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
@@ -255,6 +255,15 @@ def progress(name: str, total: int) -> Any:
     "held-back lines. weak: the paper's weak supervision, to compare with.",
 )  # fmt: skip
 @click.option(
+    "--threshold-by", "metric", type=click.Choice(["exact", "contains", "gsm8k", "steps"]),
+    help="Choose the default threshold by answers to held-back prompts, generated at defer rates "
+    "of 0, 0.1 … 1.  [default: by the likelihood of hard decisions]",
+)  # fmt: skip
+@click.option(
+    "--threshold-lines", type=click.IntRange(1), default=100, show_default=True,
+    help="Prompts to answer for --threshold-by, at each rate.",
+)  # fmt: skip
+@click.option(
     "--update",
     metavar="SWITCH.gguf",
     help="The switch that this one replaces, after the expert or the data changed: the fit begins "
@@ -288,6 +297,8 @@ def train(
     outfile: str,
     features: str | None,
     objective: str,
+    metric: str | None,
+    threshold_lines: int,
     update: str | None,
     report_dir: str | None,
     work_dir: str | None,
@@ -301,10 +312,12 @@ def train(
     FILE.jsonl has one document a line: {"prompt", "completion"}, {"messages"} or {"text"}. Base
     and expert stay as they are; the switch is written as GGUF, the last line printed is JSON.
     """
+    from colm_edge.answers import METRICS, check_rows
     from colm_edge.documents import read_rows, tokenized
+    from colm_edge.options import Options
     from colm_edge.pair import load
     from colm_edge.switch import Switch
-    from colm_edge.train import check_writable, fit_switch
+    from colm_edge.train import check_writable, choose_by_answers, fit_switch
 
     check_writable(outfile)
     old = Switch.load(update) if update is not None else None
@@ -313,14 +326,23 @@ def train(
         from colm_edge.report import check_report, write_report
 
         check_report(report_dir)
+    if metric is not None and expert_scores is not None and "expert" not in models:
+        raise click.UsageError("--threshold-by needs the expert itself (-me) to answer prompts")
     if expert_scores is not None and "model" in models:
         models.setdefault("expert", models["model"])  # it is never evaluated
     with load(**models, switch=update or "margin") as loaded:
         documents = tokenized(read_rows(data), loaded, raw=raw, work=work)
         say_cut(documents)
+        choose = None
+        if metric is not None:
+            check_rows(read_rows(data), METRICS[metric])
+            choose = partial(
+                choose_by_answers, loaded, read_rows(data), metric, threshold_lines,
+                Options(temperature=0.0, raw=raw), progress,
+            )  # fmt: skip
         fit = fit_switch(
             loaded, documents, features, objective=objective, seed=seed, update=old,
-            compare=report_dir is not None, work=work,
+            compare=report_dir is not None, work=work, choose=choose,
             expert_scores=Path(expert_scores) if expert_scores else None, progress=progress,
         )  # fmt: skip
         fit.switch.save(outfile)

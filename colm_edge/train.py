@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +19,8 @@ import numpy as np
 import numpy.typing as npt
 
 from colm_edge import readout
-from colm_edge.documents import Documents
+from colm_edge.answers import METRICS, answers
+from colm_edge.documents import Documents, Row
 from colm_edge.errors import DataError, SwitchError
 from colm_edge.heads import (
     CHUNK_ROWS,
@@ -37,9 +39,12 @@ from colm_edge.scoring import MakeProgress, Scores, score
 from colm_edge.switch import FEATURE_SETS, HIDDEN, Switch
 
 if TYPE_CHECKING:
+    from colm_edge.options import Options
     from colm_edge.pair import Pair
 
 Rows = npt.NDArray[np.int64]
+# (the calibrated switch, the held-back lines) -> a threshold, and how it was found, for the report
+ChooseThreshold = Callable[[Switch, set[int]], tuple[float, Any]]
 
 VALID_SHARE = 0.2  # of the data's lines
 MIN_LINES = 5
@@ -93,7 +98,8 @@ class Trial:
 def fit_switch(
     pair: Pair, documents: Documents, features: str | None = None, *, objective: str = "best",
     seed: int = 0, compare: bool = False, work: Path | None = None,
-    expert_scores: Path | None = None, update: Switch | None = None, progress: MakeProgress,
+    expert_scores: Path | None = None, update: Switch | None = None,
+    choose: ChooseThreshold | None = None, progress: MakeProgress,
 ) -> Fit:  # fmt: skip
     """Score the documents, fit a switch on one part of them and judge it on the other.
 
@@ -102,8 +108,9 @@ def fit_switch(
     decisions at defer rates of 0.1 to 0.3; "weak", the paper's weak supervision; or "best", the
     one of the first two whose hard decisions at those rates are likelier on the held-back lines.
     update: the switch that this one replaces; the fit begins with it and the report compares them.
-    compare: fit the other feature sets as well and report how they do. work, expert_scores: as in
-    `score`.
+    compare: fit the other feature sets as well and report how they do. choose: chooses the default
+    threshold, given the calibrated switch and the held-back lines; without it `choose_threshold`
+    does. work, expert_scores: as in `score`.
 
     The report's losses are nats per token of the held-back lines, on which objective,
     regularisation, threshold and calibration were chosen too: judge a switch on data of its own.
@@ -124,15 +131,13 @@ def fit_switch(
         start = Head(update.weight[0].astype(np.float64), float(update.bias[0]))
     trial, trials = fit_head(scores, train, valid, names, objective, start)
     base, expert = scores.base[valid], scores.expert[valid]
-    threshold = choose_threshold(trial.p, base, expert)
-    deferred = trial.p > threshold
     rates, thresholds = calibrate(trial.p)
     switch = Switch(
         features=names,
         weight=trial.head.weight.astype(np.float32)[None, :],
         bias=np.array([trial.head.bias], np.float32),
         n_embd=pair.base.n_embd,
-        threshold=threshold,
+        threshold=choose_threshold(trial.p, base, expert),
         defer_rates=rates,
         thresholds=thresholds,
         info={
@@ -141,6 +146,11 @@ def fit_switch(
             "objective": trial.objective,
         },
     )
+    chosen: dict[str, Any] = {}
+    if choose is not None:
+        threshold, chosen["threshold_by"] = choose(switch, held_back)
+        switch = replace(switch, threshold=threshold)
+    deferred = trial.p > switch.threshold
     n_lines = len(np.unique(documents.lines))
     report: dict[str, Any] = {
         "features": features,
@@ -151,7 +161,8 @@ def fit_switch(
         "nll_hard": float(-np.where(deferred, expert, base).mean()),
         "nll_oracle": float(-np.maximum(base, expert).mean()),
         "defer_rate": float(deferred.mean()),
-        "threshold": threshold,
+        "threshold": switch.threshold,
+        **chosen,
         "l2": trial.l2,
         "n_train": n_lines - len(held_back),
         "n_valid": len(held_back),
@@ -380,6 +391,33 @@ def _below_one(p: Array) -> Array:
     """Round to float32; what would round to 1, which never defers, to the number below it."""
     highest = np.nextafter(np.float32(1), np.float32(0))
     return np.minimum(p.astype(np.float32), highest).astype(np.float64)
+
+
+def choose_by_answers(
+    pair: Pair, rows: Iterable[Row], metric: str, n_lines: int, options: Options,
+    progress: MakeProgress, switch: Switch, held_back: set[int],
+) -> tuple[float, dict[str, Any]]:  # fmt: skip
+    """Choose the threshold whose answers to held-back prompts do best by a metric.
+
+    The search of the authors' code: real generations at the thresholds that are calibrated for
+    defer rates of 0, 0.1 … 1. Of equals the highest threshold, as the expert is the dearer model.
+    n_lines: at most so many of the held-back lines, the first. Returns it and every trial.
+    """
+    chosen = list(islice((row for row in rows if row[0] in held_back), n_lines))
+    trials = []
+    for rate in np.linspace(0, 1, 11):
+        threshold = switch.threshold_for(float(rate))
+        given = answers(
+            pair, switch, options.with_changes(threshold=threshold), chosen, METRICS[metric],
+            progress, label=f"at {rate:.1f}",
+        )  # fmt: skip
+        trials.append({
+            "threshold": threshold,
+            "defer_rate": float(given.deferred.sum() / max(1, given.tokens.sum())),
+            metric: float(given.right.mean()),
+        })  # fmt: skip
+    best = max(trials, key=lambda trial: (trial[metric], trial["threshold"]))
+    return best["threshold"], {"metric": metric, "n_lines": len(chosen), "trials": trials}
 
 
 def calibrate(p: Array) -> tuple[tuple[float, ...], tuple[float, ...]]:

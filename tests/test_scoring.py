@@ -19,6 +19,7 @@ from colm_edge.documents import tokenized
 from colm_edge.errors import ColmError, DataError
 from colm_edge.pair import load
 from colm_edge.scoring import score, score_expert
+from colm_edge.session import fingerprint
 from colm_edge.train import fit_switch
 
 ROWS = [{"prompt": f"p{i}", "completion": f"c{i} and some more"} for i in range(20)]
@@ -249,9 +250,9 @@ def test_a_model_is_told_by_bytes_from_all_over_its_file(tmp_path):
             changed[at] = 1
         path = tmp_path / "model.gguf"
         path.write_bytes(changed)
-        seen.add(scoring._fingerprint(path))
+        seen.add(fingerprint(path))
     path.write_bytes(data[:-1])
-    assert len(seen | {scoring._fingerprint(path)}) == 6
+    assert len(seen | {fingerprint(path)}) == 6
 
 
 def test_a_disk_that_fills_up_is_said_and_what_was_scored_is_kept(pair, tmp_path):

@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
+import json
 from contextlib import nullcontext
 from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
 from reference import PlainModel
 from scipy import optimize
 
 from colm_edge import train
+from colm_edge.cli import main
 from colm_edge.documents import tokenized
 from colm_edge.errors import DataError, SwitchError
 from colm_edge.heads import Head, Standardised, budget_loss, marginal_loss, minimize, weak_loss
 from colm_edge.pair import load
 from colm_edge.scoring import score
+from colm_edge.switch import Switch
 from colm_edge.train import calibrate, choose_threshold
 
 
@@ -286,6 +290,33 @@ def test_an_update_begins_with_the_old_switch_and_is_compared_with_it(tiny):
     assert before["nll_joint"] == pytest.approx(marginal_loss(base, expert, d)[0], abs=1e-4)
     assert before["threshold"] == old.switch.threshold
     assert new.p_before == pytest.approx(1 / (1 + np.exp(-d)), abs=1e-4)
+
+
+def test_a_threshold_chosen_by_answers_is_the_best_of_those_tried(tiny, tmp_path):
+    """On the expert's own texts: a trial at every rate, the best one's threshold in the switch."""
+    with load(tiny["base"], tiny["expert"], "margin", n_threads=1, n_ctx=256) as pair:
+        lines = []
+        for i in range(20):
+            text = pair.generate(f"p {i}", threshold=0.0, temperature=0.0, max_tokens=6).text
+            lines.append(json.dumps({"prompt": f"p {i}", "completion": text.strip() or "x"}))
+    path, out = tmp_path / "d.jsonl", tmp_path / "s.gguf"
+    path.write_text("\n".join(lines))
+    args = ["train", "--data", str(path), "--outfile", str(out), "-m", tiny["base"],
+            "-me", tiny["expert"], "-t", "1", "-c", "64"]  # fmt: skip
+    by = ["--threshold-by", "exact", "--threshold-lines", "3"]
+    result = CliRunner().invoke(main, [*args, *by])
+    assert result.exit_code == 0, result.output
+    report = json.loads(result.stdout.splitlines()[-1])
+    trials = report["threshold_by"]["trials"]
+    assert len(trials) == 11
+    assert (trials[0]["threshold"], trials[-1]["threshold"]) == (1, 0)
+    best = max(trial["exact"] for trial in trials)
+    highest = max(trial["threshold"] for trial in trials if trial["exact"] == best)
+    assert Switch.load(out).threshold == np.float32(highest)
+    assert report["threshold"] == highest
+    result = CliRunner().invoke(main, [*args[:7], *by, "--expert-scores", "x.npz"])
+    assert result.exit_code == 2
+    assert "needs the expert itself" in result.output
 
 
 def test_much_data_is_searched_in_part_and_fitted_whole(tiny, monkeypatch):
