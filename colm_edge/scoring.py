@@ -210,6 +210,8 @@ def _pass(
     update: bool,
 ) -> Columns:
     """Return one model's columns: logprob (n,), right (n,), and for the base hidden, features."""
+    from colm_edge.session import Scorer
+
     kinds: Kinds = {"logprob": ((), np.float64), "right": ((), np.bool_)}
     if name == "base":
         kinds["hidden"] = ((pair.base.n_embd,), np.float32)
@@ -219,28 +221,21 @@ def _pass(
         ledger = Memory(kinds, documents)
     else:
         ledger = Ledger(_folder(work, name, session.model, update), kinds, documents, update)
-    n_tokens = int(documents.lengths[ledger.state != TO_DO].sum())
     with ExitStack() as stack:
         stack.enter_context(ledger)
         bar = stack.enter_context(progress(name, documents.n_tokens))
-        bar.update(n_tokens)
+        bar.update(int(documents.lengths[ledger.state != TO_DO].sum()))
         scorer: Scorer | None = None
+        # No smaller than in use: some models scale their positions by the context's size.
+        n_cells = max(PACK_TOKENS, session.n_ctx)
         for group in _groups(documents, ledger.state):
             if (ledger.state[group] != TO_DO).all():
                 continue
             if scorer is None:
-                scorer = stack.enter_context(_scorer(session, documents, hidden=name == "base"))
+                scorer = stack.enter_context(Scorer(session, n_cells, hidden=name == "base"))
             _score_group(ledger, scorer, documents, group, pair.n_shared)
-            # Of a group that an interrupted run had begun nothing was noted.
             bar.update(int(documents.lengths[group].sum()))
     return ledger.columns
-
-
-def _scorer(session: Session, documents: Documents, *, hidden: bool) -> Scorer:
-    from colm_edge.session import Scorer
-
-    n_cells = max(PACK_TOKENS, int(documents.lengths.max()))
-    return Scorer(session, min(n_cells, documents.n_tokens), hidden=hidden)
 
 
 def _groups(documents: Documents, state: npt.NDArray[np.uint8]) -> Iterator[npt.NDArray[np.int64]]:

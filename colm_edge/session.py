@@ -596,12 +596,11 @@ class Scorer:
         llama.llama_memory_clear(self._memory, False)
         llama.llama_set_embeddings(self._context, False)
         prompts = np.flatnonzero(is_prompt)
-        for at in range(0, len(prompts), self._n_batch):
-            self._decode(where, prompts[at : at + self._n_batch], 0)
+        for chosen in _in_batches(prompts, self._n_batch):
+            self._decode(where, chosen, 0)
         llama.llama_set_embeddings(self._context, self._hidden)
         scored = np.flatnonzero(~is_prompt & ~is_last)
-        for at in range(0, len(scored), self._n_outputs):
-            chosen = scored[at : at + self._n_outputs]
+        for chosen in _in_batches(scored, self._n_outputs):
             self._decode(where, chosen, 1)
             yield self._outputs(len(chosen))
 
@@ -630,6 +629,11 @@ class Scorer:
             embeddings = llama.llama_get_embeddings(self._context)
             hidden = np.ctypeslib.as_array(embeddings, (n, self.model.n_embd))
         return np.ctypeslib.as_array(logits, (n, self.model.n_vocab)), hidden
+
+
+def _in_batches(values: npt.NDArray[np.intp], most: int) -> list[npt.NDArray[np.intp]]:
+    """Split into the fewest batches, of one size: a last one of a few tokens is a slow one."""
+    return np.array_split(values, -(-len(values) // most)) if len(values) else []
 
 
 def _threads_for(n_bytes: int) -> int:
