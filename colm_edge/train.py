@@ -203,7 +203,8 @@ def fit_head(
         block = Standardised(_columns(scores, rows, names))
         head = block.fit(_losses(scores, rows)[objective], trial.l2, trial.head)
         if objective == "budget":
-            head = block.rescaled(head, scores.base[rows], scores.expert[rows])
+            l2 = trials["marginal"].l2
+            head = block.rescaled(head, scores.base[rows], scores.expert[rows], l2)
         trial = _tried(head, trial.l2, scores, valid, names, objective, len(rows))
     return trial, trials
 
@@ -251,7 +252,8 @@ def _trials(
     budget = _path(block, losses["budget"], [marginal[1]], hard)
     chosen = {"marginal": marginal, "budget": budget, "weak": weak}
     l2, head = chosen["budget"]
-    chosen["budget"] = l2, block.rescaled(head, scores.base[rows], scores.expert[rows])
+    rescaled = block.rescaled(head, scores.base[rows], scores.expert[rows], marginal[0])
+    chosen["budget"] = l2, rescaled
     return {
         name: _tried(head, l2, scores, valid, names, name, len(rows))
         for name, (l2, head) in chosen.items()

@@ -258,7 +258,7 @@ def test_rescaling_keeps_the_ranking_and_betters_the_mixture():
     columns, base, expert, head = planted(5_000, seed=2)
     block = Standardised(columns.copy())
     wrong = Head(head.weight * 5, head.bias + 4)
-    right = block.rescaled(wrong, base, expert)
+    right = block.rescaled(wrong, base, expert, 1e-6)
     cosine = wrong.weight @ right.weight
     assert cosine == pytest.approx(np.linalg.norm(wrong.weight) * np.linalg.norm(right.weight))
     planted_loss, _ = marginal_loss(base, expert, head(columns))
