@@ -164,6 +164,7 @@ class KilledError(Exception):
 @pytest.mark.parametrize("lora", [0, 2])
 def test_a_killed_run_goes_on_to_the_same_weights(tiny, scores, tmp_path, monkeypatch, lora):
     options = ("--save-every", "2", "--lora", lora, "--start-steps", "5")
+    torch.manual_seed(1)  # two processes would begin with different states
     whole = tune(tiny["base"], scores, tmp_path / "whole", *options)
     assert whole["steps"] == 6
     save = tuning.Run.save
@@ -174,9 +175,11 @@ def test_a_killed_run_goes_on_to_the_same_weights(tiny, scores, tmp_path, monkey
             raise KilledError
 
     monkeypatch.setattr(tuning.Run, "save", die)
+    torch.manual_seed(2)
     with pytest.raises(KilledError):
         tune(tiny["base"], scores, tmp_path / "killed", *options)
     monkeypatch.undo()
+    torch.manual_seed(3)
     assert not (tmp_path / "killed" / "checkpoint").exists()
     message = tune(tiny["base"], scores, tmp_path / "killed", *options, "--epochs", 3, code=1)
     assert "another epochs" in message

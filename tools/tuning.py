@@ -138,6 +138,7 @@ class Tuned(torch.nn.Module):
         row = head.weight.detach().float().mean(dim=0)
         self.row = torch.nn.Parameter(row, requires_grad=settings.objective == "joint")
         self._state: Any = None
+        torch.manual_seed(settings.seed)  # an adapter begins at random
         if settings.checkpointing:
             base.gradient_checkpointing_enable({"use_reentrant": False})
         if settings.lora:
@@ -250,7 +251,6 @@ class Run:
         )
         said = {**asdict(settings), "data": data.key, "base": str(base.resolve())}
         self._key = json.dumps(said, sort_keys=True)
-        torch.manual_seed(settings.seed)
         if self.state.exists():
             self._take_up()
         elif settings.objective == "joint" and settings.start_steps:
