@@ -7,8 +7,9 @@ import json
 import logging
 import sys
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import asdict
-from functools import wraps
+from functools import partial, wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
@@ -18,6 +19,7 @@ from colm_edge.errors import ColmError
 from colm_edge.terminal import Chat, drain, summary, write
 
 if TYPE_CHECKING:
+    from colm_edge.documents import Documents
     from colm_edge.pair import Pair, Stream
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -253,6 +255,15 @@ def progress(name: str, total: int) -> Any:
     "held-back lines. weak: the paper's weak supervision, to compare with.",
 )  # fmt: skip
 @click.option(
+    "--threshold-by", "metric", type=click.Choice(["exact", "contains", "gsm8k", "steps"]),
+    help="Choose the default threshold by answers to held-back prompts, generated at defer rates "
+    "of 0, 0.1 … 1.  [default: by the likelihood of hard decisions]",
+)  # fmt: skip
+@click.option(
+    "--threshold-lines", type=click.IntRange(1), default=100, show_default=True,
+    help="Prompts to answer for --threshold-by, at each rate.",
+)  # fmt: skip
+@click.option(
     "--update",
     metavar="SWITCH.gguf",
     help="The switch that this one replaces, after the expert or the data changed: the fit begins "
@@ -286,6 +297,8 @@ def train(
     outfile: str,
     features: str | None,
     objective: str,
+    metric: str | None,
+    threshold_lines: int,
     update: str | None,
     report_dir: str | None,
     work_dir: str | None,
@@ -299,25 +312,37 @@ def train(
     FILE.jsonl has one document a line: {"prompt", "completion"}, {"messages"} or {"text"}. Base
     and expert stay as they are; the switch is written as GGUF, the last line printed is JSON.
     """
+    from colm_edge.answers import METRICS, check_rows
     from colm_edge.documents import read_rows, tokenized
+    from colm_edge.options import Options
     from colm_edge.pair import load
     from colm_edge.switch import Switch
-    from colm_edge.train import check_writable, fit_switch
+    from colm_edge.train import check_writable, choose_by_answers, fit_switch
 
     check_writable(outfile)
     old = Switch.load(update) if update is not None else None
+    work = Path(work_dir) if work_dir else None
     if report_dir is not None:
         from colm_edge.report import check_report, write_report
 
         check_report(report_dir)
+    if metric is not None and expert_scores is not None and "expert" not in models:
+        raise click.UsageError("--threshold-by needs the expert itself (-me) to answer prompts")
     if expert_scores is not None and "model" in models:
         models.setdefault("expert", models["model"])  # it is never evaluated
     with load(**models, switch=update or "margin") as loaded:
-        documents = tokenized(read_rows(data), loaded, raw=raw)
+        documents = tokenized(read_rows(data), loaded, raw=raw, work=work)
+        say_cut(documents)
+        choose = None
+        if metric is not None:
+            check_rows(read_rows(data), METRICS[metric])
+            choose = partial(
+                choose_by_answers, loaded, read_rows(data), metric, threshold_lines,
+                Options(temperature=0.0, raw=raw), progress,
+            )  # fmt: skip
         fit = fit_switch(
             loaded, documents, features, objective=objective, seed=seed, update=old,
-            compare=report_dir is not None,
-            work=Path(work_dir) if work_dir else None,
+            compare=report_dir is not None, work=work, choose=choose,
             expert_scores=Path(expert_scores) if expert_scores else None, progress=progress,
         )  # fmt: skip
         fit.switch.save(outfile)
@@ -328,12 +353,31 @@ def train(
     click.echo(json.dumps(fit.report))
 
 
+def say_cut(documents: Documents) -> None:
+    """Tell on stderr of documents that did not fit the context."""
+    if documents.cut_note:
+        click.echo(documents.cut_note, err=True)
+
+
 @main.command("score")
 @click.option("--data", required=True, metavar="FILE.jsonl", help="Prompts with completions.")
 @click.option("--outfile", required=True, metavar="FILE.npz", help="Where the scores go.")
+@click.option(
+    "--work-dir",
+    metavar="DIR",
+    type=click.Path(file_okay=False),
+    help="Keep the scores here, on disk as they come; a killed run goes on from them.",
+)
+@click.option(
+    "--update", is_flag=True,
+    help="The work folder may hold other documents or another expert; what it knows is not "
+    "scored again.",
+)  # fmt: skip
 @click.option("--raw", is_flag=True, help="No chat template.")
 @pair_options
-def score_command(data: str, outfile: str, raw: bool, models: dict[str, Any]) -> None:
+def score_command(
+    data: str, outfile: str, work_dir: str | None, update: bool, raw: bool, models: dict[str, Any]
+) -> None:
     """Write the expert's log-probabilities of a JSONL file, for `train --expert-scores` elsewhere.
 
     The base is needed as well, for the prompts are written by its chat template; it is not
@@ -344,11 +388,32 @@ def score_command(data: str, outfile: str, raw: bool, models: dict[str, Any]) ->
     from colm_edge.scoring import score_expert
     from colm_edge.train import check_writable
 
+    if update and work_dir is None:
+        raise click.UsageError("--update needs --work-dir")
     check_writable(outfile)
+    work = Path(work_dir) if work_dir else None
     with load(**models, switch="margin") as loaded:
-        documents = tokenized(read_rows(data), loaded, raw=raw)
-        result = score_expert(loaded, documents, Path(outfile), progress)
+        documents = tokenized(read_rows(data), loaded, raw=raw, work=work)
+        say_cut(documents)
+        result = score_expert(loaded, documents, Path(outfile), progress, work=work, update=update)
     click.echo(json.dumps(result))
+
+
+def shares(_: click.Context, __: click.Parameter, value: str | None) -> tuple[float, ...]:
+    """Return numbers from 0 to 1: a list, 0.1,0.2, or a range, 0:1:0.1, both ends included."""
+    numbers: list[float] = []
+    try:
+        for part in value.split(",") if value is not None else []:
+            first, *rest = (float(x) for x in part.split(":"))
+            last, step = rest or (first, 1.0)
+            if not (0 <= first <= last <= 1 and step > 0):
+                raise ValueError
+            count = int((last - first) / step + 1e-9) + 1
+            numbers += [round(first + i * step, 9) for i in range(count)]
+    except ValueError as e:
+        message = f"{value!r}: expected numbers from 0 to 1, as 0.1,0.2 or 0:1:0.1"
+        raise click.BadParameter(message) from e
+    return tuple(numbers)
 
 
 @main.command("eval")
@@ -359,6 +424,35 @@ def score_command(data: str, outfile: str, raw: bool, models: dict[str, Any]) ->
 )  # fmt: skip
 @click.option("--limit", type=click.IntRange(1), help="Use the first lines only.")
 @click.option(
+    "--methods", metavar="NAME,…", default="",
+    help="Rows of the table: base, expert, colm, compose, random, entropy, margin, weak, proxy "
+    "[all there are].",
+)  # fmt: skip
+@click.option(
+    "--defer-rates", metavar="LIST", callback=shares,
+    help="Sweep: 0.1,0.2 or 0:1:0.1. Every switch at each rate, by its own p_defer on this data.",
+)  # fmt: skip
+@click.option(
+    "--thresholds", metavar="LIST", callback=shares,
+    help="Sweep over the switch's thresholds; simpler switches defer as often.",
+)  # fmt: skip
+@click.option(
+    "--weak", metavar="SWITCH.gguf", help="A switch to compare with (`train --objective weak`)."
+)
+@click.option(
+    "--anti-expert", metavar="GGUF",
+    help="A third model, for Proxy Tuning: base + alpha · (expert − anti-expert).",
+)  # fmt: skip
+@click.option("--alpha", type=click.FloatRange(0), default=1.0, show_default=True,
+              help="The weight of Proxy Tuning.")  # fmt: skip
+@click.option(
+    "--work-dir",
+    metavar="DIR",
+    type=click.Path(file_okay=False),
+    help="Keep scores and answers here as they come; a killed run goes on from them.",
+)
+@click.option("--plot", metavar="FILE.png", help="Draw the table.")
+@click.option(
     "-o", "--output", type=click.Choice(["md", "csv", "json"]), default="md", show_default=True
 )
 @model_options
@@ -367,6 +461,14 @@ def eval_command(
     data: str,
     metric: str,
     limit: int | None,
+    methods: str,
+    defer_rates: tuple[float, ...],
+    thresholds: tuple[float, ...],
+    weak: str | None,
+    anti_expert: str | None,
+    alpha: float,
+    work_dir: str | None,
+    plot: str | None,
     output: str,
     models: dict[str, Any],
     decoding: dict[str, Any],
@@ -375,13 +477,42 @@ def eval_command(
 
     With a metric other than nll every method answers every prompt, greedily unless --temp is given.
     """
-    from colm_edge.evaluate import evaluate, render
+    from colm_edge.evaluate import METHODS, check_plot, evaluate, render, write_plot
     from colm_edge.options import Options
+    from colm_edge.proxy import Proxy
+    from colm_edge.switch import Switch
 
+    points = [defer_rates, thresholds, decoding.get("threshold"), decoding.get("defer_rate")]
+    if sum(point not in (None, ()) for point in points) > 1:
+        raise click.UsageError(
+            "give one of --defer-rates, --thresholds, --defer-rate and --threshold"
+        )
+    names = [name.strip() for name in methods.split(",")] if methods else []
+    needs = {"weak": ("--weak", weak), "proxy": ("--anti-expert", anti_expert)}
+    for name in names:
+        if name not in METHODS:
+            raise click.UsageError(f"no method {name!r}; known: {', '.join(METHODS)}")
+        if name in needs and needs[name][1] is None:
+            raise click.UsageError(f"the method {name} needs {needs[name][0]}")
+    if plot is not None:
+        check_plot(plot)
     options = Options(**decoding)
-    with open_pair(models, defaults=options) as loaded:
+    with ExitStack() as stack:
+        loaded = stack.enter_context(open_pair(models, defaults=options))
+        proxy = None
+        if anti_expert is not None:
+            third = Proxy(
+                loaded, Path(anti_expert).expanduser(), alpha=alpha,
+                n_threads=models.get("n_threads", 0), n_gpu_layers=models.get("n_gpu_layers", 0),
+            )  # fmt: skip
+            proxy = stack.enter_context(third)
         table = evaluate(
             loaded, data, options, metric=None if metric == "nll" else metric, limit=limit,
-            progress=progress,
+            methods=names, thresholds=thresholds, defer_rates=defer_rates,
+            weak=Switch.load(weak) if weak else None, proxy=proxy,
+            work=Path(work_dir) if work_dir else None, progress=progress,
         )  # fmt: skip
     click.echo(render(table, output))
+    if plot is not None:
+        write_plot(table, plot)
+        click.echo(f"{plot}: written", err=True)

@@ -9,213 +9,270 @@ from __future__ import annotations
 import csv
 import io
 import json
-import re
-from collections.abc import Callable, Iterator
+import os
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
 from colm_edge import readout
-from colm_edge.documents import Row, read_rows, tokenized
-from colm_edge.errors import DataError, MismatchError
+from colm_edge.answers import METRICS, Generated, Journal, RandomSwitch, answers, check_rows
+from colm_edge.documents import read_rows, tokenized
+from colm_edge.errors import ColmError, MismatchError
+from colm_edge.proxy import Proxy
 from colm_edge.scoring import MakeProgress, Scores, score
-from colm_edge.switch import HIDDEN, Base, Floats, Reader, Switch, Untrained
+from colm_edge.switch import Switch, Untrained
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
     from colm_edge.options import Options
     from colm_edge.pair import Pair
     from colm_edge.switch import AnySwitch
 
 Array = npt.NDArray[np.float64]
+Table = list[dict[str, Any]]
+
+METHODS = (
+    "base", "expert", "colm", "compose", "random", "entropy", "margin", "weak", "proxy",
+)  # fmt: skip
+SWITCHED = METHODS[2:-1]  # they choose a model for each token
 BOOTSTRAPS = 1000
 SEED = 0
-
-# Did an answer get it right? (generated text, the data's line) -> 0 or 1
-Metric = Callable[[str, dict[str, Any]], float]
-
-
-def exact(text: str, row: dict[str, Any]) -> float:
-    """The text is the completion, but for white space at the ends."""
-    return float(text.strip() == row["completion"].strip())
-
-
-def contains(text: str, row: dict[str, Any]) -> float:
-    """The line's `answer` (or its completion) stands in the text as a whole: no letter or digit
-    touches it, no sign or decimal changes it."""
-    wanted = re.escape(row.get("answer", row["completion"]).strip())
-    return float(re.search(rf"(?<![\w.+-]){wanted}(?!\w|[.,]\d)", text) is not None)
-
-
-def gsm8k(text: str, row: dict[str, Any]) -> float:
-    """The number after the last #### (or the last number) is the completion's."""
-    return float(_final_number(text) == _final_number(row["completion"]) is not None)
-
-
-def steps(text: str, row: dict[str, Any]) -> float:
-    """The share of the completion's annotated results, <<…=result>>, that the text states."""
-    wanted = re.findall(r"<<[^<>]*=([^<>]*)>>", row["completion"])
-    if not wanted:
-        raise DataError("the metric steps needs completions with annotations such as <<2+3=5>>")
-    stated = re.findall(r"<<[^<>]*=([^<>]*)>>", text)
-    return sum(result in stated for result in wanted) / len(wanted)
-
-
-def _final_number(text: str) -> float | None:
-    tail = text.rsplit("####", 1)[-1] if "####" in text else text
-    numbers = re.findall(r"-?\d[\d,]*(?:\.\d+)?", tail)
-    if not numbers:
-        return None
-    return float((numbers[0] if "####" in text else numbers[-1]).replace(",", ""))
-
-
-METRICS: dict[str, Metric] = {f.__name__: f for f in (exact, contains, gsm8k, steps)}
-
-
-@dataclass(frozen=True)
-class RandomSwitch(Untrained):
-    """Defer at random, whatever the base's state: p_defer is drawn uniformly."""
-
-    name: str = "random"
-
-    def reader(self, base: Base, n_choose: int) -> Reader:
-        rng = np.random.default_rng(SEED)
-        out = np.empty(len(readout.FEATURES), np.float32)
-
-        def read(logits: Floats, hidden: Floats) -> tuple[float, int, float]:
-            choice, logsumexp = readout.read(logits, None, None, None, None, out, n_choose, -1)
-            return rng.random(), choice, logsumexp
-
-        return read
+# The least threshold above 0, which would defer what has p = 0 as well.
+ABOVE_ZERO = float(np.nextafter(0.0, 1.0))
 
 
 @dataclass(frozen=True)
 class Method:
-    """A row of the table: p_defer of every scored token (n,), and how it answers a prompt."""
+    """A row of the table: its losses on every scored token (n,), and what answers prompts.
+
+    threshold: None where nothing is compared with one. deferred: the tokens that are the
+    expert's. nll: of the method's own distribution. nll_hard: of the one model that it names.
+    """
 
     name: str
-    p: Array
-    threshold: float
-    mix: Array  # the weight of the expert in the likelihood, mostly p itself
-    switch: AnySwitch
+    threshold: float | None
+    deferred: npt.NDArray[np.bool_]
+    nll: Array
+    nll_hard: Array
+    switch: AnySwitch | Proxy
     compose: bool = False
 
 
 def evaluate(
     pair: Pair,
-    data: str,
+    data: str | os.PathLike[str],
     options: Options,
     *,
     metric: str | None = None,
     limit: int | None = None,
+    methods: Collection[str] = (),
+    thresholds: Sequence[float] = (),
+    defer_rates: Sequence[float] = (),
+    weak: Switch | None = None,
+    proxy: Proxy | None = None,
+    work: Path | None = None,
     progress: MakeProgress,
-) -> list[dict[str, Any]]:
-    """Return a row for each of base, expert, colm, compose, random, entropy and margin.
+) -> Table:
+    """Return a row for each method: base, expert, colm, compose, random, entropy, margin, and,
+    where they are given, weak (a switch of that name) and proxy.
 
-    The three simple switches defer as often as colm does at its threshold, measured on the same
-    teacher-forced tokens. Intervals are 95 %, by bootstrap over the data's lines.
+    colm and compose defer at the options' threshold, or at each of `thresholds`; the other
+    switches then defer as often as colm does on the same teacher-forced tokens. With
+    `defer_rates` every switch's threshold is the quantile of its own p_defer on the scored tokens
+    of this data, so that each rate is met exactly there (but for ties), and about so in
+    generation. base, expert and proxy do not depend on it and have one row each.
 
-    Raises DataError for bad data, MismatchError where the pair's switch has no features to score.
+    threshold is None and defer_rate 1 for proxy, whose models all run at every token; it names
+    no one model for a token, so that its nll_hard is its nll. Intervals (…_low, …_high) are 95 %,
+    by bootstrap over the data's lines. `cut` is the share of answers that max_tokens or the
+    context ended; the metric judges what was written of them.
+
+    methods: the rows wanted; without any, all there are. metric: a name in METRICS, for generation.
+    work: a folder that keeps scores and answers; what is found there is not computed again.
+
+    Raises DataError for bad data, MismatchError where the pair's switch has no features to score,
+    ColmError for methods that are unknown or lack what they need.
     """
+    if thresholds and defer_rates:
+        raise ColmError("thresholds and defer rates are two ways to say one thing; give one")
+    if metric is not None and metric not in METRICS:
+        raise ColmError(f"no metric {metric!r}; known: {', '.join(METRICS)}")
+    names = _names(methods, weak, proxy)
     rows = list(islice(read_rows(data), limit))
-    for number, row in rows if metric is not None else []:
-        if not {"prompt", "completion"} <= set(row):
-            raise DataError(f"line {number}: {metric} needs prompt and completion")
-    scores = score(pair, tokenized(rows, pair, raw=options.raw), progress)
+    if metric is not None:
+        check_rows(rows, METRICS[metric])
+    if set(names) & set(SWITCHED):
+        _check_scored(pair.switch)
+    if weak is not None:
+        weak.reader(pair.base, pair.n_shared)  # checks its width
+    if not thresholds and not defer_rates:
+        thresholds = [pair.threshold(options)]
+    scoring = Journal(work / "proxy.jsonl") if work is not None else None
+    answering = Journal(work / "answers.jsonl") if work is not None else None
+    documents = tokenized(rows, pair, raw=options.raw)
+    scores = score(pair, documents, progress, work=work)
+    found = _methods(pair.switch, scores, names, thresholds, defer_rates, weak)
+    if proxy is not None and "proxy" in names:
+        found = chain(found, [_by_proxy(proxy, -proxy.score(documents, progress, scoring))])
     table = []
-    for method in _methods(pair, scores, options):
-        table.append(_teacher_forced(method, scores))
-        if metric is not None:
-            table[-1] |= _generated(pair, method, options, rows, METRICS[metric], progress)
+    for method in found:
+        table.append(_teacher_forced(method, scores.line))
+        if metric is None:
+            continue
+        if isinstance(method.switch, Proxy):
+            given = method.switch.answers(
+                options, rows, METRICS[metric], progress, journal=answering
+            )
+        else:
+            label = method.name
+            if len(thresholds) + len(defer_rates) > 1:
+                label += f" {method.deferred.mean():.0%}"
+            chosen = options.with_changes(
+                threshold=method.threshold, strategy="compose" if method.compose else "defer"
+            )
+            given = answers(
+                pair, method.switch, chosen, rows, METRICS[metric], progress,
+                label=label, journal=answering,
+            )  # fmt: skip
+        table[-1] |= _generated(given)
     return table
 
 
-def _methods(pair: Pair, scores: Scores, options: Options) -> Iterator[Method]:
-    switch = pair.switch
-    n = len(scores.base)
-    features = {
-        name: scores.logit_features[:, i].astype(np.float64)
-        for i, name in enumerate(readout.FEATURES)
-    }
-    uncertain = {"entropy": -np.expm1(-features["entropy"]), "margin": 1 - features["margin"]}
-    if isinstance(switch, Switch):
-        parts = [
-            scores.hidden if name == HIDDEN else features[name][:, None] for name in switch.features
-        ]
-        columns = np.concatenate(parts, axis=1).astype(np.float64)
-        d = columns @ switch.weight[0].astype(np.float64) + float(switch.bias[0])
-        p = np.exp(-np.logaddexp(0, -d))
-    elif switch.name in uncertain:
-        p = uncertain[switch.name]
-    else:
+def _names(methods: Collection[str], weak: Switch | None, proxy: Proxy | None) -> tuple[str, ...]:
+    missing = {"weak": weak is None, "proxy": proxy is None}
+    if not methods:
+        return tuple(name for name in METHODS if not missing.get(name))
+    for name in methods:
+        if name not in METHODS:
+            raise ColmError(f"no method {name}; known: {', '.join(METHODS)}")
+        if missing.get(name):
+            needs = {"weak": "a switch (--weak)", "proxy": "a third model (--anti-expert)"}[name]
+            raise ColmError(f"the method {name} needs {needs}")
+    return tuple(name for name in METHODS if name in methods)
+
+
+def _check_scored(switch: AnySwitch) -> None:
+    if not isinstance(switch, Switch) and switch.name not in readout.FEATURES:
         raise MismatchError(f"eval cannot score the switch {switch.name}; train one for the pair")
-    threshold = pair.threshold(options)
-    rate = float((p > threshold).mean()) if threshold > 0 else 1.0
-    yield Method("base", np.zeros(n), 1.0, np.zeros(n), switch)
-    yield Method("expert", np.ones(n), 0.0, np.ones(n), switch)
-    yield Method("colm", p, threshold, p, switch)
-    deferred = np.where(p > threshold, p, 0.0)
-    yield Method("compose", p, threshold, deferred, switch, compose=True)
+
+
+def _methods(
+    switch: AnySwitch,
+    scores: Scores,
+    names: Collection[str],
+    thresholds: Sequence[float],
+    defer_rates: Sequence[float],
+    weak: Switch | None,
+) -> Iterator[Method]:
+    n = len(scores.base)
+
+    def method(
+        name: str, p: Array, threshold: float, mix: Array, switch: AnySwitch, compose: bool = False
+    ) -> Method:
+        with np.errstate(divide="ignore"):  # a mix of exactly 0 or 1: one model alone
+            d = np.log(mix) - np.log1p(-mix)
+        nll = -np.logaddexp(scores.base - np.logaddexp(0, d), scores.expert - np.logaddexp(0, -d))
+        deferred = _deferred(p, threshold)
+        hard = -np.where(deferred, scores.expert, scores.base)
+        return Method(name, threshold, deferred, nll, hard, switch, compose)
+
+    if "base" in names:
+        yield method("base", np.zeros(n), 1.0, np.zeros(n), switch)
+    if "expert" in names:
+        yield method("expert", np.ones(n), 0.0, np.ones(n), switch)
+    if not set(names) & set(SWITCHED):
+        return
+    p = probability(switch, scores)
     drawn = np.random.default_rng(SEED).random(n)
-    yield Method("random", drawn, 1 - rate, np.full(n, rate), RandomSwitch())
-    for name, values in uncertain.items():
-        at = float(np.quantile(values, 1 - rate))
-        yield Method(name, values, at, values, Untrained(name))
+    rivals: dict[str, AnySwitch] = {name: Untrained(name) for name in ("entropy", "margin")}
+    if weak is not None:
+        rivals["weak"] = weak
+    p_of = {name: probability(rivals[name], scores) for name in rivals if name in names}
+    points = [(at, int(_deferred(p, at).sum())) for at in thresholds]
+    points += [(threshold_at(p, round(rate * n)), round(rate * n)) for rate in defer_rates]
+    for threshold, k in points:
+        if "colm" in names:
+            yield method("colm", p, threshold, p, switch)
+        if "compose" in names:
+            mix = np.where(_deferred(p, threshold), p, 0.0)
+            yield method("compose", p, threshold, mix, switch, compose=True)
+        if "random" in names:
+            rate = np.full(n, k / n)
+            yield method("random", drawn, threshold_at(drawn, k), rate, RandomSwitch())
+        for name, values in p_of.items():
+            yield method(name, values, threshold_at(values, k), values, rivals[name])
 
 
-def _teacher_forced(method: Method, scores: Scores) -> dict[str, Any]:
-    deferred = method.p > method.threshold if method.threshold > 0 else np.ones(len(method.p), bool)
-    with np.errstate(divide="ignore"):  # p of exactly 0 or 1: one model alone
-        d = np.log(method.mix) - np.log1p(-method.mix)
-    nll = -np.logaddexp(scores.base - np.logaddexp(0, d), scores.expert - np.logaddexp(0, -d))
-    hard = -np.where(deferred, scores.expert, scores.base)
-    low, high = _interval(nll, scores.line)
+def _deferred(p: Array, threshold: float) -> npt.NDArray[np.bool_]:
+    return p > threshold if threshold > 0 else np.ones(len(p), np.bool_)
+
+
+def probability(switch: AnySwitch, scores: Scores) -> Array:
+    """Return a switch's p_defer of every scored token, (n,).
+
+    Raises MismatchError for a switch that reads what is not among the scores.
+    """
+    features = scores.logit_features
+    if isinstance(switch, Switch):
+        w_hidden, w_logit = switch.columns()
+        d = features.astype(np.float64) @ w_logit[0] + float(switch.bias[0])
+        if w_hidden is not None:
+            d += scores.hidden @ w_hidden[0]
+        return np.asarray(np.exp(-np.logaddexp(0, -d)), np.float64)
+    _check_scored(switch)
+    values = features[:, readout.FEATURES.index(switch.name)].astype(np.float64)
+    return -np.expm1(-values) if switch.name == "entropy" else 1 - values
+
+
+def threshold_at(p: Array, k: int) -> float:
+    """Return a threshold above which k of the p (n,) are; fewer where the k-th has equals below.
+
+    It lies midway between two p, so that the last bits of a model's state decide nothing. All of
+    them are at 0, which defers always, and none at 1.
+    """
+    if k <= 0:
+        return 1.0
+    if k >= len(p):
+        return 0.0
+    lower, upper = np.partition(p, [len(p) - k - 1, len(p) - k])[len(p) - k - 1 : len(p) - k + 1]
+    middle = (lower + upper) / 2
+    return max(ABOVE_ZERO, float(middle if middle < upper else lower))
+
+
+def _by_proxy(proxy: Proxy, nll: Array) -> Method:
+    return Method("proxy", None, np.ones(len(nll), np.bool_), nll, nll, proxy)
+
+
+def _teacher_forced(method: Method, line: npt.NDArray[np.int64]) -> dict[str, Any]:
     return {
         "method": method.name,
         "threshold": method.threshold,
-        "defer_rate": float(deferred.mean()),
-        "nll": float(nll.mean()),
-        "nll_low": low,
-        "nll_high": high,
-        "nll_hard": float(hard.mean()),
+        "defer_rate": float(method.deferred.mean()),
+        **_with_interval("nll", method.nll, line),
+        **_with_interval("nll_hard", method.nll_hard, line),
     }
 
 
-def _generated(
-    pair: Pair,
-    method: Method,
-    options: Options,
-    rows: list[Row],
-    metric: Metric,
-    progress: MakeProgress,
-) -> dict[str, Any]:
-    chosen = options.with_changes(
-        threshold=method.threshold, strategy="compose" if method.compose else "defer"
-    )
-    right, tokens, deferred, seconds = [], 0, 0, 0.0
-    with pair.switched(method.switch), progress(method.name, len(rows)) as bar:
-        for _, row in rows:
-            answer = pair.chat([{"role": "user", "content": row["prompt"]}], **vars(chosen))
-            right.append(metric(answer.text, row))
-            tokens += answer.stats.n_generated
-            deferred += answer.stats.n_deferred
-            seconds += answer.stats.total_seconds
-            bar.update(1)
-    low, high = _interval(np.array(right), np.arange(len(right)))
+def _generated(given: Generated) -> dict[str, Any]:
+    tokens, seconds = int(given.tokens.sum()), float(given.seconds.sum())
     return {
-        "accuracy": float(np.mean(right)),
-        "accuracy_low": low,
-        "accuracy_high": high,
-        "generated_defer_rate": deferred / max(1, tokens),
-        "tokens_per_answer": tokens / len(rows),
-        "tokens_per_second": tokens / seconds,
+        **_with_interval("accuracy", given.right, np.arange(len(given.right))),
+        "generated_defer_rate": int(given.deferred.sum()) / max(1, tokens),
+        "tokens_per_answer": float(given.tokens.mean()),
+        "tokens_per_second": tokens / seconds if seconds > 0 else 0.0,
+        "cut": float(given.cut.mean()),
     }
 
 
-def _interval(values: Array, group: npt.NDArray[np.int64]) -> tuple[float, float]:
-    """Return the 95 % bootstrap interval of the mean, whole groups (lines) drawn at a time."""
+def _with_interval(name: str, values: Array, group: npt.NDArray[np.int64]) -> dict[str, float]:
+    """Return the mean and its 95 % bootstrap interval, whole groups (lines) drawn at a time."""
     _, group = np.unique(group, return_inverse=True)
     sums, counts = np.bincount(group, values), np.bincount(group)
     rng = np.random.default_rng(SEED)
@@ -224,11 +281,15 @@ def _interval(values: Array, group: npt.NDArray[np.int64]) -> tuple[float, float
         drawn = rng.integers(0, len(sums), len(sums))
         means.append(sums[drawn].sum() / counts[drawn].sum())
     low, high = np.percentile(means, [2.5, 97.5])
-    return float(low), float(high)
+    return {name: float(values.mean()), f"{name}_low": float(low), f"{name}_high": float(high)}
 
 
-def render(table: list[dict[str, Any]], form: str) -> str:
-    """Return a table as md, csv or json."""
+SHARES = ("defer_rate", "accuracy", "generated_defer_rate", "cut")
+
+
+def render(table: Table, form: str) -> str:
+    """Return a table as json or csv, with every field, or as md, with the intervals beside what
+    they belong to and shares in percent."""
     if form == "json":
         return json.dumps(table)
     names = list(table[0])
@@ -238,8 +299,109 @@ def render(table: list[dict[str, Any]], form: str) -> str:
         writer.writeheader()
         writer.writerows(table)
         return text.getvalue().rstrip()
+    names = [name for name in names if not name.endswith(("_low", "_high"))]
     lines = ["| " + " | ".join(names) + " |", "| --- |" + " ---: |" * (len(names) - 1)]
     for row in table:
-        cells = [f"{v:.3f}" if isinstance(v, float) else str(v) for v in row.values()]
-        lines.append("| " + " | ".join(cells) + " |")
+        lines.append("| " + " | ".join(_cell(row, name) for name in names) + " |")
     return "\n".join(lines)
+
+
+def _cell(row: dict[str, Any], name: str) -> str:
+    value = row[name]
+    if value is None:
+        return "–"
+    if isinstance(value, str):
+        return value
+    if name in SHARES:
+        text, bounds = f"{100 * value:.1f} %", "{:.1%}–{:.1%}"
+    elif name == "threshold":
+        text, bounds = f"{value:.3g}", ""
+    elif name.startswith("tokens"):
+        text, bounds = f"{value:,.1f}", ""
+    else:
+        text, bounds = f"{value:.3f}", "{:.3f}–{:.3f}"
+    if f"{name}_low" not in row:
+        return text
+    low, high = row[f"{name}_low"], row[f"{name}_high"]
+    return f"{text} ({bounds.format(low, high).replace('%', '')})"
+
+
+# Markers and lines tell the methods apart without colour too.
+STYLES: dict[str, dict[str, Any]] = {
+    "colm": {"color": "C0", "marker": "o", "linestyle": "-", "lw": 2.0},
+    "compose": {"color": "C4", "marker": "s", "linestyle": (0, (6, 2))},
+    "random": {"color": "C7", "marker": "x", "linestyle": ":"},
+    "entropy": {"color": "C1", "marker": "^", "linestyle": "--"},
+    "margin": {"color": "C2", "marker": "v", "linestyle": "-."},
+    "weak": {"color": "C5", "marker": "D", "linestyle": (0, (3, 1, 1, 1, 1, 1))},
+}
+ALONE = {"base": ("k", "<"), "expert": ("k", ">"), "proxy": ("C3", "*")}
+PICTURES = (".png", ".svg", ".pdf")
+
+
+def check_plot(path: str | os.PathLike[str]) -> None:
+    """Raise now, rather than after the work, when a picture cannot be drawn or written."""
+    from colm_edge.train import check_writable
+
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError as e:
+        raise ColmError("--plot draws with matplotlib: pip install 'colm-edge[plots]'") from e
+    if Path(path).suffix.lower() not in PICTURES:
+        raise ColmError(f"{path}: expected a picture's name, ending in {', '.join(PICTURES)}")
+    check_writable(path)
+
+
+def write_plot(table: Table, path: str | os.PathLike[str]) -> None:
+    """Write the picture of a table, through a temporary file."""
+    target = Path(path)
+    temporary = target.with_name(f".{target.stem}.tmp{target.suffix}")
+    try:
+        draw(table).savefig(temporary, dpi=150)
+        os.replace(temporary, target)
+    except OSError as e:
+        temporary.unlink(missing_ok=True)
+        raise ColmError(f"{target}: cannot write the picture: {e.strerror or e}") from e
+
+
+def draw(table: Table) -> Figure:
+    """Draw the loss of hard decisions against the defer rate and, where answers were generated,
+    the accuracy against theirs; bars are 95 % intervals."""
+    from matplotlib.figure import Figure
+
+    generated = "accuracy" in table[0]
+    figure = Figure(figsize=(13 if generated else 7.5, 4.8), layout="constrained")
+    panels = figure.subplots(1, 2 if generated else 1, squeeze=False)[0]
+    _panel(panels[0], table, "defer_rate", "nll_hard")
+    joint = [row["nll"] for row in table if row["method"] == "colm"]
+    if joint:  # of the mixture, whatever the threshold
+        panels[0].axhline(joint[0], color="C0", lw=0.8, label="joint")
+    panels[0].set(xlabel="defer rate, teacher-forced", ylabel="nats per token, hard decisions")
+    if generated:
+        _panel(panels[1], table, "generated_defer_rate", "accuracy")
+        panels[1].set(xlabel="defer rate, generated", ylabel="accuracy")
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right center", frameon=False)
+    return figure
+
+
+def _panel(axes: Axes, table: Table, x: str, y: str) -> None:
+    def points(name: str) -> tuple[list[float], list[float], list[list[float]]]:
+        # What compose writes at a deferral is the mixture's and no one model's.
+        of = "nll" if (name, y) == ("compose", "nll_hard") else y
+        rows = sorted((row for row in table if row["method"] == name), key=lambda row: row[x])
+        # A percentile interval need not hold the mean of few lines.
+        below = [max(0.0, row[of] - row[f"{of}_low"]) for row in rows]
+        above = [max(0.0, row[f"{of}_high"] - row[of]) for row in rows]
+        return [row[x] for row in rows], [row[of] for row in rows], [below, above]
+
+    for name, style in STYLES.items():
+        rates, values, errors = points(name)
+        if rates:
+            axes.errorbar(rates, values, errors, elinewidth=0.6, mfc="none", label=name, **style)
+    for name, (color, marker) in ALONE.items():
+        rates, values, errors = points(name)
+        if rates:
+            axes.axhline(values[0], color=color, lw=0.6, linestyle=(0, (1, 3)))
+            axes.errorbar(rates, values, errors, elinewidth=0.6, color=color, marker=marker,
+                          markersize=8, linestyle="none", label=name)  # fmt: skip
+    axes.set(xlim=(-0.03, 1.03))

@@ -185,16 +185,18 @@ class Standardised:
         d = np.asarray(self.columns @ (head.weight * self.scale).astype(np.float32), np.float64)
         return d + head.bias + float(self.mean @ head.weight)
 
-    def rescaled(self, head: Head, base: Array, expert: Array) -> Head:
+    def rescaled(self, head: Head, base: Array, expert: Array, l2: float) -> Head:
         """Return the head that ranks these tokens as `head` does and is the likeliest mixture.
 
-        Platt scaling (1999), by the marginal likelihood instead of labels.
+        Platt scaling (1999), by the marginal likelihood, not labels, and regularised as in `fit`.
         """
         d = self.d(head)
-        line = minimize(lambda x: _along(d, x, base, expert), np.array([1.0, 0.0]))
+        penalty = l2 * float(((head.weight * self.scale) ** 2).sum())
+
+        def loss(x: Array) -> tuple[float, Array]:
+            value, by_d = marginal_loss(base, expert, x[0] * d + x[1])
+            gradient = np.array([by_d @ d + 2 * penalty * x[0], by_d.sum()])
+            return value + penalty * x[0] ** 2, gradient
+
+        line = minimize(loss, np.array([1.0, 0.0]))
         return Head(head.weight * line[0], head.bias * line[0] + line[1])
-
-
-def _along(d: Array, line: Array, base: Array, expert: Array) -> tuple[float, Array]:
-    value, gradient = marginal_loss(base, expert, line[0] * d + line[1])
-    return value, np.array([gradient @ d, gradient.sum()])

@@ -281,12 +281,14 @@ class Pair:
 
     @contextmanager
     def switched(self, switch: AnySwitch) -> Iterator[None]:
-        """Answer with another switch for a while; one that needs no more than the pair's own."""
+        """Answer with another switch for a while, whatever it reads of the base."""
         own, self.switch = self.switch, switch
+        hidden = self.base_session.want_hidden(switch.needs_hidden)
         try:
             yield
         finally:
             self.switch = own
+            self.base_session.want_hidden(hidden)
 
     def threshold(self, options: Options) -> float:
         """Return the threshold that the options ask for."""

@@ -11,7 +11,7 @@ import operator
 import os
 from collections.abc import Callable
 from importlib import import_module
-from typing import TYPE_CHECKING, SupportsIndex
+from typing import TYPE_CHECKING, Any, SupportsIndex
 
 import numpy as np
 import numpy.typing as npt
@@ -22,7 +22,9 @@ if TYPE_CHECKING:
     from _typeshed import ReadableBuffer
 
     # Before Python 3.12 type checkers do not see that an array is a buffer.
-    Buffer = ReadableBuffer | npt.NDArray[np.float32]
+    Buffer = (
+        ReadableBuffer | npt.NDArray[np.float32] | npt.NDArray[np.float64] | npt.NDArray[np.int32]
+    )
     Read = Callable[
         [
             Buffer,
@@ -36,13 +38,13 @@ if TYPE_CHECKING:
         ],
         tuple[int, float],
     ]
+    ReadRows = Callable[[Buffer, Buffer | None, Buffer, Buffer, SupportsIndex], None]
 
 FEATURES: tuple[str, ...] = ("entropy", "logp1", "margin", "p1", "p2", "p3", "p4", "p5")
 """The logit features in order: the entropy in nats, log p1, p1 - p2, the five largest p."""
 
 N_TOP = 5
 VARIABLE = "COLM_EDGE_NATIVE"
-CHUNK_BYTES = 1 << 25  # of float64 at a time in logit_features
 
 Floats = npt.NDArray[np.float32]
 Doubles = npt.NDArray[np.float64]
@@ -95,80 +97,109 @@ def read_numpy(
             "logits: nothing to choose: expected a finite value among the ids below n_choose = "
             f"{choose} (defer_row = {row} left out), got none"
         )
-    features, logsumexp = _features(reading[None])
-    result[: len(FEATURES)] = features[0]
+    features, logsumexp = _features(reading)
+    result[: len(FEATURES)] = features
     if row >= 0:
         result[-1] = x[row]
     elif n_experts:
         with np.errstate(invalid="ignore", over="ignore"):  # reported below
-            d = head["w_logit"].reshape(n_experts, -1) @ features[0] + head["bias"]
+            d = head["w_logit"].reshape(n_experts, -1) @ features + head["bias"]
             if "hidden" in head:
                 h = head["hidden"].astype(np.float64)
                 d += head["w_hidden"].reshape(n_experts, -1) @ h
             result[len(FEATURES) :] = d
         _check_d(result[len(FEATURES) :], head.get("hidden"))
-    return argmax, float(logsumexp[0])
+    return argmax, logsumexp
 
 
-def logit_features(logits: Floats, exclude: int = -1) -> Floats:
-    """Return the features of many rows, (n, n_vocab) -> (n, 8), as `read` computes them.
+def read_rows_numpy(
+    logits: Buffer,
+    features: Buffer | None,
+    argmax: Buffer,
+    logsumexp: Buffer,
+    n_choose: SupportsIndex,
+    /,
+) -> None:
+    """Read many rows of logits as `read` does one, without a head; fill the other buffers.
 
-    exclude: -1, or the id that is left out (a defer row). Raises ValueError for NaN, +inf, or a
-    row of nothing but -inf.
+    Every buffer is C-contiguous and aligned; only the number of its values counts.
+    logits: (n, n_vocab) float32; -inf is probability 0
+    features: (n, 8) float32, FEATURES of each row, or None where they are not wanted
+    argmax: (n,) int32, over ids below n_choose, the lowest id winning a tie
+    logsumexp: (n,) float64, over all of n_vocab
+
+    Raises TypeError for another kind of number, BufferError for a read-only buffer, ValueError
+    for wrong lengths and for the first row without an answer: NaN or +inf in it, or nothing
+    choosable. Rows after such a one are unspecified.
     """
-    n, n_vocab = logits.shape
-    if not -1 <= exclude < n_vocab:
-        raise ValueError(f"exclude: expected -1 or an id below n_vocab = {n_vocab}, got {exclude}")
-    features = np.empty((n, len(FEATURES)), np.float32)
-    step = max(1, CHUNK_BYTES // (8 * max(1, n_vocab)))
-    for start in range(0, n, step):
-        chunk = logits[start : start + step].astype(np.float64)
-        if exclude >= 0:
-            chunk[:, exclude] = -math.inf
-        top = chunk.max(axis=1, initial=-math.inf)
-        bad = np.flatnonzero(~np.isfinite(top))  # NaN and +inf carry through a maximum
-        if len(bad):
+    choose = operator.index(n_choose)
+    x = _borrow("logits", logits)
+    table = None if features is None else _borrow("features", features, writable=True)
+    best = _borrow("argmax", argmax, writable=True, kind=np.int32)
+    totals = _borrow("logsumexp", logsumexp, writable=True, kind=np.float64)
+
+    n = len(best)
+    if n < 1:
+        raise ValueError("argmax: expected at least 1 row, got 0")
+    if len(x) < n or len(x) % n:
+        raise ValueError(f"logits: expected n_rows x n_vocab = {n} x n_vocab values, got {len(x)}")
+    if len(totals) != n:
+        raise ValueError(f"logsumexp: expected n_rows = {n} values, got {len(totals)}")
+    if table is not None and len(table) != n * len(FEATURES):
+        raise ValueError(f"features: expected n_rows x 8 = {n} x 8 values, got {len(table)}")
+    n_vocab = len(x) // n
+    if not 1 <= choose <= n_vocab:
+        raise ValueError(f"n_choose: expected 1 to n_vocab = {n_vocab}, got {choose}")
+    for row, values in enumerate(x.reshape(n, n_vocab)):
+        _check_logits(values, where=f" of row {row}")
+        best[row] = values[:choose].argmax()
+        if values[best[row]] == -math.inf:
             raise ValueError(
-                f"logits: expected finite values or -inf and at least one finite, got a maximum of "
-                f"{top[bad[0]]} in row {start + bad[0]}"
+                "logits: nothing to choose: expected a finite value among the ids below "
+                f"n_choose = {choose}, got none in row {row}"
             )
-        features[start : start + step] = _features(chunk)[0]
-    return features
+        found, total = _features(values.astype(np.float64))
+        totals[row] = total
+        if table is not None:
+            table[row * len(FEATURES) : (row + 1) * len(FEATURES)] = found
 
 
-def _features(logits: Doubles) -> tuple[Doubles, Doubles]:
-    """(n, n_vocab) -> (n, 8) and the logsumexp (n,). Every row has a finite maximum."""
-    n, n_vocab = logits.shape
-    top = np.full((n, N_TOP), -math.inf)
-    n_top = min(N_TOP, n_vocab)
-    top[:, :n_top] = -np.sort(-np.partition(logits, n_vocab - n_top, axis=1)[:, -n_top:], axis=1)
-    z = top[:, :1] - logits  # >= 0, inf for probability 0
+def _features(logits: Doubles) -> tuple[Doubles, float]:
+    """(n_vocab,) -> (8,) and the logsumexp. The maximum is finite."""
+    n_top = min(N_TOP, len(logits))
+    top = np.full(N_TOP, -math.inf)
+    top[:n_top] = -np.sort(-np.partition(logits, len(logits) - n_top)[-n_top:])
+    z = top[0] - logits  # >= 0, inf for probability 0
     e = np.exp(-z)
-    total = e.sum(axis=1)
+    total = e.sum()
     z[np.isinf(z)] = 0.0  # the term 0 * inf is 0
     log_total = np.log(total)
-    features = np.empty((n, len(FEATURES)))
-    features[:, 0] = log_total + (e * z).sum(axis=1) / total
-    features[:, 1] = -log_total
-    features[:, 3:] = np.exp(top - top[:, :1]) / total[:, None]
-    features[:, 2] = features[:, 3] - features[:, 4]
-    return features, top[:, 0] + log_total
+    features = np.empty(len(FEATURES))
+    features[0] = log_total + (e * z).sum() / total
+    features[1] = -log_total
+    features[3:] = np.exp(top - top[0]) / total
+    features[2] = features[3] - features[4]
+    return features, float(top[0] + log_total)
 
 
-def _borrow(name: str, buffer: Buffer, writable: bool = False) -> Floats:
+def _borrow(name: str, buffer: Buffer, writable: bool = False, kind: type = np.float32) -> Any:
+    kind_name, code = np.dtype(kind).name, np.dtype(kind).char
     try:
         view = memoryview(buffer)  # type: ignore[arg-type,unused-ignore]
     except TypeError:
         got = type(buffer).__name__
-        raise TypeError(f"{name}: expected a buffer of float32, got {got}") from None
-    native = ("f", "@f", "=f", "<f" if np.little_endian else ">f")
+        raise TypeError(f"{name}: expected a buffer of {kind_name}, got {got}") from None
+    native = (code, f"@{code}", f"={code}", ("<" if np.little_endian else ">") + code)
     if view.format not in native:
-        raise TypeError(f"{name}: expected float32 (format 'f'), got format '{view.format}'")
+        raise TypeError(
+            f"{name}: expected {kind_name} (format '{code}'), got format '{view.format}'"
+        )
     if not view.c_contiguous:
         raise ValueError(f"{name}: expected a C-contiguous buffer, got a strided one")
-    values: Floats = np.asarray(view).reshape(-1)
+    values = np.asarray(view).reshape(-1)
     if not values.flags.aligned:
-        raise ValueError(f"{name}: expected 4-byte alignment, got an unaligned buffer")
+        size = np.dtype(kind).itemsize
+        raise ValueError(f"{name}: expected {size}-byte alignment, got an unaligned buffer")
     if writable and view.readonly:
         raise BufferError(f"{name}: expected a writable buffer, got a read-only one")
     return values
@@ -219,12 +250,12 @@ def _check_head(head: dict[str, Floats], n_experts: int) -> None:
             )
 
 
-def _check_logits(logits: npt.NDArray[np.floating], first_id: int = 0) -> None:
+def _check_logits(logits: npt.NDArray[np.floating], first_id: int = 0, where: str = "") -> None:
     bad = np.flatnonzero(~(logits < math.inf))  # NaN compares false
     if len(bad):
         raise ValueError(
             f"logits: expected finite values or -inf, got {logits[bad[0]]} at id "
-            f"{first_id + bad[0]}"
+            f"{first_id + bad[0]}{where}"
         )
 
 
@@ -238,9 +269,9 @@ def _check_d(d: Floats, hidden: Floats | None) -> None:
     raise ValueError(f"d: expected a finite value, got {d[expert]} for expert {expert}")
 
 
-def _in_use() -> tuple[Read, str]:
+def _in_use() -> tuple[Read, ReadRows, str]:
     if os.environ.get(VARIABLE) == "numpy":
-        return read_numpy, "numpy"
+        return read_numpy, read_rows_numpy, "numpy"
     try:
         native = import_module("_colm_edge_native")
     except ModuleNotFoundError as e:
@@ -250,7 +281,7 @@ def _in_use() -> tuple[Read, str]:
         ) from e
     except ImportError as e:  # the variable names what this CPU cannot run
         raise ColmError(str(e)) from e
-    return native.read, native.implementation
+    return native.read, native.read_rows, native.implementation
 
 
-read, implementation = _in_use()
+read, read_rows, implementation = _in_use()

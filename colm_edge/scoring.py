@@ -1,37 +1,52 @@
 """Scoring passes: what a model says of every token of the data, kept as it comes.
 
-Each model evaluates the data once. With a work folder the results are memory-mapped arrays in it,
-and a pass that was killed goes on at the document where it stood.
+Each model evaluates the data once, several documents at a time. With a work folder the results are
+files in it, mapped into memory once they are whole; a pass that was killed goes on where it stood.
+
+    tokens.i32              the token ids of all documents
+    token.npy, line.npy     of every scored token, in the documents' order
+    base-<fingerprint>/     of every scored token hidden.npy, features.npy, logprob.npy, right.npy;
+                            documents.npy tells whose rows they are, state.npy which are scored
+    expert-<fingerprint>/   logprob.npy, right.npy, documents.npy, state.npy
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
+import errno
+import math
 import os
+import shutil
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
+from io import FileIO
+from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, BinaryIO, Protocol, Self
 
 import numpy as np
 import numpy.typing as npt
 
 from colm_edge import readout
-from colm_edge.documents import Document
+from colm_edge.documents import Documents
 from colm_edge.errors import ColmError, DataError
 
 if TYPE_CHECKING:
     from colm_edge.pair import Pair
-    from colm_edge.session import Session
+    from colm_edge.session import Model, Scorer, Session
 
 Array = npt.NDArray[np.float64]
 Columns = dict[str, npt.NDArray[Any]]
+Kinds = dict[str, tuple[tuple[int, ...], type]]  # a column's shape but for its rows, and its type
 
 SAVE_SECONDS = 5.0  # between two notes of how far a pass has come
-FINGERPRINT_BYTES = 1 << 20  # of a model's file, at each end
+PACK_TOKENS = 1024  # of short documents, evaluated together
+COPY_ROWS = 1 << 14
+
+# A document's state in a ledger: to be scored, scored, or taken over from the folder's last data.
+TO_DO, DONE, KEPT = 0, 1, 2
+ENTRY = np.dtype([("key", np.uint64), ("rows", np.int64)])
 
 
 class Progress(Protocol):
@@ -53,7 +68,7 @@ class Scores:
     expert: Array
     base_right: npt.NDArray[np.bool_]  # the gold token is the model's likeliest
     expert_right: npt.NDArray[np.bool_]
-    token: npt.NDArray[np.int64]  # the gold token
+    token: npt.NDArray[np.int32]  # the gold token
     line: npt.NDArray[np.int64]
 
     def take(self, rows: npt.NDArray[np.bool_]) -> Scores:
@@ -62,27 +77,28 @@ class Scores:
 
 def score(
     pair: Pair,
-    documents: list[Document],
+    documents: Documents,
     progress: MakeProgress,
     *,
     work: Path | None = None,
+    update: bool = False,
     expert_scores: Path | None = None,
 ) -> Scores:
     """Evaluate every document once with each model.
 
-    work: a folder that keeps the results; a pass found there is taken up again, and one of
-    another model or of other data is refused. expert_scores: a file that `score_expert` wrote,
-    instead of the expert.
+    work: a folder that keeps the results; a pass found there is taken up again, and one of another
+    model or of other data is refused. update: other data and another expert are welcome there;
+    documents that the folder knows are not evaluated again. expert_scores: a file that
+    `score_expert` wrote, instead of the expert.
 
-    Raises DataError for what does not belong to these documents, ColmError for a model that gives
-    NaN.
+    Raises DataError for what does not belong to these documents and for a disk that is full,
+    ColmError for a model that gives NaN.
     """
-    base = _pass(pair, "base", pair.base_session, documents, progress, work)
+    base = _pass(pair, "base", pair.base_session, documents, progress, work, update)
     if expert_scores is not None:
         expert = _read_expert(expert_scores, documents)
     else:
-        expert = _pass(pair, "expert", pair.expert_session, documents, progress, work)
-    lengths = [len(d.tokens) - d.start for d in documents]
+        expert = _pass(pair, "expert", pair.expert_session, documents, progress, work, update)
     return Scores(
         hidden=base["hidden"],
         logit_features=base["features"],
@@ -90,49 +106,97 @@ def score(
         expert=expert["logprob"],
         base_right=base["right"],
         expert_right=expert["right"],
-        token=np.array([token for d in documents for token in d.tokens[d.start :]], np.int64),
-        line=np.repeat([d.line for d in documents], lengths),
+        **_whence(documents, work),
     )
 
 
+def _whence(documents: Documents, work: Path | None) -> Columns:
+    """Return token and line of every row, (n,) each; with a work folder from files in it."""
+    n = len(documents)
+    if work is None:
+        return {
+            "token": documents.scored(0, n),
+            "line": np.repeat(documents.lines, documents.counts),
+        }
+    columns: Columns = {}
+    for name, kind in (("token", np.int32), ("line", np.int64)):
+        path, temporary = work / f"{name}.npy", work / f"{name}.tmp"
+        with _disk(work), _removed(temporary):
+            with temporary.open("wb") as file:
+                _write_header(file, (documents.n_scored,), kind)
+                starts = np.searchsorted(documents.rows, range(0, documents.n_scored, COPY_ROWS))
+                for first, last in pairwise([*starts.tolist(), n]):
+                    if name == "token":
+                        file.write(documents.scored(first, last).data)
+                    else:
+                        some = slice(first, last)
+                        file.write(np.repeat(documents.lines[some], documents.counts[some]).data)
+            os.replace(temporary, path)
+            columns[name] = np.load(path, mmap_mode="r")
+    return columns
+
+
 def score_expert(
-    pair: Pair, documents: list[Document], path: Path, progress: MakeProgress
+    pair: Pair,
+    documents: Documents,
+    path: Path,
+    progress: MakeProgress,
+    *,
+    work: Path | None = None,
+    update: bool = False,
 ) -> dict[str, Any]:
     """Write the expert's log-probabilities of the documents to a file for `score`, elsewhere.
 
+    The file is numpy's .npz: tokens int32, those of all documents one after the other; lengths,
+    starts and lines int64, one for each document; logprob float64 in nats and right bool, one for
+    each scored token; model, the expert's file. work, update: as in `score`.
+
     Returns what it did. Raises DataError when the file cannot be written.
     """
-    columns = _pass(pair, "expert", pair.expert_session, documents, progress, None)
+    columns = _pass(pair, "expert", pair.expert_session, documents, progress, work, update)
     temporary = path.with_name(f".{path.name}.tmp.npz")
     try:
-        key = np.array(_documents_key(documents))
-        np.savez(temporary, logprob=columns["logprob"], right=columns["right"], documents=key)
+        np.savez(
+            temporary,
+            tokens=documents.tokens, lengths=documents.lengths, starts=documents.starts,
+            lines=documents.lines, logprob=columns["logprob"], right=columns["right"],
+            model=np.array(str(pair.expert.path)),
+        )  # fmt: skip
         os.replace(temporary, path)
     except OSError as e:
-        temporary.unlink(missing_ok=True)
         raise DataError(f"{path}: cannot write the scores: {e.strerror or e}") from e
+    finally:
+        temporary.unlink(missing_ok=True)
     return {
         "model": str(pair.expert.path),
         "n_documents": len(documents),
-        "n_tokens": len(columns["logprob"]),
+        "n_tokens": documents.n_scored,
+        "n_cut": documents.n_cut,
+        "n_dropped": documents.n_dropped,
         "nll": float(-columns["logprob"].mean()),
     }
 
 
-def _read_expert(path: Path, documents: list[Document]) -> Columns:
+def _read_expert(path: Path, documents: Documents) -> Columns:
     try:
         with np.load(path) as file:
+            same = (
+                np.array_equal(file["lengths"], documents.lengths)
+                and np.array_equal(file["starts"], documents.starts)
+                and np.array_equal(file["tokens"], documents.tokens)
+            )
             columns: Columns = {name: file[name] for name in ("logprob", "right")}
-            key = str(file["documents"])
     except OSError as e:
         raise DataError(f"{path}: {e.strerror or e}; expected a file of `colm-edge score`") from e
     except (KeyError, ValueError, EOFError) as e:
         raise DataError(f"{path}: not a file of `colm-edge score` ({e})") from e
-    if key != _documents_key(documents):
+    if not same:
         raise DataError(
             f"{path}: holds scores of other data, or of prompts that another base's chat template "
             "wrote; score this data with this base"
         )
+    if any(column.shape != (documents.n_scored,) for column in columns.values()):
+        raise DataError(f"{path}: is broken: expected {documents.n_scored} scores; write it again")
     return columns
 
 
@@ -140,143 +204,337 @@ def _pass(
     pair: Pair,
     name: str,
     session: Session,
-    documents: list[Document],
+    documents: Documents,
     progress: MakeProgress,
     work: Path | None,
+    update: bool,
 ) -> Columns:
     """Return one model's columns: logprob (n,), right (n,), and for the base hidden, features."""
-    n = sum(len(d.tokens) - d.start for d in documents)
-    shapes: dict[str, tuple[tuple[int, ...], type]] = {
-        "logprob": ((n,), np.float64),
-        "right": ((n,), np.bool_),
-    }
+    from colm_edge.session import Scorer
+
+    kinds: Kinds = {"logprob": ((), np.float64), "right": ((), np.bool_)}
     if name == "base":
-        shapes["hidden"] = ((n, pair.base.n_embd), np.float32)
-        shapes["features"] = ((n, len(readout.FEATURES)), np.float32)
-    ledger = Ledger(work / name, shapes, session, documents) if work is not None else None
-    columns = ledger.columns if ledger else {k: np.zeros(s, t) for k, (s, t) in shapes.items()}
-    done = ledger.done if ledger else 0
-    with progress(name, sum(len(d.tokens) for d in documents)) as bar:
-        bar.update(sum(len(d.tokens) for d in documents[:done]))
-        row = sum(len(d.tokens) - d.start for d in documents[:done])
-        for i, document in enumerate(documents[done:], done + 1):
-            row = _score_document(columns, session, document, row, pair.n_shared)
-            if ledger is not None:
-                ledger.note(i)
-            bar.update(len(document.tokens))
-    if ledger is not None:
-        ledger.save(len(documents))
-    return columns
+        kinds["hidden"] = ((pair.base.n_embd,), np.float32)
+        kinds["features"] = ((len(readout.FEATURES),), np.float32)
+    ledger: Memory | Ledger
+    if work is None:
+        ledger = Memory(kinds, documents)
+    else:
+        ledger = Ledger(_folder(work, name, session.model, update), kinds, documents, update)
+    with ExitStack() as stack:
+        stack.enter_context(ledger)
+        bar = stack.enter_context(progress(name, documents.n_tokens))
+        bar.update(int(documents.lengths[ledger.state != TO_DO].sum()))
+        scorer: Scorer | None = None
+        # No smaller than in use: some models scale their positions by the context's size.
+        n_cells = max(PACK_TOKENS, session.n_ctx)
+        for group in _groups(documents, ledger.state):
+            if (ledger.state[group] != TO_DO).all():
+                continue
+            if scorer is None:
+                scorer = stack.enter_context(Scorer(session, n_cells, hidden=name == "base"))
+            _score_group(ledger, scorer, documents, group, pair.n_shared)
+            bar.update(int(documents.lengths[group].sum()))
+    return ledger.columns
+
+
+def _groups(documents: Documents, state: npt.NDArray[np.uint8]) -> Iterator[npt.NDArray[np.int64]]:
+    """Yield the numbers of documents that are evaluated together, all that were not kept.
+
+    They do not depend on how far a pass has come: the last bits of a score depend on what was
+    evaluated beside it, and an interrupted pass gives the same scores.
+    """
+    from colm_edge.session import MAX_SEQUENCES
+
+    group: list[int] = []
+    n_tokens = 0
+    for i in np.flatnonzero(state != KEPT):
+        n = int(documents.lengths[i])
+        if group and (n_tokens + n > PACK_TOKENS or len(group) == MAX_SEQUENCES):
+            yield np.array(group)
+            group, n_tokens = [], 0
+        group.append(int(i))
+        n_tokens += n
+    if group:
+        yield np.array(group)
+
+
+def _score_group(
+    ledger: Memory | Ledger,
+    scorer: Scorer,
+    documents: Documents,
+    group: npt.NDArray[np.int64],
+    n_shared: int,
+) -> None:
+    spans = [documents.span(i) for i in group]
+    lengths, starts = documents.lengths[group], documents.starts[group]
+    gold = np.concatenate([s[k:] for s, k in zip(spans, starts, strict=True)])
+    found: dict[str, list[npt.NDArray[Any]]] = {name: [] for name in ledger.kinds}
+    at = 0
+    for logits, hidden in scorer.score(np.concatenate(spans), lengths, starts):
+        n = len(logits)
+        rows = gold[at : at + n]
+        features = np.empty((n, len(readout.FEATURES)), np.float32) if hidden.size else None
+        argmax, logsumexp = np.empty(n, np.int32), np.empty(n)
+        try:
+            readout.read_rows(logits, features, argmax, logsumexp, n_shared)
+            logprob = logits[np.arange(n), rows] - logsumexp
+            if not np.isfinite(logprob).all():
+                raise ValueError("a token of the data has no probability")
+        except ValueError as e:
+            raise ColmError(
+                f"{scorer.model.path}: gives NaN or zero probability to a token of the data; "
+                f"the file is broken or not the model that the data needs ({e})"
+            ) from e
+        found["logprob"].append(logprob)
+        found["right"].append(argmax == rows)
+        if features is not None:
+            found["hidden"].append(hidden.copy())
+            found["features"].append(features)
+        at += n
+    ledger.write(group, {name: np.concatenate(parts) for name, parts in found.items()})
+
+
+class Memory:
+    """One model's columns in memory."""
+
+    def __init__(self, kinds: Kinds, documents: Documents) -> None:
+        n = documents.n_scored
+        self.kinds, self._documents = kinds, documents
+        self.columns: Columns = {name: np.empty((n, *w), t) for name, (w, t) in kinds.items()}
+        self.state = np.zeros(len(documents), np.uint8)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def write(self, group: npt.NDArray[np.int64], values: Columns) -> None:
+        """Put down what was found for the documents of a group, in their order."""
+        # A group's documents follow each other: nothing was kept from before.
+        rows = slice(self._documents.rows[group[0]], self._documents.rows[group[-1] + 1])
+        for name, column in values.items():
+            self.columns[name][rows] = column
+        self.state[group] = DONE
 
 
 class Ledger:
-    """One model's columns in a folder, and how many documents of them are done."""
+    """One model's columns in a folder, and which documents of them are done.
 
-    def __init__(
-        self,
-        folder: Path,
-        shapes: dict[str, tuple[tuple[int, ...], type]],
-        session: Session,
-        documents: list[Document],
-    ) -> None:
-        self._notes = folder / "progress.json"
-        self._key = {
-            "model": _model_key(session.model.path),
-            "documents": _documents_key(documents),
-        }
+    Columns are written, not mapped, while the pass runs: memory stays as it is whatever their
+    size, and a full disk is an error of `write` and no crash.
+    """
+
+    def __init__(self, folder: Path, kinds: Kinds, documents: Documents, update: bool) -> None:
+        self.kinds, self._folder, self._documents = kinds, folder, documents
+        self._files: dict[str, FileIO] = {}
+        self._begin: dict[str, int] = {}  # of the rows, after the header
+        self._pending: list[npt.NDArray[np.int64]] = []
         self._saved_at = time.monotonic()
-        self.done = 0
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            if self._notes.exists():
-                self._take_up(session.model.path)
-            self.columns: Columns = dict(self._arrays(folder, shapes))
-            if not self.done:
-                self.save(0)
-        except OSError as e:
-            raise DataError(f"{folder}: cannot keep the scores there: {e.strerror or e}") from e
-
-    def _take_up(self, model: Path) -> None:
-        try:
-            notes = json.loads(self._notes.read_text())
-        except ValueError as e:
-            raise DataError(f"{self._notes}: is broken ({e}); remove the work folder") from e
-        for what, key in self._key.items():
-            if notes.get(what) != key:
-                other = "another model than " + str(model) if what == "model" else "other data"
-                raise DataError(
-                    f"{self._notes.parent}: holds scores of {other}; name another work folder, or "
-                    "remove this one"
-                )
-        self.done = int(notes["done"])
-
-    def _arrays(
-        self, folder: Path, shapes: dict[str, tuple[tuple[int, ...], type]]
-    ) -> Iterator[tuple[str, npt.NDArray[Any]]]:
-        for name, (shape, kind) in shapes.items():
-            path = folder / f"{name}.npy"
-            if self.done:
-                yield name, np.load(path, mmap_mode="r+")
+        with _disk(folder.parent):
+            new = folder.with_name(folder.name + ".new")
+            if new.exists() and not folder.exists():  # stopped between two renames
+                os.replace(new, folder)
+            known = self._known()
+            if known is None:
+                self._make(folder)
+            elif np.array_equal(known["key"], documents.keys):
+                self.state: npt.NDArray[np.uint8] = np.load(folder / "state.npy")
+            elif update:
+                self._make_from(known, new)
             else:
-                yield name, np.lib.format.open_memmap(path, "w+", kind, shape)
+                raise DataError(
+                    f"{folder}: holds scores of other data; name another work folder, remove this "
+                    "one, or have it updated (--update)"
+                )
 
-    def note(self, done: int) -> None:
-        """Remember from time to time how far the pass has come."""
+    def __enter__(self) -> Self:
+        with _disk(self._folder.parent):
+            self._open(self._folder)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        try:
+            self._save()
+        finally:
+            self._close()
+
+    @property
+    def columns(self) -> Columns:
+        """The columns, mapped."""
+        return {name: np.load(self._folder / f"{name}.npy", mmap_mode="r") for name in self.kinds}
+
+    def write(self, group: npt.NDArray[np.int64], values: Columns) -> None:
+        """Put down what was found for the documents of a group, in their order."""
+        counts, rows = self._documents.counts[group], self._documents.rows[group]
+        with _disk(self._folder.parent):
+            for first, last in _runs(rows, counts):
+                at = int(counts[:first].sum())
+                n = int(counts[first:last].sum())
+                for name, column in values.items():
+                    self._put(name, int(rows[first]), column[at : at + n])
+        self._pending.append(group)
         if time.monotonic() - self._saved_at >= SAVE_SECONDS:
-            self.save(done)
+            self._save()
 
-    def save(self, done: int) -> None:
-        """Write the columns out, and then that so many documents of them are done."""
-        for column in self.columns.values():
-            if isinstance(column, np.memmap):
-                column.flush()
-        temporary = self._notes.with_suffix(".tmp")
-        temporary.write_text(json.dumps({**self._key, "done": done}) + "\n")
-        os.replace(temporary, self._notes)
-        self.done, self._saved_at = done, time.monotonic()
+    def _save(self) -> None:
+        """Have the columns on the disk, and then note which documents of them are done."""
+        with _disk(self._folder.parent):
+            self._sync()
+            for group in self._pending:
+                self.state[group] = DONE
+                # In its old place, which a disk without space left still has.
+                self._put("state", int(group[0]), self.state[group[0] : group[-1] + 1])
+            self._pending.clear()
+        self._saved_at = time.monotonic()
+
+    def _open(self, folder: Path) -> None:
+        for name in (*self.kinds, "state"):
+            file = self._files[name] = FileIO(folder / f"{name}.npy", "r+")
+            np.lib.format.read_magic(file)
+            np.lib.format.read_array_header_1_0(file)
+            self._begin[name] = file.tell()
+
+    def _close(self) -> None:
+        for file in self._files.values():
+            file.close()
+        self._files.clear()
+
+    def _sync(self) -> None:
+        for file in self._files.values():
+            os.fsync(file.fileno())
+
+    def _put(self, name: str, row: int, values: npt.NDArray[Any]) -> None:
+        width = values.itemsize * math.prod(values.shape[1:])
+        file = self._files[name]
+        file.seek(self._begin[name] + row * width)
+        data = np.ascontiguousarray(values).reshape(-1).view(np.uint8).data
+        while data:  # a disk that fills up takes a part
+            data = data[file.write(data) :]
+
+    def _known(self) -> npt.NDArray[Any] | None:
+        path = self._folder / "documents.npy"
+        if not path.exists():
+            return None
+        try:
+            known: npt.NDArray[Any] = np.load(path)
+            if known.dtype != ENTRY:
+                raise ValueError(f"expected {ENTRY}, got {known.dtype}")
+        except (ValueError, EOFError) as e:
+            raise DataError(f"{path}: is broken ({e}); remove the work folder") from e
+        return known
+
+    def _make(self, folder: Path) -> None:
+        """Make a folder of columns without a row, none of their documents done."""
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        n = self._documents.n_scored
+        for name, (width, kind) in self.kinds.items():
+            with (folder / f"{name}.npy").open("wb") as file:
+                _write_header(file, (n, *width), kind)
+                file.truncate(file.tell() + n * math.prod(width) * np.dtype(kind).itemsize)
+        self.state = np.full(len(self._documents), TO_DO, np.uint8)
+        np.save(folder / "state.npy", self.state)
+        entries = np.empty(len(self._documents), ENTRY)
+        entries["key"], entries["rows"] = self._documents.keys, self._documents.counts
+        np.save(folder / "documents.npy", entries)  # the last: now the folder counts
+
+    def _make_from(self, known: npt.NDArray[Any], new: Path) -> None:
+        """Make the folder anew for these documents, with what it knows of them.
+
+        Until all is copied the old columns stay: the disk holds both for a while.
+        """
+        scored = np.load(self._folder / "state.npy") != TO_DO
+        begins = np.cumsum(known["rows"]) - known["rows"]
+        place = dict(zip(known["key"][scored].tolist(), begins[scored].tolist(), strict=True))
+        found = np.array([place.get(key, -1) for key in self._documents.keys.tolist()], np.int64)
+        kept = np.flatnonzero(found >= 0)
+        source, target = found[kept], self._documents.rows[kept]
+        counts = self._documents.counts[kept]
+        columns = self.columns
+        self._make(new)
+        self._open(new)
+        try:
+            # Where the rows stood together and will again, many documents are one copy.
+            together = [slice(*run) for run in _runs(source, counts, target)]
+            for run in together:
+                n = int(counts[run].sum())
+                for at in range(0, n, COPY_ROWS):
+                    begin, end = source[run][0] + at, source[run][0] + min(at + COPY_ROWS, n)
+                    for name, column in columns.items():
+                        self._put(name, int(target[run][0]) + at, column[begin:end])
+            self.state[kept] = KEPT
+            self._put("state", 0, self.state)
+            self._sync()
+        finally:
+            self._close()
+        old = self._folder.with_name(self._folder.name + ".old")
+        shutil.rmtree(old, ignore_errors=True)
+        os.replace(self._folder, old)
+        os.replace(new, self._folder)
+        shutil.rmtree(old)
 
 
-def _model_key(path: Path) -> str:
-    """Tell models apart without reading all of them: size, beginning and end of the file."""
-    size = path.stat().st_size
-    digest = hashlib.sha256(str(size).encode())
-    with path.open("rb") as file:
-        digest.update(file.read(FINGERPRINT_BYTES))
-        file.seek(max(0, size - FINGERPRINT_BYTES))
-        digest.update(file.read(FINGERPRINT_BYTES))
-    return digest.hexdigest()
+def _runs(*starts_and_counts: npt.NDArray[np.int64]) -> Iterator[tuple[int, int]]:
+    """Yield (first, last + 1) of the stretches of documents whose rows follow each other.
+
+    Arguments: where each document's rows begin, how many they are, and, if it matters, where they
+    begin elsewhere.
+    """
+    starts, counts, *others = starts_and_counts
+    if not len(starts):
+        return
+    breaks = np.zeros(len(starts) - 1, np.bool_)
+    for begin in (starts, *others):
+        breaks |= begin[1:] != begin[:-1] + counts[:-1]
+    ends = [0, *(np.flatnonzero(breaks) + 1).tolist(), len(starts)]
+    yield from pairwise(ends)
 
 
-def _documents_key(documents: list[Document]) -> str:
-    digest = hashlib.sha256()
-    for document in documents:
-        digest.update(np.array([len(document.tokens), document.start], np.int64).tobytes())
-        digest.update(np.array(document.tokens, np.int32).tobytes())
-    return digest.hexdigest()
+def _folder(work: Path, name: str, model: Model, update: bool) -> Path:
+    """Return the folder of a model's columns. Raises DataError where another model's stand.
+
+    Each model has its own, by its fingerprint, so that no two are ever mixed; after an update the
+    former expert's stay and are found again should it come back.
+    """
+    with _disk(work):
+        work.mkdir(parents=True, exist_ok=True)
+    folder = work / f"{name}-{model.fingerprint[:8]}"
+    others = [p for p in work.glob(f"{name}-" + "[0-9a-f]" * 8) if p != folder]
+    if folder.exists() or not others or (update and name == "expert"):
+        return folder
+    cure = " or have it updated (--update)" if name == "expert" else ""
+    raise DataError(
+        f"{others[0]}: holds scores of another model than {model.path}; name another work folder, "
+        f"remove this one{',' if cure else ''}{cure}"
+    )
 
 
-def _score_document(
-    columns: Columns, session: Session, document: Document, row: int, n_shared: int
-) -> int:
-    """Fill the rows of one document; return the row after its last."""
-    tokens = document.tokens
-    # The state at position i predicts token i + 1.
-    for at, logits, hidden in session.score(tokens[:-1], document.start - 1):
-        n = len(logits)
-        rows = slice(row, row + n)
-        gold = np.array(tokens[at + 1 : at + 1 + n])
-        peak = logits.max(axis=1, keepdims=True)
-        lse = np.log(np.exp(logits - peak, dtype=np.float32).sum(axis=1, dtype=np.float64))
-        logprob = logits[np.arange(n), gold] - peak[:, 0] - lse
-        if not np.isfinite(logprob).all():
-            raise ColmError(
-                f"{session.model.path}: gives NaN or zero probability to a token of the data; "
-                "the file is broken or not the model that the data needs"
-            )
-        columns["logprob"][rows] = logprob
-        columns["right"][rows] = logits[:, :n_shared].argmax(axis=1) == gold
-        if "hidden" in columns:
-            columns["hidden"][rows] = hidden
-            columns["features"][rows] = readout.logit_features(logits)
-        row += n
-    return row
+def _write_header(file: BinaryIO, shape: tuple[int, ...], kind: type) -> None:
+    described = np.lib.format.dtype_to_descr(np.dtype(kind))
+    header = {"descr": described, "fortran_order": False, "shape": shape}
+    np.lib.format.write_array_header_1_0(file, header)
+
+
+@contextmanager
+def _removed(temporary: Path) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def _disk(work: Path) -> Iterator[None]:
+    """Turn what a disk says into one line."""
+    try:
+        yield
+    except OSError as e:
+        reason = e.strerror or str(e)
+        if e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise DataError(
+                f"{work}: {reason.lower()}; the scores so far are kept: make space and run the "
+                "same command again"
+            ) from e
+        raise DataError(f"{work}: cannot keep the scores there: {reason}") from e

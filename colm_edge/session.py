@@ -9,6 +9,7 @@ what to keep, drop and evaluate.
 from __future__ import annotations
 
 import ctypes
+import hashlib
 import logging
 import os
 import threading
@@ -17,7 +18,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from time import perf_counter
-from typing import Any
+from typing import Any, Self
 
 import llama_cpp as llama
 import numpy as np
@@ -26,6 +27,7 @@ import numpy.typing as npt
 from colm_edge.errors import MismatchError, ModelError, PromptError
 
 Floats = npt.NDArray[np.float32]
+Ints = npt.NDArray[np.int64]
 
 log = logging.getLogger("colm_edge.llama")
 
@@ -33,10 +35,17 @@ log = logging.getLogger("colm_edge.llama")
 MAX_VOCAB_DIFFERENCE = 128
 # Ids below this are special tokens that families of one vocabulary name differently.
 FIRST_COMPARED_TOKEN = 5
-# All-position outputs of a scoring pass are kept under this many bytes.
-SCORE_BYTES = 64 << 20
+# The logits of one batch of a scoring pass are kept under this many bytes.
+SCORE_BYTES = 256 << 20
+SCORE_BATCH = 512  # its tokens
+# Documents that a scoring pass evaluates together.
+MAX_SEQUENCES = 64
 # Below this size a model is evaluated by one thread.
 SMALL_MODEL_BYTES = 32 << 20
+
+_BATCH_FIELDS = dict(llama.llama_batch._fields_)
+FINGERPRINT_PLACES = 1024  # of a model's file, evenly spread
+FINGERPRINT_BYTES = 4096  # at each
 
 _LEVELS = {1: logging.DEBUG, 2: logging.INFO, 3: logging.WARNING, 4: logging.ERROR}
 _last_errors: list[str] = []
@@ -106,6 +115,11 @@ class Model:
     def files(self) -> tuple[Path, ...]:
         """The files that decide what the model says: its weights, and its adapter if any."""
         return (self.path,) if self.lora is None else (self.path, self.lora)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """What tells this model, its adapter included, from others."""
+        return fingerprint(*self.files)
 
     def _open(self, vocab_only: bool) -> Any:
         params = llama.llama_model_default_params()
@@ -304,6 +318,19 @@ class Model:
         )
 
 
+def fingerprint(*paths: Path) -> str:
+    """Tell files apart without reading all of them: by their sizes, and bytes from all over."""
+    digest = hashlib.sha256()
+    for path in paths:
+        size = path.stat().st_size
+        digest.update(str(size).encode())
+        with path.open("rb") as file:
+            for i in range(FINGERPRINT_PLACES):
+                file.seek(size * i // FINGERPRINT_PLACES)
+                digest.update(file.read(FINGERPRINT_BYTES))
+    return digest.hexdigest()
+
+
 def _check_gguf(path: Path) -> None:
     try:
         with path.open("rb") as file:
@@ -375,31 +402,43 @@ class Session:
         """Whether the context exists, that is, whether anything was ever evaluated."""
         return self._context is not None
 
+    def want_hidden(self, wanted: bool) -> bool:
+        """Set whether `sync` leaves the hidden state beside the logits; return what was set."""
+        before, self._wants_hidden = self._wants_hidden, wanted
+        if wanted and not before:
+            self._fresh = False  # the last token must be evaluated again for its hidden state
+        return before
+
     def open(self) -> None:
         """Read the weights and make the context now rather than at the first `sync`."""
         if self._context is not None:
             return
         begun = perf_counter()
-        handle = self.model.load()
-        params = llama.llama_context_default_params()
-        threads = self._options.n_threads or _threads_for(llama.llama_model_size(handle))
-        params.n_ctx = self.n_ctx
-        params.n_batch = params.n_ubatch = min(self._options.n_batch, self.n_ctx)
-        params.n_threads = params.n_threads_batch = threads
-        params.no_perf = True
-        _last_errors.clear()
-        context = llama.llama_init_from_model(handle, params) or None
-        if context is None:
-            reason = _last_errors[-1] if _last_errors else "llama.cpp gave no reason"
-            raise ModelError(
-                f"{self.model.path}: no context of {self.n_ctx} tokens: {reason}; "
-                "try a smaller one (-c)"
-            )
-        self.model.adapt(context)
-        self._context, self._memory = context, llama.llama_get_memory(context)
+        self._context = self._new_context(self.n_ctx, min(self._options.n_batch, self.n_ctx))
+        self._memory = llama.llama_get_memory(self._context)
         took = perf_counter() - begun
         self.load_seconds += took
         self.seconds += took
+
+    def _new_context(self, n_ctx: int, n_batch: int, n_sequences: int = 1) -> Any:
+        handle = self.model.load()
+        params = llama.llama_context_default_params()
+        threads = self._options.n_threads or _threads_for(llama.llama_model_size(handle))
+        params.n_ctx = n_ctx
+        params.n_batch = params.n_ubatch = n_batch
+        params.n_threads = params.n_threads_batch = threads
+        params.n_seq_max, params.kv_unified = n_sequences, n_sequences > 1
+        params.no_perf = True
+        _last_errors.clear()
+        context = llama.llama_init_from_model(handle, params)
+        if context:
+            self.model.adapt(context)
+        else:
+            reason = _last_errors[-1] if _last_errors else "llama.cpp gave no reason"
+            raise ModelError(
+                f"{self.model.path}: no context of {n_ctx} tokens: {reason}; try a smaller one (-c)"
+            )
+        return context
 
     def sync(self, tokens: Sequence[int]) -> int:
         """Make this timeline equal to `tokens` and their last logits current.
@@ -437,34 +476,6 @@ class Session:
         self._torn, self._fresh = False, True
         return len(rest)
 
-    def score(self, tokens: Sequence[int], start: int) -> Iterator[tuple[int, Floats, Floats]]:
-        """Evaluate `tokens` and yield (position, logits, hidden) blocks from position `start` on.
-
-        logits (n, n_vocab) and hidden (n, n_embd) are views that the next block overwrites;
-        row i predicts the token after position + i. What the timeline shares with `tokens`
-        before `start` is kept.
-        """
-        if start > 0:
-            self.sync(tokens[:start])
-        else:
-            self.open()
-        self._drop(start)
-        step = max(8, SCORE_BYTES // (4 * self.model.n_vocab))
-        step = min(step, llama.llama_n_batch(self._context))
-        for at in range(start, len(tokens), step):
-            block = list(tokens[at : at + step])
-            self._torn, self._fresh = True, False
-            self._decode(block, embeddings=True)
-            logits = llama.llama_get_logits(self._context)
-            hidden = llama.llama_get_embeddings(self._context)
-            self._tokens += block
-            self._torn = False
-            yield (
-                at,
-                np.ctypeslib.as_array(logits, (len(block), self.model.n_vocab)),
-                np.ctypeslib.as_array(hidden, (len(block), self.model.n_embd)),
-            )
-
     def _common_prefix(self, tokens: Sequence[int]) -> int:
         held = self._tokens
         n = min(len(held), len(tokens))
@@ -490,17 +501,19 @@ class Session:
         for at in range(0, len(tokens), step):
             block = tokens[at : at + step]
             array = (llama.llama_token * len(block))(*block)
-            batch = llama.llama_batch_get_one(array, len(block))
-            begun = perf_counter()
-            code = llama.llama_decode(self._context, batch)
-            self.seconds += perf_counter() - begun
-            if code != 0:
-                raise ModelError(
-                    f"{self.model.path}: llama.cpp could not evaluate {len(block)} tokens "
-                    f"(code {code}: {'the context is full' if code == 1 else 'see its log'})"
-                )
-            self.n_calls += 1
-            self.n_evaluated += len(block)
+            self._decode_batch(self._context, llama.llama_batch_get_one(array, len(block)))
+
+    def _decode_batch(self, context: Any, batch: Any) -> None:
+        begun = perf_counter()
+        code = llama.llama_decode(context, batch)
+        self.seconds += perf_counter() - begun
+        if code != 0:
+            raise ModelError(
+                f"{self.model.path}: llama.cpp could not evaluate {batch.n_tokens} tokens "
+                f"(code {code}: {'the context is full' if code == 1 else 'see its log'})"
+            )
+        self.n_calls += 1
+        self.n_evaluated += batch.n_tokens
 
     def _view_outputs(self) -> None:
         # Wrapping a pointer costs more than the switch itself; llama.cpp seldom moves its
@@ -531,6 +544,96 @@ class Session:
     def __del__(self) -> None:
         if getattr(self, "_context", None) is not None:
             self.close()
+
+
+class Scorer:
+    """Many documents of one model, several at a time, in a context of its own; use it in `with`.
+
+    A batch holds as many documents as fit, each a sequence, since short documents one by one would
+    leave the processor idle. The session's timeline is left alone, its account is kept.
+
+    n_cells: how many tokens the context holds. hidden: whether the hidden states are wanted too.
+    """
+
+    def __init__(self, session: Session, n_cells: int, *, hidden: bool) -> None:
+        self.model, self._session, self._hidden = session.model, session, hidden
+        # llama.cpp wants no more sequences than a batch has tokens.
+        n = self._n_batch = max(MAX_SEQUENCES, min(SCORE_BATCH, n_cells))
+        self._context = session._new_context(max(n_cells, n), n, MAX_SEQUENCES)
+        self._memory = llama.llama_get_memory(self._context)
+        self._n_outputs = min(n, max(8, SCORE_BYTES // (4 * self.model.n_vocab)))
+        self._token, self._position, self._sequence = np.zeros((3, n), np.int32)
+        self._one, self._output = np.ones(n, np.int32), np.zeros(n, np.int8)
+        # llama.cpp wants a pointer to each token's sequences.
+        first = self._sequence.ctypes.data
+        self._pointer = first + np.arange(n, dtype=np.uintp) * self._sequence.itemsize
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        llama.llama_free(self._context)
+        self._context = self._memory = None
+
+    def score(
+        self, tokens: npt.NDArray[np.int32], lengths: Ints, starts: Ints
+    ) -> Iterator[tuple[Floats, Floats]]:
+        """Evaluate documents together; yield the outputs that predict their scored tokens.
+
+        tokens: those of all documents, one after the other. lengths, starts: (k,), k at most
+        MAX_SEQUENCES, starts at least 1; the lengths' sum is at most n_cells.
+        Yields (logits (n, n_vocab), hidden (n, n_embd), or (0,) where not wanted) for the next n
+        of the scored tokens: views that the next step overwrites.
+        """
+        document = np.repeat(np.arange(len(lengths)), lengths)
+        begins = np.cumsum(lengths) - lengths
+        position = np.arange(len(tokens)) - begins[document]
+        # The state at a position predicts the token after it, so the last one is never evaluated,
+        # and with embeddings on every token of a batch is an output: prompts go first, without.
+        is_prompt = position < starts[document] - 1
+        is_last = position == lengths[document] - 1
+        where = (tokens, position, document)
+        llama.llama_memory_clear(self._memory, False)
+        llama.llama_set_embeddings(self._context, False)
+        prompts = np.flatnonzero(is_prompt)
+        for chosen in _in_batches(prompts, self._n_batch):
+            self._decode(where, chosen, 0)
+        llama.llama_set_embeddings(self._context, self._hidden)
+        scored = np.flatnonzero(~is_prompt & ~is_last)
+        for chosen in _in_batches(scored, self._n_outputs):
+            self._decode(where, chosen, 1)
+            yield self._outputs(len(chosen))
+
+    def _decode(
+        self, where: tuple[npt.NDArray[Any], ...], chosen: npt.NDArray[np.intp], output: int
+    ) -> None:
+        n = len(chosen)
+        for field, values in zip((self._token, self._position, self._sequence), where, strict=True):
+            field[:n] = values[chosen]
+        self._output[:n] = output
+        batch = llama.llama_batch()
+        batch.n_tokens = n
+        for name, array in (
+            ("token", self._token), ("pos", self._position), ("n_seq_id", self._one),
+            ("seq_id", self._pointer), ("logits", self._output),
+        ):  # fmt: skip
+            setattr(batch, name, ctypes.cast(array.ctypes.data, _BATCH_FIELDS[name]))
+        self._session._decode_batch(self._context, batch)
+
+    def _outputs(self, n: int) -> tuple[Floats, Floats]:
+        begun = perf_counter()
+        logits = llama.llama_get_logits(self._context)  # waits for a GPU
+        self._session.seconds += perf_counter() - begun
+        hidden = np.empty(0, np.float32)
+        if self._hidden:
+            embeddings = llama.llama_get_embeddings(self._context)
+            hidden = np.ctypeslib.as_array(embeddings, (n, self.model.n_embd))
+        return np.ctypeslib.as_array(logits, (n, self.model.n_vocab)), hidden
+
+
+def _in_batches(values: npt.NDArray[np.intp], most: int) -> list[npt.NDArray[np.intp]]:
+    """Split into the fewest batches, of one size: a last one of a few tokens is a slow one."""
+    return np.array_split(values, -(-len(values) // most)) if len(values) else []
 
 
 def _threads_for(n_bytes: int) -> int:

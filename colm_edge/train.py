@@ -6,12 +6,12 @@ fine-tuning (arXiv 2403.03870, section 2.2) that needs nothing but the two GGUF 
 
 from __future__ import annotations
 
-import hashlib
 import os
 import tempfile
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +19,8 @@ import numpy as np
 import numpy.typing as npt
 
 from colm_edge import readout
-from colm_edge.documents import Document
+from colm_edge.answers import METRICS, answers
+from colm_edge.documents import Documents, Row
 from colm_edge.errors import DataError, SwitchError
 from colm_edge.heads import (
     CHUNK_ROWS,
@@ -38,9 +39,12 @@ from colm_edge.scoring import MakeProgress, Scores, score
 from colm_edge.switch import FEATURE_SETS, HIDDEN, Switch
 
 if TYPE_CHECKING:
+    from colm_edge.options import Options
     from colm_edge.pair import Pair
 
 Rows = npt.NDArray[np.int64]
+# (the calibrated switch, the held-back lines) -> a threshold, and how it was found, for the report
+ChooseThreshold = Callable[[Switch, set[int]], tuple[float, Any]]
 
 VALID_SHARE = 0.2  # of the data's lines
 MIN_LINES = 5
@@ -92,9 +96,10 @@ class Trial:
 
 
 def fit_switch(
-    pair: Pair, documents: list[Document], features: str | None = None, *, objective: str = "best",
+    pair: Pair, documents: Documents, features: str | None = None, *, objective: str = "best",
     seed: int = 0, compare: bool = False, work: Path | None = None,
-    expert_scores: Path | None = None, update: Switch | None = None, progress: MakeProgress,
+    expert_scores: Path | None = None, update: Switch | None = None,
+    choose: ChooseThreshold | None = None, progress: MakeProgress,
 ) -> Fit:  # fmt: skip
     """Score the documents, fit a switch on one part of them and judge it on the other.
 
@@ -103,15 +108,19 @@ def fit_switch(
     decisions at defer rates of 0.1 to 0.3; "weak", the paper's weak supervision; or "best", the
     one of the first two whose hard decisions at those rates are likelier on the held-back lines.
     update: the switch that this one replaces; the fit begins with it and the report compares them.
-    compare: fit the other feature sets as well and report how they do. work, expert_scores: as in
-    `score`.
+    compare: fit the other feature sets as well and report how they do. choose: chooses the default
+    threshold, given the calibrated switch and the held-back lines; without it `choose_threshold`
+    does. work, expert_scores: as in `score`.
 
     The report's losses are nats per token of the held-back lines, on which objective,
     regularisation, threshold and calibration were chosen too: judge a switch on data of its own.
     Raises DataError when there are too few documents to hold any back.
     """
     held_back = _held_back(documents, seed)
-    scores = score(pair, documents, progress, work=work, expert_scores=expert_scores)
+    scores = score(
+        pair, documents, progress, work=work, update=update is not None,
+        expert_scores=expert_scores,
+    )  # fmt: skip
     is_valid = np.isin(scores.line, list(held_back))
     train, valid = np.flatnonzero(~is_valid), np.flatnonzero(is_valid)
     if features is None:
@@ -122,15 +131,13 @@ def fit_switch(
         start = Head(update.weight[0].astype(np.float64), float(update.bias[0]))
     trial, trials = fit_head(scores, train, valid, names, objective, start)
     base, expert = scores.base[valid], scores.expert[valid]
-    threshold = choose_threshold(trial.p, base, expert)
-    deferred = trial.p > threshold
     rates, thresholds = calibrate(trial.p)
     switch = Switch(
         features=names,
         weight=trial.head.weight.astype(np.float32)[None, :],
         bias=np.array([trial.head.bias], np.float32),
         n_embd=pair.base.n_embd,
-        threshold=threshold,
+        threshold=choose_threshold(trial.p, base, expert),
         defer_rates=rates,
         thresholds=thresholds,
         info={
@@ -139,7 +146,12 @@ def fit_switch(
             "objective": trial.objective,
         },
     )
-    n_lines = len({d.line for d in documents})
+    chosen: dict[str, Any] = {}
+    if choose is not None:
+        threshold, chosen["threshold_by"] = choose(switch, held_back)
+        switch = replace(switch, threshold=threshold)
+    deferred = trial.p > switch.threshold
+    n_lines = len(np.unique(documents.lines))
     report: dict[str, Any] = {
         "features": features,
         "objective": trial.objective,
@@ -149,10 +161,13 @@ def fit_switch(
         "nll_hard": float(-np.where(deferred, expert, base).mean()),
         "nll_oracle": float(-np.maximum(base, expert).mean()),
         "defer_rate": float(deferred.mean()),
-        "threshold": threshold,
+        "threshold": switch.threshold,
+        **chosen,
         "l2": trial.l2,
         "n_train": n_lines - len(held_back),
         "n_valid": len(held_back),
+        "n_cut": documents.n_cut,
+        "n_dropped": documents.n_dropped,
         "n_train_tokens": len(train),
         "n_fit_tokens": trial.n_tokens,
         "n_valid_tokens": len(valid),
@@ -188,28 +203,23 @@ def fit_head(
         block = Standardised(_columns(scores, rows, names))
         head = block.fit(_losses(scores, rows)[objective], trial.l2, trial.head)
         if objective == "budget":
-            head = block.rescaled(head, scores.base[rows], scores.expert[rows])
+            l2 = trials["marginal"].l2
+            head = block.rescaled(head, scores.base[rows], scores.expert[rows], l2)
         trial = _tried(head, trial.l2, scores, valid, names, objective, len(rows))
     return trial, trials
 
 
-def _held_back(documents: Sequence[Document], seed: int) -> set[int]:
-    """Return the lines that are held back: those of the smallest digests.
+def _held_back(documents: Documents, seed: int) -> set[int]:
+    """Return the lines that are held back: those of the smallest keys, as the seed turns them.
 
     By content, so that a document stays on its side when others are added to the data.
     """
-    digests: dict[int, bytes] = {}
-    for document in documents:
-        if document.line not in digests:
-            digest = hashlib.blake2b(digest_size=8, salt=seed.to_bytes(8, "little"))
-            digest.update(np.asarray(document.tokens, np.int32).tobytes())
-            digests[document.line] = digest.digest()
-    if len(digests) < MIN_LINES:
-        raise DataError(
-            f"{len(digests)} documents; expected at least {MIN_LINES}, to hold one back"
-        )
-    order = sorted(digests, key=lambda line: (digests[line], line))
-    return set(order[: max(1, round(VALID_SHARE * len(order)))])
+    lines, first = np.unique(documents.lines, return_index=True)
+    if len(lines) < MIN_LINES:
+        raise DataError(f"{len(lines)} documents; expected at least {MIN_LINES}, to hold one back")
+    turn = np.random.default_rng(seed).integers(2**64, dtype=np.uint64)
+    order = np.argsort(documents.keys[first] ^ turn, kind="stable")
+    return set(lines[order[: max(1, round(VALID_SHARE * len(lines)))]].tolist())
 
 
 def _trials(
@@ -242,7 +252,8 @@ def _trials(
     budget = _path(block, losses["budget"], [marginal[1]], hard)
     chosen = {"marginal": marginal, "budget": budget, "weak": weak}
     l2, head = chosen["budget"]
-    chosen["budget"] = l2, block.rescaled(head, scores.base[rows], scores.expert[rows])
+    rescaled = block.rescaled(head, scores.base[rows], scores.expert[rows], marginal[0])
+    chosen["budget"] = l2, rescaled
     return {
         name: _tried(head, l2, scores, valid, names, name, len(rows))
         for name, (l2, head) in chosen.items()
@@ -382,6 +393,33 @@ def _below_one(p: Array) -> Array:
     """Round to float32; what would round to 1, which never defers, to the number below it."""
     highest = np.nextafter(np.float32(1), np.float32(0))
     return np.minimum(p.astype(np.float32), highest).astype(np.float64)
+
+
+def choose_by_answers(
+    pair: Pair, rows: Iterable[Row], metric: str, n_lines: int, options: Options,
+    progress: MakeProgress, switch: Switch, held_back: set[int],
+) -> tuple[float, dict[str, Any]]:  # fmt: skip
+    """Choose the threshold whose answers to held-back prompts do best by a metric.
+
+    The search of the authors' code: real generations at the thresholds that are calibrated for
+    defer rates of 0, 0.1 … 1. Of equals the highest threshold, as the expert is the dearer model.
+    n_lines: at most so many of the held-back lines, the first. Returns it and every trial.
+    """
+    chosen = list(islice((row for row in rows if row[0] in held_back), n_lines))
+    trials = []
+    for rate in np.linspace(0, 1, 11):
+        threshold = switch.threshold_for(float(rate))
+        given = answers(
+            pair, switch, options.with_changes(threshold=threshold), chosen, METRICS[metric],
+            progress, label=f"at {rate:.1f}",
+        )  # fmt: skip
+        trials.append({
+            "threshold": threshold,
+            "defer_rate": float(given.deferred.sum() / max(1, given.tokens.sum())),
+            metric: float(given.right.mean()),
+        })  # fmt: skip
+    best = max(trials, key=lambda trial: (trial[metric], trial["threshold"]))
+    return best["threshold"], {"metric": metric, "n_lines": len(chosen), "trials": trials}
 
 
 def calibrate(p: Array) -> tuple[tuple[float, ...], tuple[float, ...]]:

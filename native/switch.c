@@ -123,7 +123,7 @@ INLINE void sum_exp(const float *x, ptrdiff_t n, float max, double *sum, double 
     double s = 0.0, sz = 0.0;
     PRAGMA(omp simd reduction(+ : s, sz))
     for (ptrdiff_t i = 0; i < n; i++) {
-        /* A term from 88 on counts as 0, which also keeps inf out of 0 * inf. Floats >= 0 order
+        /* A term from 88 on counts as 0, which also keeps inf out of 0 * inf. Borrowed >= 0 order
          * like their bits, and the minimum of integers, unlike a branch, does vectorise. */
         Bits z = {.f = max - x[i]};
         z.i = z.i < limit.i ? z.i : limit.i;
@@ -254,50 +254,62 @@ typedef struct {
     const Variant *variant;
 } State;
 
-/* A borrowed buffer of floats; data is NULL for None. */
+/* A kind of number that a buffer may hold, as Python and the struct module name it. */
+typedef struct {
+    const char *name, *format;
+    size_t size;
+} Kind;
+
+static const Kind float32 = {"float32", "f", sizeof(float)};
+static const Kind float64 = {"float64", "d", sizeof(double)};
+static const Kind int32 = {"int32", "i", sizeof(int32_t)};
+
+/* A borrowed buffer; `data` is its floats where it holds such, NULL for None. */
 typedef struct {
     Py_buffer view;
     const float *data;
     Py_ssize_t n;
-} Floats;
+} Borrowed;
 
-static int is_native_float(const char *format) {
+static int is_native(const char *format, const char *wanted) {
     const uint16_t one = 1;
     if (format == NULL)
         return 0;
     if (*format == '@' || *format == '=' || *format == (*(const char *)&one ? '<' : '>'))
         format++; /* ctypes arrays say '<f' where numpy says 'f' */
-    return strcmp(format, "f") == 0;
+    return strcmp(format, wanted) == 0;
 }
 
-/* Borrow `object` as C-contiguous native floats, or raise. Release with floats_release. */
-static int floats_borrow(Floats *floats, const char *name, PyObject *object, int writable) {
+/* Borrow `object` as C-contiguous native numbers, or raise. Release with release. */
+static int borrow(Borrowed *floats, const char *name, PyObject *object, const Kind *kind,
+                  int writable) {
     Py_buffer *view = &floats->view;
     if (!PyObject_CheckBuffer(object)) {
         PyObject *type = PyType_GetName(Py_TYPE(object));
         if (type != NULL)
-            PyErr_Format(PyExc_TypeError, "%s: expected a buffer of float32, got %U", name, type);
+            PyErr_Format(PyExc_TypeError, "%s: expected a buffer of %s, got %U", name, kind->name,
+                         type);
         Py_XDECREF(type);
         return -1;
     }
     /* ask for anything, then judge it here: exporters' own messages differ */
     if (PyObject_GetBuffer(object, view, PyBUF_FULL_RO) < 0)
         return -1;
-    if (!is_native_float(view->format))
-        PyErr_Format(PyExc_TypeError, "%s: expected float32 (format 'f'), got format '%s'", name,
-                     view->format != NULL ? view->format : "B");
+    if (!is_native(view->format, kind->format))
+        PyErr_Format(PyExc_TypeError, "%s: expected %s (format '%s'), got format '%s'", name,
+                     kind->name, kind->format, view->format != NULL ? view->format : "B");
     else if (!PyBuffer_IsContiguous(view, 'C'))
         PyErr_Format(PyExc_ValueError, "%s: expected a C-contiguous buffer, got a strided one",
                      name);
-    else if ((uintptr_t)view->buf % sizeof(float) != 0)
-        PyErr_Format(PyExc_ValueError, "%s: expected 4-byte alignment, got an unaligned buffer",
-                     name);
+    else if ((uintptr_t)view->buf % kind->size != 0)
+        PyErr_Format(PyExc_ValueError, "%s: expected %zu-byte alignment, got an unaligned buffer",
+                     name, kind->size);
     else if (writable && view->readonly)
         PyErr_Format(PyExc_BufferError, "%s: expected a writable buffer, got a read-only one",
                      name);
     else {
         floats->data = view->buf;
-        floats->n = view->len / (Py_ssize_t)sizeof(float);
+        floats->n = view->len / (Py_ssize_t)kind->size;
         return 0;
     }
     PyBuffer_Release(view);
@@ -305,7 +317,7 @@ static int floats_borrow(Floats *floats, const char *name, PyObject *object, int
     return -1;
 }
 
-static void floats_release(Floats *floats) {
+static void release(Borrowed *floats) {
     if (floats->view.obj != NULL)
         PyBuffer_Release(&floats->view);
 }
@@ -344,7 +356,7 @@ static Py_ssize_t first_not_finite(const float *x, Py_ssize_t n) {
     return -1;
 }
 
-static void raise_bad_d(const Floats *hidden, Py_ssize_t expert, float d) {
+static void raise_bad_d(const Borrowed *hidden, Py_ssize_t expert, float d) {
     Py_ssize_t bad = first_not_finite(hidden->data, hidden->n);
     if (bad >= 0)
         PyErr_Format(PyExc_ValueError, "hidden: expected finite values, got %s at index %zd",
@@ -355,7 +367,7 @@ static void raise_bad_d(const Floats *hidden, Py_ssize_t expert, float d) {
 }
 
 /* The checks of one call, once every buffer is borrowed. */
-static int check_arguments(const Floats *f, PyObject *const *args, Py_ssize_t n_choose,
+static int check_arguments(const Borrowed *f, PyObject *const *args, Py_ssize_t n_choose,
                            Py_ssize_t defer_row) {
     Py_ssize_t n_vocab = f[LOGITS].n, n_experts = 1;
 
@@ -423,7 +435,7 @@ static int check_arguments(const Floats *f, PyObject *const *args, Py_ssize_t n_
 }
 
 /* Fill `out`; returns the expert whose d is not finite, or -1. */
-static ptrdiff_t apply_head(const Variant *variant, const Floats *f, const Reading *reading,
+static ptrdiff_t apply_head(const Variant *variant, const Borrowed *f, const Reading *reading,
                             float *out) {
     const double *feature = reading->feature;
     for (int i = 0; i < N_FEATURES; i++)
@@ -445,9 +457,9 @@ static ptrdiff_t apply_head(const Variant *variant, const Floats *f, const Readi
     return -1;
 }
 
-static PyObject *read_checked(const Variant *variant, const Floats *f, Py_ssize_t n_choose,
+static PyObject *read_checked(const Variant *variant, const Borrowed *f, Py_ssize_t n_choose,
                               Py_ssize_t defer_row) {
-    const Floats *logits = &f[LOGITS];
+    const Borrowed *logits = &f[LOGITS];
     float *out = f[OUT].view.buf;
     Reading reading;
     ptrdiff_t bad_d = -1;
@@ -488,7 +500,7 @@ static PyObject *switch_read(PyObject *module, PyObject *const *args, Py_ssize_t
     const State *state = PyModule_GetState(module);
     static const char *const names[] = {"logits",  "hidden", "w_hidden",
                                         "w_logit", "bias",   "out"};
-    Floats floats[N_BUFFERS];
+    Borrowed floats[N_BUFFERS];
     Py_ssize_t n_choose, defer_row;
     PyObject *result = NULL;
 
@@ -502,14 +514,115 @@ static PyObject *switch_read(PyObject *module, PyObject *const *args, Py_ssize_t
     for (int i = 0; i < N_BUFFERS; i++) {
         if (args[i] == Py_None && i != LOGITS && i != OUT)
             continue; /* check_arguments knows which may be absent together */
-        if (floats_borrow(&floats[i], names[i], args[i], i == OUT) < 0)
+        if (borrow(&floats[i], names[i], args[i], &float32, i == OUT) < 0)
             goto done;
     }
     if (check_arguments(floats, args, n_choose, defer_row) == 0)
         result = read_checked(state->variant, floats, n_choose, defer_row);
 done:
     for (int i = 0; i < N_BUFFERS; i++)
-        floats_release(&floats[i]);
+        release(&floats[i]);
+    return result;
+}
+
+/* The arguments of read_rows(), in order; the first N_ROW_BUFFERS are buffers. */
+enum { ROWS, FEATURES, ARGMAX, LOGSUMEXP, ROWS_CHOOSE, N_ROW_ARGUMENTS };
+enum { N_ROW_BUFFERS = ROWS_CHOOSE };
+
+static int check_rows(const Borrowed *f, int has_features, Py_ssize_t n_choose) {
+    Py_ssize_t n = f[ARGMAX].n;
+
+    if (!expect(n >= 1, "argmax", "at least 1 row", n))
+        return -1;
+    if (f[ROWS].n < n || f[ROWS].n % n != 0) {
+        PyErr_Format(PyExc_ValueError, "logits: expected n_rows x n_vocab = %zd x n_vocab values, "
+                     "got %zd", n, f[ROWS].n);
+        return -1;
+    }
+    if (f[LOGSUMEXP].n != n) {
+        PyErr_Format(PyExc_ValueError, "logsumexp: expected n_rows = %zd values, got %zd", n,
+                     f[LOGSUMEXP].n);
+        return -1;
+    }
+    /* by division: a product of two lengths could overflow */
+    if (has_features && (f[FEATURES].n / N_FEATURES != n || f[FEATURES].n % N_FEATURES != 0)) {
+        PyErr_Format(PyExc_ValueError, "features: expected n_rows x 8 = %zd x 8 values, got %zd",
+                     n, f[FEATURES].n);
+        return -1;
+    }
+    if (n_choose < 1 || n_choose > f[ROWS].n / n) {
+        PyErr_Format(PyExc_ValueError, "n_choose: expected 1 to n_vocab = %zd, got %zd",
+                     f[ROWS].n / n, n_choose);
+        return -1;
+    }
+    return 0;
+}
+
+static PyObject *read_rows_checked(const Variant *variant, const Borrowed *f, Py_ssize_t n_choose) {
+    Py_ssize_t n = f[ARGMAX].n, n_vocab = f[ROWS].n / n, row = 0;
+    float *features = f[FEATURES].view.buf;
+    int32_t *argmax = f[ARGMAX].view.buf;
+    double *logsumexp = f[LOGSUMEXP].view.buf;
+    Reading reading = {.argmax = -1, .bad = -1};
+    PyThreadState *released = NULL;
+
+    if (f[ROWS].n >= RELEASE_GIL_FROM)
+        released = PyEval_SaveThread();
+    for (; row < n; row++) {
+        variant->read(f[ROWS].data + row * n_vocab, n_vocab, n_choose, -1, &reading);
+        if (reading.bad >= 0 || reading.argmax < 0)
+            break;
+        argmax[row] = (int32_t)reading.argmax;
+        logsumexp[row] = reading.logsumexp;
+        for (int i = 0; features != NULL && i < N_FEATURES; i++)
+            features[row * N_FEATURES + i] = (float)reading.feature[i];
+    }
+    if (released != NULL)
+        PyEval_RestoreThread(released);
+
+    if (row == n)
+        Py_RETURN_NONE;
+    if (reading.bad >= 0)
+        return PyErr_Format(PyExc_ValueError,
+                            "logits: expected finite values or -inf, got %s at id %zd of row %zd",
+                            value_name(f[ROWS].data[row * n_vocab + reading.bad]),
+                            (Py_ssize_t)reading.bad, row);
+    return PyErr_Format(PyExc_ValueError,
+                        "logits: nothing to choose: expected a finite value among the ids below "
+                        "n_choose = %zd, got none in row %zd",
+                        n_choose, row);
+}
+
+PyDoc_STRVAR(read_rows_doc,
+             "read_rows(logits, features, argmax, logsumexp, n_choose, /)\n--\n\n"
+             "Read many rows; see colm_edge.readout.read_rows_numpy, the twin that defines it.");
+
+static PyObject *switch_read_rows(PyObject *module, PyObject *const *args, Py_ssize_t n_args) {
+    const State *state = PyModule_GetState(module);
+    static const char *const names[] = {"logits", "features", "argmax", "logsumexp"};
+    static const Kind *const kinds[] = {&float32, &float32, &int32, &float64};
+    Borrowed buffers[N_ROW_BUFFERS];
+    Py_ssize_t n_choose;
+    PyObject *result = NULL;
+
+    if (n_args != N_ROW_ARGUMENTS)
+        return PyErr_Format(PyExc_TypeError,
+                            "read_rows: expected %d positional arguments, got %zd",
+                            (int)N_ROW_ARGUMENTS, n_args);
+    if (index_argument(args[ROWS_CHOOSE], &n_choose) < 0)
+        return NULL;
+    memset(buffers, 0, sizeof buffers);
+    for (int i = 0; i < N_ROW_BUFFERS; i++) {
+        if (args[i] == Py_None && i == FEATURES)
+            continue;
+        if (borrow(&buffers[i], names[i], args[i], kinds[i], i != ROWS) < 0)
+            goto done;
+    }
+    if (check_rows(buffers, args[FEATURES] != Py_None, n_choose) == 0)
+        result = read_rows_checked(state->variant, buffers, n_choose);
+done:
+    for (int i = 0; i < N_ROW_BUFFERS; i++)
+        release(&buffers[i]);
     return result;
 }
 
@@ -594,6 +707,7 @@ done:
 /* Through void(*)(void): the one cast between function types that no compiler warns about. */
 static PyMethodDef methods[] = {
     {"read", (PyCFunction)(void (*)(void))switch_read, METH_FASTCALL, read_doc},
+    {"read_rows", (PyCFunction)(void (*)(void))switch_read_rows, METH_FASTCALL, read_rows_doc},
     {NULL, NULL, 0, NULL},
 };
 
@@ -609,7 +723,7 @@ static PyModuleDef_Slot slots[] = {
 static struct PyModuleDef definition = {
     .m_base = PyModuleDef_HEAD_INIT,
     .m_name = "_colm_edge_native",
-    .m_doc = "The switch in C: read(), implementation, implementations.",
+    .m_doc = "The switch in C: read(), read_rows(), implementation, implementations.",
     .m_size = sizeof(State),
     .m_methods = methods,
     .m_slots = slots,

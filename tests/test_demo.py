@@ -17,9 +17,9 @@ from reference import PlainModel, assert_same, plain_loop
 from test_train import no_bar
 
 from colm_edge import train
+from colm_edge.answers import contains
 from colm_edge.cli import main
 from colm_edge.documents import tokenized
-from colm_edge.evaluate import contains
 from colm_edge.pair import Pair
 from colm_edge.scoring import score
 from colm_edge.switch import Switch

@@ -14,7 +14,7 @@ from make_random_pair import SHAPES, write_model
 from colm_edge import load
 from colm_edge.cli import main
 from colm_edge.errors import ModelError
-from colm_edge.session import ContextOptions, Model, Session
+from colm_edge.session import ContextOptions, Model, Scorer, Session
 
 RANK, ALPHA = 4, 8.0
 CONTEXT = ContextOptions(n_ctx=128, n_threads=1, n_batch=16)
@@ -81,14 +81,16 @@ def lora(tiny, tmp_path_factory) -> dict[str, str]:
 
 
 def states(path: str, lora: str | None = None) -> tuple[np.ndarray, np.ndarray]:
-    """Return logits and hidden states of TOKENS: the last by `sync`, then all by `score`."""
+    """Return logits and hidden states of TOKENS: the last by `sync`, then all by a scoring pass."""
     model = Model(path, lora=lora)
     session = Session(model, CONTEXT, hidden=True)
     session.sync(TOKENS)
     logits, hidden = [session.logits[None].copy()], [session.hidden[None].copy()]
-    for _, block, states in session.score(TOKENS, 0):
-        logits.append(block.copy())
-        hidden.append(states.copy())
+    whole = np.array(TOKENS, np.int32), np.array([len(TOKENS)]), np.array([1])
+    with Scorer(session, len(TOKENS), hidden=True) as scorer:
+        for block, states in scorer.score(*whole):
+            logits.append(block.copy())
+            hidden.append(states.copy())
     session.close()
     model.close()
     return np.concatenate(logits), np.concatenate(hidden)

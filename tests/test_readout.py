@@ -36,8 +36,13 @@ def load_native(variant: str | None) -> Any:
 
 # Without the extension, importing readout has failed already, unless numpy is forced.
 VARIANTS = load_native(None).implementations if SPEC else ()
-NATIVES = {variant: load_native(variant).read for variant in VARIANTS}
+MODULES = {variant: load_native(variant) for variant in VARIANTS}
+NATIVES = {variant: module.read for variant, module in MODULES.items()}
 READERS = {**NATIVES, "numpy": readout.read_numpy}
+ROW_READERS = {
+    **{variant: module.read_rows for variant, module in MODULES.items()},
+    "numpy": readout.read_rows_numpy,
+}
 
 native = pytest.mark.parametrize("variant", VARIANTS)
 every = pytest.mark.parametrize("name", READERS)
@@ -227,38 +232,110 @@ def test_any_buffer_of_floats_will_do(name):
     assert call(read, floats(1, 2, 3), head=(None, None, table, table[:, 0].copy()))[0] == 2
 
 
+def call_rows(name, logits, n_choose=None, *, features=True):
+    """Run one reader of many rows; returns (features, argmax, logsumexp)."""
+    n = len(logits)
+    table = np.full((n, 8), 777, np.float32) if features else None
+    argmax, logsumexp = np.full(n, -7, np.int32), np.full(n, 777.0)
+    n_choose = logits.shape[1] if n_choose is None else n_choose
+    assert ROW_READERS[name](logits, table, argmax, logsumexp, n_choose) is None
+    return table, argmax, logsumexp
+
+
 @every
-def test_batch_features_agree(name):
-    logits = np.random.default_rng(5).normal(0, 4, (7, 300)).astype(np.float32)
-    logits[2, 5:] = -math.inf
-    batch = readout.logit_features(logits)
-    batch_without = readout.logit_features(logits, exclude=3)
-    assert batch.dtype == np.float32
-    for row, features, features_without in zip(logits, batch, batch_without, strict=True):
-        np.testing.assert_allclose(call(READERS[name], row)[2], features, rtol=1e-6, atol=1e-6)
-        out = call(READERS[name], row, defer_row=3)[2]
-        np.testing.assert_allclose(out[:8], features_without, rtol=1e-6, atol=1e-6)
+@pytest.mark.parametrize(("n", "n_vocab"), [(1, 1), (1, 70), (7, 300), (40, 1000)])
+def test_many_rows_are_read_as_each_alone(name, n, n_vocab):
+    logits = np.random.default_rng(5).normal(0, 4, (n, n_vocab)).astype(np.float32)
+    logits[n // 2, 5:] = -math.inf
+    for n_choose in {1, n_vocab // 2 or 1, n_vocab}:
+        features, argmax, logsumexp = call_rows(name, logits, n_choose)
+        for row in range(n):
+            alone = call(READERS[name], logits[row], n_choose=n_choose)
+            assert (argmax[row], logsumexp[row]) == alone[:2]
+            assert (features[row] == alone[2]).all()
+        without = call_rows(name, logits, n_choose, features=False)
+        assert without[0] is None
+        assert (without[1] == argmax).all()
+        assert (without[2] == logsumexp).all()
 
 
-def test_batch_features_do_not_depend_on_the_chunk(monkeypatch):
-    logits = np.random.default_rng(6).normal(0, 4, (10, 40)).astype(np.float32)
-    whole = readout.logit_features(logits)
-    monkeypatch.setattr(readout, "CHUNK_BYTES", 8 * 40 * 3)
-    assert (readout.logit_features(logits) == whole).all()
-    assert readout.logit_features(logits[:0]).shape == (0, 8)
+@native
+@settings(max_examples=50, deadline=None)
+@given(seed=st.integers(0, 2**32 - 1), n=st.integers(1, 20), n_vocab=st.integers(1, 200))
+def test_many_rows_are_those_of_the_twin(variant, seed, n, n_vocab):
+    logits = np.random.default_rng(seed).normal(0, 5, (n, n_vocab)).astype(np.float32)
+    ours, twins = call_rows(variant, logits), call_rows("numpy", logits)
+    assert (ours[1] == twins[1]).all()
+    np.testing.assert_allclose(ours[0], twins[0], rtol=2e-7, atol=2e-7)
+    np.testing.assert_allclose(ours[2], twins[2], rtol=2e-7, atol=2e-7)
 
 
-def test_batch_features_refuse_what_has_no_answer():
-    logits = np.zeros((4, 3), np.float32)
+@every
+def test_a_bad_row_is_named(name):
+    logits = np.zeros((4, 300), np.float32)
     for bad in (math.nan, math.inf):
-        logits[2, 1] = bad
-        with pytest.raises(ValueError, match=rf"got a maximum of {bad} in row 2"):
-            readout.logit_features(logits)
+        logits[2, 100] = bad
+        with pytest.raises(ValueError, match=rf"got {bad} at id 100 of row 2$"):
+            call_rows(name, logits)
     logits[2] = -math.inf
-    with pytest.raises(ValueError, match=r"got a maximum of -inf in row 2"):
-        readout.logit_features(logits)
-    with pytest.raises(ValueError, match=r"exclude: expected -1 or an id below n_vocab = 3, got 3"):
-        readout.logit_features(logits, exclude=3)
+    logits[2, 299] = 0
+    with pytest.raises(ValueError, match=r"ids below n_choose = 299, got none in row 2$"):
+        call_rows(name, logits, 299)
+
+
+ROWS = np.zeros((3, 10), np.float32)
+ROW_ARGUMENTS = ("logits", "features", "argmax", "logsumexp", "n_choose")
+GOOD_ROWS = dict(
+    zip(
+        ROW_ARGUMENTS,
+        (ROWS, np.zeros((3, 8), np.float32), np.zeros(3, np.int32), np.zeros(3), 10),
+        strict=True,
+    )
+)
+ROW_ERRORS = [
+    ({"logits": None}, TypeError, "logits: expected a buffer of float32, got NoneType"),
+    ({"argmax": None}, TypeError, "argmax: expected a buffer of int32, got NoneType"),
+    ({"argmax": np.zeros(3)}, TypeError, "argmax: expected int32 (format 'i'), got format 'd'"),
+    (
+        {"logsumexp": np.zeros(3, np.float32)},
+        TypeError,
+        "logsumexp: expected float64 (format 'd'), got format 'f'",
+    ),
+    (
+        {"logsumexp": memoryview(bytearray(25))[1:].cast("d")},
+        ValueError,
+        "logsumexp: expected 8-byte alignment, got an unaligned buffer",
+    ),
+    (
+        {"argmax": memoryview(bytes(12)).cast("i")},
+        BufferError,
+        "argmax: expected a writable buffer, got a read-only one",
+    ),
+    ({"argmax": np.zeros(0, np.int32)}, ValueError, "argmax: expected at least 1 row, got 0"),
+    ({"logits": ROWS[:0]}, ValueError, "logits: expected n_rows x n_vocab = 3 x n_vocab values"),
+    (
+        {"logits": np.zeros(31, np.float32)},
+        ValueError,
+        "logits: expected n_rows x n_vocab = 3 x n_vocab values, got 31",
+    ),
+    ({"logsumexp": np.zeros(4)}, ValueError, "logsumexp: expected n_rows = 3 values, got 4"),
+    (
+        {"features": np.zeros(25, np.float32)},
+        ValueError,
+        "features: expected n_rows x 8 = 3 x 8 values, got 25",
+    ),
+    ({"n_choose": 0}, ValueError, "n_choose: expected 1 to n_vocab = 10, got 0"),
+    ({"n_choose": 11}, ValueError, "n_choose: expected 1 to n_vocab = 10, got 11"),
+    ({"n_choose": "x"}, TypeError, "'str' object cannot be interpreted as an integer"),
+]
+
+
+@every
+@pytest.mark.parametrize(("change", "error", "message"), ROW_ERRORS)
+def test_errors_of_many_rows(name, change, error, message):
+    ROW_READERS[name](*GOOD_ROWS.values())
+    with pytest.raises(error, match="^" + re.escape(message)):
+        ROW_READERS[name](*{**GOOD_ROWS, **change}.values())
 
 
 # ---- errors: the same class and the same words from every implementation ----
@@ -426,6 +503,8 @@ def test_the_good_call_of_the_error_tests_is_good(name):
 def test_the_number_of_arguments_is_checked(variant):
     with pytest.raises(TypeError, match="read: expected 8 positional arguments, got 1"):
         NATIVES[variant](X)
+    with pytest.raises(TypeError, match="read_rows: expected 5 positional arguments, got 1"):
+        ROW_READERS[variant](X)
 
 
 @native
@@ -437,7 +516,10 @@ def test_buffers_are_given_back(variant):
     wrong = memoryview(bytearray(8))
     with pytest.raises(TypeError, match="bias"):
         NATIVES[variant](logits, None, None, None, wrong, out, 10, -1)
-    for view in (logits, out, wrong):
+    rows = [memoryview(bytearray(size)).cast(code) for size, code in ((12, "i"), (24, "d"))]
+    with pytest.raises(ValueError, match="n_rows x n_vocab"):
+        ROW_READERS[variant](logits, None, *rows, 10)
+    for view in (logits, out, wrong, *rows):
         view.release()  # BufferError if anything still held it
 
 

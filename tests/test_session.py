@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 from reference import PlainModel
 
+from colm_edge import session as session_module
 from colm_edge.errors import MismatchError, ModelError, PromptError
-from colm_edge.session import ContextOptions, Model, Session, shared_vocab
+from colm_edge.session import ContextOptions, Model, Scorer, Session, shared_vocab
 
 CONTEXT = ContextOptions(n_ctx=128, n_threads=1, n_batch=16)
 
@@ -53,20 +54,39 @@ def test_whatever_the_history_the_state_is_that_of_the_prefix(model, tiny):
     plain.close()
 
 
-def test_scoring_gives_the_states_of_every_position(model, tiny):
-    tokens = [random.Random(1).randrange(1, 400) for _ in range(50)]
-    plain = PlainModel(tiny["base"], 128)
+@pytest.mark.parametrize("hidden", [True, False])
+def test_scoring_packs_documents_and_gives_the_states_of_each(model, tiny, monkeypatch, hidden):
+    """Documents of many lengths, some longer than a batch, and outputs in several batches."""
+    monkeypatch.setattr(session_module, "SCORE_BATCH", 64)
+    monkeypatch.setattr(session_module, "SCORE_BYTES", 4 * 400 * 50)
+    draw = random.Random(1)
+    plain = PlainModel(tiny["base"], 256)
     session = Session(model, CONTEXT)
-    blocks = [(at, x.copy(), h.copy()) for at, x, h in session.score(tokens, 20)]
-    assert [at for at, _, _ in blocks] == [20, 36]
-    logits = np.concatenate([x for _, x, _ in blocks])
-    hidden = np.concatenate([h for _, _, h in blocks])
-    for row, position in enumerate(range(20, 50)):
-        expected = plain.state(tokens[: position + 1])
-        assert np.allclose(logits[row], expected[0], atol=2e-2)
-        assert np.allclose(hidden[row], expected[1], atol=2e-2)
-    session.sync(tokens)
-    assert np.allclose(session.logits, logits[-1], atol=2e-2)
+    session.sync([7, 8, 9])
+    groups = [[(30, 10), (2, 1), (150, 20), (5, 4)], [(40, 1)], [(3, 2)] * 64]
+    with Scorer(session, 192, hidden=hidden) as scorer:
+        for group in groups:
+            documents = [[draw.randrange(1, 400) for _ in range(n)] for n, _ in group]
+            expected = [
+                plain.state(tokens[:i])
+                for tokens, (n, start) in zip(documents, group, strict=True)
+                for i in range(start, n)
+            ]
+            lengths, starts = np.array(group).T
+            before = session.n_evaluated
+            at = 0
+            for logits, states in scorer.score(
+                np.concatenate(documents).astype(np.int32), lengths, starts
+            ):
+                assert 0 < len(logits) <= 50
+                assert states.shape == ((len(logits), 64) if hidden else (0,))
+                for row in range(len(logits)):
+                    assert np.allclose(logits[row], expected[at][0], atol=2e-2)
+                    assert not hidden or np.allclose(states[row], expected[at][1], atol=2e-2)
+                    at += 1
+            assert at == len(expected)
+            assert session.n_evaluated - before == sum(n - 1 for n, _ in group)
+    assert session.sync([7, 8, 9]) == 0  # its own timeline is as it was
     session.close()
     plain.close()
 

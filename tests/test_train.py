@@ -4,23 +4,25 @@ from __future__ import annotations
 
 import json
 from contextlib import nullcontext
-from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
 from reference import PlainModel
 from scipy import optimize
 
 from colm_edge import train
-from colm_edge.documents import read_rows, tokenized
+from colm_edge.cli import main
+from colm_edge.documents import tokenized
 from colm_edge.errors import DataError, SwitchError
 from colm_edge.heads import Head, Standardised, budget_loss, marginal_loss, minimize, weak_loss
 from colm_edge.pair import load
 from colm_edge.scoring import score
+from colm_edge.switch import Switch
 from colm_edge.train import calibrate, choose_threshold
 
 
@@ -256,7 +258,7 @@ def test_rescaling_keeps_the_ranking_and_betters_the_mixture():
     columns, base, expert, head = planted(5_000, seed=2)
     block = Standardised(columns.copy())
     wrong = Head(head.weight * 5, head.bias + 4)
-    right = block.rescaled(wrong, base, expert)
+    right = block.rescaled(wrong, base, expert, 1e-6)
     cosine = wrong.weight @ right.weight
     assert cosine == pytest.approx(np.linalg.norm(wrong.weight) * np.linalg.norm(right.weight))
     planted_loss, _ = marginal_loss(base, expert, head(columns))
@@ -290,6 +292,33 @@ def test_an_update_begins_with_the_old_switch_and_is_compared_with_it(tiny):
     assert new.p_before == pytest.approx(1 / (1 + np.exp(-d)), abs=1e-4)
 
 
+def test_a_threshold_chosen_by_answers_is_the_best_of_those_tried(tiny, tmp_path):
+    """On the expert's own texts: a trial at every rate, the best one's threshold in the switch."""
+    with load(tiny["base"], tiny["expert"], "margin", n_threads=1, n_ctx=256) as pair:
+        lines = []
+        for i in range(20):
+            text = pair.generate(f"p {i}", threshold=0.0, temperature=0.0, max_tokens=6).text
+            lines.append(json.dumps({"prompt": f"p {i}", "completion": text.strip() or "x"}))
+    path, out = tmp_path / "d.jsonl", tmp_path / "s.gguf"
+    path.write_text("\n".join(lines))
+    args = ["train", "--data", str(path), "--outfile", str(out), "-m", tiny["base"],
+            "-me", tiny["expert"], "-t", "1", "-c", "64"]  # fmt: skip
+    by = ["--threshold-by", "exact", "--threshold-lines", "3"]
+    result = CliRunner().invoke(main, [*args, *by])
+    assert result.exit_code == 0, result.output
+    report = json.loads(result.stdout.splitlines()[-1])
+    trials = report["threshold_by"]["trials"]
+    assert len(trials) == 11
+    assert (trials[0]["threshold"], trials[-1]["threshold"]) == (1, 0)
+    best = max(trial["exact"] for trial in trials)
+    highest = max(trial["threshold"] for trial in trials if trial["exact"] == best)
+    assert Switch.load(out).threshold == np.float32(highest)
+    assert report["threshold"] == highest
+    result = CliRunner().invoke(main, [*args[:7], *by, "--expert-scores", "x.npz"])
+    assert result.exit_code == 2
+    assert "needs the expert itself" in result.output
+
+
 def test_much_data_is_searched_in_part_and_fitted_whole(tiny, monkeypatch):
     with load(tiny["base"], tiny["expert"], "margin", n_threads=1, n_ctx=256) as pair:
         rows = [{"prompt": f"p{i}", "completion": f"c{i} and some more"} for i in range(40)]
@@ -302,59 +331,10 @@ def test_much_data_is_searched_in_part_and_fitted_whole(tiny, monkeypatch):
     assert part.report["nll_joint"] == pytest.approx(whole.report["nll_joint"], rel=0.02)
 
 
-def write_lines(path, lines) -> str:
-    path.write_bytes(b"\n".join(lines))
-    return str(path)
-
-
-@pytest.mark.parametrize(
-    ("line", "words"),
-    [
-        (b'{"prompt": "a", ', "line 2: "),
-        (b"[1, 2]", "line 2: expected a JSON object, got list"),
-        (b"[" * 100_000, "line 2: "),
-        (b'{"prompt": "a", "completion": "  "}', "line 2: completion must be a text"),
-        (b'{"prompt": 3, "completion": "b"}', "line 2: prompt must be a text"),
-        (b'{"question": "a"}', "line 2: expected prompt and completion, or messages, or text"),
-        (b'{"messages": "hello"}', "line 2: messages must be a list"),
-        (b'{"messages": [{"role": "user", "content": "a"}]}', "line 2: messages must hold"),
-        (b'{"text": "\xff\xfe"}', "line 2: .*utf-8"),
-    ],
-)
-def test_a_bad_line_is_named_by_its_number(tiny_pair, tmp_path, line, words):
-    path = write_lines(tmp_path / "d.jsonl", [b'{"text": "good line"}', line])
-    with pytest.raises(DataError, match=words):
-        tokenized(read_rows(path), tiny_pair)
-
-
-def test_no_data_is_an_error(tiny_pair, tmp_path):
-    with pytest.raises(DataError, match="No such file"):
-        tokenized(read_rows(tmp_path / "absent"), tiny_pair)
-    with pytest.raises(DataError, match="no documents"):
-        tokenized(read_rows(write_lines(tmp_path / "e.jsonl", [b"", b"  "])), tiny_pair)
+def test_too_few_documents_are_an_error(tiny_pair):
     few = tokenized([(1, {"text": "ab cd"})], tiny_pair)
     with pytest.raises(DataError, match="expected at least 5"):
         train.fit_switch(tiny_pair, few, "both", progress=no_bar)
-
-
-def test_documents_of_every_form(tiny_pair, tmp_path):
-    turns = [
-        {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"},
-        {"role": "user", "content": "c"}, {"role": "assistant", "content": "d"},
-    ]  # fmt: skip
-    lines = [{"text": "abc"}, {"prompt": "a", "completion": "b"}, {"messages": turns},
-             {"text": "w" * 1000}]  # fmt: skip
-    path = write_lines(tmp_path / "d.jsonl", [json.dumps(line).encode() for line in lines])
-    documents = tokenized(read_rows(path), tiny_pair)
-    tokenize = tiny_pair.base.tokenize
-    assert len(documents) == 5
-    assert documents[0].tokens == tokenize("abc")
-    assert documents[0].start == 1
-    assert documents[1].tokens == [*tokenize("a"), *tokenize("b"), 0]
-    assert documents[2] == replace(documents[1], line=3)
-    assert [d.line for d in documents] == [1, 2, 3, 3, 4]
-    assert documents[3].tokens == [*tokenize("a\n\nb\n\nc"), *tokenize("d"), 0]
-    assert len(documents[4].tokens) == tiny_pair.n_ctx
 
 
 def test_a_place_that_cannot_be_written_is_found_before_the_work(tmp_path):
@@ -365,10 +345,3 @@ def test_a_place_that_cannot_be_written_is_found_before_the_work(tmp_path):
     (tmp_path / "s.gguf.tmp").write_text("somebody's")
     train.check_writable(tmp_path / "s.gguf")
     assert [p.name for p in tmp_path.iterdir()] == ["s.gguf.tmp"]
-
-
-def test_tokens_of_the_base_alone_are_refused_by_line(tiny, tmp_path):
-    with load(tiny["defer"], tiny["expert"], "margin", n_threads=1) as pair:
-        path = write_lines(tmp_path / "d.jsonl", [b'{"text": "a <|pad|> b"}'])
-        with pytest.raises(DataError, match=r"line 1: '<\|pad\|>' is a token of the base alone"):
-            tokenized(read_rows(path), pair)

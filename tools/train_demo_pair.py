@@ -141,6 +141,8 @@ def main() -> None:
     if args.stage in (None, "switch"):
         command = [sys.executable, "-m", "colm_edge", "train", "--data", str(work / "switch.jsonl")]
         command += ["-m", str(args.out / "base.gguf"), "-me", str(args.out / "expert.gguf")]
+        # The paper's own objective: its p_defer is the surer one where a name is copied.
+        command += ["--objective", "marginal"]
         subprocess.run([*command, "--outfile", str(args.out / "switch.gguf")], check=True)
 
 
