@@ -44,7 +44,9 @@ TRAININGS: dict[str, dict[str, Any]] = {
     "gentle joint": {"objective": "joint", "lora": 0, "lr": 1e-4},
     "LoRA joint": {"objective": "joint", "lora": LORA_RANK, "lr": 3e-3},
 }
-WHAT = {"own": "its own row", "hidden": "fitted on the hidden state", "both": "fitted on both"}
+# What a switch reads and is fitted to: the paper's, and what `colm-edge train` does unless told.
+FITS = {"paper": ("hidden", "marginal"), "default": ("both", "best")}
+WHAT = {"own": "its own switch", "paper": "the paper's switch", "default": "the default switch"}
 
 
 @dataclass(frozen=True)
@@ -93,11 +95,15 @@ def judge(
 
     path = Path(entry.switch)
     kept = work / "scores" / entry.of  # of one base: what it says is scored once
-    if entry.switch in ("hidden", "both"):
+    if entry.switch in FITS:
+        features, objective = FITS[entry.switch]
         path = work / f"{entry.of} {entry.switch}.gguf"
         with open_pair(entry, threads=threads) as pair:
             documents = tokenized(fitting, pair)
-            fit = fit_switch(pair, documents, entry.switch, work=kept / "fit", progress=progress)
+            fit = fit_switch(
+                pair, documents, features, objective=objective, work=kept / "fit",
+                progress=progress,
+            )  # fmt: skip
             fit.switch.save(path)
     with open_pair(entry, path, threads) as pair:
         scores = score(pair, tokenized(held_out, pair), progress, work=kept / "exam")
@@ -161,14 +167,13 @@ def main(data: Path, exam: Path, work: Path, threads: int, seed: int) -> None:
         adapter = work / of / "adapter.gguf"
         lora = adapter if adapter.exists() else None
         base = work / of / "base.gguf" if of in TRAININGS and lora is None else shipped
-        for switch in ("own", "hidden", "both"):
+        for switch, what in WHAT.items():
             entry = Entry(of, base, switch, lora)
             if switch == "own":
                 row = (work / of if of in TRAININGS else SHIPPED) / "switch.gguf"
                 entry = replace(entry, switch=str(row))
                 if not row.exists():
                     continue
-            what = WHAT[switch] if of in TRAININGS or switch != "own" else "the shipped switch"
             result = judge(entry, fitting, held_out, work, threads)
             table.append({"method": f"{of}, {what}", **result})
             click.echo(render(table[-1:]), err=True)
