@@ -22,7 +22,8 @@ from colm_edge.documents import Document, Row
 from colm_edge.errors import MismatchError, ModelError
 from colm_edge.pair import Answer, Pair, Stream
 from colm_edge.sampling import ChainSampler
-from colm_edge.session import ContextOptions, Model, Scorer, Session, shared_vocab
+from colm_edge.scorer import Scorer
+from colm_edge.session import ContextOptions, Model, Session, shared_vocab
 from colm_edge.switch import Untrained
 
 if TYPE_CHECKING:

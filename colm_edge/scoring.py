@@ -34,7 +34,8 @@ from colm_edge.errors import ColmError, DataError
 
 if TYPE_CHECKING:
     from colm_edge.pair import Pair
-    from colm_edge.session import Model, Scorer, Session
+    from colm_edge.scorer import Scorer
+    from colm_edge.session import Model, Session
 
 Array = npt.NDArray[np.float64]
 Columns = dict[str, npt.NDArray[Any]]
@@ -210,7 +211,7 @@ def _pass(
     update: bool,
 ) -> Columns:
     """Return one model's columns: logprob (n,), right (n,), and for the base hidden, features."""
-    from colm_edge.session import Scorer
+    from colm_edge.scorer import Scorer
 
     kinds: Kinds = {"logprob": ((), np.float64), "right": ((), np.bool_)}
     if name == "base":
@@ -244,7 +245,7 @@ def _groups(documents: Documents, state: npt.NDArray[np.uint8]) -> Iterator[npt.
     They do not depend on how far a pass has come: the last bits of a score depend on what was
     evaluated beside it, and an interrupted pass gives the same scores.
     """
-    from colm_edge.session import MAX_SEQUENCES
+    from colm_edge.scorer import MAX_SEQUENCES
 
     group: list[int] = []
     n_tokens = 0

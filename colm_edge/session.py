@@ -13,12 +13,12 @@ import hashlib
 import logging
 import os
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from time import perf_counter
-from typing import Any, Self
+from typing import Any
 
 import llama_cpp as llama
 import numpy as np
@@ -27,7 +27,6 @@ import numpy.typing as npt
 from colm_edge.errors import MismatchError, ModelError, PromptError
 
 Floats = npt.NDArray[np.float32]
-Ints = npt.NDArray[np.int64]
 
 log = logging.getLogger("colm_edge.llama")
 
@@ -35,15 +34,9 @@ log = logging.getLogger("colm_edge.llama")
 MAX_VOCAB_DIFFERENCE = 128
 # Ids below this are special tokens that families of one vocabulary name differently.
 FIRST_COMPARED_TOKEN = 5
-# The logits of one batch of a scoring pass are kept under this many bytes.
-SCORE_BYTES = 256 << 20
-SCORE_BATCH = 512  # its tokens
-# Documents that a scoring pass evaluates together.
-MAX_SEQUENCES = 64
 # Below this size a model is evaluated by one thread.
 SMALL_MODEL_BYTES = 32 << 20
 
-_BATCH_FIELDS = dict(llama.llama_batch._fields_)
 FINGERPRINT_PLACES = 1024  # of a model's file, evenly spread
 FINGERPRINT_BYTES = 4096  # at each
 
@@ -414,13 +407,13 @@ class Session:
         if self._context is not None:
             return
         begun = perf_counter()
-        self._context = self._new_context(self.n_ctx, min(self._options.n_batch, self.n_ctx))
+        self._context = self.new_context(self.n_ctx, min(self._options.n_batch, self.n_ctx))
         self._memory = llama.llama_get_memory(self._context)
         took = perf_counter() - begun
         self.load_seconds += took
         self.seconds += took
 
-    def _new_context(self, n_ctx: int, n_batch: int, n_sequences: int = 1) -> Any:
+    def new_context(self, n_ctx: int, n_batch: int, n_sequences: int = 1) -> Any:
         handle = self.model.load()
         params = llama.llama_context_default_params()
         threads = self._options.n_threads or _threads_for(llama.llama_model_size(handle))
@@ -501,9 +494,9 @@ class Session:
         for at in range(0, len(tokens), step):
             block = tokens[at : at + step]
             array = (llama.llama_token * len(block))(*block)
-            self._decode_batch(self._context, llama.llama_batch_get_one(array, len(block)))
+            self.decode_batch(self._context, llama.llama_batch_get_one(array, len(block)))
 
-    def _decode_batch(self, context: Any, batch: Any) -> None:
+    def decode_batch(self, context: Any, batch: Any) -> None:
         begun = perf_counter()
         code = llama.llama_decode(context, batch)
         self.seconds += perf_counter() - begun
@@ -544,96 +537,6 @@ class Session:
     def __del__(self) -> None:
         if getattr(self, "_context", None) is not None:
             self.close()
-
-
-class Scorer:
-    """Many documents of one model, several at a time, in a context of its own; use it in `with`.
-
-    A batch holds as many documents as fit, each a sequence, since short documents one by one would
-    leave the processor idle. The session's timeline is left alone, its account is kept.
-
-    n_cells: how many tokens the context holds. hidden: whether the hidden states are wanted too.
-    """
-
-    def __init__(self, session: Session, n_cells: int, *, hidden: bool) -> None:
-        self.model, self._session, self._hidden = session.model, session, hidden
-        # llama.cpp wants no more sequences than a batch has tokens.
-        n = self._n_batch = max(MAX_SEQUENCES, min(SCORE_BATCH, n_cells))
-        self._context = session._new_context(max(n_cells, n), n, MAX_SEQUENCES)
-        self._memory = llama.llama_get_memory(self._context)
-        self._n_outputs = min(n, max(8, SCORE_BYTES // (4 * self.model.n_vocab)))
-        self._token, self._position, self._sequence = np.zeros((3, n), np.int32)
-        self._one, self._output = np.ones(n, np.int32), np.zeros(n, np.int8)
-        # llama.cpp wants a pointer to each token's sequences.
-        first = self._sequence.ctypes.data
-        self._pointer = first + np.arange(n, dtype=np.uintp) * self._sequence.itemsize
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        llama.llama_free(self._context)
-        self._context = self._memory = None
-
-    def score(
-        self, tokens: npt.NDArray[np.int32], lengths: Ints, starts: Ints
-    ) -> Iterator[tuple[Floats, Floats]]:
-        """Evaluate documents together; yield the outputs that predict their scored tokens.
-
-        tokens: those of all documents, one after the other. lengths, starts: (k,), k at most
-        MAX_SEQUENCES, starts at least 1; the lengths' sum is at most n_cells.
-        Yields (logits (n, n_vocab), hidden (n, n_embd), or (0,) where not wanted) for the next n
-        of the scored tokens: views that the next step overwrites.
-        """
-        document = np.repeat(np.arange(len(lengths)), lengths)
-        begins = np.cumsum(lengths) - lengths
-        position = np.arange(len(tokens)) - begins[document]
-        # The state at a position predicts the token after it, so the last one is never evaluated,
-        # and with embeddings on every token of a batch is an output: prompts go first, without.
-        is_prompt = position < starts[document] - 1
-        is_last = position == lengths[document] - 1
-        where = (tokens, position, document)
-        llama.llama_memory_clear(self._memory, False)
-        llama.llama_set_embeddings(self._context, False)
-        prompts = np.flatnonzero(is_prompt)
-        for chosen in _in_batches(prompts, self._n_batch):
-            self._decode(where, chosen, 0)
-        llama.llama_set_embeddings(self._context, self._hidden)
-        scored = np.flatnonzero(~is_prompt & ~is_last)
-        for chosen in _in_batches(scored, self._n_outputs):
-            self._decode(where, chosen, 1)
-            yield self._outputs(len(chosen))
-
-    def _decode(
-        self, where: tuple[npt.NDArray[Any], ...], chosen: npt.NDArray[np.intp], output: int
-    ) -> None:
-        n = len(chosen)
-        for field, values in zip((self._token, self._position, self._sequence), where, strict=True):
-            field[:n] = values[chosen]
-        self._output[:n] = output
-        batch = llama.llama_batch()
-        batch.n_tokens = n
-        for name, array in (
-            ("token", self._token), ("pos", self._position), ("n_seq_id", self._one),
-            ("seq_id", self._pointer), ("logits", self._output),
-        ):  # fmt: skip
-            setattr(batch, name, ctypes.cast(array.ctypes.data, _BATCH_FIELDS[name]))
-        self._session._decode_batch(self._context, batch)
-
-    def _outputs(self, n: int) -> tuple[Floats, Floats]:
-        begun = perf_counter()
-        logits = llama.llama_get_logits(self._context)  # waits for a GPU
-        self._session.seconds += perf_counter() - begun
-        hidden = np.empty(0, np.float32)
-        if self._hidden:
-            embeddings = llama.llama_get_embeddings(self._context)
-            hidden = np.ctypeslib.as_array(embeddings, (n, self.model.n_embd))
-        return np.ctypeslib.as_array(logits, (n, self.model.n_vocab)), hidden
-
-
-def _in_batches(values: npt.NDArray[np.intp], most: int) -> list[npt.NDArray[np.intp]]:
-    """Split into the fewest batches, of one size: a last one of a few tokens is a slow one."""
-    return np.array_split(values, -(-len(values) // most)) if len(values) else []
 
 
 def _threads_for(n_bytes: int) -> int:

@@ -14,7 +14,8 @@ from make_random_pair import SHAPES, write_model
 from colm_edge import load
 from colm_edge.cli import main
 from colm_edge.errors import ModelError
-from colm_edge.session import ContextOptions, Model, Scorer, Session
+from colm_edge.scorer import Scorer
+from colm_edge.session import ContextOptions, Model, Session
 
 RANK, ALPHA = 4, 8.0
 CONTEXT = ContextOptions(n_ctx=128, n_threads=1, n_batch=16)

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 from reference import PlainModel
 
-from colm_edge import session as session_module
+from colm_edge import scorer as scorer_module
 from colm_edge.errors import MismatchError, ModelError, PromptError
-from colm_edge.session import ContextOptions, Model, Scorer, Session, shared_vocab
+from colm_edge.scorer import Scorer
+from colm_edge.session import ContextOptions, Model, Session, shared_vocab
 
 CONTEXT = ContextOptions(n_ctx=128, n_threads=1, n_batch=16)
 
@@ -57,8 +58,8 @@ def test_whatever_the_history_the_state_is_that_of_the_prefix(model, tiny):
 @pytest.mark.parametrize("hidden", [True, False])
 def test_scoring_packs_documents_and_gives_the_states_of_each(model, tiny, monkeypatch, hidden):
     """Documents of many lengths, some longer than a batch, and outputs in several batches."""
-    monkeypatch.setattr(session_module, "SCORE_BATCH", 64)
-    monkeypatch.setattr(session_module, "SCORE_BYTES", 4 * 400 * 50)
+    monkeypatch.setattr(scorer_module, "SCORE_BATCH", 64)
+    monkeypatch.setattr(scorer_module, "SCORE_BYTES", 4 * 400 * 50)
     draw = random.Random(1)
     plain = PlainModel(tiny["base"], 256)
     session = Session(model, CONTEXT)

@@ -30,7 +30,8 @@ from bench_loop import cpu_name
 from colm_edge import readout, scoring
 from colm_edge.documents import Documents, read_rows, tokenized
 from colm_edge.pair import Pair, load
-from colm_edge.session import SCORE_BATCH, Session
+from colm_edge.scorer import SCORE_BATCH
+from colm_edge.session import Session
 
 DATA = Path(__file__).parent.parent / "tests" / "data" / "demo_heldout.jsonl"
 
@@ -44,7 +45,7 @@ def random_documents(n: int, n_vocab: int, rng: np.random.Generator) -> Document
 
 def bare_loop(session: Session, documents: Documents) -> tuple[float, float]:
     """Return the seconds, by the clock and of the CPU, that llama.cpp takes for a pass's tokens."""
-    context = session._new_context(SCORE_BATCH, SCORE_BATCH)
+    context = session.new_context(SCORE_BATCH, SCORE_BATCH)
     memory = llama.llama_get_memory(context)
     tokens = [t for d in documents for t in d.tokens[:-1]]
     outputs = [i >= d.start - 1 for d in documents for i in range(len(d.tokens) - 1)]

@@ -23,8 +23,8 @@ import numpy as np
 from finetune_base import finetune
 
 from colm_edge import Pair, load
+from colm_edge.answers import contains
 from colm_edge.documents import Row, read_rows, tokenized
-from colm_edge.evaluate import contains
 from colm_edge.scoring import Scores, score, score_expert
 from colm_edge.switch import HIDDEN, Switch
 from colm_edge.train import fit_switch

@@ -134,6 +134,23 @@ def main() -> None:
         parts = [_columns(scores, np.arange(len(scores.base)), names)]
         return np.concatenate([*parts, *(more[e][:, None].astype(np.float32) for e in extra)], 1)
 
+    def add_deferrals() -> None:
+        """Note, by a first head at a defer rate of 0.2, whether the last token was deferred and how
+        long ago the latest deferral was."""
+        x = columns(0, FEATURE_SETS["both"], ())
+        first = linear(x[~valid], losses["budget"], L2_GRID[-1])
+        at = float(np.quantile(first(x[valid]), 0.8))
+        for side, (_, more) in enumerate(sides):
+            deferred = first(columns(side, FEATURE_SETS["both"], ())) > at
+            since = np.zeros(len(deferred))
+            for i in range(1, len(since)):
+                begun = more["position"][i] == 0
+                since[i] = (
+                    0 if begun else 1 if deferred[i - 1] else since[i - 1] + (since[i - 1] > 0)
+                )
+            more["last deferred"] = (since == 1).astype(np.float64)
+            more["since"] = np.where(since > 0, 1 / np.maximum(since, 1), 0)
+
     def hard(d: Array, rows_base: Array, rows_expert: Array) -> list[float]:
         curve = hard_curve(d, rows_base, rows_expert)
         return [float(curve[round(rate * len(d))]) for rate in DEFER_RATES]
@@ -154,12 +171,14 @@ def main() -> None:
     show("nothing: at random", "–", None, np.random.default_rng(1).random(len(judged.base)))
     show("entropy", "–", None, judged.logit_features[:, 0].astype(np.float64))
     show("margin", "–", None, 1 - judged.logit_features[:, 2].astype(np.float64))
+    add_deferrals()
     plan = [(name, names, (), linear) for name, names in FEATURE_SETS.items()]
     both = FEATURE_SETS["both"]
     plan += [
         ("both, position", both, ("position",), linear),
         ("both, surprise of the last token", both, ("surprise",), linear),
         ("both, position, surprise", both, ("position", "surprise"), linear),
+        ("both, last token deferred, how far back", both, ("last deferred", "since"), linear),
         ("both, the expert's gain on the last three", both, ("gain",), linear),
         (f"both, {HIDDEN_UNITS} hidden units", both, (), layered),
     ]
