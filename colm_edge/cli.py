@@ -516,3 +516,44 @@ def eval_command(
     if plot is not None:
         write_plot(table, plot)
         click.echo(f"{plot}: written", err=True)
+
+
+@main.command("bench")
+@click.option(
+    "--replay", default="f=0.2", show_default=True, metavar="f=RATE[,run=MEAN]|FILE.json",
+    help="Which tokens are deferred: drawn at a rate, in runs of a mean length, or as in what "
+    "`run --json` printed.",
+)  # fmt: skip
+@click.option(
+    "-n", "--n-predict", "n", type=click.IntRange(2), default=128, show_default=True,
+    help="Tokens to write, of a drawn replay.",
+)  # fmt: skip
+@click.option("--rounds", type=click.IntRange(1), default=5, show_default=True)
+@click.option(
+    "-o", "--output", type=click.Choice(["md", "csv", "json"]), default="md", show_default=True
+)
+@model_options
+def bench_command(replay: str, n: int, rounds: int, output: str, models: dict[str, Any]) -> None:
+    """Measure the speed of every way to answer, side by side.
+
+    Each method writes the same tokens in each round: what is evaluated is real, what is written and
+    deferred is the replay's. The models' decodes are timed once and kept under ~/.cache/colm-edge.
+    """
+    from colm_edge.bench import bench, drawn_trace, parse_replay, recorded_trace
+    from colm_edge.evaluate import render
+
+    process = None
+    if "=" in replay:
+        try:
+            process = parse_replay(replay)
+        except ValueError as e:
+            raise click.BadParameter(
+                f"{replay!r}: expected f=RATE from 0 to 1 and, after a comma, run=MEAN from 1 on"
+            ) from e
+    with open_pair(models) as loaded:
+        if process is None:
+            trace = recorded_trace(replay)
+        else:
+            trace = drawn_trace(n, loaded.n_shared, *process)
+        table = bench(loaded, trace, rounds, lambda text: click.echo(f"{text}   ", err=True))
+    click.echo(render(table, output))

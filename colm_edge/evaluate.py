@@ -312,12 +312,14 @@ def _cell(row: dict[str, Any], name: str) -> str:
         return "–"
     if isinstance(value, str):
         return value
+    if isinstance(value, int):
+        return f"{value:,}"
     if name in SHARES:
         text, bounds = f"{100 * value:.1f} %", "{:.1%}–{:.1%}"
     elif name == "threshold":
         text, bounds = f"{value:.3g}", ""
     elif name.startswith("tokens"):
-        text, bounds = f"{value:,.1f}", ""
+        text, bounds = f"{value:,.1f}", "{:,.0f}–{:,.0f}"
     else:
         text, bounds = f"{value:.3f}", "{:.3f}–{:.3f}"
     if f"{name}_low" not in row:

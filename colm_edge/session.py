@@ -416,7 +416,7 @@ class Session:
     def new_context(self, n_ctx: int, n_batch: int, n_sequences: int = 1) -> Any:
         handle = self.model.load()
         params = llama.llama_context_default_params()
-        threads = self._options.n_threads or _threads_for(llama.llama_model_size(handle))
+        threads = self.n_threads
         params.n_ctx = n_ctx
         params.n_batch = params.n_ubatch = n_batch
         params.n_threads = params.n_threads_batch = threads
@@ -432,6 +432,16 @@ class Session:
                 f"{self.model.path}: no context of {n_ctx} tokens: {reason}; try a smaller one (-c)"
             )
         return context
+
+    @property
+    def n_threads(self) -> int:
+        """The threads that evaluate; the weights are read to know."""
+        return self._options.n_threads or _threads_for(llama.llama_model_size(self.model.load()))
+
+    def forget(self) -> None:
+        """Drop every token, so that the next `sync` evaluates all of its own."""
+        if self._context is not None:
+            self._drop(0)
 
     def sync(self, tokens: Sequence[int]) -> int:
         """Make this timeline equal to `tokens` and their last logits current.
