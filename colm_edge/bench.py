@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 SEED = 0
 PROMPT_TOKENS = 32  # of a drawn trace
+DRAWS = 100
 
 
 @dataclass(frozen=True)
@@ -57,17 +58,24 @@ def parse_replay(text: str) -> tuple[float, float]:
 def drawn_trace(n: int, n_vocab: int, rate: float, run: float = 0.0, seed: int = SEED) -> Trace:
     """Draw a trace of n tokens: a two-state process of a defer rate and a mean run of deferrals.
 
-    run: 0 draws every token on its own.
+    run: 0 draws every token on its own. Of DRAWS draws the one of the nearest rate is taken, so
+    that a short trace too defers as often as it says.
     """
     draw = random.Random(seed)
     stay = 1 - 1 / run if run else rate
-    begin = (1 - stay) * rate / (1 - rate) if rate < 1 else 1.0
-    deferred: list[bool] = []
-    for i in range(n):
-        p = rate if i == 0 else stay if deferred[-1] else begin
-        deferred.append(draw.random() < p)
+    begin = min(1.0, (1 - stay) * rate / (1 - rate)) if rate < 1 else 1.0
+    best: list[bool] = []
+    for _ in range(DRAWS):
+        deferred: list[bool] = []
+        for i in range(n):
+            p = rate if i == 0 else stay if deferred[-1] else begin
+            deferred.append(draw.random() < p)
+        if not best or abs(sum(deferred) - rate * n) < abs(sum(best) - rate * n):
+            best = deferred
+        if abs(sum(best) - rate * n) <= 0.5:
+            break
     tokens = [draw.randrange(n_vocab) for _ in range(PROMPT_TOKENS + n)]
-    return Trace(tokens[:PROMPT_TOKENS], tokens[PROMPT_TOKENS:], deferred)
+    return Trace(tokens[:PROMPT_TOKENS], tokens[PROMPT_TOKENS:], best)
 
 
 def recorded_trace(path: str | os.PathLike[str]) -> Trace:
