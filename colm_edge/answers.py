@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from colm_edge.scoring import MakeProgress
     from colm_edge.switch import AnySwitch
 
+KEPT = {"text", "tokens", "deferred", "seconds", "cut"}  # of an answer in a journal
+
 # How right is an answer? (generated text, the data's line) -> 0 to 1. Raises DataError where the
 # line has no right answer; every line is tried with an empty text before the first generation.
 Metric = Callable[[str, dict[str, Any]], float]
@@ -218,7 +220,7 @@ def judged(
         for number, row in rows:
             key = key_of(what, number, row["prompt"])
             entry = journal.get(key) if journal is not None else None
-            if entry is None:
+            if entry is None or not entry.keys() >= KEPT:
                 answer = ask(number, row)
                 stats = answer.stats
                 entry = {

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import logging
+import math
 import sys
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
@@ -288,7 +289,7 @@ def progress(name: str, total: int) -> Any:
 )
 @click.option(
     "-s", "--seed", type=click.IntRange(0), default=0, show_default=True,
-    help="Of the data's split.",
+    help="Of the data's split; keep it for --update.",
 )  # fmt: skip
 @click.option("--raw", is_flag=True, help="No chat template.")
 @pair_options
@@ -319,7 +320,7 @@ def train(
     from colm_edge.switch import Switch
     from colm_edge.train import check_writable, choose_by_answers, fit_switch
 
-    check_writable(outfile)
+    check_writable(outfile, data, *_read_files(models), expert_scores)
     old = Switch.load(update) if update is not None else None
     work = Path(work_dir) if work_dir else None
     if report_dir is not None:
@@ -351,6 +352,10 @@ def train(
             write_report(fit, loaded.base, report_dir)
             click.echo(f"{report_dir}: report written", err=True)
     click.echo(json.dumps(fit.report))
+
+
+def _read_files(models: dict[str, Any]) -> list[str | None]:
+    return [models.get(name) for name in ("model", "expert", "lora")]
 
 
 def say_cut(documents: Documents) -> None:
@@ -390,13 +395,20 @@ def score_command(
 
     if update and work_dir is None:
         raise click.UsageError("--update needs --work-dir")
-    check_writable(outfile)
+    check_writable(outfile, data, *_read_files(models))
     work = Path(work_dir) if work_dir else None
     with load(**models, switch="margin") as loaded:
         documents = tokenized(read_rows(data), loaded, raw=raw, work=work)
         say_cut(documents)
         result = score_expert(loaded, documents, Path(outfile), progress, work=work, update=update)
     click.echo(json.dumps(result))
+
+
+def finite(_: click.Context, __: click.Parameter, value: float) -> float:
+    """Refuse NaN, which is outside of no range."""
+    if math.isnan(value):
+        raise click.BadParameter("nan is not a number")
+    return value
 
 
 def shares(_: click.Context, __: click.Parameter, value: str | None) -> tuple[float, ...]:
@@ -443,8 +455,10 @@ def shares(_: click.Context, __: click.Parameter, value: str | None) -> tuple[fl
     "--anti-expert", metavar="GGUF",
     help="A third model, for Proxy Tuning: base + alpha · (expert − anti-expert).",
 )  # fmt: skip
-@click.option("--alpha", type=click.FloatRange(0), default=1.0, show_default=True,
-              help="The weight of Proxy Tuning.")  # fmt: skip
+@click.option(
+    "--alpha", type=click.FloatRange(0, 100), callback=finite, default=1.0, show_default=True,
+    help="The weight of Proxy Tuning.",
+)  # fmt: skip
 @click.option(
     "--work-dir",
     metavar="DIR",
@@ -510,7 +524,8 @@ def eval_command(
             loaded, data, options, metric=None if metric == "nll" else metric, limit=limit,
             methods=names, thresholds=thresholds, defer_rates=defer_rates,
             weak=Switch.load(weak) if weak else None, proxy=proxy,
-            work=Path(work_dir) if work_dir else None, progress=progress,
+            work=Path(work_dir) if work_dir else None, note=lambda text: click.echo(text, err=True),
+            progress=progress,
         )  # fmt: skip
     click.echo(render(table, output))
     if plot is not None:

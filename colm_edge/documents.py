@@ -209,10 +209,10 @@ def _collect(
 def _checked(documents: Documents) -> Documents:
     if len(documents):
         return documents
-    if documents.n_cut:
+    if documents.n_dropped:
         raise DataError(
-            f"of {documents.n_cut} documents nothing to score is left in a context of "
-            f"{documents.n_ctx} tokens; raise -c"
+            f"of {documents.n_dropped} documents none has a token to score in a context of "
+            f"{documents.n_ctx} tokens: raise -c, or give texts of two tokens or more"
         )
     raise DataError("the data has no documents; expected one JSON object a line")
 

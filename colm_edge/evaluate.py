@@ -10,7 +10,7 @@ import csv
 import io
 import json
 import os
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
@@ -21,8 +21,8 @@ import numpy.typing as npt
 
 from colm_edge import readout
 from colm_edge.answers import METRICS, Generated, Journal, RandomSwitch, answers, check_rows
-from colm_edge.documents import read_rows, tokenized
-from colm_edge.errors import ColmError, MismatchError
+from colm_edge.documents import Row, read_rows, tokenized
+from colm_edge.errors import ColmError, DataError, MismatchError
 from colm_edge.proxy import Proxy
 from colm_edge.scoring import MakeProgress, Scores, score
 from colm_edge.switch import Switch, Untrained
@@ -78,6 +78,7 @@ def evaluate(
     weak: Switch | None = None,
     proxy: Proxy | None = None,
     work: Path | None = None,
+    note: Callable[[str], None] = lambda text: None,
     progress: MakeProgress,
 ) -> Table:
     """Return a row for each method: base, expert, colm, compose, random, entropy, margin, and,
@@ -95,7 +96,8 @@ def evaluate(
     context ended; the metric judges what was written of them.
 
     methods: the rows wanted; without any, all there are. metric: a name in METRICS, for generation.
-    work: a folder that keeps scores and answers; what is found there is not computed again.
+    work: a folder that keeps scores and answers; what is found there is not computed again. note:
+    is told of documents that did not fit the context.
 
     Raises DataError for bad data, MismatchError where the pair's switch has no features to score,
     ColmError for methods that are unknown or lack what they need.
@@ -116,8 +118,13 @@ def evaluate(
         thresholds = [pair.threshold(options)]
     scoring = Journal(work / "proxy.jsonl") if work is not None else None
     answering = Journal(work / "answers.jsonl") if work is not None else None
+    if metric is not None:
+        _check_prompts(pair, rows, options)
     documents = tokenized(rows, pair, raw=options.raw)
-    scores = score(pair, documents, progress, work=work)
+    if documents.cut_note:
+        note(documents.cut_note)
+    # Kept scores of other lines are no mistake here: --limit may have changed.
+    scores = score(pair, documents, progress, work=work, update=True)
     found = _methods(pair.switch, scores, names, thresholds, defer_rates, weak)
     if proxy is not None and "proxy" in names:
         found = chain(found, [_by_proxy(proxy, -proxy.score(documents, progress, scoring))])
@@ -143,6 +150,17 @@ def evaluate(
             )  # fmt: skip
         table[-1] |= _generated(given)
     return table
+
+
+def _check_prompts(pair: Pair, rows: list[Row], options: Options) -> None:
+    for number, row in rows:
+        message = {"role": "user", "content": row["prompt"]}
+        n = len(pair.prompt_tokens([message], raw=options.raw))
+        if n > pair.n_ctx:
+            raise DataError(
+                f"line {number}: the prompt has {n} tokens, the context holds {pair.n_ctx}; "
+                "shorten it or raise -c"
+            )
 
 
 def _names(methods: Collection[str], weak: Switch | None, proxy: Proxy | None) -> tuple[str, ...]:
@@ -318,6 +336,8 @@ def _cell(row: dict[str, Any], name: str) -> str:
         text, bounds = f"{100 * value:.1f} %", "{:.1%}–{:.1%}"
     elif name == "threshold":
         text, bounds = f"{value:.3g}", ""
+        if float(text) in (0, 1) and value not in (0, 1):
+            text = repr(value)  # 0 and 1 mean a model alone
     elif name.startswith("tokens"):
         text, bounds = f"{value:,.1f}", "{:,.0f}–{:,.0f}"
     else:

@@ -178,6 +178,14 @@ def score_expert(
     }
 
 
+def scored_by(path: Path | None) -> str | None:
+    """Return the model that a file of `score_expert` names; None where none is named."""
+    if path is None:
+        return None
+    with np.load(path) as file:
+        return str(file["model"]) if "model" in file else None
+
+
 def _read_expert(path: Path, documents: Documents) -> Columns:
     try:
         with np.load(path) as file:
@@ -341,7 +349,8 @@ class Ledger:
             if known is None:
                 self._make(folder)
             elif np.array_equal(known["key"], documents.keys):
-                self.state: npt.NDArray[np.uint8] = np.load(folder / "state.npy")
+                self.state: npt.NDArray[np.uint8] = _kept(folder / "state.npy")
+                _ = self.columns  # whole, or said to be broken now
             elif update:
                 self._make_from(known, new)
             else:
@@ -364,7 +373,7 @@ class Ledger:
     @property
     def columns(self) -> Columns:
         """The columns, mapped."""
-        return {name: np.load(self._folder / f"{name}.npy", mmap_mode="r") for name in self.kinds}
+        return {name: _kept(self._folder / f"{name}.npy", mmap=True) for name in self.kinds}
 
     def write(self, group: npt.NDArray[np.int64], values: Columns) -> None:
         """Put down what was found for the documents of a group, in their order."""
@@ -419,10 +428,10 @@ class Ledger:
         if not path.exists():
             return None
         try:
-            known: npt.NDArray[Any] = np.load(path)
+            known = _kept(path)
             if known.dtype != ENTRY:
                 raise ValueError(f"expected {ENTRY}, got {known.dtype}")
-        except (ValueError, EOFError) as e:
+        except ValueError as e:
             raise DataError(f"{path}: is broken ({e}); remove the work folder") from e
         return known
 
@@ -446,7 +455,7 @@ class Ledger:
 
         Until all is copied the old columns stay: the disk holds both for a while.
         """
-        scored = np.load(self._folder / "state.npy") != TO_DO
+        scored = _kept(self._folder / "state.npy") != TO_DO
         begins = np.cumsum(known["rows"]) - known["rows"]
         place = dict(zip(known["key"][scored].tolist(), begins[scored].tolist(), strict=True))
         found = np.array([place.get(key, -1) for key in self._documents.keys.tolist()], np.int64)
@@ -475,6 +484,15 @@ class Ledger:
         os.replace(self._folder, old)
         os.replace(new, self._folder)
         shutil.rmtree(old)
+
+
+def _kept(path: Path, *, mmap: bool = False) -> npt.NDArray[Any]:
+    """Read an array of a work folder. Raises DataError when it is not whole."""
+    try:
+        array: npt.NDArray[Any] = np.load(path, mmap_mode="r" if mmap else None)
+    except (FileNotFoundError, ValueError, EOFError) as e:
+        raise DataError(f"{path}: is missing or broken ({e}); remove the work folder") from e
+    return array
 
 
 def _runs(*starts_and_counts: npt.NDArray[np.int64]) -> Iterator[tuple[int, int]]:

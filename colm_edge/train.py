@@ -35,7 +35,7 @@ from colm_edge.heads import (
     sigmoid,
     weak_loss,
 )  # fmt: skip
-from colm_edge.scoring import MakeProgress, Scores, score
+from colm_edge.scoring import MakeProgress, Scores, score, scored_by
 from colm_edge.switch import FEATURE_SETS, HIDDEN, Switch
 
 if TYPE_CHECKING:
@@ -57,10 +57,16 @@ OBJECTIVES = ("marginal", "budget", "weak")
 BEST_OF = ("marginal", "budget")  # what the objective "best" chooses from; weak is a baseline
 
 
-def check_writable(path: str | os.PathLike[str]) -> None:
-    """Raise SwitchError now rather than after an hour's work."""
+def check_writable(path: str | os.PathLike[str], *inputs: str | os.PathLike[str] | None) -> None:
+    """Raise SwitchError now rather than after an hour's work.
+
+    inputs: files that are read, which the result must not replace.
+    """
     target = Path(path)
     folder = target.parent
+    for file in inputs:
+        if file is not None and target.exists() and Path(file).exists() and target.samefile(file):
+            raise SwitchError(f"{target} is read by this command; give the result another name")
     if target.is_dir():
         raise SwitchError(f"{target} is a folder; give a file's name")
     if not folder.is_dir():
@@ -142,7 +148,7 @@ def fit_switch(
         thresholds=thresholds,
         info={
             "base": pair.base.path.name,
-            "expert": pair.expert.path.name,
+            "expert": Path(scored_by(expert_scores) or pair.expert.path).name,
             "objective": trial.objective,
         },
     )
@@ -212,7 +218,8 @@ def fit_head(
 def _held_back(documents: Documents, seed: int) -> set[int]:
     """Return the lines that are held back: those of the smallest keys, as the seed turns them.
 
-    By content, so that a document stays on its side when others are added to the data.
+    By content: when others are added to the data, documents stay on their side, but for the few
+    near the border.
     """
     lines, first = np.unique(documents.lines, return_index=True)
     if len(lines) < MIN_LINES:

@@ -120,7 +120,7 @@ def test_documents_longer_than_the_context_are_cut_and_counted(tiny_pair):
         "2 without a token left to score and left out"
     )
     assert tokenized([(1, rows[0])], tiny_pair).cut_note == ""
-    with pytest.raises(DataError, match="nothing to score is left in a context of 256 tokens"):
+    with pytest.raises(DataError, match="none has a token to score in a context of 256 tokens"):
         tokenized([(3, rows[2])], tiny_pair)
 
 

@@ -396,3 +396,24 @@ def test_a_picture_that_cannot_be_is_said_before_the_work(tmp_path, monkeypatch)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(ColmError, match=r"pip install 'colm-edge\[plots\]'"):
         ev.check_plot(tmp_path / "t.png")
+
+
+def test_what_does_not_fit_the_context_is_said(tiny, tmp_path):
+    """A long completion is cut with a note; a long prompt cannot be answered: its line is named."""
+    path = tmp_path / "d.jsonl"
+    rows = [{"prompt": "p", "completion": "c " * 90}, {"prompt": "q" * 300, "completion": "c"}]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    args = ["eval", "--data", str(path), "-m", tiny["base"], "-me", tiny["expert"], "-t", "1",
+            "-c", "64", "--methods", "base"]  # fmt: skip
+    result = CliRunner().invoke(main, args)
+    assert result.exit_code == 0
+    assert "longer than the context of 64 tokens" in result.stderr
+    result = CliRunner().invoke(main, [*args, "--metric", "exact"])
+    assert result.exit_code == 1
+    assert "line 2: the prompt has" in result.output
+
+
+def test_a_threshold_next_to_one_is_not_printed_as_one():
+    row = {"method": "colm", "threshold": 0.9999996, "nll": 1.0}
+    assert "0.9999996" in ev.render([row], "md")
+    assert "| 1 |" in ev.render([{**row, "threshold": 1.0}], "md")

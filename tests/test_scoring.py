@@ -233,7 +233,7 @@ def test_scores_of_something_else_are_refused(pair, tiny, tmp_path):
             score(other, documents, no_bar, work=tmp_path, update=update)
     (folder,) = tmp_path.glob("base-*")
     (folder / "documents.npy").write_bytes(b"no array")
-    with pytest.raises(DataError, match="is broken"):
+    with pytest.raises(DataError, match="is missing or broken"):
         score(pair, documents, no_bar, work=tmp_path)
     (tmp_path / "file").write_text("")
     with pytest.raises(DataError, match="cannot keep the scores there"):
@@ -385,3 +385,18 @@ def test_a_pass_with_a_work_folder_keeps_a_few_numbers_a_document(pair, tmp_path
     measure(10)
     # Of hidden states, features and scores a document has 30 kB here.
     assert (measure(250) - measure(50)) / 200 < 300
+
+
+@pytest.mark.parametrize("name", ["state", "hidden", "logprob"])
+def test_a_damaged_work_folder_is_said_to_be(pair, tmp_path, name):
+    documents = tokenized(enumerate(ROWS), pair)
+    score(pair, documents, no_bar, work=tmp_path)
+    (damaged,) = tmp_path.glob(f"base-*/{name}.npy")
+    whole = damaged.read_bytes()
+    for content in (whole[: len(whole) // 2], b""):
+        damaged.write_bytes(content)
+        with pytest.raises(DataError, match=rf"{name}.npy: is missing or broken .*remove the work"):
+            score(pair, documents, no_bar, work=tmp_path)
+    damaged.unlink()
+    with pytest.raises(DataError, match=rf"{name}.npy: is missing or broken"):
+        score(pair, documents, no_bar, work=tmp_path)

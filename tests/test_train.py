@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from click.testing import CliRunner
+from gguf import GGUFReader
 from hypothesis import given
 from hypothesis import strategies as st
 from reference import PlainModel
@@ -345,3 +346,32 @@ def test_a_place_that_cannot_be_written_is_found_before_the_work(tmp_path):
     (tmp_path / "s.gguf.tmp").write_text("somebody's")
     train.check_writable(tmp_path / "s.gguf")
     assert [p.name for p in tmp_path.iterdir()] == ["s.gguf.tmp"]
+
+
+def test_a_result_never_replaces_what_it_was_made_from(tiny, tmp_path):
+    data = tmp_path / "d.jsonl"
+    data.write_text('{"prompt": "a", "completion": "b"}\n' * 6)
+    before = data.read_bytes()
+    models = ["-m", tiny["base"], "-me", tiny["expert"]]
+    for command, target in (
+        (["train"], data), (["score"], data), (["train"], tiny["base"]), (["score"], tiny["expert"])
+    ):  # fmt: skip
+        args = [*command, "--data", str(data), "--outfile", str(target), *models]
+        result = CliRunner().invoke(main, args)
+        assert result.exit_code == 1
+        assert "is read by this command; give the result another name" in result.output
+    assert data.read_bytes() == before
+
+
+def test_a_switch_names_the_expert_that_was_scored(tiny, tmp_path):
+    data, out = tmp_path / "d.jsonl", tmp_path / "s.gguf"
+    data.write_text("".join(json.dumps({"prompt": f"p{i}", "completion": "c"}) + "\n"
+                            for i in range(8)))  # fmt: skip
+    scores = str(tmp_path / "e.npz")
+    common = ["--data", str(data), "-m", tiny["base"], "-t", "1"]
+    score_args = ["score", *common, "-me", tiny["expert"], "--outfile", scores]
+    assert CliRunner().invoke(main, score_args).exit_code == 0
+    train_args = ["train", *common, "--expert-scores", scores, "--outfile", str(out)]
+    assert CliRunner().invoke(main, train_args).exit_code == 0
+    fields = GGUFReader(out).fields
+    assert fields["colm.switch.expert"].contents() == "expert.gguf"
