@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 
-class Group(click.Group):
+class OneLineErrors(click.Command):
     """Turn what a user can mend into one line on stderr and exit code 1."""
 
     def invoke(self, ctx: click.Context) -> Any:
@@ -34,6 +34,10 @@ class Group(click.Group):
             return super().invoke(ctx)
         except ColmError as e:
             raise click.ClickException(" ".join(str(e).split())) from e
+
+
+class Group(OneLineErrors, click.Group):
+    """The commands, all with the same errors."""
 
 
 @click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"]})
@@ -51,6 +55,14 @@ SWITCH = click.option(
     metavar="FILE|entropy|margin|defer-row",
     help="The switch: a trained one, an untrained rule (margin is the default beside two "
     "models), or the <|defer|> row of a Co-LLM base.",
+)
+
+
+WORK_DIR = click.option(
+    "--work-dir",
+    metavar="DIR",
+    type=click.Path(file_okay=False),
+    help="Keep the scores here, on disk as they come; a killed run goes on from them.",
 )
 
 
@@ -276,12 +288,7 @@ def progress(name: str, total: int) -> Any:
     type=click.Path(file_okay=False),
     help="Write figures, pictures and coloured texts here.",
 )
-@click.option(
-    "--work-dir",
-    metavar="DIR",
-    type=click.Path(file_okay=False),
-    help="Keep the scores here, on disk as they come; a killed run goes on from them.",
-)
+@WORK_DIR
 @click.option(
     "--expert-scores",
     metavar="FILE.npz",
@@ -367,12 +374,7 @@ def say_cut(documents: Documents) -> None:
 @main.command("score")
 @click.option("--data", required=True, metavar="FILE.jsonl", help="Prompts with completions.")
 @click.option("--outfile", required=True, metavar="FILE.npz", help="Where the scores go.")
-@click.option(
-    "--work-dir",
-    metavar="DIR",
-    type=click.Path(file_okay=False),
-    help="Keep the scores here, on disk as they come; a killed run goes on from them.",
-)
+@WORK_DIR
 @click.option(
     "--update", is_flag=True,
     help="The work folder may hold other documents or another expert; what it knows is not "

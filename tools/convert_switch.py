@@ -31,6 +31,7 @@ import numpy as np
 from checkpoint_files import Tensor, Weights, copy_weights, read_file, read_json
 
 from colm_edge import readout
+from colm_edge.cli import OneLineErrors
 from colm_edge.errors import ColmError, ModelError, SwitchError
 from colm_edge.switch import DEFER_TOKEN, HIDDEN, OnnxSwitch, Switch
 
@@ -417,16 +418,6 @@ def _replacing(target: Path, *, folder: bool = False) -> Iterator[Path]:
     finally:
         if work is not None:
             shutil.rmtree(work, ignore_errors=True)
-
-
-class OneLineErrors(click.Command):
-    """Turn what a user can mend into one line on stderr and exit code 1."""
-
-    def invoke(self, ctx: click.Context) -> Any:
-        try:
-            return super().invoke(ctx)
-        except ColmError as e:
-            raise click.ClickException(" ".join(str(e).split())) from e
 
 
 @click.command(cls=OneLineErrors, context_settings={"help_option_names": ["-h", "--help"]})

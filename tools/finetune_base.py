@@ -23,22 +23,11 @@ from typing import Any
 
 import click
 
+from colm_edge.cli import OneLineErrors
 from colm_edge.errors import ColmError, ModelError
 
 LR = 2e-5  # the paper's, for 7 billion parameters
 LR_LORA = 2e-4
-
-
-class OneLineErrors(click.Command):
-    """Turn what a user can mend into one line on stderr and exit code 1."""
-
-    def invoke(self, ctx: click.Context) -> Any:
-        try:
-            return super().invoke(ctx)
-        except ColmError as e:
-            raise click.ClickException(" ".join(str(e).split())) from e
-
-
 POSITIVE = click.IntRange(1)
 FILE = click.Path(path_type=Path, dir_okay=False)
 
