@@ -1,162 +1,132 @@
-"""Speed side by side: every way to answer, in one process, in rounds that interleave.
-
-A trace says which tokens are written and which of them are deferred. It is imposed on real decodes
-of real models: both are evaluated and the switch is read as ever, only the choices are the trace's.
-So the speed of a pair can be measured whatever its weights say, and one trace serves every method.
-"""
+"""Speed side by side: every way to answer, in one process, in rounds that interleave."""
 
 from __future__ import annotations
 
 import json
-import os
-import random
 import statistics
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import islice, pairwise
+from functools import partial
+from itertools import islice
+from pathlib import Path
 from time import perf_counter
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
-from colm_edge.costs import CostTable, cost_table
-from colm_edge.decode import Decoder, Floats
-from colm_edge.errors import ColmError, DataError
-from colm_edge.switch import Reader, Untrained
+from colm_edge.decode import Decoder
+from colm_edge.draft import DraftDecoder
+from colm_edge.errors import ColmError
+from colm_edge.replay import Trace, replay
+from colm_edge.speculate import FastDecoder, Planner
+from colm_edge.switch import Untrained
 
 if TYPE_CHECKING:
+    from colm_edge.costs import CostTable
     from colm_edge.pair import Pair
     from colm_edge.session import Session
 
-SEED = 0
-PROMPT_TOKENS = 32  # of a drawn trace
-DRAWS = 100
-
-
-@dataclass(frozen=True)
-class Trace:
-    """A prompt, and the tokens written after it with whether each is deferred, (n,) both."""
-
-    prompt: list[int]
-    tokens: list[int]
-    deferred: list[bool]
-
-    @property
-    def catch_ups(self) -> list[int]:
-        """How many tokens the expert evaluates at each call after its first."""
-        at = [i for i, deferred in enumerate(self.deferred) if deferred]
-        return [later - earlier for earlier, later in pairwise(at)]
-
-
-def parse_replay(text: str) -> tuple[float, float]:
-    """Return rate and run of f=0.2,run=2. Raises ValueError for anything else."""
-    values = {name: float(value) for name, value in (part.split("=") for part in text.split(","))}
-    rate, run = values.pop("f", -1.0), values.pop("run", 0.0)
-    if values or not 0 <= rate <= 1 or (run and run < 1):
-        raise ValueError(text)
-    return rate, run
-
-
-def drawn_trace(n: int, n_vocab: int, rate: float, run: float = 0.0, seed: int = SEED) -> Trace:
-    """Draw a trace of n tokens: a two-state process of a defer rate and a mean run of deferrals.
-
-    run: 0 draws every token on its own. Of DRAWS draws the one of the nearest rate is taken, so
-    that a short trace too defers as often as it says.
-    """
-    draw = random.Random(seed)
-    stay = 1 - 1 / run if run else rate
-    begin = min(1.0, (1 - stay) * rate / (1 - rate)) if rate < 1 else 1.0
-    best: list[bool] = []
-    for _ in range(DRAWS):
-        deferred: list[bool] = []
-        for i in range(n):
-            p = rate if i == 0 else stay if deferred[-1] else begin
-            deferred.append(draw.random() < p)
-        if not best or abs(sum(deferred) - rate * n) < abs(sum(best) - rate * n):
-            best = deferred
-        if abs(sum(best) - rate * n) <= 0.5:
-            break
-    tokens = [draw.randrange(n_vocab) for _ in range(PROMPT_TOKENS + n)]
-    return Trace(tokens[:PROMPT_TOKENS], tokens[PROMPT_TOKENS:], best)
-
-
-def recorded_trace(path: str | os.PathLike[str]) -> Trace:
-    """Read what `run --json` printed. Raises DataError when the file is not that."""
-    try:
-        with open(path, encoding="utf-8") as file:
-            answer = json.load(file)
-        tokens = answer["tokens"]
-        trace = Trace(
-            [int(token) for token in answer["prompt_tokens"]],
-            [int(token["id"]) for token in tokens],
-            [{"base": False, "expert": True}[token["source"]] for token in tokens],
-        )
-    except OSError as e:
-        raise DataError(f"{path}: {e.strerror or e}; expected what `run --json` printed") from e
-    except (ValueError, KeyError, TypeError) as e:
-        raise DataError(f"{path}: not what `run --json` printed ({e!r})") from e
-    if not trace.prompt or not trace.tokens:
-        raise DataError(f"{path}: the answer has no tokens")
-    return trace
+Note = Callable[[str], None]
+_CONTEXT = ("n_ctx", "n_threads", "flash_attn", "cache_type_k", "cache_type_v")
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One run of one method."""
+    """One run of one method; the expert's counts are None where another program has them."""
 
     seconds: float
-    first_token_seconds: float
+    first_token_seconds: float | None = None
+    expert_calls: int | None = None
+    expert_tokens: int | None = None
 
 
-class Imposed:
-    """A trace at work in a loop: a reader and a sampler that answer from it."""
+class Methods:
+    """Every way to write a trace's tokens that runs in this process, by name."""
 
-    def __init__(self, trace: Trace, read: Reader) -> None:
-        self._trace, self._read, self._at = trace, read, -1
+    def __init__(self, pair: Pair, trace: Trace) -> None:
+        self._pair, self._trace = pair, trace
+        self.tables = pair.cost_tables()
+        self._read = pair.switch.reader(pair.base, pair.n_shared)
+        self._high_level: HighLevel | None = None
+        self.names: dict[str, Callable[[], Sample]] = {
+            "base": partial(self._loop, Decoder, 1.0),
+            "expert": self._expert_alone,
+            "expert-llama-cpp-python": self._llama,
+            "both": partial(self._loop, Decoder, 0.0),
+            "colm": partial(self._loop, Decoder, 0.5),
+            "colm-fast": self._fast,
+            "speculative": partial(self._loop, DraftDecoder, 0.0, tables=self.tables),
+        }
 
-    def reader(self, logits: Floats, hidden: Floats) -> tuple[float, int, float]:
-        _, _, logsumexp = self._read(logits, hidden)
-        self._at += 1
-        return float(self._trace.deferred[self._at]), self._trace.tokens[self._at], logsumexp
+    def __enter__(self) -> Self:
+        return self
 
-    def sampler(self, logits: Floats) -> int:
-        return self._trace.tokens[self._at]
+    def __exit__(self, *_: object) -> None:
+        if self._high_level is not None:
+            self._high_level.close()
+
+    def _loop(self, kind: type[Decoder], threshold: float, **options: Any) -> Sample:
+        base, expert = self._pair.base_session, self._pair.expert_session
+        # Batches are cut and filled up by the fast schedule alone.
+        costs, expert.costs = expert.costs, self.tables[1] if kind is FastDecoder else None
+        try:
+            return _timed(replay(kind, base, expert, self._read, self._trace, threshold, **options))
+        finally:
+            expert.costs = costs
+
+    def _fast(self) -> Sample:
+        # A planner that has to learn anew in every round.
+        return self._loop(FastDecoder, 0.5, planner=Planner(lambda: self.tables))
+
+    def _expert_alone(self) -> Sample:
+        pair = self._pair
+        # It reads no switch, but its own likeliest token.
+        read = Untrained("margin").reader(pair.expert, pair.n_shared)
+        sample = _timed(
+            replay(Decoder, pair.expert_session, pair.base_session, read, self._trace, 1.0)
+        )
+        n = len(self._trace.tokens)
+        return Sample(
+            sample.seconds, sample.first_token_seconds, n, len(self._trace.prompt) + n - 1
+        )
+
+    def _llama(self) -> Sample:
+        if self._high_level is None:
+            self._high_level = HighLevel(self._pair.expert_session)
+        return self._high_level.run(self._trace)
 
 
-def _loop(base: Session, expert: Session, read: Reader, trace: Trace, threshold: float) -> Sample:
-    for session in (base, expert):
-        session.forget()
-    imposed = Imposed(trace, read)
+def _timed(decoder: Decoder) -> Sample:
     begun = perf_counter()
-    decoder = Decoder(
-        base,
-        expert,
-        imposed.reader,
-        trace.prompt,
-        threshold=threshold,
-        n_choose=min(base.model.n_vocab, expert.model.n_vocab),
-        end_tokens=frozenset(),
-        max_tokens=len(trace.tokens),
-        sample=imposed.sampler,
-    )
     next(decoder)
     first = perf_counter() - begun
     for _ in decoder:
         pass
-    seconds = perf_counter() - begun
-    return Sample(seconds, first)
+    stats = decoder.stats
+    return Sample(perf_counter() - begun, first, stats.expert_calls, stats.expert_tokens)
 
 
 class HighLevel:
     """The expert through llama-cpp-python's own `Llama`, what a user would pick."""
 
-    def __init__(self, pair: Pair) -> None:
-        from llama_cpp import Llama
+    def __init__(self, session: Session) -> None:
+        import llama_cpp
 
-        session = pair.expert_session
-        self._llama = Llama(
-            str(pair.expert.path), n_ctx=pair.n_ctx, n_batch=min(512, pair.n_ctx),
-            n_threads=session.n_threads, n_threads_batch=session.n_threads,
-            n_gpu_layers=pair.expert.n_gpu_layers, verbose=False,
-        )  # fmt: skip
+        from colm_edge.weights import model_params
+
+        options = session.options
+        made = llama_cpp.llama_model_default_params
+        # So that it, too, runs where llama.cpp's AMX code crashes.
+        llama_cpp.llama_model_default_params = model_params
+        try:
+            self._llama = llama_cpp.Llama(
+                str(session.model.path), n_ctx=session.n_ctx, n_batch=session.n_batch,
+                n_threads=session.n_threads, n_threads_batch=session.n_threads,
+                n_gpu_layers=session.model.n_gpu_layers, flash_attn=options.flash_attn != "off",
+                verbose=False,
+            )  # fmt: skip
+        finally:
+            llama_cpp.llama_model_default_params = made
 
     def run(self, trace: Trace) -> Sample:
         self._llama.reset()  # else it would keep the prompt
@@ -168,20 +138,69 @@ class HighLevel:
             pass
         seconds = perf_counter() - begun
         generated.close()
-        return Sample(seconds, first)
+        return Sample(seconds, first, n, len(trace.prompt) + n - 1)
 
     def close(self) -> None:
         self._llama.close()
 
 
+class Tools:
+    """llama.cpp's own programs, each run a process: their figures are without loading, and of
+    texts of their own. Raises ColmError when a program is missing or fails."""
+
+    def __init__(self, folder: Path, pair: Pair, n: int) -> None:
+        self._folder = folder
+        expert, base = pair.expert_session, pair.base_session
+        # A layer count of its own on the GPU for each model; on a CPU they mean nothing.
+        layers = ["-ngl", str(pair.expert.n_gpu_layers)]
+        threads = ["-t", str(expert.n_threads)]
+        model = ["-m", str(pair.expert.path), *threads, *layers]
+        self._n = n
+        self._bench = ["llama-bench", *model, "-p", "0", "-n", str(n), "-r", "1", "-o", "json"]
+        self._speculative = [
+            "llama-speculative-simple", *model, "-c", str(pair.n_ctx), "--temp", "0",
+            "-md", str(pair.base.path), "-td", str(base.n_threads), "--spec-type", "draft-simple",
+            "-ngld", str(pair.base.n_gpu_layers), "-n", str(n), "-p", "Once upon a time",
+        ]  # fmt: skip
+        self.names = {"llama-bench": self._run_bench, "llama-speculative-simple": self._run_draft}
+
+    def _run_bench(self) -> Sample:
+        out = self._run(self._bench)
+        return Sample(self._n / float(json.loads(out[out.index("[") :])[0]["avg_ts"]))
+
+    def _run_draft(self) -> Sample:
+        # decoded   16 tokens in    0.016 seconds, speed:  991.326 t/s
+        line = next(x for x in self._run(self._speculative).splitlines() if "decoded" in x)
+        return Sample(self._n / float(line.split("speed:")[1].split()[0]))
+
+    def _run(self, command: list[str]) -> str:
+        program = self._folder / command[0]
+        try:
+            done = subprocess.run(
+                [program, *command[1:]], capture_output=True, text=True, errors="replace",
+                check=True,
+            )  # fmt: skip
+        except OSError as e:
+            raise ColmError(f"{program}: {e.strerror or e}; build llama.cpp's programs") from e
+        except subprocess.CalledProcessError as e:
+            last = (e.stderr.strip().splitlines() or ["no message"])[-1]
+            raise ColmError(f"{program} failed: {last}") from e
+        # The figures are on one or the other, as the version likes.
+        return done.stdout + done.stderr
+
+
 def bench(
-    pair: Pair, trace: Trace, rounds: int, note: Callable[[str], None]
-) -> list[dict[str, Any]]:
+    pair: Pair, trace: Trace, rounds: int, note: Note, *, tools: Path | None = None,
+    memory: bool = True,
+) -> list[dict[str, Any]]:  # fmt: skip
     """Return a row for each method: medians over the rounds, in which all take turns.
 
     tokens_per_second is of the whole answer, its prompt included, and …_low and …_high are the
     slowest and fastest round; first_token_seconds from an empty cache; ratio_expert to the row
-    expert; ratio_limit to what the decodes alone cost by the models' tables.
+    expert; ratio_limit to what the sequential method's decodes alone cost by the models' tables;
+    peak_memory_mb, the most that a process doing nothing else has in memory.
+
+    tools: where llama.cpp's own programs are, for two more rows.
 
     Raises ColmError when the trace does not fit the context or the vocabulary.
     """
@@ -193,60 +212,57 @@ def bench(
         )
     if max(*trace.prompt, *trace.tokens) >= pair.n_shared:
         raise ColmError("the trace has tokens that this pair does not share; record it with it")
-    base, expert = pair.base_session, pair.expert_session
-    read = pair.switch.reader(pair.base, pair.n_shared)
-    # The expert alone reads no switch, but its own likeliest token.
-    alone = Untrained("margin").reader(pair.expert, pair.n_shared)
-    note("measuring decodes of both models")
-    limits = _limits(trace, cost_table(base), cost_table(expert))
-    high_level = HighLevel(pair)
-    ways: dict[str, Callable[[], Sample]] = {
-        "base": lambda: _loop(base, expert, read, trace, 1.0),
-        "expert": lambda: _loop(expert, base, alone, trace, 1.0),
-        "expert-llama-cpp-python": lambda: high_level.run(trace),
-        "both": lambda: _loop(base, expert, read, trace, 0.0),
-        "colm": lambda: _loop(base, expert, read, trace, 0.5),
-    }
-    samples: dict[str, list[Sample]] = {name: [] for name in ways}
-    # What llama-cpp-python evaluates its own session does not count.
-    calls = {"expert-llama-cpp-python": (n, len(trace.prompt) + n - 1)}
-    try:
+    with Methods(pair, trace) as methods:
+        ways: dict[str, Callable[[], Sample]] = dict(methods.names)
+        if tools is not None:
+            ways |= Tools(tools, pair, n).names
+        samples: dict[str, list[Sample]] = {name: [] for name in ways}
         for i in range(rounds + 1):
             for name, way in ways.items():
                 note(f"round {i} of {rounds}: {name}" if i else f"warming up: {name}")
-                before = expert.n_calls, expert.n_evaluated
                 sample = way()
                 if i:
                     samples[name].append(sample)
-                done = expert.n_calls - before[0], expert.n_evaluated - before[1]
-                calls.setdefault(name, done)
-    finally:
-        high_level.close()
+        limits = _limits(trace, *methods.tables)
+        names = list(methods.names)
+    peaks = {name: _peak_memory(pair, trace, name, note) for name in names} if memory else {}
+    rates = {"colm": sum(trace.deferred) / n, "base": 0.0}
+    rates["colm-fast"] = rates["colm"]
+    return [
+        _row(name, samples, n, rates.get(name, 1.0), limits.get(name), peaks.get(name))
+        for name in ways
+    ]
+
+
+def _row(
+    name: str, samples: dict[str, list[Sample]], n: int, rate: float, limit: float | None,
+    peak: float | None,
+) -> dict[str, Any]:  # fmt: skip
     seconds = {name: [sample.seconds for sample in taken] for name, taken in samples.items()}
-    rows = []
-    for name, taken in samples.items():
-        median = statistics.median(seconds[name])
-        rate = {"colm": sum(trace.deferred) / n, "base": 0.0}.get(name, 1.0)
-        rows.append({
-            "method": name,
-            "tokens_per_second": n / median,
-            "tokens_per_second_low": n / max(seconds[name]),
-            "tokens_per_second_high": n / min(seconds[name]),
-            "first_token_seconds": statistics.median(s.first_token_seconds for s in taken),
-            # Of rounds, so that what slowed a whole round down slows both sides of the ratio.
-            "ratio_expert": statistics.median(
-                alone / ours for ours, alone in zip(seconds[name], seconds["expert"], strict=True)
-            ),
-            "ratio_limit": limits[name] / median,
-            "defer_rate": rate,
-            "expert_calls": calls[name][0],
-            "expert_tokens": calls[name][1],
-        })  # fmt: skip
-    return rows
+    ours, median, last = seconds[name], statistics.median(seconds[name]), samples[name][-1]
+    firsts = [s.first_token_seconds for s in samples[name] if s.first_token_seconds is not None]
+    return {
+        "method": name,
+        "tokens_per_second": n / median,
+        "tokens_per_second_low": n / max(ours),
+        "tokens_per_second_high": n / min(ours),
+        "first_token_seconds": statistics.median(firsts) if firsts else None,
+        # Of rounds, so that what slowed a whole round down slows both sides of the ratio.
+        "ratio_expert": statistics.median(
+            alone / own for own, alone in zip(ours, seconds["expert"], strict=True)
+        ),
+        "ratio_limit": limit / median if limit is not None else None,
+        "defer_rate": rate,
+        "expert_calls": last.expert_calls,
+        "calls_per_100": None if last.expert_calls is None else 100 * last.expert_calls / n,
+        "expert_tokens": last.expert_tokens,
+        "peak_memory_mb": peak,
+    }
 
 
 def _limits(trace: Trace, base: CostTable, expert: CostTable) -> dict[str, float]:
-    """Return the seconds that each method's decodes take by themselves."""
+    """Return the seconds that each method's decodes take by themselves; those of the fast schedule
+    are compared with the sequential one's, n·c_base(1) + Σ c_expert(kᵢ)."""
     n_prompt, n = len(trace.prompt), len(trace.tokens)
     base_alone = base(n_prompt) + (n - 1) * base(1)
     expert_alone = expert(n_prompt) + (n - 1) * expert(1)
@@ -259,4 +275,70 @@ def _limits(trace: Trace, base: CostTable, expert: CostTable) -> dict[str, float
         "expert-llama-cpp-python": expert_alone,
         "both": base_alone + expert_alone,
         "colm": colm,
+        "colm-fast": colm,
     }
+
+
+def _peak_memory(pair: Pair, trace: Trace, name: str, note: Note) -> float | None:
+    """Return the MB that a process of its own has in memory at most when it runs a method once, or
+    None where the system does not tell."""
+    note(f"memory: {name}")
+    base, expert = pair.base, pair.expert
+    if name in ("expert", "expert-llama-cpp-python"):  # the base is not to be loaded
+        base = expert
+    options = pair.base_session.options
+    arguments = {
+        "model": str(base.path), "expert": str(expert.path), "switch": pair.switch.name,
+        "lora": None if base.lora is None else str(base.lora), "n_gpu_layers": base.n_gpu_layers,
+        "n_gpu_layers_expert": expert.n_gpu_layers,
+        **{name: getattr(options, name) for name in _CONTEXT},
+    }  # fmt: skip
+    if base is expert:
+        arguments["switch"] = "margin"
+    task = {"arguments": arguments, "trace": trace.__dict__, "name": name}
+    done = subprocess.run(
+        [sys.executable, "-m", "colm_edge.bench"], input=json.dumps(task), text=True,
+        capture_output=True, check=False,
+    )  # fmt: skip
+    if done.returncode != 0:
+        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+        raise ColmError(f"the memory of {name} could not be measured: {last}")
+    peak: float | None = json.loads(done.stdout)
+    return peak
+
+
+def _measure_memory() -> None:
+    """Run one method once, as standard input says; print the MB of memory this process took."""
+    from colm_edge.pair import load
+    from colm_edge.session import ContextOptions, Session
+    from colm_edge.weights import Model
+
+    task = json.load(sys.stdin)
+    trace, name = Trace(**task["trace"]), task["name"]
+    arguments = task["arguments"]
+    if name == "expert-llama-cpp-python":
+        options = ContextOptions(**{name: arguments[name] for name in _CONTEXT})
+        HighLevel(Session(Model(arguments["expert"]), options)).run(trace)
+    else:
+        with load(**arguments) as pair, Methods(pair, trace) as methods:
+            # With itself as the expert, a model alone is the base alone.
+            methods.names["base" if name == "expert" else name]()
+    print(json.dumps(peak_memory()))
+
+
+def peak_memory() -> float | None:
+    """Return the most MB that this process ever had in memory, or None where nobody tells."""
+    status = Path("/proc/self/status")
+    if status.exists():  # Linux's getrusage tells of the parent as well
+        line = next(x for x in status.read_text().splitlines() if x.startswith("VmHWM"))
+        return int(line.split()[1]) * 1024 / 1e6
+    try:
+        import resource
+    except ImportError:
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak * (1 if sys.platform == "darwin" else 1024) / 1e6
+
+
+if __name__ == "__main__":
+    _measure_memory()

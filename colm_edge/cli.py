@@ -7,8 +7,8 @@ import json
 import logging
 import math
 import sys
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from functools import partial, wraps
 from pathlib import Path
@@ -96,6 +96,23 @@ def _pair_options() -> list[Any]:
         click.option(
             "-ngle", "--n-gpu-layers-expert", type=int, help="Expert layers on the GPU [as -ngl]."
         ),
+        click.option(
+            "-fa", "--flash-attn", type=click.Choice(["auto", "on", "off"]),
+            help="Flash attention.  [default: auto]",
+        ),
+        click.option(
+            "-ctk", "--cache-type-k", metavar="TYPE",
+            help="Type of the cached keys: f32, f16, bf16, q8_0, q5_1 …  [default: f16]",
+        ),
+        click.option(
+            "-ctv", "--cache-type-v", metavar="TYPE",
+            help="Type of the cached values.  [default: f16]",
+        ),
+        click.option(
+            "--overlap/--no-overlap", default=None,
+            help="Let the expert catch up beside the base, on a thread of its own.  [default: "
+            "where they are on different devices or cores]",
+        ),
     ]  # fmt: skip
 
 
@@ -121,6 +138,8 @@ def decoding_options(**other_defaults: Any) -> Callable[[Command], Command]:
                help="Share of tokens to defer, by the switch's calibration."),
         option("strategy", "--strategy", type=click.Choice(["defer", "compose"]),
                help="At a deferral: the expert's token, or that of the mixture."),
+        option("schedule", "--schedule", type=click.Choice(["fast", "sequential"]),
+               help="In which batches both models are evaluated; the text is the same."),
         option("temperature", "--temp", type=click.FloatRange(0), help="0: greedy."),
         option("top_k", "--top-k", type=click.IntRange(0, 2**31 - 1),
                help="Keep the k likeliest; 0: all."),
@@ -169,7 +188,7 @@ def open_pair(models: dict[str, Any], **more: Any) -> Pair:
     """Load what the model options name and say on stderr what a user should know of it."""
     from colm_edge.pair import load
 
-    loaded = load(**models, **more)
+    loaded = load(**models, **more, note=lambda text: click.echo(f"{text} …", err=True))
     if loaded.is_demo:
         click.echo(
             "A demonstration pair (animals, elements, countries). "
@@ -189,6 +208,10 @@ def open_pair(models: dict[str, Any], **more: Any) -> Pair:
 @click.option("-p", "--prompt", help="The prompt; without one, standard input or a chat.")
 @click.option("-sys", "--system-prompt", "system", help="A system prompt.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object with every token.")
+@click.option(
+    "--prompt-cache", metavar="FILE", type=click.Path(dir_okay=False),
+    help="Keep what both models evaluated here, and begin with it the next time.",
+)  # fmt: skip
 @model_options
 @decoding_options()
 def run(
@@ -196,6 +219,7 @@ def run(
     prompt: str | None,
     system: str | None,
     as_json: bool,
+    prompt_cache: str | None,
     models: dict[str, Any],
     decoding: dict[str, Any],
 ) -> None:
@@ -213,7 +237,10 @@ def run(
         prompt = sys.stdin.buffer.read().decode("utf-8", "replace") if sys.stdin else ""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a console may lack a character of the answer
-    with open_pair(models, defaults=Options(**decoding)) as loaded:
+    with ExitStack() as stack:
+        loaded = stack.enter_context(open_pair(models, defaults=Options(**decoding)))
+        if prompt_cache is not None:
+            stack.enter_context(kept_prompts(loaded, prompt_cache))
         if prompt is None:
             Chat(loaded, system).loop()
             return
@@ -227,6 +254,15 @@ def run(
             click.echo(summary(stream.answer().stats), err=True)
         if interrupted:
             raise SystemExit(130)
+
+
+@contextmanager
+def kept_prompts(pair: Pair, path: str) -> Iterator[None]:
+    """Begin with a prompt cache, if the file is there, and write it at the end."""
+    if Path(path).exists():
+        pair.load_prompts(path)
+    yield
+    pair.save_prompts(path)
 
 
 def describe(pair: Pair, stream: Stream) -> dict[str, Any]:
@@ -537,9 +573,10 @@ def eval_command(
 
 @main.command("bench")
 @click.option(
-    "--replay", default="f=0.2", show_default=True, metavar="f=RATE[,run=MEAN]|FILE.json",
-    help="Which tokens are deferred: drawn at a rate, in runs of a mean length, or as in what "
-    "`run --json` printed.",
+    "--replay", default="f=0.2", show_default=True,
+    metavar="f=RATE[,agree=P][,run=MEAN]|FILE.json",
+    help="Which tokens are deferred: drawn at a rate, in runs of a mean length, the expert "
+    "repeating the base's choice with probability P [0.6]; or as in what `run --json` printed.",
 )  # fmt: skip
 @click.option(
     "-n", "--n-predict", "n", type=click.IntRange(2), default=128, show_default=True,
@@ -547,30 +584,78 @@ def eval_command(
 )  # fmt: skip
 @click.option("--rounds", type=click.IntRange(1), default=5, show_default=True)
 @click.option(
+    "--llama-cpp", "tools", metavar="DIR", type=click.Path(file_okay=False, exists=True),
+    help="Where llama-bench and llama-speculative-simple are, for a row each.",
+)  # fmt: skip
+@click.option(
+    "--tune", "tuning", is_flag=True,
+    help="Instead, try settings of both models and print the best, and which quantisation of the "
+    "expert is the fastest here.",
+)  # fmt: skip
+@click.option(
     "-o", "--output", type=click.Choice(["md", "csv", "json"]), default="md", show_default=True
 )
 @model_options
-def bench_command(replay: str, n: int, rounds: int, output: str, models: dict[str, Any]) -> None:
+def bench_command(
+    replay: str, n: int, rounds: int, tools: str | None, tuning: bool, output: str,
+    models: dict[str, Any],
+) -> None:  # fmt: skip
     """Measure the speed of every way to answer, side by side.
 
     Each method writes the same tokens in each round: what is evaluated is real, what is written and
     deferred is the replay's. The models' decodes are timed once and kept under ~/.cache/colm-edge.
     """
-    from colm_edge.bench import bench, drawn_trace, parse_replay, recorded_trace
+    from colm_edge.bench import bench
     from colm_edge.evaluate import render
+    from colm_edge.replay import Process, recorded
+    from colm_edge.tune import tune
+
+    def note(text: str) -> None:
+        click.echo(text, err=True)
 
     process = None
     if "=" in replay:
         try:
-            process = parse_replay(replay)
+            process = Process.parse(replay)
         except ValueError as e:
             raise click.BadParameter(
-                f"{replay!r}: expected f=RATE from 0 to 1 and, after a comma, run=MEAN from 1 on"
+                f"{replay!r}: expected f=RATE and, after commas, agree=P, both from 0 to 1, and "
+                "run=MEAN from 1 on"
             ) from e
     with open_pair(models) as loaded:
-        if process is None:
-            trace = recorded_trace(replay)
-        else:
-            trace = drawn_trace(n, loaded.n_shared, *process)
-        table = bench(loaded, trace, rounds, lambda text: click.echo(f"{text}   ", err=True))
+        if tuning:
+            rows, advice = tune(loaded, note)
+            click.echo(render(rows, output))
+            click.echo("\n".join(advice), err=output != "md")
+            return
+        trace = recorded(replay) if process is None else process.draw(n, loaded.n_shared)
+        table = bench(loaded, trace, rounds, note, tools=Path(tools) if tools else None)
     click.echo(render(table, output))
+
+
+@main.command("info")
+@click.argument("refs", nargs=-1, required=True, metavar="REF [REF]")
+@click.option(
+    "--costs", is_flag=True,
+    help="Measure what decodes of 1, 2, 3 … tokens cost on this machine, unless it is known.",
+)  # fmt: skip
+@click.option("-t", "--threads", "n_threads", type=click.IntRange(0), default=0)
+@click.option("-o", "--output", type=click.Choice(["md", "json"]), default="md", show_default=True)
+def info_command(refs: tuple[str, ...], costs: bool, n_threads: int, output: str) -> None:
+    """Describe a model or a switch; of two models say whether they can collaborate."""
+    from colm_edge.info import describe_files
+
+    if len(refs) > 2:
+        raise click.UsageError("give one REF or two")
+    facts = describe_files(refs, costs=costs, n_threads=n_threads)
+    click.echo(json.dumps(facts) if output == "json" else facts_as_text(facts))
+
+
+def facts_as_text(facts: list[dict[str, Any]]) -> str:
+    """Return facts as lines, a blank line between two files."""
+
+    def lines(fact: dict[str, Any]) -> str:
+        width = max(map(len, fact)) + 2
+        return "\n".join(f"{key.replace('_', ' '):{width}}{value}" for key, value in fact.items())
+
+    return "\n\n".join(map(lines, facts))

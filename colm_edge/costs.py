@@ -6,13 +6,15 @@ table beats a rule of thumb.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import platform
 import random
-import statistics
 from bisect import bisect_left
-from dataclasses import dataclass
+from collections.abc import Callable
+from contextlib import suppress
+from functools import cached_property
 from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING
@@ -20,19 +22,22 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from colm_edge.session import Session
 
-VERSION = 1  # of how it is measured
-SIZES = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 16, 24, 32, 48, 64)
+VERSION = 3  # of how it is measured
+SIZES = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 16, 20, 24, 32, 48, 64)
 N_PAST = 128  # tokens in the cache before each decode, where the context has room for them
-SECONDS = 4.0  # of measuring, but for what one decode of each size takes
-ROUNDS = 15
+SECONDS = 4.0  # of measuring, but for the decode in flight
+ROUNDS = 8
+OFTEN = 16  # sizes up to this one are measured in every round
+LONG = 0.005  # seconds of a decode for which building a graph is nothing
+# What another batch size must promise to save, since a table is measured and not known.
+MARGIN = 0.04
 
 
-@dataclass(frozen=True)
 class CostTable:
     """Seconds that one decode takes, by its number of tokens; rising sizes."""
 
-    sizes: tuple[int, ...]
-    seconds: tuple[float, ...]
+    def __init__(self, sizes: tuple[int, ...], seconds: tuple[float, ...]) -> None:
+        self.sizes, self.seconds = sizes, seconds
 
     def __call__(self, n: int) -> float:
         """Return the seconds of a decode of n tokens, between measured sizes by interpolation and
@@ -46,60 +51,135 @@ class CostTable:
         share = (n - low) / (high - low)
         return self.seconds[at - 1] * (1 - share) + self.seconds[at] * share
 
+    def best(self, n: int) -> float:
+        """Return the seconds that n tokens take in the cheapest pieces."""
+        plan = self._plan
+        return plan[n][0] if n < len(plan) else self(n)
 
-def cost_table(session: Session, *, fresh: bool = False) -> CostTable:
+    def pieces(self, n: int, room: int, *, whole: bool = False) -> list[tuple[int, int]]:
+        """Return how to evaluate n tokens: (tokens, size of the batch when filled up), in order.
+
+        room: the largest batch that is possible. whole: one piece, since all outputs are wanted.
+        """
+        plan = self._plan
+        if n >= len(plan):
+            return [(n, n)]
+        if whole:
+            return [(n, self._filled(n, room))]
+        found = []
+        while n:
+            piece = plan[n][1]
+            found.append((piece, self._filled(piece, room)))
+            n, room = n - piece, room - piece
+        return found
+
+    def _filled(self, n: int, room: int) -> int:
+        """Return the size that a batch of n tokens is best filled up to, at most room."""
+        larger = [m for m in self.sizes if n < m <= room]
+        best = min(larger, key=self, default=n)
+        return best if self(best) < (1 - MARGIN) * self(n) else n
+
+    @cached_property
+    def _plan(self) -> list[tuple[float, int]]:
+        """By n: (seconds, tokens of the first piece), by dynamic programming over the rest."""
+        plan = [(0.0, 0)]
+        cost = [0.0] + [self(self._filled(n, n + n)) for n in range(1, self.sizes[-1] + 1)]
+        for n in range(1, len(cost)):
+            piece = min(range(1, n + 1), key=lambda k: (cost[k] + plan[n - k][0], -k))
+            cut = cost[piece] + plan[n - piece][0]
+            plan.append((cut, piece) if cut < (1 - MARGIN) * cost[n] else (cost[n], n))
+        return plan
+
+
+def kept_table(session: Session) -> CostTable | None:
+    """Return a session's table from the cache, or None."""
+    try:
+        kept = json.loads(_cache_file(session).read_text())
+        return CostTable(tuple(kept["sizes"]), tuple(kept["seconds"]))
+    except (OSError, ValueError, KeyError, TypeError):
+        return None  # none, or a broken one: measured anew
+
+
+def cost_table(
+    session: Session, *, fresh: bool = False, note: Callable[[str], None] = lambda text: None
+) -> CostTable:
     """Return a session's table from the cache, or measure it and keep it there.
 
-    The cache is a file for each model, machine and number of threads under $XDG_CACHE_HOME (or
-    ~/.cache)/colm-edge. fresh: measure in any case. The session's timeline is overwritten.
+    The cache is a file for each model, machine and settings under $XDG_CACHE_HOME (or
+    ~/.cache)/colm-edge. fresh: measure in any case. note: told when it takes a while. The session
+    itself is left alone.
     """
-    session.open()
-    path = _cache_file(session)
-    if not fresh:
-        try:
-            kept = json.loads(path.read_text())
-            return CostTable(tuple(kept["sizes"]), tuple(kept["seconds"]))
-        except (OSError, ValueError, KeyError, TypeError):
-            pass  # none, or a broken one: measured anew
+    kept = None if fresh else kept_table(session)
+    if kept is not None:
+        return kept
+    note(f"measuring {session.model.path.name} on this machine, once")
     table = measure(session)
+    path = _cache_file(session)
     temporary = path.with_suffix(f".{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        kept = {"model": str(session.model.path), "sizes": table.sizes, "seconds": table.seconds}
-        temporary.write_text(json.dumps(kept) + "\n")
+        content = {"model": str(session.model.path), "sizes": table.sizes, "seconds": table.seconds}
+        temporary.write_text(json.dumps(content) + "\n")
         os.replace(temporary, path)
-    except OSError:
-        temporary.unlink(missing_ok=True)  # a cache that cannot be written is measured again
+    except OSError:  # a cache that cannot be written is measured again
+        with suppress(OSError):
+            temporary.unlink()
     return table
 
 
 def measure(session: Session) -> CostTable:
-    """Time decodes of every size behind the same prefix; medians.
+    """Time decodes of every size behind the same prefix, in a context of their own.
 
-    A size's decodes follow each other, as those of one token do in a loop: llama.cpp keeps its
-    graph from one decode to the next of the same size, which for a very small model is a third of
-    the time.
+    Sizes take turns, and of a size's times the lower quartile counts: what disturbs a machine for a
+    moment then spoils no size for good. SECONDS is reached by the sizes in rising order, so of a
+    large model the largest may be left out, and the smallest are measured most often.
     """
-    n_past = min(N_PAST, session.n_ctx // 2)
-    sizes = [n for n in SIZES if n_past + n <= session.n_ctx]
-    draw = random.Random(0)
-    tokens = [draw.randrange(session.model.n_vocab) for _ in range(n_past + sizes[-1])]
-    medians = []
-    session.sync(tokens)  # warms up
-    for n in sizes:
-        times: list[float] = []
-        begun = perf_counter()
-        while len(times) < ROUNDS and (not times or perf_counter() - begun < SECONDS / len(sizes)):
-            session.sync(tokens[:n_past])
-            before = session.seconds
-            session.sync(tokens[: n_past + n])
-            times.append(session.seconds - before)
-        medians.append(statistics.median(times))
-    return CostTable(tuple(sizes), tuple(medians))
+    largest = min(SIZES[-1], session.n_batch)
+    n_past = max(1, min(N_PAST, session.n_ctx - largest))
+    with session.twin(n_past + largest) as twin:
+        draw = random.Random(0)
+        n_vocab = twin.model.n_vocab
+        prefix = [draw.randrange(n_vocab) for _ in range(n_past)]
+        # Two continuations that differ at once: either drops the other and is evaluated whole.
+        one = [draw.randrange(n_vocab - 1) for _ in range(largest)]
+        turns = (one, [token + 1 for token in one])
+        sizes = [n for n in SIZES if n <= min(largest, twin.n_ctx - n_past)]
+        times: dict[int, list[float]] = {}
+        twin.sync(prefix)
+        twin.sync(prefix + turns[0][:1])  # warms up
+        begun, turn = perf_counter(), 0
+        for i in range(ROUNDS):
+            for n in sizes if i == 0 else [n for n in times if n <= OFTEN]:
+                # llama.cpp keeps its graph from one decode to the next of the same size, as in a
+                # loop of single tokens; for a very small model that is a third of the time.
+                for _ in range(3):
+                    before, turn = twin.seconds, 1 - turn
+                    tokens = prefix + turns[turn][:n]
+                    # A base is given several tokens only where the switch reads all their states.
+                    twin.sync(tokens, range(n_past, n_past + n) if twin.wants_hidden else ())
+                    times.setdefault(n, []).append(twin.seconds - before)
+                    if n > 1 and times[n][-1] > LONG:
+                        break
+                if perf_counter() - begun > SECONDS:
+                    return _table(times)
+    return _table(times)
+
+
+def _table(times: dict[int, list[float]]) -> CostTable:
+    quartiles = (sorted(taken)[len(taken) // 4] for taken in times.values())
+    return CostTable(tuple(times), tuple(quartiles))
 
 
 def _cache_file(session: Session) -> Path:
+    import llama_cpp
+
     home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    machine = f"{platform.node()}-{platform.machine()}-{session.n_threads}"
-    name = f"{VERSION}-{session.model.fingerprint[:16]}-{machine}-{session.model.n_gpu_layers}.json"
-    return Path(home) / "colm-edge" / "costs" / name
+    library = next((Path(llama_cpp.__file__).parent / "lib").glob("*ggml-cpu*"), None)
+    settings = (
+        VERSION, platform.node(), llama_cpp.__version__, library and library.stat().st_size,
+        llama_cpp.llama_print_system_info(), session.model.n_gpu_layers, session.n_threads,
+        session.n_batch, session.options.flash_attn, session.options.cache_type_k,
+        session.options.cache_type_v,
+    )  # fmt: skip
+    key = hashlib.sha256(repr((session.model.fingerprint, settings)).encode()).hexdigest()
+    return Path(home) / "colm-edge" / "costs" / f"{key[:24]}.json"

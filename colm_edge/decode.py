@@ -2,13 +2,14 @@
 
 The exact Co-LLM procedure (arXiv 2403.03870, section 2): the base is evaluated at every position,
 the switch reads its state, and only where p_defer > threshold does the expert catch up, in one
-batch, and write the token. Then control is the base's again.
+batch, and write the token. Then control is the base's again. `speculate` has its fast twin.
 """
 
 from __future__ import annotations
 
 import math
 import threading
+from array import array
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from time import perf_counter
@@ -39,7 +40,8 @@ class Step:
 @dataclass(slots=True)
 class Stats:
     """What an answer took; `base_tokens` and `expert_tokens` count every token that was evaluated,
-    the prompt included."""
+    the prompt and what was rolled back included. Where the expert works in the background, its
+    seconds are partly the base's as well."""
 
     n_prompt: int = 0
     n_generated: int = 0
@@ -70,15 +72,15 @@ class Timeline(Protocol):
     seconds: float
     load_seconds: float
 
-    @property
-    def logits(self) -> Floats: ...
-    @property
-    def hidden(self) -> Floats: ...
-    def sync(self, tokens: Sequence[int]) -> int: ...
+    def sync(self, tokens: Sequence[int], outputs: Sequence[int] = ()) -> int: ...
+    def state(self, i: int) -> tuple[Floats, Floats]: ...
 
 
-# Picks a token from logits (n_choose,).
-Sampler = Callable[[Floats], int]
+class Sampler(Protocol):
+    """Picks a token from logits (n_choose,). `copy` is one that would pick the same from now on."""
+
+    def __call__(self, logits: Floats) -> int: ...
+    def copy(self) -> Sampler: ...
 
 
 class Decoder:
@@ -88,7 +90,10 @@ class Decoder:
     defer_row: the id in the base's vocabulary that is the switch and no token, or -1.
     end_tokens: they end the answer and are no step of it.
     sample: None writes the likeliest token.
+    follow: told the written tokens before each next one, for an expert that works beside the loop.
     """
+
+    checks_every_token = False  # whether the expert has its say on tokens that are not deferred
 
     def __init__(
         self,
@@ -104,23 +109,28 @@ class Decoder:
         compose: bool = False,
         defer_row: int = -1,
         sample: Sampler | None = None,
+        follow: Callable[[array[int]], None] | None = None,
         lock: threading.RLock | None = None,
     ) -> None:
-        self.tokens = list(prompt)
+        self.tokens = array("i", prompt)
         self.stats = Stats(n_prompt=len(self.tokens))
         self.finish_reason: Literal["stop", "length"] | None = None
         self._base, self._expert, self._read = base, expert, read
         self._threshold, self._n_choose, self._end_tokens = threshold, n_choose, end_tokens
-        self._max_tokens, self._compose, self._sample = max_tokens, compose, sample
-        self._defer_row = defer_row
+        self._compose, self._sample, self._defer_row = compose, sample, defer_row
+        self._follow = follow
         self._lock = lock or threading.RLock()
         self._expert_head = np.empty(len(readout.FEATURES), np.float32)
+        # The context must hold every token that is evaluated; the last one written is not.
+        self._end = min(base.n_ctx, expert.n_ctx) + 1
+        if max_tokens >= 0:
+            self._end = min(self._end, len(self.tokens) + max_tokens)
 
     def __iter__(self) -> Iterator[Step]:
         return self
 
     def __next__(self) -> Step:
-        if self.finish_reason is None and self._is_full():
+        if self.finish_reason is None and len(self.tokens) >= self._end:
             self.finish_reason = "length"
         if self.finish_reason is not None:
             raise StopIteration
@@ -137,39 +147,60 @@ class Decoder:
         stats.n_deferred += step.source == "expert"
         return step
 
-    def _is_full(self) -> bool:
-        # The context must hold every token that is evaluated; the last one written is not.
-        n_ctx = min(self._base.n_ctx, self._expert.n_ctx)
-        return len(self.tokens) > n_ctx or 0 <= self._max_tokens <= self.stats.n_generated
-
     def _step(self) -> Step:
-        base, expert, stats = self._base, self._expert, self.stats
-        seconds = base.seconds
-        stats.base_tokens += base.sync(self.tokens)
-        stats.base_seconds += base.seconds - seconds
-        try:
-            p_defer, choice, logsumexp = self._read(base.logits, base.hidden)
-        except ValueError as e:
-            raise ModelError(f"the base or the switch is broken: {e}; use another file") from e
+        at = len(self.tokens)
+        self._work_ahead(self.tokens)
+        self._evaluate_base(self.tokens)
+        logits, hidden = self._base.state(at - 1)
+        p_defer, choice, logsumexp = self._judge(at, logits, hidden)
+        if not self._defers(p_defer):
+            return self._write("base", p_defer, logits, choice, logsumexp)
+        self._evaluate_expert(self.tokens)
+        theirs, _ = self._expert.state(at - 1)
+        if self._compose and p_defer < 1:
+            theirs = mixture(logits, theirs, p_defer, self._n_choose, self._defer_row)
+        choice, logsumexp = self._likeliest(at, theirs)
+        return self._write("expert", p_defer, theirs, choice, logsumexp)
+
+    def _defers(self, p_defer: float) -> bool:
         # p > 0 holds for every finite state; where it underflows, 0 still means always.
-        if not (p_defer > self._threshold or self._threshold <= 0):
-            return self._write("base", p_defer, base.logits, choice, logsumexp)
-        calls, seconds, loading = expert.n_calls, expert.seconds, expert.load_seconds
-        stats.expert_tokens += expert.sync(self.tokens)
+        return p_defer > self._threshold or self._threshold <= 0
+
+    def _work_ahead(self, tokens: array[int]) -> None:
+        if self._follow is not None:
+            self._follow(tokens)
+
+    def _evaluate_base(self, tokens: array[int], outputs: Sequence[int] = ()) -> None:
+        base, stats = self._base, self.stats
+        seconds = base.seconds
+        stats.base_tokens += base.sync(tokens, outputs)
+        stats.base_seconds += base.seconds - seconds
+
+    def _evaluate_expert(self, tokens: array[int], outputs: Sequence[int] = ()) -> None:
+        expert, stats = self._expert, self.stats
+        calls, evaluated = expert.n_calls, expert.n_evaluated
+        seconds, loading = expert.seconds, expert.load_seconds
+        expert.sync(tokens, outputs)
         stats.expert_calls += expert.n_calls - calls
+        stats.expert_tokens += expert.n_evaluated - evaluated
         stats.expert_seconds += expert.seconds - seconds
         stats.expert_load_seconds += expert.load_seconds - loading
-        logits = expert.logits
-        if self._compose and p_defer < 1:
-            logits = mixture(base.logits, expert.logits, p_defer, self._n_choose, self._defer_row)
+
+    def _judge(self, at: int, logits: Floats, hidden: Floats) -> tuple[float, int, float]:
+        """Return p_defer, the base's likeliest token and the log-sum-exp, for the token at `at`."""
+        try:
+            return self._read(logits, hidden)
+        except ValueError as e:
+            raise ModelError(f"the base or the switch is broken: {e}; use another file") from e
+
+    def _likeliest(self, at: int, logits: Floats) -> tuple[int, float]:
+        """Return the likeliest token and the log-sum-exp of the expert's logits, or a mixture's,
+        for the token at `at`."""
         n_choose = min(self._n_choose, len(logits))
         try:
-            choice, logsumexp = readout.read(
-                logits, None, None, None, None, self._expert_head, n_choose, -1
-            )
+            return readout.read(logits, None, None, None, None, self._expert_head, n_choose, -1)
         except ValueError as e:
             raise ModelError(f"the expert is broken: {e}; use another file") from e
-        return self._write("expert", p_defer, logits, choice, logsumexp)
 
     def _write(
         self, source: Source, p_defer: float, logits: Floats, choice: int, logsumexp: float

@@ -52,13 +52,13 @@ def find_pair(name: str) -> PairFiles:
     if "base" not in roles or "expert" not in roles:
         whole = sorted(n for n, r in pairs.items() if "base" in r and "expert" in r)
         raise ModelError(f"no pair named {name!r} in {_models_txt()}; known: {', '.join(whole)}")
-    switch = _resolve(roles["switch"]) if "switch" in roles else "margin"
+    switch = resolve(roles["switch"]) if "switch" in roles else "margin"
     return PairFiles(
-        _resolve(roles["base"]), _resolve(roles["expert"]), switch, is_demo=name == DEMO_PAIR
+        resolve(roles["base"]), resolve(roles["expert"]), switch, is_demo=name == DEMO_PAIR
     )
 
 
-def _resolve(reference: str) -> str:
+def resolve(reference: str) -> str:
     """Return the path of a reference; `package:` stands for the files that ship with colm-edge."""
     if reference.startswith("package:"):
         return str(_PACKAGE / "data" / reference.removeprefix("package:"))
@@ -81,7 +81,7 @@ def choose_pair(
         given, missing = ("-m", "-me") if model else ("-me", "-m")
         raise ModelError(f"{given} without {missing}: give both models, or neither")
     if model is not None and expert is not None:
-        return PairFiles(_resolve(model), _resolve(expert), switch or "margin")
+        return PairFiles(resolve(model), resolve(expert), switch or "margin")
     files = find_pair(pair or DEMO_PAIR)
     if switch is None:
         return files

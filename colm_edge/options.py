@@ -18,6 +18,7 @@ class Options:
     threshold: float | None = None  # None: the switch's own
     defer_rate: float | None = None  # turned into a threshold by the switch's calibration
     strategy: Literal["defer", "compose"] = "defer"
+    schedule: Literal["fast", "sequential"] = "fast"  # the same text, in other batches
     temperature: float = 0.8
     top_k: int = 40
     top_p: float = 0.95
@@ -51,6 +52,8 @@ class Options:
                 raise ColmError(f"{name} is {value!r}; expected a number from {low:g} to {high:g}")
         if self.strategy not in ("defer", "compose"):
             raise ColmError(f"strategy is {self.strategy!r}; expected 'defer' or 'compose'")
+        if self.schedule not in ("fast", "sequential"):
+            raise ColmError(f"schedule is {self.schedule!r}; expected 'fast' or 'sequential'")
         if self.threshold is not None and self.defer_rate is not None:
             raise ColmError("threshold and defer_rate are two ways to say one thing; give one")
         if "" in self.stop:

@@ -3,20 +3,29 @@
 from __future__ import annotations
 
 import codecs
+import logging
 import os
 import threading
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, Literal, Self
 
+from colm_edge.background import Background
+from colm_edge.costs import CostTable, cost_table
 from colm_edge.decode import Decoder, Stats, Step
 from colm_edge.errors import ColmError, PromptError
 from colm_edge.models import choose_pair
 from colm_edge.options import Options
+from colm_edge.prompt_cache import load_prompts, save_prompts
 from colm_edge.sampling import ChainSampler
-from colm_edge.session import ContextOptions, Model, Session, shared_vocab
+from colm_edge.session import SMALL_MODEL_BYTES, ContextOptions, Session, n_cores
+from colm_edge.speculate import FastDecoder, Planner
 from colm_edge.switch import DEFER_TOKEN, AnySwitch, DeferRow, load_switch
+from colm_edge.weights import Model, shared_vocab, supports_gpu
+
+log = logging.getLogger("colm_edge")
 
 # Contexts cost memory: unless asked for more, no more than this.
 DEFAULT_N_CTX = 4096
@@ -142,8 +151,12 @@ class Pair:
         defaults: Options | None = None,
         *,
         is_demo: bool = False,
+        overlap: bool | None = None,
+        note: Callable[[str], None] | None = None,
     ) -> None:
         """Check that the three fit each other and open the base; nothing is evaluated yet.
+
+        overlap, note: as for `load`.
 
         Raises MismatchError naming what differs, ModelError for files that cannot take part.
         """
@@ -156,12 +169,16 @@ class Pair:
         trained = [n for n in (base.n_ctx_train, expert.n_ctx_train) if n > 0]
         n_ctx = context.n_ctx or min([DEFAULT_N_CTX, *trained])
         self.n_ctx = n_ctx
-        context = ContextOptions(n_ctx, context.n_threads, min(context.n_batch, n_ctx))
+        context = replace(context, n_ctx=n_ctx)
         self.base_session = Session(base, context, hidden=switch.needs_hidden)
         self.expert_session = Session(expert, context)
         self.base_session.open()
         self._lock = threading.RLock()
         self._template: Any = None
+        self._note = note or log.info
+        self.planner = Planner(self.cost_tables)
+        overlaps = self._overlaps() if overlap is None else overlap
+        self._background = Background(self.expert_session) if overlaps else None
 
     def __enter__(self) -> Self:
         return self
@@ -172,10 +189,56 @@ class Pair:
     def close(self) -> None:
         """Free both models and their contexts."""
         with self._lock:
+            if self._background is not None:
+                self._background.close()
             for session in (self.base_session, self.expert_session):
                 session.close()
             for model in (self.base, self.expert):
                 model.close()
+
+    def _overlaps(self) -> bool:
+        """Say whether both models can work at once without being in each other's way."""
+        base, expert = self.base_session, self.expert_session
+        on_gpu = [s.model.n_gpu_layers != 0 and supports_gpu() for s in (base, expert)]
+        if on_gpu[0] != on_gpu[1]:
+            return True
+        # A decode of a small model takes no longer than handing it to another thread.
+        small = expert.model.path.stat().st_size < SMALL_MODEL_BYTES
+        return not any(on_gpu) and not small and base.n_threads + expert.n_threads <= n_cores()
+
+    def cost_tables(self, *, fresh: bool = False) -> tuple[CostTable, CostTable]:
+        """Return what decodes cost base and expert here: measured once, then kept on disk.
+
+        From then on the expert catches up in the batches that cost least.
+        """
+        with self._lock:
+            base = cost_table(self.base_session, fresh=fresh, note=self._note)
+            expert = cost_table(self.expert_session, fresh=fresh, note=self._note)
+            self.expert_session.costs = expert
+            return base, expert
+
+    def save_prompts(self, path: str | os.PathLike[str]) -> None:
+        """Keep what both models have evaluated in a file, for `load_prompts` of such a pair.
+
+        Raises ColmError when it cannot be written.
+        """
+        with self._idle():
+            save_prompts(path, self.base_session, self.expert_session)
+
+    def load_prompts(self, path: str | os.PathLike[str]) -> None:
+        """Take up what `save_prompts` kept: an answer evaluates only what differs from it.
+
+        Raises ColmError when the file is broken or of other models or settings.
+        """
+        with self._idle():
+            load_prompts(path, self.base_session, self.expert_session)
+
+    @contextmanager
+    def _idle(self) -> Iterator[None]:
+        with self._lock:
+            if self._background is not None:
+                self._background.wait()
+            yield
 
     def generate(self, prompt: str, **options: Any) -> Answer:
         """Answer a prompt (one user turn, where the base has a chat template).
@@ -257,9 +320,13 @@ class Pair:
         sample = None
         if options.temperature > 0 or options.repeat_penalty != 1.0:
             sample = ChainSampler(options, n_choose, tokens, [] if row is None else [row])
-        decoder = Decoder(
+        make: Callable[..., Decoder] = Decoder
+        if options.schedule == "fast":
+            make = partial(FastDecoder, planner=self.planner)
+        background = self._background
+        decoder = make(
             self.base_session,
-            self.expert_session,
+            background or self.expert_session,
             self.switch.reader(self.base, n_choose),
             tokens,
             threshold=threshold,
@@ -269,6 +336,7 @@ class Pair:
             compose=options.strategy == "compose",
             defer_row=-1 if row is None else row,
             sample=sample,
+            follow=background.follow if background is not None and threshold < 1 else None,
             lock=self._lock,
         )
         return Stream(decoder, self.base, options.stop, threshold)
@@ -310,7 +378,12 @@ def load(
     n_threads: int = 0,
     n_gpu_layers: int = 0,
     n_gpu_layers_expert: int | None = None,
+    flash_attn: Literal["auto", "on", "off"] = "auto",
+    cache_type_k: str = "f16",
+    cache_type_v: str = "f16",
+    overlap: bool | None = None,
     defaults: Options | None = None,
+    note: Callable[[str], None] | None = None,
 ) -> Pair:
     """Load a pair: GGUF files of a base and an expert and a switch, or the pair that ships here.
 
@@ -320,6 +393,10 @@ def load(
     n_ctx: tokens the contexts hold; 0 takes what both models were trained for, at most 4096.
     n_threads: 0 takes every core, or one for a very small model.
     n_gpu_layers: as in llama.cpp, each model its own.
+    flash_attn, cache_type_k, cache_type_v: as in llama.cpp, of both models' contexts.
+    overlap: whether a loaded expert catches up with long gaps on a thread of its own; None: where
+        the models are on different devices, or there are cores enough for the threads of both.
+    note: told, in a line, of what takes a while; by default the logger "colm_edge" is.
 
     Raises ModelError, SwitchError or MismatchError, each saying what to do.
     """
@@ -334,8 +411,14 @@ def load(
             files.expert, n_gpu_layers if n_gpu_layers_expert is None else n_gpu_layers_expert
         )
         try:
-            options = ContextOptions(n_ctx, n_threads)
-            return Pair(base, other, head, options, defaults, is_demo=files.is_demo)
+            options = ContextOptions(
+                n_ctx=n_ctx, n_threads=n_threads, flash_attn=flash_attn,
+                cache_type_k=cache_type_k, cache_type_v=cache_type_v,
+            )  # fmt: skip
+            return Pair(
+                base, other, head, options, defaults, is_demo=files.is_demo, overlap=overlap,
+                note=note,
+            )  # fmt: skip
         except BaseException:
             other.close()
             raise

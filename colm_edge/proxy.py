@@ -23,8 +23,9 @@ from colm_edge.errors import MismatchError, ModelError
 from colm_edge.pair import Answer, Pair, Stream
 from colm_edge.sampling import ChainSampler
 from colm_edge.scorer import Scorer
-from colm_edge.session import ContextOptions, Model, Session, shared_vocab
+from colm_edge.session import ContextOptions, Session
 from colm_edge.switch import Untrained
+from colm_edge.weights import Model, shared_vocab
 
 if TYPE_CHECKING:
     from colm_edge.options import Options
@@ -47,17 +48,17 @@ class Contrast:
         self.n_ctx = min(expert.n_ctx, anti.n_ctx)
         self.n_evaluated = self.n_calls = 0
         self.seconds = self.load_seconds = 0.0
-        self.logits: Floats = np.empty(0, np.float32)
-        self.hidden: Floats = np.empty(0, np.float32)
         self._account()
 
-    def sync(self, tokens: Sequence[int]) -> int:
-        n = sum(timeline.sync(tokens) for timeline in self._pair)
-        expert, anti = self._pair
-        logits = (self._base.logits, expert.logits, anti.logits)
-        self.logits = contrast(*logits, self._alpha, self._n_shared)
+    def sync(self, tokens: Sequence[int], outputs: Sequence[int] = ()) -> int:
+        n = sum(timeline.sync(tokens, outputs) for timeline in self._pair)
         self._account()
         return n
+
+    def state(self, i: int) -> tuple[Floats, Floats]:
+        base, expert, anti = (model.state(i)[0] for model in (self._base, *self._pair))
+        combined = contrast(base, expert, anti, self._alpha, self._n_shared)
+        return combined, np.empty(0, np.float32)
 
     def _account(self) -> None:
         self.n_evaluated = sum(timeline.n_evaluated for timeline in self._pair)

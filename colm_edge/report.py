@@ -17,7 +17,7 @@ from colm_edge.train import Fit, hard_curve
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from colm_edge.session import Model
+    from colm_edge.weights import Model
 
 EXAMPLES = 12  # texts on the page
 MOST_DEFERRED = 30

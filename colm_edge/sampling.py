@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import ctypes
 import secrets
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self
 
 import llama_cpp as llama
 import numpy as np
@@ -32,6 +33,9 @@ class ChainSampler:
         never: Sequence[int] = (),
     ) -> None:
         self._never = list(never)
+        # Samplers sort and cut the candidates where they stand, so they are written anew each time.
+        self._candidates = np.zeros(n_vocab, _CANDIDATE)
+        self._ids = np.arange(n_vocab, dtype=np.int32)
         chain = llama.llama_sampler_chain_init(llama.llama_sampler_chain_default_params())
         self._chain = chain
 
@@ -57,15 +61,16 @@ class ChainSampler:
             llama.llama_sampler_accept(chain, token)
 
     def __call__(self, logits: npt.NDArray[np.float32]) -> int:
-        candidates = np.zeros(len(logits), _CANDIDATE)
-        candidates["id"] = np.arange(len(logits))
-        candidates["logit"] = logits
+        n = min(len(logits), len(self._candidates))
+        candidates = self._candidates[:n]
+        candidates["id"] = self._ids[:n]
+        candidates["logit"] = logits[:n]
         for token in self._never:
-            if token < len(logits):
+            if token < n:
                 candidates["logit"][token] = -np.inf
         array = llama.llama_token_data_array(
             data=candidates.ctypes.data_as(ctypes.POINTER(llama.llama_token_data)),
-            size=len(logits),
+            size=n,
             selected=-1,
             sorted=False,
         )
@@ -74,6 +79,12 @@ class ChainSampler:
         token = int(array.data[array.selected].id)
         llama.llama_sampler_accept(self._chain, token)
         return token
+
+    def copy(self) -> Self:
+        """Return a sampler that would pick what this one would; it shares the scratch memory."""
+        twin = copy.copy(self)
+        twin._chain = llama.llama_sampler_clone(self._chain)
+        return twin
 
     def __del__(self) -> None:
         chain, self._chain = getattr(self, "_chain", None), None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Iterator
 from time import perf_counter
 from typing import Any, Self
@@ -11,7 +10,7 @@ import llama_cpp as llama
 import numpy as np
 import numpy.typing as npt
 
-from colm_edge.session import Session
+from colm_edge.session import Batch, Session
 
 Floats = npt.NDArray[np.float32]
 Ints = npt.NDArray[np.int64]
@@ -21,8 +20,6 @@ SCORE_BYTES = 256 << 20
 SCORE_BATCH = 512  # its tokens
 # Documents that a scoring pass evaluates together.
 MAX_SEQUENCES = 64
-
-_BATCH_FIELDS = dict(llama.llama_batch._fields_)
 
 
 class Scorer:
@@ -41,11 +38,7 @@ class Scorer:
         self._context = session.new_context(max(n_cells, n), n, MAX_SEQUENCES)
         self._memory = llama.llama_get_memory(self._context)
         self._n_outputs = min(n, max(8, SCORE_BYTES // (4 * self.model.n_vocab)))
-        self._token, self._position, self._sequence = np.zeros((3, n), np.int32)
-        self._one, self._output = np.ones(n, np.int32), np.zeros(n, np.int8)
-        # llama.cpp wants a pointer to each token's sequences.
-        first = self._sequence.ctypes.data
-        self._pointer = first + np.arange(n, dtype=np.uintp) * self._sequence.itemsize
+        self._batch = Batch(n)
 
     def __enter__(self) -> Self:
         return self
@@ -86,18 +79,12 @@ class Scorer:
     def _decode(
         self, where: tuple[npt.NDArray[Any], ...], chosen: npt.NDArray[np.intp], output: int
     ) -> None:
-        n = len(chosen)
-        for field, values in zip((self._token, self._position, self._sequence), where, strict=True):
+        n, batch = len(chosen), self._batch
+        fields = (batch.token, batch.position, batch.sequence)
+        for field, values in zip(fields, where, strict=True):
             field[:n] = values[chosen]
-        self._output[:n] = output
-        batch = llama.llama_batch()
-        batch.n_tokens = n
-        for name, array in (
-            ("token", self._token), ("pos", self._position), ("n_seq_id", self._one),
-            ("seq_id", self._pointer), ("logits", self._output),
-        ):  # fmt: skip
-            setattr(batch, name, ctypes.cast(array.ctypes.data, _BATCH_FIELDS[name]))
-        self._session.decode_batch(self._context, batch)
+        batch.output[:n] = output
+        self._session.decode_batch(self._context, batch.head(n))
 
     def _outputs(self, n: int) -> tuple[Floats, Floats]:
         begun = perf_counter()

@@ -35,7 +35,8 @@ from colm_edge.errors import ColmError, DataError
 if TYPE_CHECKING:
     from colm_edge.pair import Pair
     from colm_edge.scorer import Scorer
-    from colm_edge.session import Model, Session
+    from colm_edge.session import Session
+    from colm_edge.weights import Model
 
 Array = npt.NDArray[np.float64]
 Columns = dict[str, npt.NDArray[Any]]

@@ -1,403 +1,127 @@
-"""Model and Session: llama.cpp's weights and timelines, as token ids.
+"""Session: one timeline of one model, as token ids.
 
-A `Model` is a GGUF file: vocabulary at once, weights at the first evaluation. A
-`Session` is one timeline of one model and owns its context and KV cache; the
-caller hands over the whole token prefix with `sync` and the session works out
-what to keep, drop and evaluate.
+It owns a context and its KV cache; the caller hands over the whole token prefix with `sync` and the
+session works out what to keep, drop and evaluate, and in which batches.
 """
 
 from __future__ import annotations
 
 import ctypes
-import hashlib
-import logging
 import os
-import threading
-from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import cached_property
-from pathlib import Path
+from array import array
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from time import perf_counter
-from typing import Any
+from typing import Any, Literal
 
 import llama_cpp as llama
 import numpy as np
 import numpy.typing as npt
 
-from colm_edge.errors import MismatchError, ModelError, PromptError
+from colm_edge.costs import CostTable
+from colm_edge.errors import ColmError, ModelError, PromptError
+from colm_edge.weights import Model, last_errors
 
 Floats = npt.NDArray[np.float32]
+# Tokens (n,), and llama.cpp's state of them.
+Snapshot = tuple[npt.NDArray[np.int32], npt.NDArray[np.uint8]]
 
-log = logging.getLogger("colm_edge.llama")
-
-# llama.cpp takes two vocabularies as one when they differ in at most so many rows.
-MAX_VOCAB_DIFFERENCE = 128
-# Ids below this are special tokens that families of one vocabulary name differently.
-FIRST_COMPARED_TOKEN = 5
 # Below this size a model is evaluated by one thread.
 SMALL_MODEL_BYTES = 32 << 20
+# Views on llama.cpp's outputs that are kept; more than any batch of a draft has.
+MAX_VIEWS = 256
 
-FINGERPRINT_PLACES = 1024  # of a model's file, evenly spread
-FINGERPRINT_BYTES = 4096  # at each
-
-_LEVELS = {1: logging.DEBUG, 2: logging.INFO, 3: logging.WARNING, 4: logging.ERROR}
-_last_errors: list[str] = []
-
-
-@llama.llama_log_callback  # type: ignore[untyped-decorator]
-def _on_log(level: int, text: bytes, _: Any) -> None:
-    message = text.decode("utf-8", "replace").rstrip()
-    if level == 4:
-        _last_errors.append(message)
-        del _last_errors[:-4]
-    # llama.cpp's errors reach the user as exceptions; its chatter is for those who ask.
-    log.log(min(_LEVELS.get(level, logging.DEBUG), logging.INFO), message)
-
-
-def _start_backend() -> None:
-    llama.llama_log_set(_on_log, ctypes.c_void_p(0))
-    llama.llama_backend_init()
-
-
-_start_backend()
+CACHE_TYPES = {
+    "f32": 0, "f16": 1, "bf16": 30, "q8_0": 8, "q5_1": 7, "q5_0": 6, "q4_1": 3, "q4_0": 2,
+}  # fmt: skip
+_NOTHING = np.empty(0, np.float32)
+_FLASH = {"auto": -1, "off": 0, "on": 1}
+_BATCH_FIELDS = dict(llama.llama_batch._fields_)
 
 
 @dataclass(frozen=True)
 class ContextOptions:
-    """How a model is evaluated. Zero means: let colm-edge choose."""
+    """How a model is evaluated; names and values are llama.cpp's. Zero: let colm-edge choose."""
 
     n_ctx: int = 0
     n_threads: int = 0
     n_batch: int = 512
+    flash_attn: Literal["auto", "on", "off"] = "auto"
+    cache_type_k: str = "f16"
+    cache_type_v: str = "f16"
+
+    def __post_init__(self) -> None:
+        for name, known in (
+            ("flash_attn", _FLASH), ("cache_type_k", CACHE_TYPES), ("cache_type_v", CACHE_TYPES),
+        ):  # fmt: skip
+            value = getattr(self, name)
+            if value not in known:
+                raise ColmError(f"{name} is {value!r}; expected one of {', '.join(known)}")
 
 
-class Model:
-    """A GGUF file. The vocabulary is read at once, the weights at the first `load`.
+class Batch:
+    """A llama_batch whose fields are numpy arrays, (n,) each; `head` names its first so many."""
 
-    lora: a LoRA adapter in GGUF for these weights; every context of the model runs with it.
+    def __init__(self, n: int) -> None:
+        self.token, self.position, self.sequence = np.zeros((3, n), np.int32)
+        self.output = np.zeros(n, np.int8)
+        self._one = np.ones(n, np.int32)
+        # llama.cpp wants a pointer to each token's sequences.
+        first = self.sequence.ctypes.data
+        self._pointer = first + np.arange(n, dtype=np.uintp) * self.sequence.itemsize
+        self._batch = llama.llama_batch()
+        for name, values in (
+            ("token", self.token), ("pos", self.position), ("n_seq_id", self._one),
+            ("seq_id", self._pointer), ("logits", self.output),
+        ):  # fmt: skip
+            setattr(self._batch, name, ctypes.cast(values.ctypes.data, _BATCH_FIELDS[name]))
 
-    Raises ModelError when a file is missing, not a GGUF or truncated, or the model recurrent.
-    """
-
-    def __init__(
-        self,
-        path: str | os.PathLike[str],
-        n_gpu_layers: int = 0,
-        lora: str | os.PathLike[str] | None = None,
-    ) -> None:
-        self.path = Path(path)
-        self.lora = None if lora is None else Path(lora)
-        self.n_gpu_layers = n_gpu_layers
-        self._handle: Any = None
-        self._adapter: Any = None  # llama.cpp frees it with the model
-        self._loaded = False
-        # Loading the weights replaces the handle; others may be asking the vocabulary meanwhile.
-        self._lock = threading.RLock()
-        for file in self.files:
-            _check_gguf(file)
-        self._handle = self._open(vocab_only=True)
-        handle = self._handle
-        if llama.llama_model_is_recurrent(handle) or llama.llama_model_is_hybrid(handle):
-            self.close()
-            raise ModelError(
-                f"{self.path}: a recurrent model cannot drop the end of its state, which "
-                "following another model needs; use an attention model"
-            )
-
-    @property
-    def files(self) -> tuple[Path, ...]:
-        """The files that decide what the model says: its weights, and its adapter if any."""
-        return (self.path,) if self.lora is None else (self.path, self.lora)
-
-    @cached_property
-    def fingerprint(self) -> str:
-        """What tells this model, its adapter included, from others."""
-        return fingerprint(*self.files)
-
-    def _open(self, vocab_only: bool) -> Any:
-        params = llama.llama_model_default_params()
-        params.vocab_only = vocab_only
-        params.n_gpu_layers = self.n_gpu_layers
-        _last_errors.clear()
-        handle = llama.llama_model_load_from_file(os.fsencode(self.path), params)
-        if not handle:
-            reason = next((m for m in _last_errors if "error loading" in m), "")
-            reason = reason.split("error loading model: ")[-1] or "llama.cpp refused the file"
-            raise ModelError(f"{self.path}: cannot load: {reason}; download or convert it again")
-        return handle
-
-    def load(self) -> Any:
-        """Return llama.cpp's model, reading the weights on the first call."""
-        with self._lock:
-            if not self._loaded:
-                self._check_open()
-                full = self._open(vocab_only=False)
-                try:
-                    self._adapter = self._open_adapter(full)
-                except ModelError:
-                    llama.llama_model_free(full)
-                    raise
-                llama.llama_model_free(self._handle)
-                self._handle, self._loaded = full, True
-            return self._handle
-
-    def _open_adapter(self, handle: Any) -> Any:
-        if self.lora is None:
-            return None
-        _last_errors.clear()
-        adapter = llama.llama_adapter_lora_init(handle, os.fsencode(self.lora))
-        if not adapter:
-            reason = next((m for m in _last_errors if "lora" in m), "llama.cpp refused the file")
-            reason = reason.split("adapter: ", 1)[-1]
-            raise ModelError(
-                f"{self.lora}: no LoRA adapter for {self.path}: {reason}; expected one that was "
-                "trained on this model and written as GGUF"
-            )
-        return adapter
-
-    def adapt(self, context: Any) -> None:
-        """Put the model's adapter, if it has one, on a fresh llama.cpp context of it.
-
-        Raises ModelError when llama.cpp refuses.
-        """
-        if self._adapter is None:
-            return
-        adapters = (llama.llama_adapter_lora_p_ctypes * 1)(self._adapter)
-        if llama.llama_set_adapters_lora(context, adapters, 1, (ctypes.c_float * 1)(1.0)) != 0:
-            raise ModelError(f"{self.lora}: llama.cpp could not use the adapter with {self.path}")
-
-    @property
-    def loaded(self) -> bool:
-        return self._loaded
-
-    def close(self) -> None:
-        """Free the model; its sessions must be closed before it."""
-        with self._lock:
-            if self._handle is not None:
-                llama.llama_model_free(self._handle)
-                self._handle, self._adapter, self._loaded = None, None, False
-
-    def __del__(self) -> None:
-        if getattr(self, "_handle", None) is not None:
-            self.close()
-
-    def _check_open(self) -> Any:
-        if self._handle is None:
-            raise ModelError(f"{self.path}: the model is closed; load it again")
-        return self._handle
-
-    @property
-    def _vocab(self) -> Any:
-        return llama.llama_model_get_vocab(self._check_open())
-
-    def metadata(self, key: str) -> str | None:
-        """Return a GGUF key's value as text, or None."""
-        size = 256
-        while True:
-            buffer = ctypes.create_string_buffer(size)
-            with self._lock:
-                handle = self._check_open()
-                n = llama.llama_model_meta_val_str(handle, key.encode(), buffer, size)
-            if n < 0:
-                return None
-            if n < size:
-                return buffer.value.decode("utf-8", "replace")
-            size = n + 1
-
-    def _number(self, key: str) -> int:
-        arch = self.metadata("general.architecture")
-        return int(self.metadata(f"{arch}.{key}") or 0)
-
-    @cached_property
-    def n_vocab(self) -> int:
-        """Rows of the vocabulary, padding and added tokens included."""
-        return int(llama.llama_vocab_n_tokens(self._vocab))
-
-    @cached_property
-    def n_embd(self) -> int:
-        """Width of the hidden state."""
-        return self._number("embedding_length")
-
-    @cached_property
-    def n_ctx_train(self) -> int:
-        return self._number("context_length")
-
-    @cached_property
-    def chat_template(self) -> str | None:
-        return self.metadata("tokenizer.chat_template")
-
-    @cached_property
-    def _pieces(self) -> dict[int, bytes]:
-        return {}
-
-    def piece(self, token: int) -> bytes:
-        """Return the bytes a token stands for; a special token's are empty."""
-        found = self._pieces.get(token)
-        if found is None:
-            size = 64
-            while True:
-                buffer = ctypes.create_string_buffer(size)
-                with self._lock:
-                    n = llama.llama_token_to_piece(self._vocab, token, buffer, size, 0, False)
-                if n >= 0:
-                    break
-                size = -n
-            found = self._pieces[token] = buffer.raw[:n]
-        return found
-
-    def token_text(self, token: int) -> str:
-        """Return a token as the vocabulary spells it, special tokens included."""
-        with self._lock:
-            text = llama.llama_vocab_get_text(self._vocab, token)
-        return (text or b"").decode("utf-8", "replace")
-
-    def tokenize(self, text: str, *, special: bool = True, bos: bool = True) -> list[int]:
-        """Return the token ids of a text.
-
-        special: read the names of special tokens in the text as those tokens.
-        bos: put the begin token first, where the vocabulary wants one.
-        """
-        raw = text.encode("utf-8", "replace")
-        size = len(raw) + 8
-        while True:
-            buffer = (llama.llama_token * size)()
-            with self._lock:
-                n = llama.llama_tokenize(self._vocab, raw, len(raw), buffer, size, bos, special)
-            if n >= 0:
-                return list(buffer[:n])
-            size = -n
-
-    @cached_property
-    def bos_text(self) -> str:
-        # Without the key llama.cpp names a default that many vocabularies use otherwise.
-        if self.metadata("tokenizer.ggml.bos_token_id") is None:
-            return ""
-        token = llama.llama_vocab_bos(self._vocab)
-        return "" if token < 0 else self.token_text(token)
-
-    @cached_property
-    def eos_text(self) -> str:
-        token = llama.llama_vocab_eos(self._vocab)
-        return "" if token < 0 else self.token_text(token)
-
-    @cached_property
-    def end_token(self) -> int:
-        """The token that ends a turn (or the text, where turns have no token of their own)."""
-        token = int(llama.llama_vocab_eot(self._vocab))
-        return token if token >= 0 else int(llama.llama_vocab_eos(self._vocab))
-
-    @cached_property
-    def end_tokens(self) -> frozenset[int]:
-        """Every token that ends a generation."""
-        with self._lock:
-            vocab = self._vocab
-            return frozenset(i for i in range(self.n_vocab) if llama.llama_vocab_is_eog(vocab, i))
-
-    def token_id(self, text: str) -> int | None:
-        """Return the id of a token by its spelling; the added ones stand last."""
-        return next((i for i in reversed(range(self.n_vocab)) if self.token_text(i) == text), None)
-
-    def vocab_kind(self) -> tuple[tuple[str, int], ...]:
-        """What two vocabularies must have in common besides their tokens."""
-        vocab = self._vocab
-        add_bos = bool(llama.llama_vocab_get_add_bos(vocab))
-        add_eos = bool(llama.llama_vocab_get_add_eos(vocab))
-        return (
-            ("its type", int(llama.llama_vocab_type(vocab))),
-            ("whether a begin token is added", add_bos),
-            ("whether an end token is added", add_eos),
-            ("the begin token", int(llama.llama_vocab_bos(vocab)) if add_bos else -1),
-            ("the end token", int(llama.llama_vocab_eos(vocab)) if add_eos else -1),
-        )
-
-
-def fingerprint(*paths: Path) -> str:
-    """Tell files apart without reading all of them: by their sizes, and bytes from all over."""
-    digest = hashlib.sha256()
-    for path in paths:
-        size = path.stat().st_size
-        digest.update(str(size).encode())
-        with path.open("rb") as file:
-            for i in range(FINGERPRINT_PLACES):
-                file.seek(size * i // FINGERPRINT_PLACES)
-                digest.update(file.read(FINGERPRINT_BYTES))
-    return digest.hexdigest()
-
-
-def _check_gguf(path: Path) -> None:
-    try:
-        with path.open("rb") as file:
-            magic = file.read(4)
-    except OSError as e:
-        raise ModelError(f"{path}: {e.strerror or e}; expected a GGUF file") from e
-    if magic != b"GGUF":
-        raise ModelError(f"{path}: not a GGUF file (starts with {magic!r}, expected b'GGUF')")
-
-
-def shared_vocab(base: Model, expert: Model) -> int:
-    """Return how many ids two models share; ids at or above it belong to one of them alone.
-
-    The rule is llama.cpp's for draft models: type, BOS, EOS and add flags agree, sizes differ by
-    at most 128, token texts agree from id 5 on. Raises MismatchError naming what differs.
-    """
-    names = f"{base.path.name} and {expert.path.name}"
-    for (what, ours), (_, theirs) in zip(base.vocab_kind(), expert.vocab_kind(), strict=True):
-        if ours != theirs:
-            raise MismatchError(
-                f"the vocabularies of {names} differ: {what} is {ours} in the base, {theirs} in "
-                "the expert; the two must come from one model family"
-            )
-    if abs(base.n_vocab - expert.n_vocab) > MAX_VOCAB_DIFFERENCE:
-        raise MismatchError(
-            f"the vocabularies of {names} differ: {base.n_vocab} tokens in the base, "
-            f"{expert.n_vocab} in the expert (at most {MAX_VOCAB_DIFFERENCE} more or fewer); "
-            "the two must come from one model family"
-        )
-    n = min(base.n_vocab, expert.n_vocab)
-    if base.path == expert.path:
-        return n
-    for i in range(FIRST_COMPARED_TOKEN, n):
-        if base.token_text(i) != expert.token_text(i):
-            raise MismatchError(
-                f"the vocabularies of {names} differ: token {i} is {base.token_text(i)!r} in the "
-                f"base, {expert.token_text(i)!r} in the expert; the two must come from one family"
-            )
-    return n
+    def head(self, n: int) -> Any:
+        self._batch.n_tokens = n
+        return self._batch
 
 
 class Session:
     """One timeline of a model. The context is created, and weights read, at the first `sync`.
 
     hidden: whether the last hidden state is wanted beside the logits.
+    costs: what decodes cost here; with it, batches are cut, or filled up, to the cheapest sizes.
     """
 
     def __init__(self, model: Model, options: ContextOptions, *, hidden: bool = False) -> None:
-        self.model = model
+        self.model, self.options = model, options
         self.n_ctx = options.n_ctx
+        self.costs: CostTable | None = None
         self.n_evaluated = 0  # tokens, whatever became of them
         self.n_calls = 0  # decodes
         self.seconds = 0.0  # inside llama.cpp, what follows included
         self.load_seconds = 0.0  # reading the weights and making the context
-        self.logits: Floats = np.empty(0, np.float32)
-        self.hidden: Floats = np.empty(0, np.float32)
-        self._options = options
-        self._wants_hidden = hidden
+        self.wants_hidden = hidden
         self._context: Any = None
         self._memory: Any = None
-        self._tokens: list[int] = []  # what the KV cache holds
+        self._batch: Batch
+        self._tokens = array("i")  # what the KV cache holds
         self._torn = False  # a decode was interrupted: the cache may hold more than _tokens
         self._fresh = False  # logits and hidden belong to the last of _tokens
         self._embeddings = False
-        self._addresses = (0, 0)
+        self._first = 0  # the position of the first token of the last decode
+        self._views: dict[int, Floats] = {}
+        self._saved: Snapshot | None = None  # taken up when the context is made
 
     @property
     def created(self) -> bool:
         """Whether the context exists, that is, whether anything was ever evaluated."""
         return self._context is not None
 
+    @property
+    def n_batch(self) -> int:
+        """The most tokens of one decode."""
+        return min(self.options.n_batch, self.n_ctx)
+
     def want_hidden(self, wanted: bool) -> bool:
         """Set whether `sync` leaves the hidden state beside the logits; return what was set."""
-        before, self._wants_hidden = self._wants_hidden, wanted
+        before, self.wants_hidden = self.wants_hidden, wanted
         if wanted and not before:
             self._fresh = False  # the last token must be evaluated again for its hidden state
         return before
@@ -407,84 +131,171 @@ class Session:
         if self._context is not None:
             return
         begun = perf_counter()
-        self._context = self.new_context(self.n_ctx, min(self._options.n_batch, self.n_ctx))
+        self._context = self.new_context(self.n_ctx, self.n_batch)
         self._memory = llama.llama_get_memory(self._context)
+        self._batch = Batch(self.n_batch)
+        saved, self._saved = self._saved, None
+        if saved is not None:
+            self._restore(*saved)
         took = perf_counter() - begun
         self.load_seconds += took
         self.seconds += took
 
     def new_context(self, n_ctx: int, n_batch: int, n_sequences: int = 1) -> Any:
+        """Return another llama.cpp context of the same model and settings."""
         handle = self.model.load()
+        options = self.options
         params = llama.llama_context_default_params()
         threads = self.n_threads
         params.n_ctx = n_ctx
         params.n_batch = params.n_ubatch = n_batch
         params.n_threads = params.n_threads_batch = threads
         params.n_seq_max, params.kv_unified = n_sequences, n_sequences > 1
+        params.flash_attn_type = _FLASH[options.flash_attn]
+        params.type_k = CACHE_TYPES[options.cache_type_k]
+        params.type_v = CACHE_TYPES[options.cache_type_v]
         params.no_perf = True
-        _last_errors.clear()
+        last_errors.clear()
         context = llama.llama_init_from_model(handle, params)
         if context:
             self.model.adapt(context)
         else:
-            reason = _last_errors[-1] if _last_errors else "llama.cpp gave no reason"
+            reason = last_errors[-1] if last_errors else "llama.cpp gave no reason"
             raise ModelError(
                 f"{self.model.path}: no context of {n_ctx} tokens: {reason}; try a smaller one (-c)"
             )
         return context
 
+    @contextmanager
+    def twin(self, n_ctx: int) -> Iterator[Session]:
+        """Have another session of the same model and settings for a while."""
+        options = replace(self.options, n_ctx=n_ctx, n_batch=min(self.n_batch, n_ctx))
+        twin = Session(self.model, options, hidden=self.wants_hidden)
+        try:
+            yield twin
+        finally:
+            twin.close()
+
     @property
     def n_threads(self) -> int:
-        """The threads that evaluate; the weights are read to know."""
-        return self._options.n_threads or _threads_for(llama.llama_model_size(self.model.load()))
+        """The threads that evaluate."""
+        return self.options.n_threads or _threads_for(self.model.path.stat().st_size)
 
     def forget(self) -> None:
         """Drop every token, so that the next `sync` evaluates all of its own."""
+        self._saved = None
         if self._context is not None:
             self._drop(0)
 
-    def sync(self, tokens: Sequence[int]) -> int:
-        """Make this timeline equal to `tokens` and their last logits current.
+    def sync(self, tokens: Sequence[int], outputs: Sequence[int] = ()) -> int:
+        """Make this timeline equal to `tokens` and its outputs current.
 
         Keeps the common prefix, drops what differs, evaluates the rest in batches; returns the
-        number of tokens evaluated. Afterwards `logits` (n_vocab,) and, if wanted, `hidden`
-        (n_embd,) are views on llama.cpp's own memory, valid until the next call.
+        number of tokens evaluated. Afterwards `state` gives logits (n_vocab,) and, if wanted,
+        the hidden state (n_embd,): views on llama.cpp's own memory, valid until the next call.
+
+        outputs: rising indexes of tokens whose states are wanted, the last token's among them;
+            they are evaluated in one batch, and `state` gives them. By default the last alone.
 
         Raises PromptError when the tokens do not fit the context.
         """
-        if not tokens:
+        n = len(tokens)
+        if not n:
             raise PromptError("nothing to evaluate: the prompt has no tokens")
-        if len(tokens) > self.n_ctx:
-            raise PromptError(
-                f"{len(tokens)} tokens do not fit the context of {self.n_ctx} (-c sets it)"
-            )
+        if n > self.n_ctx:
+            raise PromptError(f"{n} tokens do not fit the context of {self.n_ctx} (-c sets it)")
         self.open()
-        keep = self._common_prefix(tokens)
-        if keep == len(tokens):
-            if self._fresh and len(self._tokens) == keep and not self._torn:
+        if not isinstance(tokens, array):
+            tokens = array("i", tokens)
+        keep = self.common_prefix(tokens)
+        if not outputs or outputs[0] == n - 1:
+            if keep == n and self._fresh and len(self._tokens) == n and not self._torn:
                 return 0
-            keep -= 1  # the last token's logits are gone: evaluate it again
+            outputs = (n - 1,)
+        keep = min(keep, outputs[0])
         if keep < len(self._tokens) or self._torn:
             self._drop(keep)
-        rest = list(tokens[keep:])
         self._torn, self._fresh = True, False
-        if self._wants_hidden:
-            # With embeddings on every token is an output, so only the last is evaluated so.
-            self._decode(rest[:-1], embeddings=False)
-            self._decode(rest[-1:], embeddings=True)
-        else:
-            self._decode(rest, embeddings=False)
-        self._view_outputs()
-        self._tokens += rest
+        n_done = 0
+        for block, padded, is_last in self._blocks(tokens, keep, outputs[0]):
+            n_done += self._decode(block, keep, padded, outputs if is_last else ())
+            keep += len(block)
+        begun = perf_counter()
+        llama.llama_synchronize(self._context)  # waits for a GPU
+        self.seconds += perf_counter() - begun
+        self._first = n - len(block)
+        self._tokens = tokens[:]
         self._torn, self._fresh = False, True
-        return len(rest)
+        return n_done
 
-    def _common_prefix(self, tokens: Sequence[int]) -> int:
+    def state(self, i: int) -> tuple[Floats, Floats]:
+        """Return (logits, hidden) after token i of the last `sync`, one of its outputs; views."""
+        i -= self._first
+        logits = self._view(llama.llama_get_logits_ith(self._context, i), self.model.n_vocab)
+        if not self.wants_hidden:
+            return logits, _NOTHING
+        hidden = llama.llama_get_embeddings_ith(self._context, i)
+        return logits, self._view(hidden, self.model.n_embd)
+
+    @property
+    def logits(self) -> Floats:
+        """The logits after the last token, (n_vocab,)."""
+        return self.state(len(self._tokens) - 1)[0]
+
+    @property
+    def hidden(self) -> Floats:
+        """The hidden state after the last token, (n_embd,), or (0,) where it is not wanted."""
+        return self.state(len(self._tokens) - 1)[1]
+
+    def _view(self, pointer: Any, n: int) -> Floats:
+        # Wrapping a pointer costs more than the switch itself, so views are kept by address.
+        at = ctypes.addressof(pointer.contents)
+        view = self._views.get(at)
+        if view is None or len(view) != n:
+            if len(self._views) >= MAX_VIEWS:
+                self._views.clear()  # llama.cpp has moved its buffers
+            view = self._views[at] = np.ctypeslib.as_array(pointer, (n,))
+        return view
+
+    def common_prefix(self, tokens: array[int]) -> int:
+        """Return how many of these tokens, from the first on, are evaluated already."""
         held = self._tokens
         n = min(len(held), len(tokens))
-        if held[:n] == list(tokens[:n]):
+        # Slices are copied and compared as memory: microseconds for thousands of tokens.
+        if held[:n] == tokens[:n]:
             return n
-        return next(i for i in range(n) if held[i] != tokens[i])
+        low, high = 0, n  # equal before low, different before high
+        while high - low > 1:
+            middle = (low + high) // 2
+            if held[low:middle] == tokens[low:middle]:
+                low = middle
+            else:
+                high = middle
+        return low
+
+    def _blocks(
+        self, tokens: array[int], start: int, first_output: int
+    ) -> Iterator[tuple[array[int], int, bool]]:
+        """Cut tokens[start:] into (block, its size when filled up, whether it is the last)."""
+        n, most = len(tokens), self.n_batch
+        # With embeddings on every token is an output, so what is none goes first by itself.
+        ends = [first_output, n] if self.wants_hidden else [n]
+        for end in ends:
+            tail = end - first_output if end == n else 0  # of one batch
+            if tail > most:
+                raise ValueError(f"{tail} outputs, but a batch of at most {most}")
+            while end - start > most:
+                take = most if end - start - most >= tail else end - start - tail
+                yield tokens[start : start + take], take, False
+                start += take
+            cut = [(end - start, end - start)] if end > start else []
+            if self.costs is not None and cut:
+                whole = tail > 1 or (end == n and self.wants_hidden)
+                room = min(most, self.n_ctx - start)
+                cut = self.costs.pieces(end - start, room, whole=whole)
+            for size, padded in cut:
+                start += size
+                yield tokens[start - size : start], padded, start == n
 
     def _drop(self, keep: int) -> None:
         """Forget every position from `keep` on."""
@@ -494,19 +305,28 @@ class Session:
             raise ModelError(f"{self.model.path}: the model cannot drop the end of its state")
         self._torn = False
 
-    def _decode(self, tokens: list[int], *, embeddings: bool) -> None:
-        if not tokens:
-            return
+    def _decode(self, block: array[int], at: int, n_padded: int, outputs: Sequence[int]) -> int:
+        """Evaluate a block at position `at`, filled up to n_padded; return what was evaluated."""
+        n = len(block)
+        embeddings = self.wants_hidden and bool(outputs)
         if embeddings != self._embeddings:
             llama.llama_set_embeddings(self._context, embeddings)
             self._embeddings = embeddings
-        step = self._options.n_batch
-        for at in range(0, len(tokens), step):
-            block = tokens[at : at + step]
-            array = (llama.llama_token * len(block))(*block)
-            self.decode_batch(self._context, llama.llama_batch_get_one(array, len(block)))
+        batch = self._batch
+        batch.token[:n] = block
+        batch.position[:n_padded] = np.arange(at, at + n_padded, dtype=np.int32)
+        batch.output[:n_padded] = 0
+        for i in outputs:
+            batch.output[i - at] = 1
+        if n_padded > n:
+            batch.token[n:n_padded] = block[-1]
+        self.decode_batch(self._context, batch.head(n_padded))
+        if n_padded > n and not llama.llama_memory_seq_rm(self._memory, 0, at + n, -1):
+            raise ModelError(f"{self.model.path}: the model cannot drop the end of its state")
+        return n_padded
 
     def decode_batch(self, context: Any, batch: Any) -> None:
+        """Evaluate a llama_batch in one of the model's contexts, on this session's account."""
         begun = perf_counter()
         code = llama.llama_decode(context, batch)
         self.seconds += perf_counter() - begun
@@ -518,35 +338,60 @@ class Session:
         self.n_calls += 1
         self.n_evaluated += batch.n_tokens
 
-    def _view_outputs(self) -> None:
-        # Wrapping a pointer costs more than the switch itself; llama.cpp seldom moves its
-        # buffers, so the views are made again only when the address changes.
-        begun = perf_counter()
-        logits = llama.llama_get_logits_ith(self._context, -1)  # waits for a GPU
-        self.seconds += perf_counter() - begun
-        at = ctypes.addressof(logits.contents)
-        if at != self._addresses[0]:
-            self.logits = np.ctypeslib.as_array(logits, (self.model.n_vocab,))
-            self._addresses = (at, self._addresses[1])
-        if self._wants_hidden:
-            hidden = llama.llama_get_embeddings_ith(self._context, -1)
-            at = ctypes.addressof(hidden.contents)
-            if at != self._addresses[1]:
-                self.hidden = np.ctypeslib.as_array(hidden, (self.model.n_embd,))
-                self._addresses = (self._addresses[0], at)
+    def snapshot(self) -> Snapshot:
+        """Return the tokens of this timeline and llama.cpp's state of them, for `restore`."""
+        if self._saved is not None:
+            return self._saved
+        if self._context is None or self._torn or not self._tokens:
+            return np.empty(0, np.int32), np.empty(0, np.uint8)
+        state = np.empty(llama.llama_state_seq_get_size(self._context, 0), np.uint8)
+        n = llama.llama_state_seq_get_data(self._context, _bytes_of(state), len(state), 0)
+        return np.array(self._tokens, np.int32), state[:n]
+
+    def restore(self, snapshot: Snapshot) -> None:
+        """Take up a snapshot of a session of the same model and settings; where nothing was
+        evaluated yet, at the first evaluation.
+
+        Raises ModelError when llama.cpp refuses it, PromptError when it does not fit the context.
+        """
+        tokens, _ = snapshot
+        if len(tokens) > self.n_ctx:
+            raise PromptError(
+                f"the saved prompt has {len(tokens)} tokens, the context holds {self.n_ctx}; "
+                "raise -c"
+            )
+        self.forget()
+        if not len(tokens):
+            return
+        if self._context is None:
+            self._saved = snapshot
+        else:
+            self._restore(*snapshot)
+
+    def _restore(self, tokens: npt.NDArray[np.int32], state: npt.NDArray[np.uint8]) -> None:
+        self._torn = True
+        state = np.ascontiguousarray(state)
+        n = llama.llama_state_seq_set_data(self._context, _bytes_of(state), len(state), 0)
+        if n != len(state):
+            self._drop(0)
+            raise ModelError(f"{self.model.path}: the saved state is not of this model and context")
+        self._tokens, self._torn = array("i", tokens.tolist()), False
 
     def close(self) -> None:
         """Free the context; the session can be used again and starts anew."""
         if self._context is not None:
             llama.llama_free(self._context)
             self._context = self._memory = None
-        self._tokens, self._torn, self._fresh = [], False, False
-        self._embeddings, self._addresses = False, (0, 0)
-        self.logits = self.hidden = np.empty(0, np.float32)
+        self._tokens, self._torn, self._fresh = array("i"), False, False
+        self._embeddings, self._views, self._saved = False, {}, None
 
     def __del__(self) -> None:
         if getattr(self, "_context", None) is not None:
             self.close()
+
+
+def _bytes_of(values: npt.NDArray[np.uint8]) -> Any:
+    return values.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8))
 
 
 def _threads_for(n_bytes: int) -> int:
@@ -555,8 +400,11 @@ def _threads_for(n_bytes: int) -> int:
     There a decode takes less than threads need to meet, and where another program wants the cores
     too, waiting for each other at every layer costs hundreds of times the work.
     """
-    if n_bytes < SMALL_MODEL_BYTES:
-        return 1
+    return 1 if n_bytes < SMALL_MODEL_BYTES else n_cores()
+
+
+def n_cores() -> int:
+    """Return how many cores this process may use."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1

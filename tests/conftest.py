@@ -11,9 +11,8 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tools"))
 
-from make_random_pair import SHAPES, write_model
-
 from colm_edge.pair import Pair, load
+from colm_edge.random_model import SHAPES, write_model
 
 N_VOCAB = 32
 TEMPLATE = (
@@ -28,31 +27,46 @@ class Scripted:
     Its cache is real bookkeeping: sync evaluates only what differs from the last prefix.
     """
 
-    def __init__(self, choose: Callable[[tuple[int, ...]], int], n_ctx: int = 64) -> None:
-        self.choose, self.n_ctx = choose, n_ctx
+    def __init__(
+        self, choose: Callable[[tuple[int, ...]], int], n_ctx: int = 64, n_vocab: int = N_VOCAB
+    ) -> None:
+        self.choose, self.n_ctx, self.n_vocab = choose, n_ctx, n_vocab
         self.n_evaluated = self.n_calls = 0
         self.seconds = self.load_seconds = 0.0
-        self.hidden = np.zeros(1, np.float32)
-        self.logits = np.zeros(N_VOCAB, np.float32)
         self.held: list[int] = []
         self.batches: list[list[int]] = []
+        self.outputs: set[int] = set()
 
-    def sync(self, tokens: Sequence[int]) -> int:
+    def sync(self, tokens: Sequence[int], outputs: Sequence[int] = ()) -> int:
         assert 0 < len(tokens) <= self.n_ctx
+        outputs = list(outputs) or [len(tokens) - 1]
+        assert outputs == sorted(outputs)
+        assert outputs[-1] == len(tokens) - 1
         keep = 0
         while keep < min(len(self.held), len(tokens)) and self.held[keep] == tokens[keep]:
             keep += 1
-        keep = min(keep, len(tokens) - 1)
+        keep = min(keep, outputs[0])
         batch = list(tokens[keep:])
-        self.held = list(tokens)
+        self.held, self.outputs = list(tokens), set(outputs)
         self.batches.append(batch)
         self.n_calls += 1
         self.n_evaluated += len(batch)
         self.seconds += 1e-3 * len(batch)
-        self.logits[:] = -4.0
-        self.logits[self.choose(tuple(tokens))] = 4.0
-        self.hidden[0] = len(tokens)
         return len(batch)
+
+    def state(self, i: int) -> tuple[np.ndarray, np.ndarray]:
+        assert i in self.outputs
+        logits = np.full(self.n_vocab, -4.0, np.float32)
+        logits[self.choose(tuple(self.held[: i + 1]))] = 4.0
+        return logits, np.array([i + 1], np.float32)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """No test reads or writes the user's table of costs."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -10,13 +10,14 @@ import llama_cpp as llama
 import numpy as np
 
 from colm_edge.switch import Switch
+from colm_edge.weights import model_params
 
 
 class PlainModel:
     """One model, evaluated from the whole prefix at each step with all outputs on."""
 
     def __init__(self, path: str, n_ctx: int = 512) -> None:
-        params = llama.llama_model_default_params()
+        params = model_params()
         params.n_gpu_layers = 0
         self.model = llama.llama_model_load_from_file(str(path).encode(), params)
         self.vocab = llama.llama_model_get_vocab(self.model)

@@ -11,11 +11,12 @@ import numpy as np
 import pytest
 from checkpoints import convert
 from click.testing import CliRunner
-from make_random_pair import Shape, write_model
 
-from colm_edge.session import ContextOptions, Model, Session
+from colm_edge.random_model import Shape, write_model
+from colm_edge.session import ContextOptions, Session
 from colm_edge.switch import DEFER_TOKEN, Switch
 from colm_edge.train import marginal_loss
+from colm_edge.weights import Model
 
 torch = pytest.importorskip("torch", reason="needs the extra finetune")
 transformers = pytest.importorskip("transformers", reason="needs the extra finetune")

@@ -12,9 +12,9 @@ import pytest
 from checkpoints import convert, need_torch, write_tokenizer
 from click.testing import CliRunner
 from gguf import GGUFWriter, TokenType
-from make_random_pair import SHAPES, vocabulary
 
 from colm_edge.cli import main as colm_edge
+from colm_edge.random_model import SHAPES, vocabulary
 from colm_edge.switch import DEFER_TOKEN
 
 SHAPE = SHAPES["tiny"]

@@ -9,12 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import TEMPLATE
-from make_random_pair import SHAPES, write_model
 from reference import PlainModel, assert_same, plain_loop
 
 import colm_edge
 from colm_edge.errors import ColmError, MismatchError, ModelError, PromptError, SwitchError
 from colm_edge.pair import Pair, load
+from colm_edge.random_model import SHAPES, write_model
 from colm_edge.switch import FEATURE_SETS, Switch
 
 GREEDY = {"temperature": 0.0, "max_tokens": 40}
@@ -160,8 +160,8 @@ def stream_of(data: bytes, stop: tuple[str, ...] = ()):
     from colm_edge.decode import Decoder
     from colm_edge.pair import Stream
 
-    base = Scripted(lambda prefix: data[len(prefix) - 1] if len(prefix) <= len(data) else 256)
-    base.logits = np.zeros(257, np.float32)
+    choose = lambda prefix: data[len(prefix) - 1] if len(prefix) <= len(data) else 256  # noqa: E731
+    base = Scripted(choose, n_vocab=257)
     decoder = Decoder(
         base, base, lambda x, h: (0.0, int(x.argmax()), 0.0), [1], threshold=0.5, n_choose=257,
         end_tokens=frozenset({256}),

@@ -11,16 +11,16 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from make_random_pair import SHAPES, write_model
 from test_train import no_bar
 
 from colm_edge import scoring
 from colm_edge.documents import tokenized
 from colm_edge.errors import ColmError, DataError
 from colm_edge.pair import load
+from colm_edge.random_model import SHAPES, write_model
 from colm_edge.scoring import score, score_expert
-from colm_edge.session import fingerprint
 from colm_edge.train import fit_switch
+from colm_edge.weights import fingerprint
 
 ROWS = [{"prompt": f"p{i}", "completion": f"c{i} and some more"} for i in range(20)]
 

@@ -12,7 +12,8 @@ from reference import PlainModel
 from colm_edge import scorer as scorer_module
 from colm_edge.errors import MismatchError, ModelError, PromptError
 from colm_edge.scorer import Scorer
-from colm_edge.session import ContextOptions, Model, Session, shared_vocab
+from colm_edge.session import ContextOptions, Session
+from colm_edge.weights import Model, shared_vocab
 
 CONTEXT = ContextOptions(n_ctx=128, n_threads=1, n_batch=16)
 
@@ -99,8 +100,8 @@ def test_an_interrupted_decode_is_forgotten(model, monkeypatch):
     fresh.sync([1, 2, 3, 4])
     decode = Session._decode
 
-    def interrupted(self, tokens, *, embeddings):
-        decode(self, tokens, embeddings=embeddings)
+    def interrupted(self, *args):
+        decode(self, *args)
         raise KeyboardInterrupt
 
     monkeypatch.setattr(Session, "_decode", interrupted)

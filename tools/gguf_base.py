@@ -20,7 +20,8 @@ from gguf.quants import dequantize, quantize
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from colm_edge.errors import ColmError, ModelError
-from colm_edge.session import ContextOptions, Model, Session
+from colm_edge.session import ContextOptions, Session
+from colm_edge.weights import Model
 
 # Architectures whose q and k rows llama.cpp stores with the halves of each head interleaved.
 INTERLEAVED = ("llama",)

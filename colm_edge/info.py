@@ -1,0 +1,125 @@
+"""What a model or a switch file is, and whether two models can collaborate."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import llama_cpp as llama
+
+from colm_edge.costs import cost_table, kept_table
+from colm_edge.errors import MismatchError, SwitchError
+from colm_edge.models import resolve
+from colm_edge.session import ContextOptions, Session
+from colm_edge.switch import ARCHITECTURE, Switch
+from colm_edge.weights import Model, shared_vocab
+
+N_CTX = 4096  # what memory is stated for, where a model was trained for as much
+
+
+def describe_files(
+    refs: Sequence[str], *, costs: bool = False, n_threads: int = 0
+) -> list[dict[str, Any]]:
+    """Return the facts of each file and, of two models, whether they can collaborate.
+
+    costs: measure what decodes cost, if that is not known yet.
+    Raises ModelError or SwitchError for a file that is neither.
+    """
+    facts, models = [], []
+    try:
+        for ref in refs:
+            path = resolve(ref)
+            switch = _as_switch(path)
+            if switch is not None:
+                facts.append(_switch_facts(switch))
+                continue
+            model = Model(path)
+            models.append(model)
+            facts.append(_model_facts(model, costs, n_threads))
+        if len(models) == 2:
+            facts.append(_together(*models))
+    finally:
+        for model in models:
+            model.close()
+    return facts
+
+
+def _as_switch(path: str) -> Switch | None:
+    """Read a switch, or return None for another file."""
+    try:
+        return Switch.load(path)
+    except SwitchError:
+        if _architecture(path) == ARCHITECTURE:
+            raise
+        return None
+
+
+def _architecture(path: str) -> str:
+    from gguf import GGUFReader
+
+    try:
+        field = GGUFReader(path).fields.get("general.architecture")
+    except Exception:  # gguf raises whatever it stumbles over; a model's own errors say more
+        return ""
+    return str(field.contents()) if field is not None else ""
+
+
+def _switch_facts(switch: Switch) -> dict[str, Any]:
+    calibration = zip(switch.defer_rates, switch.thresholds, strict=True)
+    return {
+        "switch": switch.name,
+        "reads": ", ".join(switch.features),
+        "hidden_state": f"{switch.n_embd} numbers" if switch.needs_hidden else "not read",
+        "experts": len(switch.bias),
+        "threshold": round(switch.threshold, 4),
+        "calibration": ", ".join(f"{rate:.0%}: {x:.3g}" for rate, x in calibration) or "none",
+    }
+
+
+def _model_facts(model: Model, costs: bool, n_threads: int) -> dict[str, Any]:
+    n_ctx = min(N_CTX, model.n_ctx_train) or N_CTX
+    session = Session(model, ContextOptions(n_ctx=n_ctx, n_threads=n_threads))
+    table = cost_table(session) if costs else kept_table(session)
+    description = llama.llama_model_desc
+    weights = model.load()
+    buffer = llama.ctypes.create_string_buffer(128)
+    description(weights, buffer, 128)
+    heads, kv_heads = model.number("attention.head_count"), model.number("attention.head_count_kv")
+    width = model.number("attention.key_length") or model.n_embd // max(1, heads)
+    cache = 2 * 2 * model.number("block_count") * (kv_heads or heads) * width * n_ctx
+    size = int(llama.llama_model_size(weights))
+    return {
+        "model": str(model.path),
+        "name": model.metadata("general.name") or "–",
+        "architecture": model.metadata("general.architecture") or "–",
+        "kind": buffer.value.decode("utf-8", "replace"),
+        "parameters": f"{llama.llama_model_n_params(weights):,}",
+        "bits_per_weight": round(8 * size / max(1, llama.llama_model_n_params(weights)), 2),
+        "trained_context": model.n_ctx_train,
+        "vocabulary": f"{model.n_vocab:,} tokens, {vocabulary_hash(model)}",
+        "chat_template": "yes" if model.chat_template else "none",
+        "memory": f"{size / 1e6:,.0f} MB of weights, {cache / 1e6:,.0f} MB of cache at {n_ctx:,} "
+        "tokens in f16",
+        "decode_costs_in_ms": "not measured (--costs)" if table is None else ", ".join(
+            f"{n}: {1e3 * s:.3g}" for n, s in zip(table.sizes, table.seconds, strict=True)
+        ),
+    }  # fmt: skip
+
+
+def vocabulary_hash(model: Model) -> str:
+    """Return 12 hexadecimal digits that models of one vocabulary share."""
+    digest = hashlib.sha256()
+    for i in range(model.n_vocab):
+        digest.update(model.token_text(i).encode() + b"\0")
+    return digest.hexdigest()[:12]
+
+
+def _together(base: Model, expert: Model) -> dict[str, Any]:
+    names = f"{Path(base.path).name} with {Path(expert.path).name}"
+    try:
+        n = shared_vocab(base, expert)
+    except MismatchError as e:
+        return {"pair": names, "can_collaborate": f"no: {e}"}
+    return {"pair": names, "can_collaborate": f"yes, over {n:,} shared tokens"}

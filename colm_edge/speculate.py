@@ -1,0 +1,290 @@
+"""The fast twin of the sequential loop: the same text from fewer, larger batches.
+
+Two bets, neither of which can change what is written:
+
+- *The expert will repeat the base's choice.* At a deferral the base goes on with its own choice,
+  and the expert checks several deferrals in one batch. At the first one where it writes something
+  else both models roll back to it.
+- *A run of deferrals goes on.* The expert writes several tokens by itself, and the base reads the
+  switch for all of them in one batch. At the first that is not deferred both roll back to it.
+
+The first is speculative decoding at the deferred positions alone, the second its mirror image. A
+`Planner` places a bet only where the measured costs of batches and what it has seen of agreements
+and runs promise that it pays.
+"""
+
+from __future__ import annotations
+
+import math
+from array import array
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+from colm_edge.costs import CostTable
+from colm_edge.decode import Decoder, Sampler, Step
+
+# What a bet must promise to save, as a share of what it costs.
+MARGIN = 0.05
+LOOK_AHEAD = 3  # deferrals
+MAX_DRAFT = 64  # tokens in one verification
+MAX_RUN = 8  # tokens that the expert writes ahead
+# Estimates forget: an observation counts half after about 70 later ones.
+DECAY = 0.99
+# An expert agrees more often where the base is sure of itself.
+CONFIDENCE = (0.25, 0.5, 0.75)
+
+
+class Rate:
+    """How often something happens, learnt as it goes, old observations fading.
+
+    prior: the rate before any; weight: how many observations it stands for.
+    """
+
+    def __init__(self, prior: float, weight: float) -> None:
+        self.hits, self.n = prior * weight, weight
+
+    def add(self, hit: bool) -> None:
+        self.hits, self.n = self.hits * DECAY + hit, self.n * DECAY + 1
+
+    @property
+    def value(self) -> float:
+        return self.hits / self.n
+
+
+class Planner:
+    """Decides about bets; it lives as long as its pair and learns from every answer.
+
+    tables: called at the first deferral; returns what decodes cost the base and the expert.
+    """
+
+    def __init__(self, tables: Callable[[], tuple[CostTable, CostTable]]) -> None:
+        self._tables = tables
+        self._base: CostTable | None = None
+        self._expert: CostTable
+        self.agreement = Rate(0.5, 4)
+        self._by_confidence = [Rate(0.0, 0.0) for _ in range(len(CONFIDENCE) + 1)]
+        self.deferral = Rate(0.2, 5)
+        self.run = Rate(0.2, 5)  # of deferrals after a deferral
+        # Seconds and tokens of late, for the price of a token.
+        self._seconds = self._tokens = 0.0
+
+    def prepare(self) -> None:
+        """Have the tables at hand."""
+        if self._base is None:
+            self._base, self._expert = self._tables()
+
+    def saw_agreement(self, confidence: float, agreed: bool) -> None:
+        """Learn from a deferral: the base's probability for its choice, whether it was repeated."""
+        self.agreement.add(agreed)
+        self._by_confidence[_bucket(confidence)].add(agreed)
+
+    def saw_deferral(self, deferred: bool, after_deferral: bool) -> None:
+        """Learn from a decision of the switch."""
+        self.deferral.add(deferred)
+        if after_deferral:
+            self.run.add(deferred)
+
+    def agrees(self, confidence: float) -> float:
+        """Return the probability that the expert repeats a choice of this probability."""
+        seen = self._by_confidence[_bucket(confidence)]
+        return (seen.hits + 8 * self.agreement.value) / (seen.n + 8)
+
+    def saw_cycle(self, n_tokens: int, n_base: int, n_expert: int) -> None:
+        """Learn the price of a token: what was written between two verifications, and for what."""
+        assert self._base is not None
+        seconds = n_base * self._base(1) + self._expert.best(n_expert)
+        self._seconds = self._seconds * DECAY + seconds
+        self._tokens = self._tokens * DECAY + n_tokens
+
+    def goes_on(self, all_agree: float, n_pending: int) -> bool:
+        """Say whether to draft on at a deferral, rather than verify.
+
+        all_agree: the probability that the expert repeats every choice drafted so far.
+        n_pending: tokens that the expert would evaluate now.
+
+        Drafting to the j-th next deferral costs the base's tokens and a larger batch of the expert,
+        and is worth what these tokens cost otherwise, if every choice before them is repeated.
+        """
+        if self._base is None or n_pending >= MAX_DRAFT:
+            return False
+        # Beyond its last size a table is a proportion, not a measurement.
+        gap = 1 / max(self.deferral.value, 1 / MAX_DRAFT)
+        each = self.agreement.value
+        price = self._price(gap)
+        cost, worth, p = 0.0, 0.0, all_agree
+        now = self._expert.best(n_pending)
+        for _ in range(LOOK_AHEAD):
+            n_pending += round(gap)
+            cost += gap * self._base(1)
+            worth += p * gap * price
+            if n_pending > MAX_DRAFT:
+                return False
+            if (cost + self._expert.best(n_pending) - now) * (1 + MARGIN) < worth:
+                return True
+            p *= each
+        return False
+
+    def _price(self, gap: float) -> float:
+        assert self._base is not None
+        plain = self._base(1) + self._expert.best(max(1, round(gap))) / gap
+        return min(plain, self._seconds / self._tokens) if self._tokens >= 2 * gap else plain
+
+    def run_ahead(self) -> int:
+        """Return how many tokens the expert should write ahead after a deferral, or 0.
+
+        With n of L tokens deferred, the loop one by one takes n expert's and min(n + 1, L) base's
+        decodes; ahead it takes L of the expert's and one of the base for all.
+        """
+        if self._base is None:
+            return 0
+        base, expert, r = self._base, self._expert, self.run.value
+        best, found = 0.0, 0
+        for length in range(2, MAX_RUN + 1):
+            ahead = length * expert(1) + base(length)
+            one_by_one = 0.0
+            for n in range(length + 1):
+                p = r**n * (1 - r if n < length else 1)
+                # The expert's evaluation of the token after the run is of use later, in a batch.
+                later = expert(2) - expert(1) if n < length else 0.0
+                one_by_one += p * (n * expert(1) + min(n + 1, length) * base(1) + later)
+            saved = (one_by_one - ahead * (1 + MARGIN)) / (1 + length * r)
+            if saved > best:
+                best, found = saved, length
+        return found
+
+
+def _bucket(confidence: float) -> int:
+    return sum(confidence >= edge for edge in CONFIDENCE)
+
+
+class FastDecoder(Decoder):
+    """A Decoder that writes token for token what its parent writes, with a planner's bets.
+
+    Steps that depend on a bet come out when it is decided; end tokens, the limit of tokens and the
+    end of the context end a draft.
+    """
+
+    def __init__(self, *args: Any, planner: Planner, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self._planner = planner
+        self._ready: deque[Step] = deque()  # decided, but not handed out
+        self._expert_at = 0  # tokens that the expert has evaluated, and that were right
+        self._n_base = self._n_written = 0  # since the last verification
+        self._after_deferral = False
+
+    def _step(self) -> Step:
+        if self._compose:  # a mixture needs the states of both models at once
+            return super()._step()
+        if not self._ready:
+            room = self._end - len(self.tokens)
+            n = min(self._planner.run_ahead(), room) if self._after_deferral else 0
+            if n > 1:
+                self._run_ahead(n)
+            else:
+                self._draft()
+        return self._ready.popleft()
+
+    def _decide(self, step: Step) -> None:
+        """Hand a step out, now that it is certain."""
+        self._ready.append(step)
+        self._n_written += 1
+        deferred = step.source == "expert"
+        self._planner.saw_deferral(deferred, self._after_deferral)
+        self._after_deferral = deferred
+
+    def _draft(self) -> None:
+        """Go on from the written tokens until at least one more is certain."""
+        planner = self._planner
+        tokens, drafted = self.tokens[:], list[Step]()
+        pending: list[tuple[int, Step, Sampler | None]] = []
+        all_agree, before = 1.0, None
+        self._work_ahead(tokens)
+        while True:
+            at = len(tokens)
+            self._evaluate_base(tokens)
+            self._n_base += 1
+            logits, hidden = self._base.state(at - 1)
+            p_defer, choice, logsumexp = self._judge(at, logits, hidden)
+            defers = self._defers(p_defer)
+            if defers and self._sample is not None:
+                before = self._sample.copy()  # should the expert choose otherwise
+            step = self._write("base", p_defer, logits, choice, logsumexp)
+            if not defers and not pending:
+                self._decide(step)
+                return
+            drafted.append(step)
+            if defers:
+                planner.prepare()
+                pending.append((at, step, before))
+                all_agree *= planner.agrees(_probability(step))
+            if (
+                (defers and not planner.goes_on(all_agree, at - self._expert_at))
+                or at - pending[0][0] >= MAX_DRAFT - 1
+                or at + 1 >= self._end
+                or step.token in self._end_tokens
+            ):
+                self._verify(tokens, drafted, pending)
+                return
+            tokens.append(step.token)
+
+    def _verify(
+        self,
+        tokens: array[int],
+        drafted: list[Step],
+        pending: list[tuple[int, Step, Sampler | None]],
+    ) -> None:
+        """Let the expert write the pending tokens; keep the draft up to its first other choice."""
+        planner = self._planner
+        first, last = pending[0][0], pending[-1][0]
+        self._evaluate_expert(tokens[:last], [at - 1 for at, _, _ in pending])
+        before_last, n_kept = self._expert_at, len(drafted)
+        self._expert_at = last
+        for at, guess, before in pending:
+            logits, _ = self._expert.state(at - 1)
+            choice, logsumexp = self._likeliest(at, logits)
+            after, self._sample = self._sample, before
+            step = self._write("expert", guess.p_defer, logits, choice, logsumexp)
+            drafted[at - first] = step
+            planner.saw_agreement(_probability(guess), step.token == guess.token)
+            if step.token != guess.token:
+                n_kept, self._expert_at = at - first + 1, at
+                break
+            self._sample = after
+        for step in drafted[:n_kept]:
+            self._decide(step)
+        if before_last:  # else the expert evaluated the prompt as well
+            planner.saw_cycle(self._n_written, self._n_base, last - before_last)
+        self._n_base = self._n_written = 0
+
+    def _run_ahead(self, n: int) -> None:
+        """Let the expert write n tokens after a deferral and the base check them all at once."""
+        at = len(self.tokens)
+        tokens, written = self.tokens[:], list[tuple[Step, Sampler | None]]()
+        while len(written) < n:
+            self._evaluate_expert(tokens)
+            before = self._sample.copy() if self._sample is not None else None
+            logits, _ = self._expert.state(len(tokens) - 1)
+            choice, logsumexp = self._likeliest(len(tokens), logits)
+            step = self._write("expert", 0.0, logits, choice, logsumexp)
+            written.append((step, before))
+            if step.token in self._end_tokens:
+                break
+            tokens.append(step.token)
+        n = len(written)
+        self._evaluate_base(tokens[: at + n - 1], range(at - 1, at + n - 1))
+        self._n_base += n
+        self._expert_at = at
+        for i, (step, before) in enumerate(written):
+            logits, hidden = self._base.state(at + i - 1)
+            step.p_defer, choice, logsumexp = self._judge(at + i, logits, hidden)
+            if not self._defers(step.p_defer):
+                self._sample = before
+                self._decide(self._write("base", step.p_defer, logits, choice, logsumexp))
+                return
+            self._expert_at = at + i
+            self._decide(step)
+
+
+def _probability(step: Step) -> float:
+    return math.exp(step.logprob)

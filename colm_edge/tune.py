@@ -1,0 +1,150 @@
+"""Which settings make a pair's models fastest on this machine, and which quantisation an expert."""
+
+from __future__ import annotations
+
+import statistics
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from colm_edge.random_model import Shape, write_model
+from colm_edge.session import ContextOptions, Session, n_cores
+from colm_edge.weights import Model
+
+if TYPE_CHECKING:
+    from colm_edge.pair import Pair
+
+ROUNDS = 5
+N_PAST = 512  # tokens in the cache: attention has its part in the time
+CATCH_UP = 5  # tokens an expert evaluates at once, at a defer rate of 0.2
+MIXES = ("Q4_0", "Q4_K_M", "Q8_0")
+# A setting is changed for what saves as much as this; less is noise.
+WORTH = 0.03
+
+
+def tune(pair: Pair, note: Callable[[str], None]) -> tuple[list[dict[str, Any]], list[str]]:
+    """Return a row for each setting tried, in milliseconds, and lines of advice.
+
+    One setting after the other is varied and the best kept: threads, flash attention, the type of
+    the KV cache. The base is judged by decodes of one token, the expert by those of CATCH_UP.
+    """
+    rows: list[dict[str, Any]] = []
+    best: dict[str, ContextOptions] = {}
+    for role, session in (("base", pair.base_session), ("expert", pair.expert_session)):
+        options = replace(session.options, n_threads=session.n_threads)
+        for field, values in (
+            ("n_threads", _thread_counts()),
+            ("flash_attn", ("on", "off")),
+            ("cache_type", ("f16", "q8_0")),
+        ):
+            tried = [options, *(o for o in (_with(options, field, v) for v in values))]
+            tried = [o for i, o in enumerate(tried) if o not in tried[:i] and _is_possible(o)]
+            note(f"{role}: {field.replace('_', ' ')}")
+            times = _times([(session.model, o) for o in tried])
+            judged = [t[0 if role == "base" else 1] for t in times]
+            fastest = min(range(len(tried)), key=judged.__getitem__)
+            keep = fastest if judged[fastest] < (1 - WORTH) * judged[0] else 0
+            rows += [
+                {
+                    "model": role,
+                    "threads": o.n_threads,
+                    "flash_attention": o.flash_attn,
+                    "cache_type": o.cache_type_k,
+                    "ms_1_token": 1e3 * one,
+                    f"ms_{CATCH_UP}_tokens": 1e3 * several,
+                    "kept": "yes" if i == keep else "",
+                }
+                for i, (o, (one, several)) in enumerate(zip(tried, times, strict=True))
+            ]
+            options = tried[keep]
+        best[role] = options
+    advice = [f"{role}: {_flags(o)}" for role, o in best.items()]
+    return rows, [*advice, quantisation_advice(pair, note)]
+
+
+def _thread_counts() -> tuple[int, ...]:
+    cores = n_cores()
+    return tuple(n for n in range(1, cores + 1) if n == cores or n & (n - 1) == 0)
+
+
+def _with(options: ContextOptions, field: str, value: Any) -> ContextOptions:
+    if field == "cache_type":
+        return replace(options, cache_type_k=value, cache_type_v=value)
+    return replace(options, **{field: value})
+
+
+def _is_possible(options: ContextOptions) -> bool:
+    # llama.cpp needs flash attention for quantised values.
+    return options.cache_type_v == "f16" or options.flash_attn != "off"
+
+
+def _flags(options: ContextOptions) -> str:
+    return (
+        f"-t {options.n_threads} -fa {options.flash_attn} -ctk {options.cache_type_k} "
+        f"-ctv {options.cache_type_v}"
+    )
+
+
+def _times(tried: Sequence[tuple[Model, ContextOptions]]) -> list[tuple[float, float]]:
+    """Return the medians of (one token, CATCH_UP tokens) of each, in seconds, all taking turns."""
+    sessions = []
+    for model, options in tried:
+        n_ctx = min(options.n_ctx, N_PAST + CATCH_UP + 1)
+        sessions.append(Session(model, replace(options, n_ctx=n_ctx)))
+    taken: list[tuple[list[float], list[float]]] = [([], []) for _ in sessions]
+    try:
+        for session in sessions:
+            session.sync(_tokens(session, 0))
+        for i in range(1, ROUNDS + 1):
+            for session, times in zip(sessions, taken, strict=True):
+                for n, found in zip((1, CATCH_UP), times, strict=True):
+                    before = session.seconds
+                    session.sync([*_tokens(session, 0), *[i % 7 + n] * n])
+                    found.append(session.seconds - before)
+    finally:
+        for session in sessions:
+            session.close()
+    return [(statistics.median(one), statistics.median(more)) for one, more in taken]
+
+
+def _tokens(session: Session, seed: int) -> list[int]:
+    n = session.n_ctx - CATCH_UP - 1
+    return [(seed + 31 * i) % session.model.n_vocab for i in range(max(1, n))]
+
+
+def quantisation_advice(pair: Pair, note: Callable[[str], None]) -> str:
+    """Return a line that says how fast layers as wide as the expert's are, by quantisation.
+
+    Measured on two layers of random weights, whose decodes cost what trained ones do.
+    """
+    expert = pair.expert
+    heads = max(1, expert.number("attention.head_count"))
+    shape = Shape(
+        expert.n_embd, 2, heads, expert.number("attention.head_count_kv") or heads,
+        expert.number("feed_forward_length") or 4 * expert.n_embd, n_vocab=1024, n_ctx=1024,
+    )  # fmt: skip
+    options = replace(
+        pair.expert_session.options, n_ctx=1024, n_threads=pair.expert_session.n_threads
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        models = []
+        for mix in MIXES:
+            note(f"quantisation: {mix}")
+            path = Path(folder) / f"{mix}.gguf"
+            write_model(path, shape, mix)
+            models.append(Model(path, expert.n_gpu_layers))
+        times = _times([(model, options) for model in models])
+        for model in models:
+            model.close()
+    first = times[0]
+    told = ", ".join(
+        f"{mix} {one / first[0]:.2f} and {several / first[1]:.2f}"
+        for mix, (one, several) in zip(MIXES, times, strict=True)
+    )
+    winner = min(zip(MIXES, times, strict=True), key=lambda item: item[1][1])[0]
+    return (
+        f"quantisation: {winner} is the fastest for catching up; time for 1 token and for "
+        f"{CATCH_UP}, as a share of Q4_0's: {told}"
+    )
