@@ -31,6 +31,7 @@ MAX_DRAFT = 64  # tokens in one verification
 MAX_RUN = 8  # tokens that the expert writes ahead
 # Estimates forget: an observation counts half after about 70 later ones.
 DECAY = 0.99
+CAUTION = 0.7  # standard errors
 # An expert agrees more often where the base is sure of itself.
 CONFIDENCE = (0.25, 0.5, 0.75)
 
@@ -51,6 +52,12 @@ class Rate:
     def value(self) -> float:
         return self.hits / self.n
 
+    @property
+    def cautious(self) -> float:
+        """The rate less what it may be off by, while little was seen."""
+        value = self.value
+        return max(0.0, value - CAUTION * math.sqrt(value * (1 - value) / self.n))
+
 
 class Planner:
     """Decides about bets; it lives as long as its pair and learns from every answer.
@@ -62,12 +69,11 @@ class Planner:
         self._tables = tables
         self._base: CostTable | None = None
         self._expert: CostTable
-        self.agreement = Rate(0.5, 4)
+        self.agreement = Rate(0.4, 4)
         self._by_confidence = [Rate(0.0, 0.0) for _ in range(len(CONFIDENCE) + 1)]
-        self.deferral = Rate(0.2, 5)
-        self.run = Rate(0.2, 5)  # of deferrals after a deferral
-        # Seconds and tokens of late, for the price of a token.
-        self._seconds = self._tokens = 0.0
+        # Of deferrals after a token of the base, and after another deferral. Gaps are taken for
+        # long until they are seen to be short: a long draft costs the most when it is lost.
+        self.onset, self.run = Rate(0.05, 5), Rate(0.2, 5)
 
     def prepare(self) -> None:
         """Have the tables at hand."""
@@ -81,54 +87,53 @@ class Planner:
 
     def saw_deferral(self, deferred: bool, after_deferral: bool) -> None:
         """Learn from a decision of the switch."""
-        self.deferral.add(deferred)
-        if after_deferral:
-            self.run.add(deferred)
+        (self.run if after_deferral else self.onset).add(deferred)
 
     def agrees(self, confidence: float) -> float:
         """Return the probability that the expert repeats a choice of this probability."""
         seen = self._by_confidence[_bucket(confidence)]
-        return (seen.hits + 8 * self.agreement.value) / (seen.n + 8)
+        return (seen.hits + 8 * self.agreement.cautious) / (seen.n + 8)
 
-    def saw_cycle(self, n_tokens: int, n_base: int, n_expert: int) -> None:
-        """Learn the price of a token: what was written between two verifications, and for what."""
-        assert self._base is not None
-        seconds = n_base * self._base(1) + self._expert.best(n_expert)
-        self._seconds = self._seconds * DECAY + seconds
-        self._tokens = self._tokens * DECAY + n_tokens
+    def goes_on(self, all_agree: float, n_pending: int, n_beyond: int) -> bool:
+        """Say whether to draft on, rather than verify, now that a token is pending.
 
-    def goes_on(self, all_agree: float, n_pending: int) -> bool:
-        """Say whether to draft on at a deferral, rather than verify.
-
-        all_agree: the probability that the expert repeats every choice drafted so far.
+        all_agree: the probability that the expert repeats every choice that is pending.
         n_pending: tokens that the expert would evaluate now.
+        n_beyond: tokens drafted after the last pending one.
 
-        Drafting to the j-th next deferral costs the base's tokens and a larger batch of the expert,
-        and is worth what these tokens cost otherwise, if every choice before them is repeated.
+        To verify now and again at the next deferral, g tokens on, takes c(n_pending) + c(n_beyond +
+        g) of the expert, c being the cost of the cheapest batches. To draft on to it takes one
+        c(n_pending + n_beyond + g) if every choice is repeated, and otherwise that second call all
+        the same, and g tokens of the base for nothing. Likewise for the deferrals after it.
         """
-        if self._base is None or n_pending >= MAX_DRAFT:
+        if self._base is None:
             return False
-        # Beyond its last size a table is a proportion, not a measurement.
-        gap = 1 / max(self.deferral.value, 1 / MAX_DRAFT)
-        each = self.agreement.value
-        price = self._price(gap)
-        cost, worth, p = 0.0, 0.0, all_agree
-        now = self._expert.best(n_pending)
-        for _ in range(LOOK_AHEAD):
-            n_pending += round(gap)
-            cost += gap * self._base(1)
-            worth += p * gap * price
-            if n_pending > MAX_DRAFT:
-                return False
-            if (cost + self._expert.best(n_pending) - now) * (1 + MARGIN) < worth:
-                return True
-            p *= each
-        return False
+        base, cost = self._base(1), self._expert.best
+        each, now = self.agreement.cautious, cost(n_pending)
+        lost = [0.0] * LOOK_AHEAD  # against verifying now, by the number of deferrals drafted to
+        for share, gap in self._gaps(n_beyond):
+            k, right, wasted, saved = n_pending + n_beyond, all_agree, 0.0, 0.0
+            for j in range(LOOK_AHEAD):
+                k += gap
+                if k > MAX_DRAFT:
+                    lost[j] += math.inf
+                    break
+                saved += right * cost(gap + (n_beyond if j == 0 else 0))
+                wasted += (1 - right) * gap * base
+                lost[j] += share * ((cost(k) - now) * (1 + MARGIN) + wasted - saved)
+                right *= each
+        return min(lost) < 0
 
-    def _price(self, gap: float) -> float:
-        assert self._base is not None
-        plain = self._base(1) + self._expert.best(max(1, round(gap))) / gap
-        return min(plain, self._seconds / self._tokens) if self._tokens >= 2 * gap else plain
+    def _gaps(self, n_beyond: int) -> list[tuple[float, int]]:
+        """Return (probability, tokens) to the next deferral: at once as far as deferrals come in
+        runs, and else a geometric distribution's at its thirds' medians."""
+        p = min(max(self.onset.cautious, 1e-3), 0.999)
+        at_once = 0.0 if n_beyond else self.run.cautious
+        beyond = 0 if n_beyond else 1
+        gaps = [
+            math.ceil(math.log(1 - u) / math.log(1 - p)) + beyond for u in (1 / 6, 1 / 2, 5 / 6)
+        ]
+        return [(at_once, 1), *(((1 - at_once) / 3, gap) for gap in gaps)]
 
     def run_ahead(self) -> int:
         """Return how many tokens the expert should write ahead after a deferral, or 0.
@@ -138,7 +143,7 @@ class Planner:
         """
         if self._base is None:
             return 0
-        base, expert, r = self._base, self._expert, self.run.value
+        base, expert, r = self._base, self._expert, self.run.cautious
         best, found = 0.0, 0
         for length in range(2, MAX_RUN + 1):
             ahead = length * expert(1) + base(length)
@@ -170,7 +175,6 @@ class FastDecoder(Decoder):
         self._planner = planner
         self._ready: deque[Step] = deque()  # decided, but not handed out
         self._expert_at = 0  # tokens that the expert has evaluated, and that were right
-        self._n_base = self._n_written = 0  # since the last verification
         self._after_deferral = False
 
     def _step(self) -> Step:
@@ -188,7 +192,6 @@ class FastDecoder(Decoder):
     def _decide(self, step: Step) -> None:
         """Hand a step out, now that it is certain."""
         self._ready.append(step)
-        self._n_written += 1
         deferred = step.source == "expert"
         self._planner.saw_deferral(deferred, self._after_deferral)
         self._after_deferral = deferred
@@ -203,7 +206,6 @@ class FastDecoder(Decoder):
         while True:
             at = len(tokens)
             self._evaluate_base(tokens)
-            self._n_base += 1
             logits, hidden = self._base.state(at - 1)
             p_defer, choice, logsumexp = self._judge(at, logits, hidden)
             defers = self._defers(p_defer)
@@ -218,8 +220,13 @@ class FastDecoder(Decoder):
                 planner.prepare()
                 pending.append((at, step, before))
                 all_agree *= planner.agrees(_probability(step))
+            # Right after a deferral the next is near, if deferrals come in runs.
+            beyond = at - pending[-1][0]
+            due = beyond < 2 and not planner.goes_on(
+                all_agree, pending[-1][0] - self._expert_at, beyond
+            )
             if (
-                (defers and not planner.goes_on(all_agree, at - self._expert_at))
+                due
                 or at - pending[0][0] >= MAX_DRAFT - 1
                 or at + 1 >= self._end
                 or step.token in self._end_tokens
@@ -238,8 +245,7 @@ class FastDecoder(Decoder):
         planner = self._planner
         first, last = pending[0][0], pending[-1][0]
         self._evaluate_expert(tokens[:last], [at - 1 for at, _, _ in pending])
-        before_last, n_kept = self._expert_at, len(drafted)
-        self._expert_at = last
+        self._expert_at, n_kept = last, len(drafted)
         for at, guess, before in pending:
             logits, _ = self._expert.state(at - 1)
             choice, logsumexp = self._likeliest(at, logits)
@@ -253,9 +259,6 @@ class FastDecoder(Decoder):
             self._sample = after
         for step in drafted[:n_kept]:
             self._decide(step)
-        if before_last:  # else the expert evaluated the prompt as well
-            planner.saw_cycle(self._n_written, self._n_base, last - before_last)
-        self._n_base = self._n_written = 0
 
     def _run_ahead(self, n: int) -> None:
         """Let the expert write n tokens after a deferral and the base check them all at once."""
@@ -273,7 +276,6 @@ class FastDecoder(Decoder):
             tokens.append(step.token)
         n = len(written)
         self._evaluate_base(tokens[: at + n - 1], range(at - 1, at + n - 1))
-        self._n_base += n
         self._expert_at = at
         for i, (step, before) in enumerate(written):
             logits, hidden = self._base.state(at + i - 1)

@@ -108,7 +108,7 @@ def written(pair, kind, trace, threshold, **options):
 @pytest.mark.parametrize("rate", [0.0, 0.3, 1.0])
 def test_every_schedule_writes_the_trace(tiny_pair, rate, agree):
     class Bold(Planner):
-        def goes_on(self, all_agree, n_pending):
+        def goes_on(self, all_agree, n_pending, n_beyond):
             return n_pending % 3 != 0
 
         def run_ahead(self):
