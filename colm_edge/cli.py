@@ -382,7 +382,7 @@ def train(
             check_rows(read_rows(data), METRICS[metric])
             choose = partial(
                 choose_by_answers, loaded, read_rows(data), metric, threshold_lines,
-                Options(temperature=0.0, raw=raw), progress,
+                Options(temperature=0.0, raw=raw, schedule="sequential"), progress,
             )  # fmt: skip
         fit = fit_switch(
             loaded, documents, features, objective=objective, seed=seed, update=old,
@@ -508,7 +508,8 @@ def shares(_: click.Context, __: click.Parameter, value: str | None) -> tuple[fl
     "-o", "--output", type=click.Choice(["md", "csv", "json"]), default="md", show_default=True
 )
 @model_options
-@decoding_options(temperature=0.0)
+# Which batches the fast schedule makes depends on what came before; a table is to be reproducible.
+@decoding_options(temperature=0.0, schedule="sequential")
 def eval_command(
     data: str,
     metric: str,

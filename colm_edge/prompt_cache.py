@@ -47,11 +47,12 @@ def load_prompts(path: str | os.PathLike[str], base: Session, expert: Session) -
     Raises ColmError when the file is missing, broken, or of other models or settings.
     """
     try:
-        with np.load(path, allow_pickle=False) as file:
-            parts = {name: file[name] for name in file.files}
+        # Opened here, since np.load leaves a file open that it cannot read.
+        with open(path, "rb") as file, np.load(file, allow_pickle=False) as loaded:
+            parts = {name: loaded[name] for name in loaded.files}
         about = json.loads(str(parts["about"]))
         states = [(parts[f"{name}_tokens"], parts[f"{name}_state"]) for name in ("base", "expert")]
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as e:
+    except (OSError, ValueError, TypeError, KeyError, EOFError, zipfile.BadZipFile) as e:
         raise ColmError(f"{path}: not a prompt cache ({e}); delete it, or name another") from e
     ours = _about(base, expert)
     differs = [key for key in ours if about.get(key) != ours[key]]

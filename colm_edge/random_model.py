@@ -10,7 +10,7 @@ import itertools
 import os
 import string
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -61,15 +61,20 @@ def shape_of(name: str) -> Shape:
     count = float(name[:-1]) * {"K": 1e3, "M": 1e6, "B": 1e9}[name[-1:].upper()]
     if not 1e6 <= count <= 1e12:
         raise ValueError(name)
-    # Heads of 64 for small models and 128 for large ones, layers rising with the width.
-    shapes = (
-        Shape(n, layers, n // head, max(1, n // head // 4), -(-8 * n // 3 // 256) * 256)
-        for head in (64, 128)
-        for n in range(256, 16385, 256)
-        for layers in (round(n / 128) + 10, round(n / 96) + 8, round(n / 64) + 4)
-        if (n >= 4096) == (head == 128) and n // head % 4 == 0
-    )
-    return min(shapes, key=lambda shape: abs(shape.n_params - count))
+
+    def of_width(n_embd: int) -> Shape:
+        head = 128 if n_embd >= 4096 else 64
+        n_head = n_embd // head
+        shape = Shape(n_embd, 1, n_head, max(1, n_head // 4), -(-8 * n_embd // 3 // 256) * 256)
+        layer = shape.n_params - replace(shape, n_layer=0).n_params
+        rest = count - replace(shape, n_layer=0).n_params
+        return replace(shape, n_layer=max(1, round(rest / layer)))
+
+    # Of those, the one about as deep as llamas of its width are.
+    shapes = [of_width(n) for n in range(256, 16385, 256)]
+    shapes = [s for s in shapes if s.n_head % s.n_head_kv == 0]
+    near = [s for s in shapes if abs(s.n_params / count - 1) < 0.05]
+    return min(near or shapes, key=lambda s: abs(s.n_layer - s.n_embd / 128))
 
 
 # Which tensors a quantisation mix gives a finer type.

@@ -40,7 +40,7 @@ def tune(pair: Pair, note: Callable[[str], None]) -> tuple[list[dict[str, Any]],
             ("cache_type", ("f16", "q8_0")),
         ):
             tried = [options, *(o for o in (_with(options, field, v) for v in values))]
-            tried = [o for i, o in enumerate(tried) if o not in tried[:i] and _is_possible(o)]
+            tried = [o for i, o in enumerate(tried) if o not in tried[:i]]
             note(f"{role}: {field.replace('_', ' ')}")
             times = _times([(session.model, o) for o in tried])
             judged = [t[0 if role == "base" else 1] for t in times]
@@ -71,13 +71,10 @@ def _thread_counts() -> tuple[int, ...]:
 
 def _with(options: ContextOptions, field: str, value: Any) -> ContextOptions:
     if field == "cache_type":
-        return replace(options, cache_type_k=value, cache_type_v=value)
+        # llama.cpp needs flash attention for quantised values.
+        flash = "on" if options.flash_attn == "off" and value != "f16" else options.flash_attn
+        return replace(options, cache_type_k=value, cache_type_v=value, flash_attn=flash)
     return replace(options, **{field: value})
-
-
-def _is_possible(options: ContextOptions) -> bool:
-    # llama.cpp needs flash attention for quantised values.
-    return options.cache_type_v == "f16" or options.flash_attn != "off"
 
 
 def _flags(options: ContextOptions) -> str:

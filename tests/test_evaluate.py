@@ -29,7 +29,7 @@ from colm_edge.scoring import score
 from colm_edge.switch import Switch
 
 METHODS = ["base", "expert", "colm", "compose", "random", "entropy", "margin"]
-GREEDY = Options(temperature=0.0, max_tokens=8)
+GREEDY = Options(temperature=0.0, max_tokens=8, schedule="sequential")
 WHOLE = GREEDY.with_changes(max_tokens=32)  # room for the answers of the shipped pair
 HELD_OUT = Path(__file__).parent / "data" / "demo_heldout.jsonl"
 

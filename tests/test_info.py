@@ -1,0 +1,89 @@
+"""What `colm-edge info` and `bench --tune` say of files and settings."""
+
+from __future__ import annotations
+
+import json
+
+from click.testing import CliRunner
+
+from colm_edge import tune as tune_module
+from colm_edge.cli import main
+from colm_edge.random_model import SHAPES, shape_of
+from colm_edge.tune import tune
+
+
+def info(*args: str):
+    result = CliRunner().invoke(main, ["info", *args, "-o", "json"])
+    assert result.exit_code == 0, result.output
+    return json.loads(result.stdout)
+
+
+def test_a_model_is_described(tiny):
+    (facts,) = info(tiny["template"])
+    assert facts["architecture"] == "llama"
+    assert facts["trained_context"] == 512
+    assert facts["chat_template"] == "yes"
+    assert facts["vocabulary"].startswith("400 tokens, ")
+    n = SHAPES["tiny"].n_params + 64 * (1 + 2 * SHAPES["tiny"].n_layer)  # norms
+    assert facts["parameters"] == f"{n:,}"
+    assert facts["bits_per_weight"] == 32.0
+    assert facts["decode_costs_in_ms"] == "not measured (--costs)"
+
+
+def test_costs_are_measured_where_asked_and_known_afterwards(tiny):
+    (facts,) = info(tiny["base"], "--costs", "-t", "1")
+    assert facts["decode_costs_in_ms"].startswith("1: ")
+    assert info(tiny["base"], "-t", "1")[0]["decode_costs_in_ms"] == facts["decode_costs_in_ms"]
+
+
+def test_two_models_are_compared(tiny):
+    base, expert, pair = info(tiny["base"], tiny["expert"])
+    assert base["vocabulary"] == expert["vocabulary"]
+    assert pair["can_collaborate"] == "yes, over 400 shared tokens"
+    *_, pair = info(tiny["base"], tiny["foreign"])
+    assert pair["can_collaborate"].startswith("no: the vocabularies of base.gguf and foreign.gguf")
+
+
+def test_a_switch_is_described():
+    from colm_edge.models import find_pair
+
+    (facts,) = info(find_pair("demo").switch)
+    assert "hidden" in facts["reads"]
+    assert facts["experts"] == 1
+    result = CliRunner().invoke(main, ["info", find_pair("demo").switch])
+    assert "calibration" in result.stdout
+
+
+def test_other_files_are_refused(tiny, tmp_path):
+    (tmp_path / "text").write_text("hello")
+    for ref, words in ((tmp_path / "text", "not a GGUF"), (tmp_path / "no", "No such file")):
+        result = CliRunner().invoke(main, ["info", str(ref)])
+        assert result.exit_code == 1
+        assert words in result.stderr
+    assert CliRunner().invoke(main, ["info", "a", "b", "c"]).exit_code == 2
+
+
+def test_settings_are_tried_and_advised(tiny_pair, monkeypatch):
+    monkeypatch.setattr(tune_module, "ROUNDS", 2)
+    monkeypatch.setattr(tune_module, "_thread_counts", lambda: (1, 2))
+    rows, advice = tune(tiny_pair, lambda text: None)
+    for role in ("base", "expert"):
+        tried = [row for row in rows if row["model"] == role]
+        assert {row["threads"] for row in tried} == {1, 2}
+        assert {row["flash_attention"] for row in tried} >= {"on", "off"}
+        assert {row["cache_type"] for row in tried} == {"f16", "q8_0"}
+        assert sum(row["kept"] == "yes" for row in tried) == 3
+        assert all(row["ms_1_token"] > 0 for row in tried)
+    assert advice[0].startswith("base: -t ")
+    assert advice[1].startswith("expert: -t ")
+    assert all(f"{mix} " in advice[2] for mix in ("Q4_0", "Q4_K_M", "Q8_0"))
+    assert "Q4_0 1.00 and 1.00" in advice[2]
+
+
+def test_shapes_come_near_the_count_that_is_asked_for():
+    for name, count in (("360M", 360e6), ("1B", 1e9), ("3B", 3e9), ("30B", 30e9), ("70B", 70e9)):
+        shape = shape_of(name)
+        assert abs(shape.n_params / count - 1) < 0.1
+        assert shape.n_embd % shape.n_head == 0
+        assert shape.n_head % shape.n_head_kv == 0
+    assert shape_of("1.1B") is SHAPES["1.1B"]

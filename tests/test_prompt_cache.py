@@ -1,0 +1,133 @@
+"""Both sessions of a pair in a file, and taken up again."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+
+from colm_edge.cli import main
+from colm_edge.errors import ColmError
+from colm_edge.pair import load
+
+GREEDY = {"temperature": 0.0, "max_tokens": 30, "schedule": "sequential", "threshold": 0.3}
+
+
+def pair_of(tiny, **options):
+    settings = {"n_threads": 1, "n_ctx": 256, "overlap": False} | options
+    return load(tiny["base"], tiny["expert"], "margin", **settings)
+
+
+def test_an_answer_from_a_cache_evaluates_what_is_new(tiny, tmp_path):
+    prompt, path = "hello world, how are you?", tmp_path / "prompts"
+    with pair_of(tiny) as pair:
+        first = pair.generate(prompt, **GREEDY)
+        pair.save_prompts(path)
+        whole = pair.generate(prompt + " well", **GREEDY)
+    n_prompt = first.stats.n_prompt
+    assert first.stats.n_deferred > 0
+    with pair_of(tiny) as pair:
+        pair.load_prompts(path)
+        assert not pair.expert_session.created  # it waits until it is asked
+        again = pair.generate(prompt, **GREEDY)
+        assert [s.token for s in again.steps] == [s.token for s in first.steps]
+        # The prompt's last token is evaluated again for its logits, and what was written after it.
+        assert again.stats.base_tokens == first.stats.base_tokens - n_prompt + 1
+        assert again.stats.expert_tokens < first.stats.expert_tokens
+        pair.load_prompts(path)
+        longer = pair.generate(prompt + " well", **GREEDY)
+        assert longer.text == whole.text
+        assert longer.stats.base_tokens < n_prompt + longer.stats.n_generated
+        pair.load_prompts(path)
+        pair.save_prompts(tmp_path / "again")  # what nobody asked for is kept as it is
+    one, two = (np.load(tmp_path / name) for name in ("prompts", "again"))
+    assert all(np.array_equal(one[name], two[name]) for name in one.files)
+
+
+def test_a_base_alone_leaves_the_expert_out(tiny, tmp_path):
+    with pair_of(tiny) as pair:
+        pair.generate("hello", temperature=0, max_tokens=5, threshold=1.0)
+        pair.save_prompts(tmp_path / "prompts")
+        assert not pair.expert_session.created
+    with pair_of(tiny) as pair:
+        pair.load_prompts(tmp_path / "prompts")
+        assert pair.generate("hello", **GREEDY).stats.n_deferred > 0
+
+
+def test_a_cache_of_something_else_is_refused(tiny, tmp_path):
+    path = tmp_path / "prompts"
+    with pair_of(tiny) as pair:
+        pair.generate("hello there " * 10, **GREEDY)
+        pair.save_prompts(path)
+    kept = path.read_bytes()
+    with (
+        load(tiny["expert"], tiny["base"], "margin", n_threads=1) as other,
+        pytest.raises(ColmError, match="a prompt cache of another base model"),
+    ):
+        other.load_prompts(path)
+    with (
+        pair_of(tiny, cache_type_k="f32") as other,
+        pytest.raises(ColmError, match="another KV cache type"),
+    ):
+        other.load_prompts(path)
+    with (
+        pair_of(tiny, n_ctx=32) as small,
+        pytest.raises(ColmError, match="the context holds 32; raise -c"),
+    ):
+        small.load_prompts(path)
+    with pair_of(tiny) as pair:
+        for content in (b"", b"hello", kept[: len(kept) // 2]):
+            path.write_bytes(content)
+            with pytest.raises(ColmError, match="not a prompt cache"):
+                pair.load_prompts(path)
+        with pytest.raises(ColmError, match="No such file"):
+            pair.load_prompts(tmp_path / "absent")
+        with pytest.raises(ColmError, match="cannot write the prompt cache"):
+            pair.save_prompts(tmp_path / "absent" / "prompts")
+        assert pair.generate("hello", **GREEDY).text  # still of use
+
+
+def test_a_broken_state_leaves_an_empty_timeline(tiny, tmp_path):
+    with pair_of(tiny) as pair:
+        whole = pair.generate("hello", **GREEDY)
+        tokens, state = pair.base_session.snapshot()
+        with pytest.raises(ColmError, match="the saved state is not of this model"):
+            pair.base_session.restore((tokens, state[: len(state) // 2]))
+        assert pair.generate("hello", **GREEDY).text == whole.text
+
+
+def test_the_command_keeps_and_takes_up_a_cache(tiny, tmp_path):
+    path = tmp_path / "prompts"
+    args = ["run", "--json", "-m", tiny["base"], "-me", tiny["expert"], "-t", "1", "-c", "128",
+            "--temp", "0", "-n", "10", "--prompt-cache", str(path), "hello"]  # fmt: skip
+    answers = [json.loads(CliRunner().invoke(main, args).stdout) for _ in range(2)]
+    assert path.exists()
+    assert not list(tmp_path.glob(".prompts*"))
+    assert answers[0]["text"] == answers[1]["text"]
+    assert answers[1]["stats"]["base_tokens"] < answers[0]["stats"]["base_tokens"]
+    path.write_text("mine")
+    result = CliRunner().invoke(main, args)
+    assert result.exit_code == 1
+    assert "not a prompt cache" in result.output
+    assert path.read_text() == "mine"
+
+
+def test_chat_turns_evaluate_only_what_is_new(tiny):
+    """The prefix cache of both models, without a file: a second turn, a shared system prompt."""
+    with load(tiny["template"], tiny["expert"], "margin", n_threads=1, n_ctx=256) as pair:
+        system = {"role": "system", "content": "be brief and kind, whatever is asked of you"}
+        messages = [system, {"role": "user", "content": "hello"}]
+        first = pair.chat(messages, **GREEDY | {"threshold": 0.0})
+        messages += [
+            {"role": "assistant", "content": first.text},
+            {"role": "user", "content": "and then?"},
+        ]
+        second = pair.chat(messages, **GREEDY | {"threshold": 0.0})
+        n_shared = len(pair.prompt_tokens([system])) - 8
+        for stats in (second.stats,):
+            assert stats.base_tokens < stats.n_prompt + stats.n_generated - n_shared
+            assert stats.expert_tokens < stats.n_prompt + stats.n_generated - n_shared
+        other = pair.chat([system, {"role": "user", "content": "goodbye"}], **GREEDY)
+        assert other.stats.base_tokens < other.stats.n_prompt + other.stats.n_generated - n_shared
