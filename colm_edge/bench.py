@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import datetime
 import json
+import platform
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
+from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
 from time import perf_counter
@@ -32,10 +35,11 @@ _CONTEXT = ("n_ctx", "n_threads", "flash_attn", "cache_type_k", "cache_type_v")
 
 @dataclass(frozen=True)
 class Sample:
-    """One run of one method; the expert's counts are None where another program has them."""
+    """One run of one method; what only another program knows is None."""
 
     seconds: float
     first_token_seconds: float | None = None
+    outside_seconds: float | None = None  # of seconds, spent outside llama.cpp
     expert_calls: int | None = None
     expert_tokens: int | None = None
 
@@ -66,29 +70,42 @@ class Methods:
             self._high_level.close()
 
     def _loop(self, kind: type[Decoder], threshold: float, **options: Any) -> Sample:
-        base, expert = self._pair.base_session, self._pair.expert_session
-        # Batches are cut and filled up by the fast schedule alone.
-        costs, expert.costs = expert.costs, self.tables[1] if kind is FastDecoder else None
+        pair, expert = self._pair, self._pair.expert_session
+        for session in (pair.base_session, expert):
+            session.forget()
+        # Batches are cut and filled up, and the expert works in the background, where there is
+        # room for it, in the fast schedule alone.
+        fast = kind is FastDecoder
+        cuts = fast and not self.tables[0].is_quick
+        costs, expert.costs = expert.costs, self.tables[1] if cuts else None
+        timeline = pair.background if fast and pair.background is not None else expert
         try:
-            return _timed(replay(kind, base, expert, self._read, self._trace, threshold, **options))
+            decoder = replay(
+                kind, pair.base_session, timeline, self._read, self._trace, threshold,
+                n_choose=pair.n_shared, **options,
+            )  # fmt: skip
+            return _timed(decoder)
         finally:
             expert.costs = costs
 
     def _fast(self) -> Sample:
         # A planner that has to learn anew in every round.
-        return self._loop(FastDecoder, 0.5, planner=Planner(lambda: self.tables))
+        planner, background = Planner(lambda: self.tables), self._pair.background
+        follow = background.follow if background is not None else None
+        return self._loop(FastDecoder, 0.5, planner=planner, follow=follow)
 
     def _expert_alone(self) -> Sample:
         pair = self._pair
         # It reads no switch, but its own likeliest token.
         read = Untrained("margin").reader(pair.expert, pair.n_shared)
-        sample = _timed(
-            replay(Decoder, pair.expert_session, pair.base_session, read, self._trace, 1.0)
-        )
+        pair.expert_session.forget()
+        decoder = replay(
+            Decoder, pair.expert_session, pair.base_session, read, self._trace, 1.0,
+            n_choose=pair.n_shared,
+        )  # fmt: skip
         n = len(self._trace.tokens)
-        return Sample(
-            sample.seconds, sample.first_token_seconds, n, len(self._trace.prompt) + n - 1
-        )
+        evaluated = len(self._trace.prompt) + n - 1
+        return replace(_timed(decoder), expert_calls=n, expert_tokens=evaluated)
 
     def _llama(self) -> Sample:
         if self._high_level is None:
@@ -102,8 +119,10 @@ def _timed(decoder: Decoder) -> Sample:
     first = perf_counter() - begun
     for _ in decoder:
         pass
-    stats = decoder.stats
-    return Sample(perf_counter() - begun, first, stats.expert_calls, stats.expert_tokens)
+    seconds, stats = perf_counter() - begun, decoder.stats
+    # Nothing, where the expert works in the background.
+    outside = max(0.0, seconds - stats.base_seconds - stats.expert_seconds)
+    return Sample(seconds, first, outside, stats.expert_calls, stats.expert_tokens)
 
 
 class HighLevel:
@@ -138,7 +157,7 @@ class HighLevel:
             pass
         seconds = perf_counter() - begun
         generated.close()
-        return Sample(seconds, first, n, len(trace.prompt) + n - 1)
+        return Sample(seconds, first, None, n, len(trace.prompt) + n - 1)
 
     def close(self) -> None:
         self._llama.close()
@@ -190,19 +209,21 @@ class Tools:
 
 
 def bench(
-    pair: Pair, trace: Trace, rounds: int, note: Note, *, tools: Path | None = None,
-    memory: bool = True,
+    pair: Pair, trace: Trace, rounds: int, note: Note, *, only: Sequence[str] = (),
+    tools: Path | None = None, memory: bool = True,
 ) -> list[dict[str, Any]]:  # fmt: skip
     """Return a row for each method: medians over the rounds, in which all take turns.
 
     tokens_per_second is of the whole answer, its prompt included, and …_low and …_high are the
-    slowest and fastest round; first_token_seconds from an empty cache; ratio_expert to the row
-    expert; ratio_limit to what the sequential method's decodes alone cost by the models' tables;
-    peak_memory_mb, the most that a process doing nothing else has in memory.
+    slowest and fastest round; first_token_seconds from an empty cache; ratio_expert and
+    ratio_sequential to the rows expert and colm; ratio_limit to what the sequential method's
+    decodes alone cost by the models' tables; outside_us, the microseconds a token outside
+    llama.cpp; peak_memory_mb, the most that a process doing nothing else has in memory.
 
-    tools: where llama.cpp's own programs are, for two more rows.
+    only: names of methods, all by default. tools: where llama.cpp's own programs are, for two more
+    rows. memory: whether to measure it, in a process for each method.
 
-    Raises ColmError when the trace does not fit the context or the vocabulary.
+    Raises ColmError when the trace does not fit the context or the vocabulary, or a name is none.
     """
     n = len(trace.tokens)
     if len(trace.prompt) + n > pair.n_ctx:
@@ -213,9 +234,13 @@ def bench(
     if max(*trace.prompt, *trace.tokens) >= pair.n_shared:
         raise ColmError("the trace has tokens that this pair does not share; record it with it")
     with Methods(pair, trace) as methods:
-        ways: dict[str, Callable[[], Sample]] = dict(methods.names)
+        ways = dict(methods.names)
         if tools is not None:
             ways |= Tools(tools, pair, n).names
+        unknown = [name for name in only if name not in ways]
+        if unknown:
+            raise ColmError(f"no method {unknown[0]!r}; expected some of {', '.join(ways)}")
+        ways = {name: way for name, way in ways.items() if not only or name in only}
         samples: dict[str, list[Sample]] = {name: [] for name in ways}
         for i in range(rounds + 1):
             for name, way in ways.items():
@@ -224,40 +249,65 @@ def bench(
                 if i:
                     samples[name].append(sample)
         limits = _limits(trace, *methods.tables)
-        names = list(methods.names)
-    peaks = {name: _peak_memory(pair, trace, name, note) for name in names} if memory else {}
-    rates = {"colm": sum(trace.deferred) / n, "base": 0.0}
-    rates["colm-fast"] = rates["colm"]
-    return [
-        _row(name, samples, n, rates.get(name, 1.0), limits.get(name), peaks.get(name))
-        for name in ways
-    ]
+        measured = [name for name in ways if memory and name in methods.names]
+    peaks = {name: _peak_memory(pair, trace, name, note) for name in measured}
+    return [_row(name, samples, trace, limits.get(name), peaks.get(name)) for name in ways]
 
 
 def _row(
-    name: str, samples: dict[str, list[Sample]], n: int, rate: float, limit: float | None,
+    name: str, samples: dict[str, list[Sample]], trace: Trace, limit: float | None,
     peak: float | None,
 ) -> dict[str, Any]:  # fmt: skip
+    n = len(trace.tokens)
     seconds = {name: [sample.seconds for sample in taken] for name, taken in samples.items()}
     ours, median, last = seconds[name], statistics.median(seconds[name]), samples[name][-1]
     firsts = [s.first_token_seconds for s in samples[name] if s.first_token_seconds is not None]
+    outside = [s.outside_seconds for s in samples[name] if s.outside_seconds is not None]
+
+    def ratio(other: str) -> float | None:
+        # Of rounds, so that what slowed a whole round down slows both sides of the ratio.
+        pairs = zip(ours, seconds.get(other, []), strict=False)
+        ratios = [theirs / own for own, theirs in pairs]
+        return statistics.median(ratios) if ratios else None
+
     return {
         "method": name,
         "tokens_per_second": n / median,
         "tokens_per_second_low": n / max(ours),
         "tokens_per_second_high": n / min(ours),
         "first_token_seconds": statistics.median(firsts) if firsts else None,
-        # Of rounds, so that what slowed a whole round down slows both sides of the ratio.
-        "ratio_expert": statistics.median(
-            alone / own for own, alone in zip(ours, seconds["expert"], strict=True)
-        ),
+        "ratio_expert": ratio("expert"),
+        "ratio_sequential": ratio("colm"),
         "ratio_limit": limit / median if limit is not None else None,
-        "defer_rate": rate,
+        "outside_us": 1e6 * statistics.median(outside) / n if outside else None,
+        "defer_rate": {"base": 0.0}.get(name, trace.defer_rate if "colm" in name else 1.0),
         "expert_calls": last.expert_calls,
         "calls_per_100": None if last.expert_calls is None else 100 * last.expert_calls / n,
         "expert_tokens": last.expert_tokens,
         "peak_memory_mb": peak,
     }
+
+
+def measured_on(pair: Pair) -> str:
+    """Return a line that says on what machine and with what settings, today."""
+    base, expert = pair.base_session, pair.expert_session
+    options = base.options
+    return (
+        f"Measured on {cpu_name()}, {datetime.date.today()}: {base.model.path.name} and "
+        f"{expert.model.path.name}, {base.n_threads} and {expert.n_threads} threads, "
+        f"{base.model.n_gpu_layers} and {expert.model.n_gpu_layers} GPU layers, flash attention "
+        f"{options.flash_attn}, cache {options.cache_type_k}/{options.cache_type_v}, context "
+        f"{pair.n_ctx}, llama-cpp-python {version('llama-cpp-python')}."
+    )
+
+
+def cpu_name() -> str:
+    """Return what the processor calls itself."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(": ")[1] for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
 
 
 def _limits(trace: Trace, base: CostTable, expert: CostTable) -> dict[str, float]:

@@ -574,10 +574,16 @@ def eval_command(
 
 @main.command("bench")
 @click.option(
-    "--replay", default="f=0.2", show_default=True,
+    "--replay", "replays", multiple=True, default=["f=0.2"], show_default=True,
     metavar="f=RATE[,agree=P][,run=MEAN]|FILE.json",
     help="Which tokens are deferred: drawn at a rate, in runs of a mean length, the expert "
-    "repeating the base's choice with probability P [0.6]; or as in what `run --json` printed.",
+    "repeating the base's choice with probability P [0.6]; or as in what `run --json` printed. "
+    "Repeatable.",
+)  # fmt: skip
+@click.option(
+    "--methods", metavar="NAME,…", default="",
+    help="Rows of the table: base, expert, expert-llama-cpp-python, both, colm, colm-fast, "
+    "speculative  [all].",
 )  # fmt: skip
 @click.option(
     "-n", "--n-predict", "n", type=click.IntRange(2), default=128, show_default=True,
@@ -589,6 +595,10 @@ def eval_command(
     help="Where llama-bench and llama-speculative-simple are, for a row each.",
 )  # fmt: skip
 @click.option(
+    "--memory/--no-memory", default=True, show_default=True,
+    help="Measure memory too, in a process for each method.",
+)  # fmt: skip
+@click.option(
     "--tune", "tuning", is_flag=True,
     help="Instead, try settings of both models and print the best, and which quantisation of the "
     "expert is the fastest here.",
@@ -598,15 +608,15 @@ def eval_command(
 )
 @model_options
 def bench_command(
-    replay: str, n: int, rounds: int, tools: str | None, tuning: bool, output: str,
-    models: dict[str, Any],
+    replays: tuple[str, ...], methods: str, n: int, rounds: int, tools: str | None, memory: bool,
+    tuning: bool, output: str, models: dict[str, Any],
 ) -> None:  # fmt: skip
     """Measure the speed of every way to answer, side by side.
 
     Each method writes the same tokens in each round: what is evaluated is real, what is written and
     deferred is the replay's. The models' decodes are timed once and kept under ~/.cache/colm-edge.
     """
-    from colm_edge.bench import bench
+    from colm_edge.bench import bench, measured_on
     from colm_edge.evaluate import render
     from colm_edge.replay import Process, recorded
     from colm_edge.tune import tune
@@ -614,10 +624,11 @@ def bench_command(
     def note(text: str) -> None:
         click.echo(text, err=True)
 
-    process = None
-    if "=" in replay:
+    processes: dict[str, Process] = {}
+    for replay in replays:
         try:
-            process = Process.parse(replay)
+            if "=" in replay:
+                processes[replay] = Process.parse(replay)
         except ValueError as e:
             raise click.BadParameter(
                 f"{replay!r}: expected f=RATE and, after commas, agree=P, both from 0 to 1, and "
@@ -627,11 +638,20 @@ def bench_command(
         if tuning:
             rows, advice = tune(loaded, note)
             click.echo(render(rows, output))
-            click.echo("\n".join(advice), err=output != "md")
+            click.echo("\n" + "\n".join([*advice, measured_on(loaded)]), err=output != "md")
             return
-        trace = recorded(replay) if process is None else process.draw(n, loaded.n_shared)
-        table = bench(loaded, trace, rounds, note, tools=Path(tools) if tools else None)
-    click.echo(render(table, output))
+        table = []
+        for replay in replays:
+            process = processes.get(replay)
+            trace = recorded(replay) if process is None else process.draw(n, loaded.n_shared)
+            rows = bench(
+                loaded, trace, rounds, note, only=[m for m in methods.split(",") if m],
+                tools=Path(tools) if tools else None, memory=memory,
+            )  # fmt: skip
+            table += [{"replay": replay} | row if len(replays) > 1 else row for row in rows]
+        click.echo(render(table, output))
+        if output == "md":
+            click.echo("\n" + measured_on(loaded))
 
 
 @main.command("info")

@@ -29,8 +29,9 @@ SECONDS = 4.0  # of measuring, but for the decode in flight
 ROUNDS = 8
 OFTEN = 16  # sizes up to this one are measured in every round
 LONG = 0.005  # seconds of a decode for which building a graph is nothing
+QUICK = 0.001  # seconds of a decode of one token
 # What another batch size must promise to save, since a table is measured and not known.
-MARGIN = 0.04
+MARGIN = 0.1
 
 
 class CostTable:
@@ -42,6 +43,13 @@ class CostTable:
     def __call__(self, n: int) -> float:
         """Return the seconds of a decode of n tokens, between measured sizes by interpolation and
         beyond the largest in proportion to it."""
+        return self._known[n] if n < len(self._known) else self._between(n)
+
+    @cached_property
+    def _known(self) -> list[float]:
+        return [0.0] + [self._between(n) for n in range(1, self.sizes[-1] + 1)]
+
+    def _between(self, n: int) -> float:
         at = bisect_left(self.sizes, n)
         if at == len(self.sizes):
             return self.seconds[-1] * n / self.sizes[-1]
@@ -50,6 +58,11 @@ class CostTable:
         low, high = self.sizes[at - 1], self.sizes[at]
         share = (n - low) / (high - low)
         return self.seconds[at - 1] * (1 - share) + self.seconds[at] * share
+
+    @property
+    def is_quick(self) -> bool:
+        """Whether a decode takes no longer than thinking about a better one would pay for."""
+        return self(1) < QUICK
 
     def best(self, n: int) -> float:
         """Return the seconds that n tokens take in the cheapest pieces."""

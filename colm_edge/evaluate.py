@@ -338,7 +338,7 @@ def _cell(row: dict[str, Any], name: str) -> str:
         text, bounds = f"{value:.3g}", ""
         if float(text) in (0, 1) and value not in (0, 1):
             text = repr(value)  # 0 and 1 mean a model alone
-    elif name.startswith(("tokens", "calls", "peak", "ms")):
+    elif name.startswith(("tokens", "calls", "peak", "ms", "outside")):
         text, bounds = f"{value:,.1f}", "{:,.0f}–{:,.0f}"
     else:
         text, bounds = f"{value:.3f}", "{:.3f}–{:.3f}"

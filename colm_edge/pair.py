@@ -178,7 +178,8 @@ class Pair:
         self._note = note or log.info
         self.planner = Planner(self.cost_tables)
         overlaps = self._overlaps() if overlap is None else overlap
-        self._background = Background(self.expert_session) if overlaps else None
+        # The expert on a thread of its own, where the two are not in each other's way.
+        self.background = Background(self.expert_session) if overlaps else None
 
     def __enter__(self) -> Self:
         return self
@@ -189,8 +190,8 @@ class Pair:
     def close(self) -> None:
         """Free both models and their contexts."""
         with self._lock:
-            if self._background is not None:
-                self._background.close()
+            if self.background is not None:
+                self.background.close()
             for session in (self.base_session, self.expert_session):
                 session.close()
             for model in (self.base, self.expert):
@@ -214,7 +215,7 @@ class Pair:
         with self._lock:
             base = cost_table(self.base_session, fresh=fresh, note=self._note)
             expert = cost_table(self.expert_session, fresh=fresh, note=self._note)
-            self.expert_session.costs = expert
+            self.expert_session.costs = None if base.is_quick else expert
             return base, expert
 
     def save_prompts(self, path: str | os.PathLike[str]) -> None:
@@ -236,8 +237,8 @@ class Pair:
     @contextmanager
     def _idle(self) -> Iterator[None]:
         with self._lock:
-            if self._background is not None:
-                self._background.wait()
+            if self.background is not None:
+                self.background.wait()
             yield
 
     def generate(self, prompt: str, **options: Any) -> Answer:
@@ -298,8 +299,8 @@ class Pair:
             raise PromptError(f"the base's chat template refuses this conversation: {e}") from e
         return text
 
-    def stream_tokens(self, tokens: Sequence[int], options: Options) -> Stream:
-        """Continue token ids. Raises PromptError when they are none or do not fit the context."""
+    def check_prompt(self, tokens: Sequence[int], threshold: float) -> None:
+        """Raise PromptError when tokens are none, not in the vocabulary, or too many."""
         if not tokens:
             raise PromptError("the prompt is empty; write at least one word")
         if len(tokens) > self.n_ctx:
@@ -307,13 +308,19 @@ class Pair:
                 f"the prompt has {len(tokens)} tokens, the context holds {self.n_ctx}; "
                 "shorten it or raise -c"
             )
-        out_of_range = [t for t in tokens if not 0 <= t < self.n_shared]
-        threshold = self.threshold(options)
-        if out_of_range and threshold < 1:
+        # The base alone reads whatever it has.
+        n = self.n_shared if threshold < 1 else self.base.n_vocab
+        out_of_range = next((t for t in tokens if not 0 <= t < n), None)
+        if out_of_range is not None:
             raise PromptError(
-                f"token {out_of_range[0]} of the prompt is not in the vocabulary of both models "
-                f"({self.n_shared} shared tokens)"
+                f"token {out_of_range} of the prompt is not in the vocabulary of both models "
+                f"({n} shared tokens)"
             )
+
+    def stream_tokens(self, tokens: Sequence[int], options: Options) -> Stream:
+        """Continue token ids. Raises PromptError when they are none or do not fit the context."""
+        threshold = self.threshold(options)
+        self.check_prompt(tokens, threshold)
         # The base alone may write whatever it has.
         n_choose = self.n_shared if threshold < 1 else self.base.n_vocab
         row = self.base.token_id(DEFER_TOKEN) if isinstance(self.switch, DeferRow) else None
@@ -323,7 +330,7 @@ class Pair:
         make: Callable[..., Decoder] = Decoder
         if options.schedule == "fast":
             make = partial(FastDecoder, planner=self.planner)
-        background = self._background
+        background = self.background
         decoder = make(
             self.base_session,
             background or self.expert_session,

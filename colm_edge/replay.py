@@ -15,11 +15,10 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
-from colm_edge.decode import Decoder, Floats
+from colm_edge.decode import Decoder, Floats, Timeline
 from colm_edge.errors import DataError
 
 if TYPE_CHECKING:
-    from colm_edge.session import Session
     from colm_edge.switch import Reader
 
 SEED = 0
@@ -37,6 +36,10 @@ class Trace:
     tokens: list[int]
     deferred: list[bool]
     agrees: list[bool]
+
+    @property
+    def defer_rate(self) -> float:
+        return sum(self.deferred) / len(self.deferred)
 
     @property
     def catch_ups(self) -> list[int]:
@@ -149,18 +152,15 @@ def replaying(kind: type[Decoder], trace: Trace) -> type[Decoder]:
 
 def replay(
     kind: type[Decoder],
-    base: Session,
-    expert: Session,
+    base: Timeline,
+    expert: Timeline,
     read: Reader,
     trace: Trace,
     threshold: float,
     **options: Any,
 ) -> Decoder:
-    """Return a Decoder of a kind that is about to write a trace's tokens from empty caches."""
-    for session in (base, expert):
-        session.forget()
+    """Return a Decoder of a kind that is about to write a trace's tokens."""
     return replaying(kind, trace)(
-        base, expert, read, trace.prompt,
-        threshold=threshold, n_choose=min(base.model.n_vocab, expert.model.n_vocab),
-        end_tokens=frozenset(), max_tokens=len(trace.tokens), **options,
+        base, expert, read, trace.prompt, threshold=threshold, end_tokens=frozenset(),
+        max_tokens=len(trace.tokens), **options,
     )  # fmt: skip

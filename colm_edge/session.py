@@ -101,6 +101,7 @@ class Session:
         self._context: Any = None
         self._memory: Any = None
         self._batch: Batch
+        self._positions: npt.NDArray[np.int32]  # 0, 1, 2 …
         self._tokens = array("i")  # what the KV cache holds
         self._torn = False  # a decode was interrupted: the cache may hold more than _tokens
         self._fresh = False  # logits and hidden belong to the last of _tokens
@@ -134,6 +135,7 @@ class Session:
         self._context = self.new_context(self.n_ctx, self.n_batch)
         self._memory = llama.llama_get_memory(self._context)
         self._batch = Batch(self.n_batch)
+        self._positions = np.arange(self.n_ctx, dtype=np.int32)
         saved, self._saved = self._saved, None
         if saved is not None:
             self._restore(*saved)
@@ -204,29 +206,42 @@ class Session:
             raise PromptError("nothing to evaluate: the prompt has no tokens")
         if n > self.n_ctx:
             raise PromptError(f"{n} tokens do not fit the context of {self.n_ctx} (-c sets it)")
-        self.open()
+        if self._context is None:
+            self.open()
         if not isinstance(tokens, array):
             tokens = array("i", tokens)
+        held = self._tokens
+        if len(held) == n - 1 and held == tokens[:-1] and not outputs and not self._torn:
+            return self._append(tokens[-1])
         keep = self.common_prefix(tokens)
         if not outputs or outputs[0] == n - 1:
-            if keep == n and self._fresh and len(self._tokens) == n and not self._torn:
+            if keep == n and self._fresh and len(held) == n and not self._torn:
                 return 0
             outputs = (n - 1,)
         keep = min(keep, outputs[0])
-        if keep < len(self._tokens) or self._torn:
+        if keep < len(held) or self._torn:
             self._drop(keep)
         self._torn, self._fresh = True, False
         n_done = 0
         for block, padded, is_last in self._blocks(tokens, keep, outputs[0]):
             n_done += self._decode(block, keep, padded, outputs if is_last else ())
             keep += len(block)
-        begun = perf_counter()
-        llama.llama_synchronize(self._context)  # waits for a GPU
-        self.seconds += perf_counter() - begun
         self._first = n - len(block)
         self._tokens = tokens[:]
         self._torn, self._fresh = False, True
         return n_done
+
+    def _append(self, token: int) -> int:
+        """Evaluate one more token: what `sync` does most of the time, in as little of Python."""
+        batch, at = self._batch, len(self._tokens)
+        self._torn, self._fresh = True, False
+        self._switch_embeddings(self.wants_hidden)
+        batch.token[0], batch.position[0], batch.output[0] = token, at, 1
+        self.decode_batch(self._context, batch.head(1))
+        self._first = at
+        self._tokens.append(token)
+        self._torn, self._fresh = False, True
+        return 1
 
     def state(self, i: int) -> tuple[Floats, Floats]:
         """Return (logits, hidden) after token i of the last `sync`, one of its outputs; views."""
@@ -308,13 +323,10 @@ class Session:
     def _decode(self, block: array[int], at: int, n_padded: int, outputs: Sequence[int]) -> int:
         """Evaluate a block at position `at`, filled up to n_padded; return what was evaluated."""
         n = len(block)
-        embeddings = self.wants_hidden and bool(outputs)
-        if embeddings != self._embeddings:
-            llama.llama_set_embeddings(self._context, embeddings)
-            self._embeddings = embeddings
+        self._switch_embeddings(self.wants_hidden and bool(outputs))
         batch = self._batch
         batch.token[:n] = block
-        batch.position[:n_padded] = np.arange(at, at + n_padded, dtype=np.int32)
+        batch.position[:n_padded] = self._positions[at : at + n_padded]
         batch.output[:n_padded] = 0
         for i in outputs:
             batch.output[i - at] = 1
@@ -325,10 +337,17 @@ class Session:
             raise ModelError(f"{self.model.path}: the model cannot drop the end of its state")
         return n_padded
 
+    def _switch_embeddings(self, wanted: bool) -> None:
+        if wanted != self._embeddings:
+            llama.llama_set_embeddings(self._context, wanted)
+            self._embeddings = wanted
+
     def decode_batch(self, context: Any, batch: Any) -> None:
         """Evaluate a llama_batch in one of the model's contexts, on this session's account."""
         begun = perf_counter()
         code = llama.llama_decode(context, batch)
+        if self.model.n_gpu_layers:
+            llama.llama_synchronize(context)  # a GPU is still at work
         self.seconds += perf_counter() - begun
         if code != 0:
             raise ModelError(

@@ -26,7 +26,7 @@ from colm_edge.costs import CostTable
 from colm_edge.decode import Decoder, Sampler, Step
 
 # What a bet must promise to save, as a share of what it costs.
-MARGIN = 0.05
+MARGIN = 0.15
 LOOK_AHEAD = 3  # deferrals
 MAX_DRAFT = 64  # tokens in one verification
 MAX_RUN = 8  # tokens that the expert writes ahead
@@ -68,6 +68,7 @@ class Planner:
 
     def __init__(self, tables: Callable[[], tuple[CostTable, CostTable]]) -> None:
         self._tables = tables
+        self.rests = False  # whether the models are too quick for planning to pay
         self._base: CostTable | None = None
         self._expert: CostTable
         self.agreement = Rate(0.4, 4)
@@ -75,11 +76,13 @@ class Planner:
         # Of deferrals after a token of the base, and after another deferral. Gaps are taken for
         # long until they are seen to be short: a long draft costs the most when it is lost.
         self.onset, self.run = Rate(0.05, 5), Rate(0.2, 5)
+        self._runs: dict[float, int] = {}  # run_ahead by the rate of runs
 
     def prepare(self) -> None:
         """Have the tables at hand."""
         if self._base is None:
             self._base, self._expert = self._tables()
+            self.rests = self._base.is_quick
 
     def saw_agreement(self, confidence: float, agreed: bool) -> None:
         """Learn from a deferral: the base's probability for its choice, whether it was repeated."""
@@ -121,7 +124,7 @@ class Planner:
                     break
                 saved += right * cost(gap + (n_beyond if j == 0 else 0))
                 wasted += (1 - right) * gap * base
-                lost[j] += share * ((cost(k) - now) * (1 + MARGIN) + wasted - saved)
+                lost[j] += share * ((cost(k) - now + wasted) * (1 + MARGIN) - saved)
                 right *= each
         return min(lost) < 0
 
@@ -137,27 +140,34 @@ class Planner:
         return [(at_once, 1), *(((1 - at_once) / 3, gap) for gap in gaps)]
 
     def run_ahead(self) -> int:
-        """Return how many tokens the expert should write ahead after a deferral, or 0.
-
-        With n of L tokens deferred, the loop one by one takes n expert's and min(n + 1, L) base's
-        decodes; ahead it takes L of the expert's and one of the base for all.
-        """
+        """Return how many tokens the expert should write ahead after a deferral, or 0."""
         if self._base is None:
             return 0
-        base, expert, r = self._base, self._expert, self.run.cautious
-        best, found = 0.0, 0
-        for length in range(2, MAX_RUN + 1):
-            ahead = length * expert(1) + base(length)
-            one_by_one = 0.0
-            for n in range(length + 1):
-                p = r**n * (1 - r if n < length else 1)
-                # The expert's evaluation of the token after the run is of use later, in a batch.
-                later = expert(2) - expert(1) if n < length else 0.0
-                one_by_one += p * (n * expert(1) + min(n + 1, length) * base(1) + later)
-            saved = (one_by_one - ahead * (1 + MARGIN)) / (1 + length * r)
-            if saved > best:
-                best, found = saved, length
-        return found
+        r = round(self.run.cautious, 2)
+        if r not in self._runs:
+            self._runs[r] = _best_run(r, self._base, self._expert)
+        return self._runs[r]
+
+
+def _best_run(r: float, base: CostTable, expert: CostTable) -> int:
+    """Return how long a run of deferrals is best written ahead, each followed by another at rate r.
+
+    With n of L tokens deferred, the loop one by one takes n expert's and min(n + 1, L) base's
+    decodes; ahead it takes L of the expert's and one of the base for all.
+    """
+    best, found = 0.0, 0
+    for length in range(2, MAX_RUN + 1):
+        ahead = length * expert(1) + base(length)
+        one_by_one = 0.0
+        for n in range(length + 1):
+            p = r**n * (1 - r if n < length else 1)
+            # The expert's evaluation of the token after the run is of use later, in a batch.
+            later = expert(2) - expert(1) if n < length else 0.0
+            one_by_one += p * (n * expert(1) + min(n + 1, length) * base(1) + later)
+        saved = (one_by_one - ahead * (1 + MARGIN)) / (1 + length * r)
+        if saved > best:
+            best, found = saved, length
+    return found
 
 
 def _bucket(confidence: float) -> int:
@@ -179,9 +189,10 @@ class FastDecoder(Decoder):
         self._after_deferral = False
 
     def _step(self) -> Step:
-        if self._compose:  # a mixture needs the states of both models at once
-            return super()._step()
         if not self._ready:
+            # A mixture needs the states of both models at once.
+            if self._compose or self._planner.rests:
+                return super()._step()
             room = self._end - len(self.tokens)
             n = min(self._planner.run_ahead(), room) if self._after_deferral else 0
             if n > 1:

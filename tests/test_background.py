@@ -100,4 +100,4 @@ def test_what_goes_wrong_there_is_raised_here(session, monkeypatch):
 
 def test_it_is_off_where_both_want_the_same_cores(tiny):
     with load(tiny["base"], tiny["expert"], "margin") as pair:
-        assert pair._background is None
+        assert pair.background is None

@@ -10,6 +10,7 @@ import pytest
 from click.testing import CliRunner
 
 from colm_edge import bench as bench_module
+from colm_edge import costs
 from colm_edge.bench import Methods, bench, peak_memory
 from colm_edge.cli import main
 from colm_edge.costs import CostTable
@@ -25,7 +26,8 @@ METHODS = [
 ]  # fmt: skip
 FIELDS = [
     "method", "tokens_per_second", "tokens_per_second_low", "tokens_per_second_high",
-    "first_token_seconds", "ratio_expert", "ratio_limit", "defer_rate", "expert_calls",
+    "first_token_seconds", "ratio_expert", "ratio_sequential", "ratio_limit", "outside_us",
+    "defer_rate", "expert_calls",
     "calls_per_100", "expert_tokens", "peak_memory_mb",
 ]  # fmt: skip
 
@@ -97,10 +99,36 @@ def test_every_method_evaluates_what_it_must(tiny_pair):
         assert 0 < low <= row["tokens_per_second"] <= high
 
 
+def test_a_grid_of_replays_and_a_choice_of_methods(tiny):
+    args = ["bench", "-m", tiny["base"], "-me", tiny["expert"], "-t", "1", "-c", "128"]
+    args += ["-n", "20", "--rounds", "1", "--no-memory", "--methods", "colm,colm-fast"]
+    args += ["-o", "json"]
+    replays = ["--replay", "f=0.1", "--replay", "f=0.4,agree=0.9"]
+    result = CliRunner().invoke(main, [*args, *replays])
+    assert result.exit_code == 0, result.output
+    rows = json.loads(result.stdout)
+    assert [(row["replay"], row["method"]) for row in rows] == [
+        ("f=0.1", "colm"), ("f=0.1", "colm-fast"),
+        ("f=0.4,agree=0.9", "colm"), ("f=0.4,agree=0.9", "colm-fast"),
+    ]  # fmt: skip
+    for row in rows:
+        assert row["ratio_expert"] is None
+        assert row["ratio_sequential"] > 0
+        assert row["peak_memory_mb"] is None
+    result = CliRunner().invoke(main, [*args, "-o", "md"])
+    assert result.stdout.splitlines()[-1].startswith("Measured on ")
+    assert "base.gguf and expert.gguf, 1 and 1 threads" in result.stdout
+    result = CliRunner().invoke(main, [*args, "--methods", "fast"])
+    assert result.exit_code == 1
+    assert "no method 'fast'; expected some of base, expert" in result.stderr
+
+
 def written(pair, kind, trace, threshold, **options):
     read = pair.switch.reader(pair.base, pair.n_shared)
     sessions = pair.base_session, pair.expert_session
-    decoder = replay(kind, *sessions, read, trace, threshold, **options)
+    for session in sessions:
+        session.forget()
+    decoder = replay(kind, *sessions, read, trace, threshold, n_choose=pair.n_shared, **options)
     return [(step.token, step.source) for step in decoder], decoder.stats
 
 
@@ -217,7 +245,9 @@ def test_a_child_that_fails_is_named(tiny_pair, monkeypatch):
         bench(tiny_pair, trace, 1, quiet)
 
 
-def test_the_fast_schedule_alone_cuts_batches(tiny_pair):
+@pytest.mark.parametrize("quick", [0.0, 10.0])
+def test_the_fast_schedule_alone_cuts_batches_and_not_of_tiny_models(tiny_pair, quick, monkeypatch):
+    monkeypatch.setattr(costs, "QUICK", quick)
     trace = Process(0.3).draw(30, tiny_pair.n_shared)
     with Methods(tiny_pair, trace) as methods:
         seen = {}
@@ -231,4 +261,4 @@ def test_the_fast_schedule_alone_cuts_batches(tiny_pair):
             tiny_pair.expert_session.sync = sync
             methods.names[name]()
             del tiny_pair.expert_session.sync
-    assert seen == {"colm": False, "colm-fast": True, "both": False}
+    assert seen == {"colm": False, "colm-fast": not quick, "both": False}

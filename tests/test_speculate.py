@@ -14,7 +14,7 @@ from colm_edge.costs import CostTable
 from colm_edge.decode import Decoder
 from colm_edge.options import Options
 from colm_edge.pair import load
-from colm_edge.replay import Process, replaying
+from colm_edge.replay import Process, replay
 from colm_edge.sampling import ChainSampler
 from colm_edge.speculate import MAX_DRAFT, FastDecoder, Planner
 
@@ -217,10 +217,7 @@ def test_the_fast_schedule_never_costs_more(machine, rate, agree, run):
     def cost(kind, seed, **more):
         trace = Process(rate, agree, run).draw(256, N_VOCAB, seed)
         base, expert = Priced(tables[0], False), Priced(tables[1], kind is FastDecoder)
-        run_ = replaying(kind, trace)(
-            base, expert, read, trace.prompt, threshold=0.5, n_choose=N_VOCAB,
-            end_tokens=frozenset(), max_tokens=256, **more,
-        )  # fmt: skip
+        run_ = replay(kind, base, expert, read, trace, 0.5, n_choose=N_VOCAB, **more)
         assert [step.token for step in run_] == trace.tokens
         return base.cost + expert.cost
 
@@ -230,6 +227,19 @@ def test_the_fast_schedule_never_costs_more(machine, rate, agree, run):
     assert fast <= 1.02 * plain
     if agree == 0.9 and rate >= 0.4:
         assert fast < 0.95 * plain
+
+
+def test_models_too_quick_to_plan_for_run_one_by_one():
+    read, _ = reader(3, 0.4)
+    quick = CostTable((1, 64), (1e-4, 1e-4))
+    planner = Planner(lambda: (quick, quick))
+    sessions = [(Scripted(writer(1)), Scripted(writer(1))) for _ in range(2)]
+    list(fast(*sessions[0], read, planner, max_tokens=40))
+    options = {"threshold": 0.5, "n_choose": N_VOCAB, "end_tokens": frozenset({END})}
+    list(Decoder(*sessions[1], read, [1, 2, 3], max_tokens=40, **options))
+    assert planner.rests
+    for ours, theirs in zip(*sessions, strict=True):
+        assert ours.batches == theirs.batches
 
 
 def test_an_abandoned_draft_leaves_the_sessions_usable():

@@ -13,9 +13,9 @@ import os
 import time
 
 import numpy as np
-from bench_loop import cpu_name
 
 from colm_edge import train
+from colm_edge.bench import cpu_name
 from colm_edge.readout import FEATURES
 from colm_edge.scoring import Scores
 

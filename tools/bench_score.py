@@ -25,9 +25,9 @@ from types import SimpleNamespace
 
 import llama_cpp as llama
 import numpy as np
-from bench_loop import cpu_name
 
 from colm_edge import readout, scoring
+from colm_edge.bench import cpu_name
 from colm_edge.documents import Documents, read_rows, tokenized
 from colm_edge.pair import Pair, load
 from colm_edge.scorer import SCORE_BATCH
