@@ -680,3 +680,50 @@ def facts_as_text(facts: list[dict[str, Any]]) -> str:
         return "\n".join(f"{key.replace('_', ' '):{width}}{value}" for key, value in fact.items())
 
     return "\n\n".join(map(lines, facts))
+
+
+@main.command("serve")
+@click.option("--host", default="127.0.0.1", show_default=True, help="0.0.0.0: every network.")
+@click.option("--port", type=click.IntRange(0, 65535), default=8080, show_default=True)
+@click.option(
+    "-np", "--parallel", "n_slots", type=click.IntRange(1, 64), default=4, show_default=True,
+    help="Answers written at once; each has a context of -c tokens.",
+)  # fmt: skip
+@click.option(
+    "--queue", type=click.IntRange(0), default=16, show_default=True,
+    help="Requests that may wait for a slot; more are told to come again (503).",
+)  # fmt: skip
+@click.option(
+    "--api-key", envvar="COLM_EDGE_API_KEY", metavar="KEY",
+    help="Answer only requests that carry it; better in the variable COLM_EDGE_API_KEY.",
+)  # fmt: skip
+@click.option(
+    "--cors-origin", "cors", multiple=True, metavar="ORIGIN",
+    help="A site whose pages may ask, such as http://localhost:3000; repeatable.  [none]",
+)  # fmt: skip
+@click.option(
+    "--max-tokens", type=click.IntRange(1), default=2048, show_default=True,
+    help="Of one answer, whatever a request asks for.",
+)  # fmt: skip
+@click.option(
+    "--expert-idle-unload", type=click.FloatRange(0), default=0.0, metavar="SECONDS",
+    help="Free the expert's memory when nothing was asked for so long; 0: never.",
+)  # fmt: skip
+@model_options
+@decoding_options()
+def serve_command(models: dict[str, Any], decoding: dict[str, Any], **settings: Any) -> None:
+    """Serve the pair: OpenAI's API at /v1, and a page to chat on at /.
+
+    The decoding options are what requests that leave them out get.
+    """
+    from colm_edge.options import Options
+
+    try:
+        from colm_edge.server import Settings, serve
+    except ModuleNotFoundError as e:
+        raise ColmError(
+            f"{e.name} is missing; install the extra: pip install 'colm-edge[server]'"
+        ) from e
+    with open_pair(models, defaults=Options(**decoding)) as loaded:
+        name = models.get("pair") or f"{loaded.base.path.stem}+{loaded.expert.path.stem}"
+        serve(loaded, Settings(**settings), name, lambda text: click.echo(text, err=True))

@@ -14,7 +14,7 @@ from typing import Any, Literal, Self
 
 from colm_edge.background import Background
 from colm_edge.costs import CostTable, cost_table
-from colm_edge.decode import Decoder, Stats, Step
+from colm_edge.decode import Decoder, Stats, Step, Timeline
 from colm_edge.errors import ColmError, PromptError
 from colm_edge.models import choose_pair
 from colm_edge.options import Options
@@ -317,8 +317,19 @@ class Pair:
                 f"({n} shared tokens)"
             )
 
-    def stream_tokens(self, tokens: Sequence[int], options: Options) -> Stream:
-        """Continue token ids. Raises PromptError when they are none or do not fit the context."""
+    def stream_tokens(
+        self,
+        tokens: Sequence[int],
+        options: Options,
+        timelines: tuple[Timeline, Timeline] | None = None,
+    ) -> Stream:
+        """Continue token ids.
+
+        timelines: of base and expert, where they are not the pair's own sessions; one thread at a
+            time may use them, and they may run beside others.
+
+        Raises PromptError when the tokens are none or do not fit the context.
+        """
         threshold = self.threshold(options)
         self.check_prompt(tokens, threshold)
         # The base alone may write whatever it has.
@@ -330,10 +341,11 @@ class Pair:
         make: Callable[..., Decoder] = Decoder
         if options.schedule == "fast":
             make = partial(FastDecoder, planner=self.planner)
-        background = self.background
+        background = self.background if timelines is None else None
+        base, expert = timelines or (self.base_session, background or self.expert_session)
         decoder = make(
-            self.base_session,
-            background or self.expert_session,
+            base,
+            expert,
             self.switch.reader(self.base, n_choose),
             tokens,
             threshold=threshold,
@@ -344,7 +356,7 @@ class Pair:
             defer_row=-1 if row is None else row,
             sample=sample,
             follow=background.follow if background is not None and threshold < 1 else None,
-            lock=self._lock,
+            lock=self._lock if timelines is None else None,
         )
         return Stream(decoder, self.base, options.stop, threshold)
 

@@ -188,6 +188,15 @@ class Model:
     def loaded(self) -> bool:
         return self._loaded
 
+    def unload(self) -> None:
+        """Free the weights and keep the vocabulary; the next `load` reads them again. Contexts of
+        the model must be freed before."""
+        with self._lock:
+            if self._loaded:
+                vocabulary = self._open(vocab_only=True)
+                llama.llama_model_free(self._handle)
+                self._handle, self._adapter, self._loaded = vocabulary, None, False
+
     def close(self) -> None:
         """Free the model; its sessions must be closed before it."""
         with self._lock:

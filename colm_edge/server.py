@@ -1,0 +1,559 @@
+"""An OpenAI-compatible server over a pair, and its web page.
+
+Every answer runs on a thread of its own over a slot (`slots`); the event loop only hands its tokens
+on. Binds to this machine unless told otherwise, reads no file a request names, and allows no other
+site's pages to ask.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import secrets
+import threading
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fastapi import Depends, FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from starlette.exceptions import HTTPException
+
+from colm_edge.errors import ColmError, ModelError
+from colm_edge.options import Options
+from colm_edge.protocol import (
+    MAX_CHOICES,
+    ChatRequest,
+    CompletionRequest,
+    Endpoint,
+    ErrorBody,
+    RefusalError,
+    Sampling,
+    Written,
+    colm_of,
+    record_of,
+    usage_of,
+)  # fmt: skip
+from colm_edge.slots import Slots
+
+if TYPE_CHECKING:
+    from colm_edge.pair import Pair
+
+MAX_BODY = 4 << 20  # bytes of a request
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a server behaves towards the outside; every default of `colm-edge serve`."""
+
+    host: str = "127.0.0.1"
+    port: int = 8080
+    n_slots: int = 4
+    queue: int = 16  # requests that wait for a slot
+    api_key: str | None = None
+    cors: tuple[str, ...] = ()  # origins whose pages may ask
+    max_tokens: int = 2048  # of one answer
+    expert_idle_unload: float = 0.0  # seconds; 0: never
+
+
+class Metrics:
+    """What /metrics tells, in Prometheus' own format."""
+
+    def __init__(self, server: Server) -> None:
+        self.registry = CollectorRegistry()
+        made: dict[str, Any] = {"registry": self.registry}
+        self.requests = Counter(
+            "colm_requests", "Requests by path and status.", ["path", "status"], **made
+        )
+        self.tokens = Counter("colm_tokens", "Tokens written, by their writer.", ["source"], **made)
+        self.expert_calls = Counter("colm_expert_calls", "Decodes of the expert.", **made)
+        self.first = Histogram("colm_first_token_seconds", "Until an answer's first token.", **made)
+        busy = Gauge("colm_busy_slots", "Answers under way.", **made)
+        busy.set_function(lambda: server.n_busy)
+        waiting = Gauge("colm_waiting_requests", "Requests that wait for a slot.", **made)
+        waiting.set_function(lambda: server.n_waiting)
+        loaded = Gauge("colm_expert_loaded", "Whether the expert is in memory.", **made)
+        loaded.set_function(lambda: server.slots.expert.created)
+
+
+class Server:
+    """A pair behind HTTP. `app` is the ASGI application; `close` ends the worker."""
+
+    def __init__(self, pair: Pair, settings: Settings, name: str) -> None:
+        self.pair, self.settings, self.name = pair, settings, name
+        self.slots = Slots(pair, settings.n_slots)
+        # A bet is weighed for an answer alone; several share their batches.
+        schedule = "fast" if settings.n_slots == 1 else "sequential"
+        self.defaults = pair.defaults.with_changes(schedule=schedule)
+        self.created = int(time.time())
+        self.n_busy = self.n_waiting = 0
+        self._free = asyncio.Semaphore(settings.n_slots)
+        self._last_use = time.monotonic()
+        self.metrics = Metrics(self)
+
+    # Answers
+
+    def tokens_of(self, prompt: str | list[Any], options: Options) -> list[int]:
+        """Return a prompt's tokens, once it is sure that it can be answered."""
+        if isinstance(prompt, str):
+            tokens = self.pair.base.tokenize(prompt)
+        elif prompt and isinstance(prompt[0], dict):
+            tokens = self.pair.prompt_tokens(prompt)
+        else:
+            tokens = list(prompt)
+        self.pair.check_prompt(tokens, self.pair.threshold(options))
+        return tokens
+
+    def text_of(self, tokens: list[int]) -> str:
+        return b"".join(map(self.pair.base.piece, tokens)).decode("utf-8", "replace")
+
+    def admit(self) -> None:
+        """Refuse what would wait in a queue that is full already."""
+        if self._free.locked() and self.n_waiting >= self.settings.queue:
+            raise RefusalError(
+                503, f"{self.n_waiting} requests are waiting already; try again later",
+                "server_error", "overloaded", headers={"Retry-After": "1"},
+            )  # fmt: skip
+
+    async def write(self, tokens: list[int], options: Options) -> AsyncIterator[Written]:
+        """Write an answer; yield it after each step. Leaving this early frees the slot."""
+        self.n_waiting += 1
+        try:
+            await self._free.acquire()
+        finally:
+            self.n_waiting -= 1
+        loop, queue = asyncio.get_running_loop(), asyncio.Queue[Any]()
+        gone = threading.Event()
+
+        def work() -> None:
+            put: Callable[[Any], Any] = lambda item: loop.call_soon_threadsafe(  # noqa: E731
+                queue.put_nowait, item
+            )
+            try:
+                with self.slots.take(tokens) as timelines:
+                    stream = self.pair.stream_tokens(tokens, options, timelines)
+                    put(stream)
+                    for step in stream:
+                        put(step)
+                        if gone.is_set():
+                            break
+                put(None)
+            except BaseException as e:
+                put(e)
+            finally:
+                loop.call_soon_threadsafe(self._release)
+
+        self.n_busy += 1
+        begun = time.monotonic()
+        threading.Thread(target=work, name="colm-edge-answer", daemon=True).start()
+        try:
+            written: Written | None = None
+            while (item := await queue.get()) is not None:
+                if isinstance(item, BaseException):
+                    raise item
+                if written is None:
+                    written = Written(item)
+                    continue
+                if not written.steps:
+                    self.metrics.first.observe(time.monotonic() - begun)
+                written.steps.append(item)
+                self.metrics.tokens.labels(item.source).inc()
+                yield written
+            if written is not None:
+                self.metrics.expert_calls.inc(written.stats()["expert_calls"])
+                yield written
+        finally:
+            gone.set()
+
+    def _release(self) -> None:
+        self.n_busy -= 1
+        self._last_use = time.monotonic()
+        self._free.release()
+
+    async def unload_when_idle(self) -> None:
+        """Free the expert's memory whenever nothing was asked for long enough."""
+        limit = self.settings.expert_idle_unload
+        while True:
+            await asyncio.sleep(min(1.0, limit / 4))
+            idle = time.monotonic() - self._last_use
+            if not self.n_busy and idle >= limit and self.slots.expert.created:
+                await asyncio.to_thread(self.slots.unload_expert)
+
+    def close(self) -> None:
+        self.slots.close()
+
+
+def create_app(server: Server) -> FastAPI:
+    """Return the ASGI application of a server."""
+    settings = server.settings
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        unloading = None
+        if settings.expert_idle_unload > 0:
+            unloading = asyncio.create_task(server.unload_when_idle())
+        yield
+        if unloading is not None:
+            unloading.cancel()
+        await asyncio.to_thread(server.close)
+
+    def authorised(request: Request) -> None:
+        if settings.api_key is None:
+            return
+        kind, _, key = request.headers.get("authorization", "").partition(" ")
+        given = key.strip().encode() if kind.lower() == "bearer" else b""
+        if not secrets.compare_digest(given, settings.api_key.encode()):
+            raise RefusalError(
+                401, "give the server's key: Authorization: Bearer KEY",
+                "authentication_error", "invalid_api_key", headers={"WWW-Authenticate": "Bearer"},
+            )  # fmt: skip
+
+    app = FastAPI(
+        title="colm-edge", version="1", lifespan=lifespan, docs_url=None, redoc_url=None,
+        description="Two models, one answer: an OpenAI-compatible server.",
+    )  # fmt: skip
+    app.add_middleware(Guard, server=server)
+    if settings.cors:
+        from starlette.middleware.cors import CORSMiddleware
+
+        app.add_middleware(
+            CORSMiddleware, allow_origins=list(settings.cors), allow_methods=["GET", "POST"],
+            allow_headers=["authorization", "content-type"],
+        )  # fmt: skip
+    _add_errors(app)
+    refused = {
+        code: {"description": text, "model": ErrorBody}
+        for code, text in (
+            (400, "The request is wrong"), (401, "No key, or a wrong one"), (404, "No such model"),
+            (413, "The body is too large"), (415, "The body is no JSON"),
+            (503, "Too many requests are waiting"),
+        )
+    }  # fmt: skip
+    known: dict[str, Any] = {"dependencies": [Depends(authorised)], "responses": refused}
+
+    @app.get("/", include_in_schema=False)
+    def page() -> HTMLResponse:
+        return HTMLResponse(
+            (Path(__file__).parent / "data" / "chat.html").read_text(encoding="utf-8"),
+            headers={"Content-Security-Policy": PAGE_POLICY, "X-Frame-Options": "DENY"},
+        )
+
+    @app.get("/health")
+    def health() -> dict[str, str]:
+        return {"status": "ok"}
+
+    @app.get("/metrics", include_in_schema=False, dependencies=[Depends(authorised)])
+    def metrics() -> Response:
+        return Response(
+            generate_latest(server.metrics.registry), media_type="text/plain; version=0.0.4"
+        )
+
+    @app.get("/v1/models", **known)
+    def models() -> dict[str, Any]:
+        model = {
+            "id": server.name, "object": "model", "created": server.created,
+            "owned_by": "colm-edge",
+        }  # fmt: skip
+        return {"object": "list", "data": [model]}
+
+    @app.get("/v1/models/{model}", **known)
+    def one_model(model: str) -> dict[str, Any]:
+        if model != server.name:
+            raise RefusalError(404, f"no model {model!r}; this server has {server.name!r}",
+                          code="model_not_found", param="model")  # fmt: skip
+        return dict(models()["data"][0])
+
+    kinds: dict[str, Any] = {"application/json": {}, "text/event-stream": {}}
+    answered: dict[str, Any] = {**known, "responses": {200: {"content": kinds}, **refused}}
+
+    @app.post("/v1/chat/completions", **answered)
+    async def chat(body: ChatRequest, request: Request) -> Response:
+        prompt = [message.as_dict() for message in body.messages]
+        return await _respond(server, Endpoint(chat=True), body, [prompt], body.logprobs, request)
+
+    @app.post("/v1/completions", **answered)
+    async def completions(body: CompletionRequest, request: Request) -> Response:
+        prompts = body.prompts()
+        if not prompts:
+            raise RefusalError(400, "the prompt is empty; give a text or token ids", param="prompt")
+        return await _respond(
+            server, Endpoint(chat=False), body, prompts, body.logprobs is not None, request
+        )
+
+    return app
+
+
+PAGE_POLICY = (
+    "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; "
+    "connect-src 'self'; img-src data:; frame-ancestors 'none'; base-uri 'none'; form-action 'none'"
+)
+
+
+def _add_errors(app: FastAPI) -> None:
+    """Answer every error in OpenAI's shape."""
+
+    @app.exception_handler(RefusalError)
+    async def refused(request: Request, e: RefusalError) -> JSONResponse:
+        return JSONResponse(e.body, e.status, e.headers)
+
+    @app.exception_handler(ColmError)
+    async def mendable(request: Request, e: ColmError) -> JSONResponse:
+        status = 500 if isinstance(e, ModelError) else 400
+        kind = "invalid_request_error" if status == 400 else "server_error"
+        return JSONResponse(RefusalError(status, str(e), kind).body, status)
+
+    @app.exception_handler(RequestValidationError)
+    async def invalid(request: Request, e: RequestValidationError) -> JSONResponse:
+        first = e.errors()[0]
+        where = ".".join(str(part) for part in first["loc"][1:])
+        told = f"{where or 'the body'}: {first['msg']}"
+        return JSONResponse(RefusalError(400, told, param=where or None).body, 400)
+
+    @app.exception_handler(HTTPException)
+    async def other(request: Request, e: HTTPException) -> JSONResponse:
+        return JSONResponse(
+            RefusalError(e.status_code, str(e.detail)).body, e.status_code, e.headers
+        )
+
+
+class Guard:
+    """Count requests, and refuse bodies that are too large and hosts that are another's name."""
+
+    def __init__(self, app: Any, server: Server) -> None:
+        self._app, self._server = app, server
+        local = server.settings.host in ("127.0.0.1", "localhost", "::1")
+        # A page elsewhere could make its own name point here; a local server has but these.
+        self._hosts = {"127.0.0.1", "localhost", "[::1]", "testserver"} if local else None
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        headers = dict(scope["headers"])
+        path, metrics = scope["path"], self._server.metrics
+        known = path if path in KNOWN_PATHS else "other"
+
+        async def counting(message: Any) -> None:
+            if message["type"] == "http.response.start":
+                metrics.requests.labels(known, message["status"]).inc()
+            await send(message)
+
+        async def refuse(e: RefusalError) -> None:
+            await JSONResponse(e.body, e.status, e.headers)(scope, receive, counting)
+
+        host = headers.get(b"host", b"").decode("latin-1")
+        name = host[: host.index("]") + 1] if host.startswith("[") else host.partition(":")[0]
+        if self._hosts is not None and name not in self._hosts:
+            await refuse(
+                RefusalError(400, f"this server is not {name!r}; ask 127.0.0.1 or localhost")
+            )
+            return
+        length = headers.get(b"content-length", b"0")
+        if not length.isdigit() or int(length) > MAX_BODY:
+            await refuse(
+                RefusalError(413, f"the body has {length.decode()} bytes, at most {MAX_BODY}")
+            )
+            return
+        read, answered = 0, False
+
+        async def bounded() -> Any:
+            nonlocal read
+            message = await receive()
+            read += len(message.get("body", b""))
+            if read > MAX_BODY:  # it comes in pieces, its length untold
+                return {"type": "http.disconnect"}
+            return message
+
+        async def answering(message: Any) -> None:
+            nonlocal answered
+            if read <= MAX_BODY:
+                await counting(message)
+            elif not answered:
+                answered = True
+                await refuse(RefusalError(413, f"the body has more than {MAX_BODY} bytes"))
+
+        await self._app(scope, bounded, answering)
+        if read > MAX_BODY and not answered:
+            await refuse(RefusalError(413, f"the body has more than {MAX_BODY} bytes"))
+
+
+KNOWN_PATHS = (
+    "/", "/health", "/metrics", "/v1/models", "/v1/chat/completions", "/v1/completions",
+)  # fmt: skip
+
+
+async def _respond(
+    server: Server, endpoint: Endpoint, body: Sampling, prompts: list[Any], logprobs: bool,
+    request: Request,
+) -> Response:  # fmt: skip
+    """Answer every prompt `n` times, as one body or as events."""
+    server.admit()
+    limit, defaults = server.settings.max_tokens, server.defaults
+    if not isinstance(body, ChatRequest) and body.limit() is None:
+        limit = min(limit, 16)  # OpenAI's default for plain completions
+    jobs: list[tuple[list[int], Options]] = []
+    n_prompt = 0
+    if len(prompts) * body.n > MAX_CHOICES:
+        raise RefusalError(400, f"at most {MAX_CHOICES} answers to a request", param="n")
+    for prompt in prompts:
+        tokens: list[int] = []
+        for _ in range(body.n):
+            options = body.options(defaults, len(jobs), limit)
+            tokens = tokens or server.tokens_of(prompt, options)
+            jobs.append((tokens, options))
+        n_prompt += len(tokens)
+    about = {
+        "id": endpoint.prefix + secrets.token_hex(12), "created": int(time.time()),
+        "model": server.name,
+    }  # fmt: skip
+    echoes = [""] * len(jobs)
+    if isinstance(body, CompletionRequest) and body.echo:
+        echoes = [server.text_of(tokens) for tokens, _ in jobs]
+    answers = [server.write(tokens, options) for tokens, options in jobs]
+    if body.stream:
+        events = _events(endpoint, about, answers, body, n_prompt, logprobs, echoes)
+        return StreamingResponse(
+            _guarded(events, answers), media_type="text/event-stream",
+            headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"},
+        )  # fmt: skip
+    writing: asyncio.Future[Any] = asyncio.gather(*map(_exhaust, answers))
+    leaving: asyncio.Future[Any] = asyncio.ensure_future(_left(request))
+    try:
+        await asyncio.wait({writing, leaving}, return_when=asyncio.FIRST_COMPLETED)
+        if not writing.done():  # nobody is there to read it
+            return Response(status_code=499)
+        choices = writing.result()
+    finally:
+        for task in (writing, leaving):
+            task.cancel()
+    return JSONResponse({
+        **about,
+        "object": endpoint.kind,
+        "choices": [
+            endpoint.choice(i, written, logprobs, echoes[i]) for i, written in enumerate(choices)
+        ],
+        "usage": usage_of(n_prompt, choices),
+        "colm": colm_of(choices, body.colm.trace),
+    })  # fmt: skip
+
+
+async def _exhaust(answer: AsyncIterator[Written]) -> Written:
+    last: Written | None = None
+    async for written in answer:
+        last = written
+    assert last is not None
+    return last
+
+
+async def _left(request: Request) -> None:
+    """Return once the client is gone."""
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+async def _guarded(events: AsyncIterator[str], answers: list[Any]) -> AsyncIterator[str]:
+    """Close what is under way when the reader leaves; an error becomes the last event."""
+    try:
+        async for event in events:
+            yield event
+    except (ColmError, RefusalError) as e:
+        yield _event(RefusalError(500, str(e), "server_error").body)
+    finally:
+        for answer in answers:
+            await answer.aclose()
+
+
+def _event(body: Any) -> str:
+    return f"data: {json.dumps(body, ensure_ascii=False)}\n\n"
+
+
+async def _events(
+    endpoint: Endpoint, about: dict[str, Any], answers: list[AsyncIterator[Written]],
+    body: Sampling, n_prompt: int, logprobs: bool, echoes: list[str],
+) -> AsyncIterator[str]:  # fmt: skip
+    """Yield server-sent events: an answer's tokens as they come, several answers interleaved."""
+    kind = endpoint.kind + (".chunk" if endpoint.chat else "")
+    wants_usage = body.stream_options is not None and body.stream_options.include_usage
+    queue: asyncio.Queue[Any] = asyncio.Queue()
+
+    async def pump(i: int, answer: AsyncIterator[Written]) -> None:
+        sent = 0
+        written = None
+        try:
+            async for written in answer:
+                for step in written.steps[sent:]:
+                    queue.put_nowait((i, step, None))
+                sent = len(written.steps)
+            queue.put_nowait((i, None, written))
+        except BaseException as e:
+            queue.put_nowait((i, e, None))
+            raise
+
+    def chunk(choices: list[Any], **more: Any) -> str:
+        usage = {"usage": None} if wants_usage else {}
+        return _event({**about, "object": kind, "choices": choices, **usage, **more})
+
+    pumps = [asyncio.create_task(pump(i, answer)) for i, answer in enumerate(answers)]
+    try:
+        for i in range(len(answers)):
+            if endpoint.chat or echoes[i]:
+                yield chunk([endpoint.delta(i, echoes[i], None, True, None)])
+        done: dict[int, Written] = {}
+        offsets = [len(echo) for echo in echoes]
+        while len(done) < len(answers):
+            i, step, written = await queue.get()
+            if isinstance(step, BaseException):
+                raise step
+            if written is not None:
+                done[i] = written
+                yield chunk([endpoint.delta(i, None, written.finish, False, None)])
+                continue
+            told = endpoint.logprobs([step], offsets[i]) if logprobs else None
+            offsets[i] += len(step.text)
+            more = {"colm": record_of(step)} if body.colm.trace else {}
+            yield chunk([endpoint.delta(i, step.text, None, False, told)], **more)
+        choices = [done[i] for i in range(len(answers))]
+        last: dict[str, Any] = {"colm": colm_of(choices, False)}
+        if wants_usage:
+            last["usage"] = usage_of(n_prompt, choices)
+        yield chunk([], **last)
+        yield "data: [DONE]\n\n"
+    finally:
+        for task in pumps:
+            task.cancel()
+
+
+def serve(pair: Pair, settings: Settings, name: str, note: Callable[[str], None]) -> None:
+    """Answer requests until interrupted; streams under way then end first.
+
+    Raises ColmError when the address cannot be had.
+    """
+    import socket
+
+    import uvicorn
+
+    server = Server(pair, settings, name)
+    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+    listening = socket.socket(family, socket.SOCK_STREAM)
+    listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listening.bind((settings.host, settings.port))
+    except OSError as e:
+        server.close()
+        listening.close()
+        raise ColmError(
+            f"cannot listen on {settings.host}:{settings.port}: {e.strerror or e}; "
+            "give another --host or --port"
+        ) from e
+    host = f"[{settings.host}]" if ":" in settings.host else settings.host
+    note(f"listening on http://{host}:{listening.getsockname()[1]}")
+    config = uvicorn.Config(
+        create_app(server), log_level="warning", timeout_graceful_shutdown=30,
+        lifespan="on", access_log=False,
+    )  # fmt: skip
+    uvicorn.Server(config).run(sockets=[listening])

@@ -1,0 +1,417 @@
+"""The server, asked by OpenAI's own client and by plain HTTP, over tiny models."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+
+import httpx
+import openai
+import pytest
+import schemathesis
+import uvicorn
+from hypothesis import HealthCheck, given, settings
+from schemathesis.specs.openapi.checks import positive_data_acceptance
+
+from colm_edge.options import Options
+from colm_edge.pair import Pair, load
+from colm_edge.server import MAX_BODY, Server, Settings, create_app
+
+GREEDY = Options(temperature=0.0, threshold=0.4)
+CHAT = [{"role": "user", "content": "hello"}]
+
+
+@contextmanager
+def serving(pair: Pair, **settings) -> Iterator[tuple[str, Server]]:
+    """Run a real server on a free port."""
+    server = Server(pair, Settings(port=0, **settings), "tiny")
+    config = uvicorn.Config(create_app(server), port=0, log_level="warning", lifespan="on")
+    running = uvicorn.Server(config)
+    thread = threading.Thread(target=running.run)
+    thread.start()
+    wait_for(lambda: running.started)
+    port = running.servers[0].sockets[0].getsockname()[1]
+    try:
+        yield f"http://127.0.0.1:{port}", server
+    finally:
+        running.should_exit = True
+        thread.join(60)
+
+
+def wait_for(condition, seconds: float = 30) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.01)
+
+
+@pytest.fixture(scope="module")
+def pair(tiny):
+    with load(tiny["template"], tiny["expert"], "margin", n_threads=1, n_ctx=256,
+              defaults=GREEDY) as pair:  # fmt: skip
+        yield pair
+
+
+@pytest.fixture(scope="module")
+def endless(tiny):
+    with load(tiny["endless"], tiny["endless"], "margin", n_threads=1, n_ctx=512,
+              defaults=GREEDY) as pair:  # fmt: skip
+        yield pair
+
+
+@pytest.fixture(scope="module")
+def url(pair):
+    with serving(pair, n_slots=2) as (url, _):
+        yield url
+
+
+@pytest.fixture(scope="module")
+def client(url):
+    with openai.OpenAI(base_url=f"{url}/v1", api_key="any", max_retries=0) as client:
+        yield client
+
+
+def test_a_chat_is_answered_as_the_pair_answers(client, pair):
+    answer = client.chat.completions.create(model="tiny", messages=CHAT, max_tokens=20)
+    expected = pair.chat(CHAT, max_tokens=20)
+    assert answer.object == "chat.completion"
+    assert answer.choices[0].message.role == "assistant"
+    assert answer.choices[0].message.content == expected.text
+    assert answer.choices[0].finish_reason == expected.finish_reason
+    n_prompt, n = len(expected.prompt_tokens), len(expected.steps)
+    usage = answer.usage
+    assert (usage.prompt_tokens, usage.completion_tokens) == (n_prompt, n)
+    assert usage.total_tokens == n_prompt + n
+    assert answer.colm["defer_rate"] == expected.stats.defer_rate
+    assert answer.colm["threshold"] == 0.4
+    assert "trace" not in answer.colm
+
+
+def test_streamed_pieces_are_the_answer(client, pair):
+    expected = pair.chat(CHAT, max_tokens=20)
+    stream = client.chat.completions.create(
+        model="tiny", messages=CHAT, max_tokens=20, stream=True,
+        stream_options={"include_usage": True},
+    )  # fmt: skip
+    chunks = list(stream)
+    assert chunks[0].choices[0].delta.role == "assistant"
+    deltas = [c.choices[0].delta.content or "" for c in chunks if c.choices]
+    assert "".join(deltas) == expected.text
+    assert len([d for d in deltas if d]) > 5
+    finishes = [c.choices[0].finish_reason for c in chunks if c.choices]
+    assert [f for f in finishes if f] == [expected.finish_reason]
+    assert [c.usage for c in chunks[:-1]] == [None] * (len(chunks) - 1)
+    assert chunks[-1].usage.completion_tokens == len(expected.steps)
+    assert chunks[-1].colm["expert_calls"] > 0
+    assert len({c.id for c in chunks}) == 1
+
+
+def test_events_end_as_openais_do(url):
+    body = {"messages": CHAT, "max_tokens": 3, "stream": True, "colm": {"trace": True}}
+    with httpx.stream("POST", f"{url}/v1/chat/completions", json=body, timeout=60) as response:
+        assert response.headers["content-type"].startswith("text/event-stream")
+        events = "".join(response.iter_text()).split("\n\n")
+    assert events[-1] == ""
+    assert events[-2] == "data: [DONE]"
+    told = [json.loads(event.removeprefix("data: ")) for event in events[:-2]]
+    records = [t["colm"] for t in told if "source" in t.get("colm", {})]
+    assert [set(r) for r in records] == [{"id", "text", "source", "p_defer"}] * 3
+
+
+def test_the_switch_is_the_requests_to_set(client):
+    for threshold, source in ((1, "base"), (0, "expert")):
+        answer = client.chat.completions.create(
+            model="tiny", messages=CHAT, max_tokens=8,
+            extra_body={"colm": {"threshold": threshold, "trace": True}},
+        )  # fmt: skip
+        assert {record["source"] for record in answer.colm["trace"]} == {source}
+        assert answer.colm["defer_rate"] == (source == "expert")
+        text = "".join(record["text"] for record in answer.colm["trace"])
+        assert text == answer.choices[0].message.content
+
+
+def test_completions_take_text_or_token_ids(client, pair):
+    tokens = pair.base.tokenize("hello world")
+    expected = pair.stream_tokens(tokens, GREEDY.with_changes(max_tokens=10))
+    steps = list(expected)
+    text = "".join(step.text for step in steps)
+    for prompt in ("hello world", tokens):
+        answer = client.completions.create(
+            model="tiny", prompt=prompt, max_tokens=10, logprobs=1, echo=prompt == "hello world"
+        )
+        choice = answer.choices[0]
+        assert choice.text == ("hello world" if prompt == "hello world" else "") + text
+        assert choice.logprobs.token_logprobs == pytest.approx(
+            [step.logprob for step in steps], abs=1e-2
+        )
+        assert "".join(choice.logprobs.tokens) == text
+    several = client.completions.create(model="tiny", prompt=["hello world", "other"], max_tokens=4)
+    assert [choice.index for choice in several.choices] == [0, 1]
+    assert text.startswith(several.choices[0].text)
+    ids = client.completions.create(model="tiny", prompt=[tokens, tokens], max_tokens=4)
+    assert ids.choices[0].text == ids.choices[1].text
+    assert len(client.completions.create(model="tiny", prompt="hello").choices[0].text) > 0
+
+
+def test_chat_logprobs(client):
+    answer = client.chat.completions.create(
+        model="tiny", messages=CHAT, max_tokens=5, logprobs=True
+    )
+    content = answer.choices[0].logprobs.content
+    assert len(content) == 5
+    assert all(item.logprob <= 0 for item in content)
+    assert bytes(b for item in content for b in item.bytes).decode() == (
+        answer.choices[0].message.content
+    )
+
+
+def test_seeds_and_choices(client):
+    def ask(**more):
+        answer = client.chat.completions.create(
+            model="tiny", messages=CHAT, max_tokens=12, temperature=1.5, n=3, **more
+        )
+        return [choice.message.content for choice in answer.choices]
+
+    first = ask(seed=7)
+    assert first == ask(seed=7)
+    assert len(set(first)) == 3
+    assert first != ask(seed=100)
+
+
+def test_stop_texts(client, pair):
+    text = pair.chat(CHAT, max_tokens=20).text
+    stop = text[4:6]
+    for value in (stop, [stop, "\x00"]):
+        answer = client.chat.completions.create(
+            model="tiny", messages=CHAT, max_tokens=20, stop=value
+        )
+        assert answer.choices[0].message.content == text[: text.index(stop)]
+        assert answer.choices[0].finish_reason == "stop"
+
+
+def test_messages_in_parts_and_other_roles(client):
+    plain = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "hello"}]
+    parts = [
+        {"role": "developer", "content": "be brief"},
+        {"role": "user", "content": [{"type": "text", "text": t} for t in ("hel", "lo")]},
+    ]
+    texts = [
+        client.chat.completions.create(model="tiny", messages=m, max_tokens=5).choices[0].message
+        for m in (plain, parts)
+    ]
+    assert texts[0] == texts[1]
+
+
+def test_models_and_health(client, url):
+    assert [model.id for model in client.models.list()] == ["tiny"]
+    assert client.models.retrieve("tiny").owned_by == "colm-edge"
+    with pytest.raises(openai.NotFoundError, match="this server has 'tiny'"):
+        client.models.retrieve("other")
+    assert httpx.get(f"{url}/health").json() == {"status": "ok"}
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "words"),
+    [
+        ({"messages": []}, 400, "messages"),
+        ({"messages": CHAT, "temperature": -1}, 400, "temperature"),
+        ({"messages": [{"role": "king", "content": "x"}]}, 400, "messages.0.role"),
+        ({"messages": CHAT, "n": 99}, 400, "n:"),
+        ({"messages": CHAT, "stop": ""}, 400, "stop"),
+        ({"messages": CHAT, "colm": {"threshold": 2}}, 400, "threshold"),
+        ({"messages": CHAT, "colm": {"defer_rate": 0.2}}, 400, "no calibration"),
+        ({"messages": [{"role": "user", "content": "word " * 300}]}, 400, "the context holds 256"),
+        ({"messages": CHAT, "colm": {"threshold": 0.1, "defer_rate": 0.2}}, 400, "give one"),
+    ],
+)
+def test_errors_have_openais_shape(url, body, status, words):
+    response = httpx.post(f"{url}/v1/chat/completions", json=body, timeout=60)
+    error = response.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    assert words in error["message"]
+    assert response.status_code == status
+
+
+def test_what_is_no_request_is_refused(url):
+    for response, status in (
+        (httpx.get(f"{url}/v1/nothing"), 404),
+        (httpx.get(f"{url}/v1/completions"), 405),
+        (httpx.post(f"{url}/v1/completions", content=b"{"), 400),
+        (httpx.post(f"{url}/v1/completions", json={"prompt": []}), 400),
+        (httpx.post(f"{url}/v1/completions", json={"prompt": [10**6]}), 400),
+        (httpx.post(f"{url}/v1/completions", content=b"x" * (MAX_BODY + 1)), 413),
+        (httpx.get(f"{url}/health", headers={"Host": "evil.example"}), 400),
+        (httpx.get(f"{url}/../../etc/passwd"), 404),
+    ):
+        assert response.status_code == status
+        assert response.json()["error"]["message"]
+
+
+def test_a_body_without_its_length_is_bounded_too(url):
+    pieces = (b"x" * 65536 for _ in range(MAX_BODY // 65536 + 2))
+    assert httpx.post(f"{url}/v1/completions", content=pieces, timeout=60).status_code == 413
+
+
+def test_a_key_is_asked_for_where_there_is_one(pair):
+    with serving(pair, api_key="sesame") as (url, _):
+        for headers, status in (
+            ({}, 401), ({"Authorization": "Bearer x"}, 401), ({"Authorization": "sesame"}, 401),
+            ({"Authorization": "Bearer sesame"}, 200),
+        ):  # fmt: skip
+            assert httpx.get(f"{url}/v1/models", headers=headers).status_code == status
+            assert httpx.get(f"{url}/metrics", headers=headers).status_code == status
+        assert httpx.get(f"{url}/health").status_code == 200
+        with (
+            openai.OpenAI(base_url=f"{url}/v1", api_key="wrong", max_retries=0) as client,
+            pytest.raises(openai.AuthenticationError),
+        ):
+            client.completions.create(model="tiny", prompt="hello", max_tokens=1)
+
+
+def test_other_sites_pages_may_ask_only_where_allowed(pair):
+    origin = {"Origin": "http://page.example"}
+    with serving(pair) as (url, _):
+        assert (
+            "access-control-allow-origin" not in httpx.get(f"{url}/health", headers=origin).headers
+        )
+    with serving(pair, cors=("http://page.example",)) as (url, _):
+        headers = httpx.get(f"{url}/health", headers=origin).headers
+        assert headers["access-control-allow-origin"] == "http://page.example"
+        other = httpx.get(f"{url}/health", headers={"Origin": "http://evil.example"}).headers
+        assert "access-control-allow-origin" not in other
+
+
+def test_answers_at_once_share_batches(endless):
+    """Four streams together: the same text each, from fewer batches."""
+    n = 40
+    with serving(endless, n_slots=4) as (url, _):
+        prompts = ["one", "two and", "three or so", "four"]
+
+        def ask(prompt):
+            body = {"prompt": prompt, "max_tokens": n}
+            return httpx.post(f"{url}/v1/completions", json=body, timeout=60).json()
+
+        before = endless.base_session.n_calls
+        alone = [ask(prompt)["choices"][0]["text"] for prompt in prompts]
+        calls_alone = endless.base_session.n_calls - before
+        results = [""] * 4
+        threads = [
+            threading.Thread(
+                target=lambda i=i: results.__setitem__(i, ask(prompts[i])["choices"][0]["text"])
+            )
+            for i in range(4)
+        ]
+        before = endless.base_session.n_calls
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(60)
+        assert results == alone
+        assert endless.base_session.n_calls - before < 0.6 * calls_alone
+
+
+def test_a_full_queue_says_come_again(endless):
+    with serving(endless, n_slots=1, queue=0) as (url, server):
+        body = {"prompt": "hello", "max_tokens": 400, "stream": True}
+        with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=60) as response:
+            lines = response.iter_lines()
+            next(lines)
+            refused = httpx.post(f"{url}/v1/completions", json={"prompt": "x"}, timeout=60)
+            assert refused.status_code == 503
+            assert refused.headers["retry-after"] == "1"
+            assert refused.json()["error"]["code"] == "overloaded"
+            assert server.n_busy == 1
+        wait_for(lambda: server.n_busy == 0)  # the reader left
+        assert httpx.post(f"{url}/v1/completions", json={"prompt": "x"}, timeout=60).is_success
+
+
+def test_a_client_that_goes_away_frees_its_slot(endless):
+    with serving(endless, n_slots=1) as (url, server):
+        body = {"prompt": "hello", "max_tokens": 480}
+
+        def leave_a_stream():
+            streamed = body | {"stream": True}
+            with httpx.stream("POST", f"{url}/v1/completions", json=streamed, timeout=60) as r:
+                next(r.iter_lines())
+
+        def leave_an_answer():
+            with pytest.raises(httpx.ReadTimeout):
+                httpx.post(f"{url}/v1/completions", json=body, timeout=0.05)
+
+        for leave in (leave_a_stream, leave_an_answer):
+            evaluated = endless.base_session.n_evaluated
+            leave()
+            wait_for(lambda: server.n_busy == 0)
+            assert endless.base_session.n_evaluated - evaluated < 470
+
+
+def test_metrics_are_prometheus_own(pair):
+    with serving(pair) as (url, _):
+        httpx.post(f"{url}/v1/completions", json={"prompt": "hello", "max_tokens": 6}, timeout=60)
+        text = httpx.get(f"{url}/metrics").text
+    values = dict(
+        line.rsplit(" ", 1) for line in text.splitlines() if line and not line.startswith("#")
+    )
+    written = [float(v) for k, v in values.items() if k.startswith("colm_tokens_total")]
+    assert sum(written) == 6
+    assert values['colm_requests_total{path="/v1/completions",status="200"}'] == "1.0"
+    assert values["colm_busy_slots"] == "0.0"
+    assert values["colm_first_token_seconds_count"] == "1.0"
+
+
+def test_an_idle_experts_memory_is_given_back(tiny):
+    with load(tiny["template"], tiny["expert"], "margin", n_threads=1, n_ctx=128,
+              defaults=replace(GREEDY, threshold=0.0)) as pair, serving(
+        pair, expert_idle_unload=0.2
+    ) as (url, _):  # fmt: skip
+        body = {"prompt": "hello", "max_tokens": 3}
+        first = httpx.post(f"{url}/v1/completions", json=body, timeout=60).json()
+        wait_for(lambda: not pair.expert.loaded)
+        again = httpx.post(f"{url}/v1/completions", json=body, timeout=60).json()
+        assert again["choices"] == first["choices"]
+
+
+def test_a_stream_under_way_ends_before_the_server_does(endless):
+    """The server is told to stop while a stream is being written, and writes it to its end."""
+    body = {"prompt": "hello", "max_tokens": 300, "stream": True}
+    with serving(endless, n_slots=1) as (url, server):
+        response = httpx.Client(timeout=60).send(
+            httpx.Request("POST", f"{url}/v1/completions", json=body), stream=True
+        )
+        lines = response.iter_lines()
+        next(lines)
+        assert server.n_busy == 1
+        rest: list[str] = []
+        reading = threading.Thread(target=lambda: rest.extend(line for line in lines if line))
+        reading.start()
+    reading.join(60)
+    assert rest[-1] == "data: [DONE]"
+    assert len(rest) > 290
+
+
+def test_the_document_holds(pair):
+    """Whatever the server's own OpenAPI document allows is answered as it says."""
+    server = Server(pair, Settings(max_tokens=4), "tiny")
+    app = create_app(server)
+    schema = schemathesis.openapi.from_asgi("/openapi.json", app)
+    n_seen = 0
+    for operation in schema.get_all_operations():
+
+        @settings(max_examples=15, deadline=None, suppress_health_check=list(HealthCheck))
+        @given(case=operation.ok().as_strategy())
+        def check(case):
+            nonlocal n_seen
+            n_seen += 1
+            response = case.call()
+            # A schema cannot say what fits a context, or that a switch has no calibration.
+            case.validate_response(response, excluded_checks=[positive_data_acceptance])
+            if response.status_code >= 400:
+                assert "message" in response.json()["error"]
+
+        check()
+    assert n_seen > 30
+    server.close()
