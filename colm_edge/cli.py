@@ -78,10 +78,16 @@ def pair_options(command: Command) -> Command:
 
 def _pair_options() -> list[Any]:
     return [
-        click.option("-m", "--model", metavar="GGUF", help="The base model."),
-        click.option("-me", "--model-expert", "expert", metavar="GGUF", help="The expert model."),
+        click.option(
+            "-m", "--model", metavar="REF",
+            help="The base: a GGUF file, a name in models.txt, or user/repo:file.gguf.",
+        ),
+        click.option(
+            "-me", "--model-expert", "expert", metavar="REF", help="The expert, likewise."
+        ),
         click.option("--pair", metavar="NAME", help="A pair that models.txt names."),
         click.option("--lora", metavar="GGUF", help="A LoRA adapter for the base."),
+        click.option("--offline", is_flag=True, help="Download nothing."),
         click.option(
             "-c", "--ctx-size", "n_ctx", type=click.IntRange(0, 2**31 - 1), default=0,
             help="Context in tokens; 0: what both models were trained for, at most 4096.",
@@ -652,6 +658,57 @@ def bench_command(
         click.echo(render(table, output))
         if output == "md":
             click.echo("\n" + measured_on(loaded))
+
+
+@main.command("models")
+@click.option("-o", "--output", type=click.Choice(["md", "json"]), default="md", show_default=True)
+def models_command(output: str) -> None:
+    """List the models that models.txt knows, and which of them are here."""
+    from colm_edge.hub import pulled
+    from colm_edge.models import known_pairs
+
+    here = pulled()
+    rows = [
+        {
+            "alias": alias, "role": role, "reference": known.reference, "licence": known.licence,
+            "note": known.note,
+            "here": known.reference.startswith("package:")
+            or Path(here.get(known.reference, {}).get("path", "\0")).exists(),
+        }
+        for alias, roles in known_pairs().items() for role, known in roles.items()
+    ]  # fmt: skip
+    if output == "json":
+        click.echo(json.dumps(rows))
+        return
+    for row in rows:
+        mark = "*" if row["here"] else " "
+        click.echo(f"{mark} {row['alias']:13}{row['role']:7} {row['reference']}")
+        click.echo(f"  {'':20} {row['licence']}; {row['note']}")
+    click.echo("* is here. The others: colm-edge pull ALIAS, or run --pair ALIAS.", err=True)
+
+
+@main.command("pull")
+@click.argument("refs", nargs=-1, required=True, metavar="ALIAS|USER/REPO:FILE …")
+@click.option("--offline", is_flag=True, help="Look in the cache alone.")
+def pull_command(refs: tuple[str, ...], offline: bool) -> None:
+    """Download models into the Hugging Face cache, checked; print where they are.
+
+    An alias of models.txt is a pair, both of its models. HF_HOME, HF_TOKEN and HF_ENDPOINT are
+    heeded; a download that breaks goes on where it was.
+    """
+    from colm_edge.models import known_pairs, resolve
+
+    known = known_pairs()
+    for ref in refs:
+        wanted = [line.reference for line in known[ref].values()] if ref in known else [ref]
+        for reference in wanted:
+            path = resolve(reference, offline=offline, note=lambda text: click.echo(text, err=True))
+            if not Path(path).exists():
+                raise ColmError(
+                    f"{reference}: no name in models.txt and no reference; expected a name that "
+                    "`colm-edge models` lists, user/repo:file.gguf or user/repo:QUANTISATION"
+                )
+            click.echo(path)
 
 
 @main.command("info")

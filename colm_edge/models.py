@@ -1,4 +1,4 @@
-"""From a reference to a file: paths, and the pairs that models.txt names."""
+"""From a reference to a file: paths, what models.txt names, files on the Hub."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from colm_edge.errors import ModelError
+from colm_edge.hub import Note, fetch, is_reference
 
 DEMO_PAIR = "demo"
 _PACKAGE = Path(__file__).parent
@@ -28,9 +29,18 @@ def _models_txt() -> Path:
     return installed if installed.exists() else _PACKAGE.parent / "models.txt"
 
 
-def known_pairs() -> dict[str, dict[str, str]]:
-    """Return models.txt as alias -> role -> reference."""
-    pairs: dict[str, dict[str, str]] = {}
+@dataclass(frozen=True)
+class Known:
+    """A line of models.txt."""
+
+    reference: str
+    licence: str
+    note: str
+
+
+def known_pairs() -> dict[str, dict[str, Known]]:
+    """Return models.txt as alias -> role -> line."""
+    pairs: dict[str, dict[str, Known]] = {}
     path = _models_txt()
     for number, line in enumerate(path.read_text().splitlines(), 1):
         fields = line.split("#")[0].split(maxsplit=4)
@@ -41,35 +51,58 @@ def known_pairs() -> dict[str, dict[str, str]]:
                 f"{path}, line {number}: expected 'alias role reference licence note' with a role "
                 f"of {', '.join(_ROLES)}"
             )
-        pairs.setdefault(fields[0], {})[fields[1]] = fields[2]
+        known = Known(fields[2], fields[3], fields[4] if len(fields) > 4 else "")
+        pairs.setdefault(fields[0], {})[fields[1]] = known
     return pairs
 
 
-def find_pair(name: str) -> PairFiles:
+def find_pair(name: str, *, offline: bool = False, note: Note = lambda text: None) -> PairFiles:
     """Return the files of a pair in models.txt. Raises ModelError when there is none."""
     pairs = known_pairs()
     roles = pairs.get(name, {})
     if "base" not in roles or "expert" not in roles:
         whole = sorted(n for n, r in pairs.items() if "base" in r and "expert" in r)
         raise ModelError(f"no pair named {name!r} in {_models_txt()}; known: {', '.join(whole)}")
-    switch = resolve(roles["switch"]) if "switch" in roles else "margin"
-    return PairFiles(
-        resolve(roles["base"]), resolve(roles["expert"]), switch, is_demo=name == DEMO_PAIR
-    )
+
+    def file_of(role: str) -> str:
+        return resolve(roles[role].reference, offline=offline, note=note)
+
+    switch = file_of("switch") if "switch" in roles else "margin"
+    return PairFiles(file_of("base"), file_of("expert"), switch, is_demo=name == DEMO_PAIR)
 
 
-def resolve(reference: str) -> str:
-    """Return the path of a reference; `package:` stands for the files that ship with colm-edge."""
+def resolve(
+    reference: str, role: str = "base", *, offline: bool = False, note: Note = lambda text: None
+) -> str:
+    """Return the path of a reference: a path, an alias in models.txt, or user/repo:FILE on the Hub,
+    in this order; `package:` stands for the files that ship with colm-edge.
+
+    role: which of a pair's models an alias means. offline, note: as for `hub.fetch`.
+    """
     if reference.startswith("package:"):
         return str(_PACKAGE / "data" / reference.removeprefix("package:"))
     try:
-        return str(Path(reference).expanduser())
+        path = Path(reference).expanduser()
     except RuntimeError as e:  # ~somebody who does not exist
         raise ModelError(f"{reference}: {e}; give a path that exists") from e
+    if path.exists():
+        return str(path)
+    known = known_pairs().get(reference, {})
+    if role in known:
+        return resolve(known[role].reference, offline=offline, note=note)
+    if is_reference(reference):
+        return str(fetch(reference, offline=offline, note=note))
+    return str(path)  # whoever opens it says what is wrong
 
 
 def choose_pair(
-    model: str | None, expert: str | None, switch: str | None, pair: str | None = None
+    model: str | None,
+    expert: str | None,
+    switch: str | None,
+    pair: str | None = None,
+    *,
+    offline: bool = False,
+    note: Note = lambda text: None,
 ) -> PairFiles:
     """Return the pair that a user's choices name; with none of them, the shipped one.
 
@@ -81,8 +114,12 @@ def choose_pair(
         given, missing = ("-m", "-me") if model else ("-me", "-m")
         raise ModelError(f"{given} without {missing}: give both models, or neither")
     if model is not None and expert is not None:
-        return PairFiles(resolve(model), resolve(expert), switch or "margin")
-    files = find_pair(pair or DEMO_PAIR)
+        return PairFiles(
+            resolve(model, "base", offline=offline, note=note),
+            resolve(expert, "expert", offline=offline, note=note),
+            switch or "margin",
+        )
+    files = find_pair(pair or DEMO_PAIR, offline=offline, note=note)
     if switch is None:
         return files
     return PairFiles(files.base, files.expert, switch, files.is_demo)

@@ -401,10 +401,13 @@ def load(
     cache_type_k: str = "f16",
     cache_type_v: str = "f16",
     overlap: bool | None = None,
+    offline: bool = False,
     defaults: Options | None = None,
     note: Callable[[str], None] | None = None,
 ) -> Pair:
-    """Load a pair: GGUF files of a base and an expert and a switch, or the pair that ships here.
+    """Load a pair: a base, an expert and a switch, or the pair that ships here.
+
+    model, expert: GGUF files, names in models.txt, or user/repo:file.gguf on the Hugging Face Hub.
 
     switch: a file, "margin" (the default beside two models), "entropy", or "defer-row".
     pair: a name in models.txt instead.
@@ -415,6 +418,7 @@ def load(
     flash_attn, cache_type_k, cache_type_v: as in llama.cpp, of both models' contexts.
     overlap: whether a loaded expert catches up with long gaps on a thread of its own; None: where
         the models are on different devices, or there are cores enough for the threads of both.
+    offline: download nothing; what is not in the Hub's cache is an error.
     note: told, in a line, of what takes a while; by default the logger "colm_edge" is.
 
     Raises ModelError, SwitchError or MismatchError, each saying what to do.
@@ -422,7 +426,8 @@ def load(
     if n_ctx < 0 or n_threads < 0:
         raise ColmError("n_ctx and n_threads must not be negative; 0 lets colm-edge choose")
     refs = [None if ref is None else os.fspath(ref) for ref in (model, expert, switch)]
-    files = choose_pair(refs[0], refs[1], refs[2], pair)
+    told = note or log.info
+    files = choose_pair(refs[0], refs[1], refs[2], pair, offline=offline, note=told)
     head = load_switch(files.switch)
     base = Model(files.base, n_gpu_layers, lora)
     try:

@@ -1,0 +1,279 @@
+"""Downloads against a local server that speaks the Hub's protocol, its faults included."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import pytest
+from click.testing import CliRunner
+
+from colm_edge import hub, models
+from colm_edge.cli import main
+from colm_edge.errors import ModelError
+from colm_edge.hub import fetch
+
+COMMIT = "a" * 40
+
+
+class Hub(ThreadingHTTPServer):
+    """repos: name -> file -> content. Requests are kept; faults are set by the tests."""
+
+    daemon_threads = True
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.repos: dict[str, dict[str, bytes]] = {}
+        self.requests: list[tuple[str, str, str | None]] = []
+        self.gated: set[str] = set()
+        self.token: str | None = None
+        self.break_after: list[int] = []  # bytes after which a transfer is cut, once each
+        self.wrong_hash = False
+        self.status = 0  # answered to everything
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_address[1]}"
+
+
+class Handler(BaseHTTPRequestHandler):
+    server: Hub
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, *args) -> None:
+        pass
+
+    def do_HEAD(self) -> None:
+        self.answer()
+
+    def do_GET(self) -> None:
+        self.answer()
+
+    def send(self, status: int, headers: dict[str, str], body: bytes = b"") -> None:
+        self.send_response(status)
+        for name, value in headers.items():
+            self.send_header(name, value)
+        self.send_header("Content-Length", headers.get("Content-Length", str(len(body))))
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(body)
+
+    def fail(self, status: int, code: str) -> None:
+        self.send(status, {"X-Error-Code": code, "X-Error-Message": code})
+
+    def answer(self) -> None:
+        hub = self.server
+        path = urlsplit(self.path).path
+        hub.requests.append((self.command, path, self.headers.get("Range")))
+        if hub.status:
+            self.send(hub.status, {})
+            return
+        parts = path.strip("/").split("/")
+        if parts[0] == "cdn":
+            self.content(hub.repos["/".join(parts[1:3])]["/".join(parts[3:])])
+            return
+        at = 2 if parts[:2] == ["api", "models"] else 0
+        repo = "/".join(parts[at : at + 2])
+        if repo not in hub.repos:
+            self.fail(401, "RepoNotFound")
+        elif repo in hub.gated and self.headers.get("Authorization") != f"Bearer {hub.token}":
+            self.fail(401, "GatedRepo")
+        elif at:
+            files = hub.repos[repo].items()
+            body: object = [
+                {"type": "file", "path": name, "size": len(content), "oid": COMMIT}
+                for name, content in files
+            ]
+            if "tree" not in parts:
+                siblings = [{"rfilename": name} for name, _ in files]
+                body = {"id": repo, "sha": COMMIT, "siblings": siblings, "private": False,
+                        "downloads": 0, "likes": 0, "tags": []}  # fmt: skip
+            self.send(200, {"Content-Type": "application/json"}, json.dumps(body).encode())
+        elif "/".join(parts[4:]) not in hub.repos[repo]:
+            self.fail(404, "EntryNotFound")
+        else:
+            name = "/".join(parts[4:])
+            content = hub.repos[repo][name]
+            digest = hashlib.sha256(content + (b"x" if hub.wrong_hash else b"")).hexdigest()
+            headers = {
+                "X-Repo-Commit": COMMIT, "X-Linked-Etag": f'"{digest}"', "ETag": '"other"',
+                "X-Linked-Size": str(len(content)), "Location": f"http://localhost:{hub.server_address[1]}/cdn/{repo}/{name}",
+            }  # fmt: skip
+            self.send(302, headers)
+
+    def content(self, content: bytes) -> None:
+        begin = int((self.headers.get("Range") or "bytes=0-").split("=")[1].split("-")[0])
+        rest = content[begin:]
+        headers = {"Content-Length": str(len(rest)), "Accept-Ranges": "bytes"}
+        if begin:
+            headers["Content-Range"] = f"bytes {begin}-{len(content) - 1}/{len(content)}"
+        if self.command == "GET" and self.server.break_after:
+            rest = rest[: self.server.break_after.pop(0)]
+            self.close_connection = True
+        self.send(206 if begin else 200, headers, rest)
+
+
+@pytest.fixture
+def server(tmp_path, monkeypatch):
+    from huggingface_hub import constants
+
+    hub_server = Hub()
+    threading.Thread(target=hub_server.serve_forever, daemon=True).start()
+    monkeypatch.setenv("HF_ENDPOINT", hub_server.url)
+    monkeypatch.setenv("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "own"))
+    monkeypatch.setattr(hub.time, "sleep", lambda seconds: None)
+    for name in ("HF_TOKEN", "HF_HUB_OFFLINE"):
+        monkeypatch.delenv(name, raising=False)
+    yield hub_server
+    hub_server.shutdown()
+    hub_server.server_close()
+
+
+def downloads(server: Hub) -> list[str | None]:
+    return [rng for method, path, rng in server.requests if method == "GET" and "/cdn/" in path]
+
+
+def test_a_file_is_downloaded_checked_and_kept(server, tmp_path):
+    content = b"GGUF" + bytes(range(256)) * 4000
+    server.repos["them/model"] = {"model-Q4_0.gguf": content}
+    said: list[str] = []
+    path = fetch("them/model:model-Q4_0.gguf", note=said.append)
+    assert path.read_bytes() == content
+    assert path.is_relative_to(tmp_path / "hub")
+    assert len(said) == 1
+    record = hub.pulled()["them/model:model-Q4_0.gguf"]
+    assert record["sha256"] == hashlib.sha256(content).hexdigest()
+    n = len(server.requests)
+    assert fetch("them/model:model-Q4_0.gguf", note=said.append) == path
+    assert len(server.requests) == n  # not asked again
+    assert len(said) == 1
+
+
+def test_a_broken_download_goes_on_where_it_was(server):
+    content = b"GGUF" + bytes(range(251)) * 100_000
+    server.repos["them/model"] = {"m.gguf": content}
+    # What has arrived is kept by pieces of constants.DOWNLOAD_CHUNK_SIZE, 10 MB.
+    server.break_after = [15_000_000, 1000]
+    assert fetch("them/model:m.gguf").read_bytes() == content
+    first, *later = downloads(server)
+    assert first is None
+    assert [int(range_.removeprefix("bytes=").split("-")[0]) for range_ in later] == [10485760] * 2
+
+
+def test_a_wrong_checksum_is_no_model(server, tmp_path):
+    server.repos["them/model"] = {"m.gguf": b"GGUF something"}
+    server.wrong_hash = True
+    with pytest.raises(ModelError, match="the Hub states"):
+        fetch("them/model:m.gguf")
+    assert hub.pulled() == {}
+    assert not [p for p in (tmp_path / "hub").rglob("*") if p.is_file() and p.stat().st_size == 14]
+    server.wrong_hash = False
+    assert fetch("them/model:m.gguf").read_bytes() == b"GGUF something"
+
+
+def test_a_gated_model_names_the_token(server, monkeypatch):
+    server.repos["them/model"] = {"m.gguf": b"GGUF"}
+    server.gated, server.token = {"them/model"}, "hf_secret"
+    with pytest.raises(ModelError, match=r"accept their terms first.*HF_TOKEN"):
+        fetch("them/model:m.gguf")
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    assert fetch("them/model:m.gguf").read_bytes() == b"GGUF"
+
+
+@pytest.mark.parametrize(
+    ("reference", "words"),
+    [
+        ("nobody/model:m.gguf", "no such repository, or a private one"),
+        ("them/model:other.gguf", "has no such file"),
+        ("them/model:Q9_Z", "has no file of Q9_Z; it has a-Q4_0.gguf"),
+        ("model", "is no reference"),
+    ],
+)
+def test_what_is_not_there_is_said(server, reference, words):
+    server.repos["them/model"] = {"a-Q4_0.gguf": b"GGUF", "readme.md": b"x"}
+    with pytest.raises(ModelError, match=words):
+        fetch(reference)
+
+
+def test_a_hub_that_fails_or_is_not_there(server, monkeypatch):
+    server.status = 500
+    with pytest.raises(ModelError, match="the Hub answers 500; try again later"):
+        fetch("them/model:m.gguf")
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:1")
+    with pytest.raises(ModelError, match="cannot be downloaded"):
+        fetch("them/model:m.gguf")
+
+
+def test_a_quantisation_names_a_file_and_parts_come_together(server):
+    server.repos["them/model"] = {
+        "m-Q4_0.gguf": b"GGUF4", "m-Q4_K_M-00001-of-00002.gguf": b"GGUF1",
+        "m-Q4_K_M-00002-of-00002.gguf": b"GGUF2", "mmproj-f16.gguf": b"GGUF3",
+    }  # fmt: skip
+    assert fetch("them/model:q4_0").read_bytes() == b"GGUF4"
+    path = fetch("them/model:Q4_K_M")
+    assert path.read_bytes() == b"GGUF1"
+    assert (path.parent / "m-Q4_K_M-00002-of-00002.gguf").read_bytes() == b"GGUF2"
+    assert fetch("them/model:Q4_K_M", offline=True) == path
+
+
+def test_offline_nothing_is_asked(server, monkeypatch):
+    server.repos["them/model"] = {"m.gguf": b"GGUF"}
+    with pytest.raises(ModelError, match="not in the cache, and nothing is downloaded offline"):
+        fetch("them/model:m.gguf", offline=True)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(ModelError, match="offline"):
+        fetch("them/model:m.gguf")
+    assert server.requests == []
+
+
+def test_a_disk_without_room_is_noticed_before(server, monkeypatch):
+    server.repos["them/model"] = {"m.gguf": b"GGUF"}
+    monkeypatch.setattr(hub, "SPARE_BYTES", 1 << 60)
+    with pytest.raises(ModelError, match="make room, or set HF_HOME"):
+        fetch("them/model:m.gguf")
+    assert downloads(server) == []
+
+
+def test_a_pair_is_pulled_by_its_name_and_run(server, tiny, tmp_path, monkeypatch):
+    server.repos["them/tiny"] = {
+        "base.gguf": Path(tiny["base"]).read_bytes(),
+        "expert.gguf": Path(tiny["expert"]).read_bytes(),
+    }
+    listing = tmp_path / "models.txt"
+    listing.write_text(
+        "mine base them/tiny:base.gguf MIT small\nmine expert them/tiny:expert.gguf MIT large\n"
+    )
+    monkeypatch.setattr(models, "_models_txt", lambda: listing)
+    result = CliRunner().invoke(main, ["pull", "mine"])
+    assert result.exit_code == 0, result.output
+    paths = result.stdout.split()
+    assert [Path(path).name for path in paths] == ["base.gguf", "expert.gguf"]
+    listed = CliRunner().invoke(main, ["models"]).stdout
+    assert "* mine         base    them/tiny:base.gguf" in listed
+    n = len(server.requests)
+    for choice in (["--pair", "mine"], ["-m", "mine", "-me", "mine"],
+                   ["-m", "them/tiny:base.gguf", "-me", "them/tiny:expert.gguf"]):  # fmt: skip
+        args = ["run", *choice, "--offline", "-t", "1", "-n", "3", "--temp", "0", "hello"]
+        result = CliRunner().invoke(main, args)
+        assert result.exit_code == 0, result.output
+    assert len(server.requests) == n
+    result = CliRunner().invoke(main, ["pull", "yours"])
+    assert result.exit_code == 1
+    assert "no name in models.txt and no reference" in result.stderr
+
+
+def test_every_line_of_models_txt_can_be_asked_for():
+    """Each is a reference, each pair has a base and an expert."""
+    for alias, roles in models.known_pairs().items():
+        assert {"base", "expert"} <= set(roles), alias
+        for known in roles.values():
+            assert known.reference.startswith("package:") or hub.is_reference(known.reference)
+            assert known.licence
+            assert known.note
