@@ -1,0 +1,82 @@
+"""Measure how much several answers at once write together, against one alone.
+
+    python tools/make_random_pair.py --out build/random
+    python tools/bench_slots.py -m build/random/base.gguf -me build/random/expert.gguf
+
+Every answer replays a drawn trace of its own, as in `colm-edge bench`, on a slot of a server's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import threading
+from time import perf_counter
+
+from colm_edge.bench import measured_on
+from colm_edge.decode import Decoder
+from colm_edge.pair import Pair, load
+from colm_edge.replay import Process, Trace, replay
+from colm_edge.slots import Slots
+
+
+def together(pair: Pair, slots: Slots, traces: list[Trace]) -> float:
+    """Return the seconds in which all traces are written, each on a slot of its own."""
+    begin = threading.Barrier(len(traces) + 1)
+
+    def write(trace: Trace) -> None:
+        read = pair.switch.reader(pair.base, pair.n_shared)
+        with slots.take(trace.prompt) as timelines:
+            decoder = replay(Decoder, *timelines, read, trace, 0.5, n_choose=pair.n_shared)
+            begin.wait()
+            for _ in decoder:
+                pass
+
+    threads = [threading.Thread(target=write, args=(trace,)) for trace in traces]
+    for thread in threads:
+        thread.start()
+    begin.wait()
+    begun = perf_counter()
+    for thread in threads:
+        thread.join()
+    return perf_counter() - begun
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("-m", "--model")
+    parser.add_argument("-me", "--model-expert")
+    parser.add_argument("-t", "--threads", type=int, default=0)
+    parser.add_argument("--replay", default="f=0.2", type=Process.parse, metavar="f=RATE")
+    parser.add_argument("-n", type=int, default=96, help="tokens of an answer")
+    parser.add_argument("-r", "--rounds", type=int, default=5)
+    parser.add_argument("--slots", default="1,2,4,8")
+    args = parser.parse_args()
+    counts = [int(count) for count in args.slots.split(",")]
+    with load(args.model, args.model_expert, n_ctx=192, n_threads=args.threads) as pair:
+        pair.base_session.close()
+        slots = Slots(pair, max(counts))
+        seconds: dict[int, list[float]] = {count: [] for count in counts}
+        for i in range(args.rounds + 1):
+            for count in counts:
+                traces = [
+                    args.replay.draw(args.n, pair.n_shared, seed=1000 * i + 10 * count + j)
+                    for j in range(count)
+                ]
+                took = together(pair, slots, traces)
+                if i:  # the first round warms up
+                    seconds[count].append(took)
+        told = measured_on(pair)
+        slots.close()
+    one = statistics.median(seconds[counts[0]])
+    print("| answers at once | tokens/s together | times one |\n| ---: | ---: | ---: |")
+    for count in counts:
+        rates = sorted(count * args.n / s for s in seconds[count])
+        median = statistics.median(rates)
+        times = median * one / (counts[0] * args.n)
+        print(f"| {count} | {median:,.1f} ({rates[0]:,.0f}–{rates[-1]:,.0f}) | {times:.2f} |")
+    print("\n" + told)
+
+
+if __name__ == "__main__":
+    main()
