@@ -7,6 +7,7 @@ with colm_edge.load() as pair:
 
 from __future__ import annotations
 
+import logging
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,9 @@ if TYPE_CHECKING:
 __all__ = [
     "Answer", "ColmError", "Options", "Pair", "Stats", "Step", "Stream", "Switch", "load",
 ]  # fmt: skip
+
+# A library writes nowhere by itself: an application decides what becomes of the log.
+logging.getLogger("colm_edge").addHandler(logging.NullHandler())
 
 _HOMES = {
     "Answer": "pair", "ColmError": "errors", "Options": "options", "Pair": "pair",

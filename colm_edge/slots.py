@@ -248,9 +248,9 @@ class Slots:
     def _next(self) -> SharedContext | None:
         """Return the context to evaluate next, or None while an answer is still at work.
 
-        The base goes first: meanwhile more answers come to defer, and the expert's batch grows. Once
-        three quarters wait for the expert it is its turn: later the base's own batches are too
-        small, sooner the expert's are.
+        The base goes first: meanwhile more answers come to defer, and the expert's batch grows.
+        Once three quarters wait for the expert it is its turn: later the base's own batches are
+        too small, sooner the expert's are.
         """
         base, expert = (len(self._waiting[c]) for c in (self.base, self.expert))
         if not base + expert or base + expert < len(self._taken):

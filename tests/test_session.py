@@ -10,6 +10,7 @@ import pytest
 from reference import PlainModel
 
 from colm_edge import scorer as scorer_module
+from colm_edge import weights
 from colm_edge.errors import MismatchError, ModelError, PromptError
 from colm_edge.scorer import Scorer
 from colm_edge.session import ContextOptions, Session
@@ -191,3 +192,34 @@ def test_a_different_token_is_named(tiny, tmp_path):
         shared_vocab(base, other)
     base.close()
     other.close()
+
+
+@pytest.mark.parametrize(
+    ("note", "breaks"),
+    [
+        (b"GCC: (Debian 12.2.0-14+deb12u1) 12.2.0", True),
+        (b"GCC: (GNU) 11.4.0", True),
+        (b"GCC: (Ubuntu 12.4.0-2ubuntu1) 12.4.0", False),
+        (b"GCC: (GNU) 13.2.0", True),
+        (b"GCC: (GNU) 13.3.0", False),
+        (b"GCC: (GNU) 14.1.0", False),
+        (b"GCC: (GNU) 12.2.0\0Debian clang version 16.0.6", False),
+        (b"no compiler told", False),
+    ],
+)
+def test_a_compiler_whose_amx_code_crashes_is_known(note, breaks):
+    assert weights._gcc_breaks_amx(b"\x7fELF\0" + note + b"\0") is breaks
+
+
+@pytest.mark.parametrize("has_amx", [True, False])
+def test_without_amx_the_compiler_does_not_matter(monkeypatch, has_amx, caplog):
+    info = b"CPU : AVX512 = 1 | " + (b"AMX_INT8 = 1 | " if has_amx else b"")
+    monkeypatch.setattr(weights.llama, "llama_print_system_info", lambda: info)
+    monkeypatch.setattr(weights, "_gcc_breaks_amx", lambda library: True)
+    weights.amx_is_broken.cache_clear()
+    try:
+        assert weights.amx_is_broken() is has_amx
+        assert weights.model_params().use_extra_bufts is not has_amx
+        assert ("CC=clang" in caplog.text) is has_amx
+    finally:
+        weights.amx_is_broken.cache_clear()
