@@ -79,7 +79,11 @@ def pair_options(command: Command) -> Command:
 def _pair_options() -> list[Any]:
     return [
         click.option("-m", "--model", metavar="GGUF", help="The base model."),
-        click.option("-me", "--model-expert", "expert", metavar="GGUF", help="The expert model."),
+        click.option(
+            "-me", "--model-expert", "expert", metavar="GGUF|URL",
+            help="The expert model, or a server that has it, http://HOST:PORT: llama.cpp's, vLLM's "
+            "or colm-edge's.",
+        ),
         click.option("--pair", metavar="NAME", help="A pair that models.txt names."),
         click.option("--lora", metavar="GGUF", help="A LoRA adapter for the base."),
         click.option(
@@ -112,6 +116,11 @@ def _pair_options() -> list[Any]:
             "--overlap/--no-overlap", default=None,
             help="Let the expert catch up beside the base, on a thread of its own.  [default: "
             "where they are on different devices or cores]",
+        ),
+        click.option(
+            "--expert-required", is_flag=True,
+            help="End with an error when a remote expert fails, rather than let the base go on "
+            "alone.",
         ),
     ]  # fmt: skip
 
@@ -270,7 +279,7 @@ def describe(pair: Pair, stream: Stream) -> dict[str, Any]:
     answer = stream.answer()
     return {
         "model": str(pair.base.path),
-        "expert": str(pair.expert.path),
+        "expert": pair.expert_name,
         "switch": pair.switch.name,
         "threshold": answer.threshold,
         "prompt_tokens": answer.prompt_tokens,

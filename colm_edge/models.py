@@ -14,7 +14,8 @@ _ROLES = ("base", "expert", "switch")
 
 @dataclass(frozen=True)
 class PairFiles:
-    """What makes a pair: two GGUF models, and a switch file or the name of an untrained switch."""
+    """What makes a pair: two GGUF models, and a switch file or the name of an untrained switch.
+    The expert may be a server's address."""
 
     base: str
     expert: str
@@ -58,8 +59,16 @@ def find_pair(name: str) -> PairFiles:
     )
 
 
+def is_url(reference: str) -> bool:
+    """Say whether a reference is a server's address, and no file."""
+    return reference.lower().startswith(("http://", "https://"))
+
+
 def resolve(reference: str) -> str:
-    """Return the path of a reference; `package:` stands for the files that ship with colm-edge."""
+    """Return the path of a reference; `package:` stands for the files that ship with colm-edge.
+    A server's address stays as it is."""
+    if is_url(reference):
+        return reference
     if reference.startswith("package:"):
         return str(_PACKAGE / "data" / reference.removeprefix("package:"))
     try:
