@@ -89,6 +89,8 @@ def choose_pair(
     if (model is None) != (expert is None):
         given, missing = ("-m", "-me") if model else ("-me", "-m")
         raise ModelError(f"{given} without {missing}: give both models, or neither")
+    if model is not None and is_url(model):
+        raise ModelError(f"-m {model}: the base runs here, at every token; give a GGUF file")
     if model is not None and expert is not None:
         return PairFiles(resolve(model), resolve(expert), switch or "margin")
     files = find_pair(pair or DEMO_PAIR)

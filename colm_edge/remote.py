@@ -34,7 +34,6 @@ BACK_OFF = 0.2  # seconds before the second try, twice as many before the third
 PAUSE = 30.0  # seconds that an expert which failed is left alone
 N_PROBS = 64  # of llama.cpp: more than the usual top_k of 40 reads
 N_PROBS_VLLM = 20  # what it allows unless told otherwise (--max-logprobs)
-N_PROBE_WORDS = 256
 KEY_VARIABLE = "COLM_EDGE_EXPERT_KEY"
 
 # Tokenised on both sides, besides words of the base's vocabulary.
@@ -57,12 +56,8 @@ class _TryError(Exception):
         self.final = final
 
 
-@dataclass(frozen=True)
-class Reply:
-    """The likeliest next tokens, id -> log-probability, and the tokens evaluated if told."""
-
-    top: Mapping[int, float]
-    n_evaluated: int | None = None
+# The likeliest next tokens, id -> log-probability, and the tokens evaluated, if told.
+Reply = tuple[dict[int, float], int | None]
 
 
 @dataclass(frozen=True)
@@ -90,8 +85,8 @@ def _ask_llama_cpp(model: str, tokens: list[int]) -> dict[str, Any]:
 
 def _read_llama_cpp(answer: Any, end_token: int) -> Reply:
     items = answer["completion_probabilities"][0]["top_logprobs"]
-    n = answer.get("timings", {}).get("prompt_n")
-    return Reply({int(item["id"]): float(item["logprob"]) for item in items}, n)
+    top = {int(item["id"]): float(item["logprob"]) for item in items}
+    return top, int(answer["timings"]["prompt_n"])
 
 
 def _ask_vllm(model: str, tokens: list[int]) -> dict[str, Any]:
@@ -103,7 +98,7 @@ def _ask_vllm(model: str, tokens: list[int]) -> dict[str, Any]:
 
 def _read_vllm(answer: Any, end_token: int) -> Reply:
     top = answer["choices"][0]["logprobs"]["top_logprobs"][0]
-    return Reply({int(name.removeprefix("token_id:")): float(x) for name, x in top.items()})
+    return {int(name.removeprefix("token_id:")): float(x) for name, x in top.items()}, None
 
 
 def _ask_colm_edge(model: str, tokens: list[int]) -> dict[str, Any]:
@@ -117,12 +112,10 @@ def _ask_colm_edge(model: str, tokens: list[int]) -> dict[str, Any]:
 
 def _read_colm_edge(answer: Any, end_token: int) -> Reply:
     choice, colm = answer["choices"][0], answer["colm"]
-    n = int(colm["expert_tokens"])
-    if not colm["trace"]:  # an end token is no part of the answer
-        if choice["finish_reason"] != "stop":
-            raise ValueError("neither a token nor an end")
-        return Reply({end_token: 0.0}, n)
-    return Reply({int(colm["trace"][0]["id"]): float(choice["logprobs"]["token_logprobs"][0])}, n)
+    top = {end_token: 0.0}  # which is no part of an answer, so that nothing tells its probability
+    if colm["trace"] or choice["finish_reason"] != "stop":
+        top = {int(colm["trace"][0]["id"]): float(choice["logprobs"]["token_logprobs"][0])}
+    return top, int(colm["expert_tokens"])
 
 
 def _tokenize_openai(model: str, text: str) -> dict[str, Any]:
@@ -196,10 +189,9 @@ class RemoteExpert:
 
         outputs: the last token alone can be one.
         """
-        n = len(tokens)
-        if not n:
+        if not tokens:
             raise PromptError("nothing to evaluate: the prompt has no tokens")
-        if list(outputs) not in ([], [n - 1]):
+        if list(outputs) not in ([], [len(tokens) - 1]):
             raise ValueError(f"a remote expert tells of the last token, not of {list(outputs)}")
         wanted = array("i", tokens)
         if wanted == self._held:
@@ -226,15 +218,15 @@ class RemoteExpert:
             raise _TryError(f"{len(tokens)} tokens do not fit its {self.n_ctx}", final=True)
         answer = self._request(dialect.path, dialect.ask(self._model, tokens.tolist()))
         try:
-            reply = dialect.read(answer, self.base.end_token)
-            self._logits = logits_of(reply.top, self.base.n_vocab)
+            top, n_evaluated = dialect.read(answer, self.base.end_token)
+            self._logits = logits_of(top, self.base.n_vocab)
         except _GARBAGE as e:
             raise _TryError(f"its answer is not {dialect.name}'s ({e!r})") from e
-        n_new = len(tokens) - common_prefix(self._held, tokens)
+        if n_evaluated is None:  # it has the last prefix cached
+            n_evaluated = len(tokens) - common_prefix(self._held, tokens)
         self._held = tokens
         self.n_calls += 1
-        # A server that does not tell has its last prefix cached.
-        self.n_evaluated += n_new if reply.n_evaluated is None else reply.n_evaluated
+        self.n_evaluated += n_evaluated
 
     def _connect(self) -> Dialect:
         """Learn what kind of server it is and whether it has the base's vocabulary."""
@@ -252,20 +244,24 @@ class RemoteExpert:
                 f"{self.url}: a server of {owner!r}; expected one of {', '.join(DIALECTS)}"
             )
         self._model = model
-        self._check_vocabulary(dialect, n_vocab)
+        difference = self._difference(dialect, n_vocab)
+        if difference:
+            raise MismatchError(
+                f"the vocabularies of {self.base.path.name} and {self.url} differ: {difference}; "
+                "the two must come from one model family"
+            )
         self.n_shared = min(n_vocab, self.base.n_vocab)
         # The token that is asked for needs room too.
         self.n_ctx = n_ctx if dialect.name == "colm-edge" else n_ctx - 1
         self._dialect = dialect
         return dialect
 
-    def _check_vocabulary(self, dialect: Dialect, n_vocab: int) -> None:
+    def _difference(self, dialect: Dialect, n_vocab: int) -> str:
+        """Say where the two vocabularies differ; "" where they do not."""
         base = self.base
         if abs(base.n_vocab - n_vocab) > MAX_VOCAB_DIFFERENCE:
-            raise self._mismatch(
-                f"{base.n_vocab} tokens in the base, {n_vocab} in the expert (at most "
-                f"{MAX_VOCAB_DIFFERENCE} more or fewer)"
-            )
+            most = f"at most {MAX_VOCAB_DIFFERENCE} more or fewer"
+            return f"{base.n_vocab} tokens in the base, {n_vocab} in the expert ({most})"
         for text in (*PROBES, probe_words(base)):
             ours = base.tokenize(text, special=False, bos=False)
             answer = self._request("/tokenize", dialect.tokenize(self._model, text))
@@ -277,15 +273,8 @@ class RemoteExpert:
                 at = common_prefix(array("i", ours), array("i", theirs))
                 cut = text if len(text) < 60 else text[:57] + "…"
                 one, other = (str(*ids[at : at + 1]) or "missing" for ids in (ours, theirs))
-                raise self._mismatch(
-                    f"token {at} of {cut!r} is {one} in the base, {other} in the expert"
-                )
-
-    def _mismatch(self, what: str) -> MismatchError:
-        return MismatchError(
-            f"the vocabularies of {self.base.path.name} and {self.url} differ: {what}; the two "
-            "must come from one model family"
-        )
+                return f"token {at} of {cut!r} is {one} in the base, {other} in the expert"
+        return ""
 
     def _with_patience(self, work: Callable[[], object]) -> None:
         """Try up to three times, waiting longer each time; then leave the server alone a while."""
@@ -320,7 +309,7 @@ class RemoteExpert:
             busy = response.status_code >= 500 or response.status_code in (408, 429)
             told = " ".join(response.text[:200].split())
             if response.status_code in (401, 403):
-                told += f" (give its key in the variable {KEY_VARIABLE})"
+                told += f" (the variable {KEY_VARIABLE} is to hold its key)"
             raise _TryError(f"{path}: HTTP {response.status_code}: {told}", final=not busy)
         try:
             return response.json()
@@ -344,9 +333,9 @@ def logits_of(top: Mapping[int, float], n_vocab: int) -> Floats:
 
 def probe_words(base: Model) -> str:
     """Return plain words from all over the base's vocabulary, which no two vocabularies share."""
-    tokens = range(0, base.n_vocab, max(1, base.n_vocab // (4 * N_PROBE_WORDS)))
+    tokens = range(0, base.n_vocab, max(1, base.n_vocab // 1000))
     pieces = [base.piece(token).decode("utf-8", "replace").strip() for token in tokens]
-    return " ".join([p for p in pieces if p.isascii() and p.isalpha()][:N_PROBE_WORDS])
+    return " ".join(piece for piece in pieces if piece.isascii() and piece.isalpha())
 
 
 def import_httpx() -> Any:
