@@ -268,6 +268,7 @@ def run(
 @contextmanager
 def kept_prompts(pair: Pair, path: str) -> Iterator[None]:
     """Begin with a prompt cache, if the file is there, and write it at the end."""
+    _ = pair.expert_session  # an expert on a server has nothing to keep: said before the answer
     if Path(path).exists():
         pair.load_prompts(path)
     yield

@@ -247,9 +247,10 @@ class Pair:
         From then on the expert catches up in the batches that cost least.
         """
         with self._lock:
+            session = self.expert_session
             base = cost_table(self.base_session, fresh=fresh, note=self._note)
-            expert = cost_table(self.expert_session, fresh=fresh, note=self._note)
-            self.expert_session.costs = None if base.is_quick else expert
+            expert = cost_table(session, fresh=fresh, note=self._note)
+            session.costs = None if base.is_quick else expert
             return base, expert
 
     def save_prompts(self, path: str | os.PathLike[str]) -> None:
