@@ -85,7 +85,9 @@ def _pair_options() -> list[Any]:
             help="The base: a GGUF file, a name in models.txt, or user/repo:file.gguf.",
         ),
         click.option(
-            "-me", "--model-expert", "expert", metavar="REF", help="The expert, likewise."
+            "-me", "--model-expert", "expert", metavar="REF|URL",
+            help="The expert, likewise; or a server that has it, http://HOST:PORT: llama.cpp's, "
+            "vLLM's or colm-edge's.",
         ),
         click.option("--pair", metavar="NAME", help="A pair that models.txt names."),
         click.option("--lora", metavar="GGUF", help="A LoRA adapter for the base."),
@@ -120,6 +122,11 @@ def _pair_options() -> list[Any]:
             "--overlap/--no-overlap", default=None,
             help="Let the expert catch up beside the base, on a thread of its own.  [default: "
             "where they are on different devices or cores]",
+        ),
+        click.option(
+            "--expert-required", is_flag=True,
+            help="End with an error when a remote expert fails, rather than let the base go on "
+            "alone.",
         ),
     ]  # fmt: skip
 
@@ -267,6 +274,7 @@ def run(
 @contextmanager
 def kept_prompts(pair: Pair, path: str) -> Iterator[None]:
     """Begin with a prompt cache, if the file is there, and write it at the end."""
+    _ = pair.expert_session  # an expert on a server has nothing to keep: said before the answer
     if Path(path).exists():
         pair.load_prompts(path)
     yield
@@ -278,7 +286,7 @@ def describe(pair: Pair, stream: Stream) -> dict[str, Any]:
     answer = stream.answer()
     return {
         "model": str(pair.base.path),
-        "expert": str(pair.expert.path),
+        "expert": pair.expert_name,
         "switch": pair.switch.name,
         "threshold": answer.threshold,
         "prompt_tokens": answer.prompt_tokens,

@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from colm_edge import readout
-from colm_edge.errors import ModelError
+from colm_edge.errors import AbsentExpertError, ModelError
 from colm_edge.switch import Reader
 
 Floats = npt.NDArray[np.float32]
@@ -50,6 +50,7 @@ class Stats:
     base_tokens: int = 0
     expert_calls: int = 0
     expert_tokens: int = 0
+    expert_failures: int = 0  # deferrals that the base wrote, for a remote expert was absent
     base_seconds: float = 0.0
     expert_seconds: float = 0.0
     expert_load_seconds: float = 0.0  # of expert_seconds: weights and context, at its first call
@@ -155,7 +156,11 @@ class Decoder:
         p_defer, choice, logsumexp = self._judge(at, logits, hidden)
         if not self._defers(p_defer):
             return self._write("base", p_defer, logits, choice, logsumexp)
-        self._evaluate_expert(self.tokens)
+        try:
+            self._evaluate_expert(self.tokens)
+        except AbsentExpertError:  # a remote one, which has said so
+            self.stats.expert_failures += 1
+            return self._write("base", p_defer, logits, choice, logsumexp)
         theirs, _ = self._expert.state(at - 1)
         if self._compose and p_defer < 1:
             theirs = mixture(logits, theirs, p_defer, self._n_choose, self._defer_row)
@@ -180,11 +185,13 @@ class Decoder:
         expert, stats = self._expert, self.stats
         calls, evaluated = expert.n_calls, expert.n_evaluated
         seconds, loading = expert.seconds, expert.load_seconds
-        expert.sync(tokens, outputs)
-        stats.expert_calls += expert.n_calls - calls
-        stats.expert_tokens += expert.n_evaluated - evaluated
-        stats.expert_seconds += expert.seconds - seconds
-        stats.expert_load_seconds += expert.load_seconds - loading
+        try:
+            expert.sync(tokens, outputs)
+        finally:  # a remote one may fail, which takes time as well
+            stats.expert_calls += expert.n_calls - calls
+            stats.expert_tokens += expert.n_evaluated - evaluated
+            stats.expert_seconds += expert.seconds - seconds
+            stats.expert_load_seconds += expert.load_seconds - loading
 
     def _judge(self, at: int, logits: Floats, hidden: Floats) -> tuple[float, int, float]:
         """Return p_defer, the base's likeliest token and the log-sum-exp, for the token at `at`."""

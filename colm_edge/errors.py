@@ -21,5 +21,9 @@ class PromptError(ColmError):
     """A prompt is empty or does not fit the context."""
 
 
+class AbsentExpertError(ColmError):
+    """A remote expert does not answer; the base can go on alone."""
+
+
 class DataError(ColmError):
     """A data file is missing or has a bad line."""

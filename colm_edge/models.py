@@ -15,7 +15,8 @@ _ROLES = ("base", "expert", "switch")
 
 @dataclass(frozen=True)
 class PairFiles:
-    """What makes a pair: two GGUF models, and a switch file or the name of an untrained switch."""
+    """What makes a pair: two GGUF models, and a switch file or the name of an untrained switch.
+    The expert may be a server's address."""
 
     base: str
     expert: str
@@ -71,14 +72,22 @@ def find_pair(name: str, *, offline: bool = False, note: Note = lambda text: Non
     return PairFiles(file_of("base"), file_of("expert"), switch, is_demo=name == DEMO_PAIR)
 
 
+def is_url(reference: str) -> bool:
+    """Say whether a reference is a server's address, and no file."""
+    return reference.lower().startswith(("http://", "https://"))
+
+
 def resolve(
     reference: str, role: str = "base", *, offline: bool = False, note: Note = lambda text: None
 ) -> str:
     """Return the path of a reference: a path, an alias in models.txt, or user/repo:FILE on the Hub,
-    in this order; `package:` stands for the files that ship with colm-edge.
+    in this order; `package:` stands for the files that ship with colm-edge. A server's address
+    stays as it is.
 
     role: which of a pair's models an alias means. offline, note: as for `hub.fetch`.
     """
+    if is_url(reference):
+        return reference
     if reference.startswith("package:"):
         return str(_PACKAGE / "data" / reference.removeprefix("package:"))
     try:
@@ -113,6 +122,8 @@ def choose_pair(
     if (model is None) != (expert is None):
         given, missing = ("-m", "-me") if model else ("-me", "-m")
         raise ModelError(f"{given} without {missing}: give both models, or neither")
+    if model is not None and is_url(model):
+        raise ModelError(f"-m {model}: the base runs here, at every token; give a GGUF file")
     if model is not None and expert is not None:
         return PairFiles(
             resolve(model, "base", offline=offline, note=note),

@@ -16,9 +16,10 @@ from colm_edge.background import Background
 from colm_edge.costs import CostTable, cost_table
 from colm_edge.decode import Decoder, Stats, Step, Timeline
 from colm_edge.errors import ColmError, PromptError
-from colm_edge.models import choose_pair
+from colm_edge.models import choose_pair, is_url
 from colm_edge.options import Options
 from colm_edge.prompt_cache import load_prompts, save_prompts
+from colm_edge.remote import RemoteExpert
 from colm_edge.sampling import ChainSampler
 from colm_edge.session import SMALL_MODEL_BYTES, ContextOptions, Session, n_cores
 from colm_edge.speculate import FastDecoder, Planner
@@ -145,7 +146,7 @@ class Pair:
     def __init__(
         self,
         base: Model,
-        expert: Model,
+        expert: Model | RemoteExpert,
         switch: AnySwitch,
         context: ContextOptions | None = None,
         defaults: Options | None = None,
@@ -160,26 +161,32 @@ class Pair:
 
         Raises MismatchError naming what differs, ModelError for files that cannot take part.
         """
-        self.base, self.expert, self.switch, self.is_demo = base, expert, switch, is_demo
+        self.base, self.switch, self.is_demo = base, switch, is_demo
         self.defaults = defaults or Options()
-        self.n_shared = shared_vocab(base, expert)
+        self.remote = expert if isinstance(expert, RemoteExpert) else None
+        self._expert = None if isinstance(expert, RemoteExpert) else expert
+        if isinstance(expert, RemoteExpert):
+            self.n_shared, longest = expert.n_shared, expert.n_ctx
+        else:
+            self.n_shared, longest = shared_vocab(base, expert), expert.n_ctx_train
         # Checks the width of the switch before the first token.
         switch.reader(base, self.n_shared)
         context = context or ContextOptions()
-        trained = [n for n in (base.n_ctx_train, expert.n_ctx_train) if n > 0]
+        trained = [n for n in (base.n_ctx_train, longest) if n > 0]
         n_ctx = context.n_ctx or min([DEFAULT_N_CTX, *trained])
         self.n_ctx = n_ctx
         context = replace(context, n_ctx=n_ctx)
         self.base_session = Session(base, context, hidden=switch.needs_hidden)
-        self.expert_session = Session(expert, context)
+        self._expert_session = Session(self._expert, context) if self._expert else None
         self.base_session.open()
         self._lock = threading.RLock()
         self._template: Any = None
         self._note = note or log.info
         self.planner = Planner(self.cost_tables)
-        overlaps = self._overlaps() if overlap is None else overlap
         # The expert on a thread of its own, where the two are not in each other's way.
-        self.background = Background(self.expert_session) if overlaps else None
+        self.background: Background | None = None
+        if self.remote is None and (self._overlaps() if overlap is None else overlap):
+            self.background = Background(self.expert_session)
 
     def __enter__(self) -> Self:
         return self
@@ -192,10 +199,37 @@ class Pair:
         with self._lock:
             if self.background is not None:
                 self.background.close()
-            for session in (self.base_session, self.expert_session):
-                session.close()
-            for model in (self.base, self.expert):
-                model.close()
+            for session in (self.base_session, self._expert_session):
+                if session is not None:
+                    session.close()
+            for model in (self.base, self._expert, self.remote):
+                if model is not None:
+                    model.close()
+
+    @property
+    def expert(self) -> Model:
+        """The expert's model. Raises ColmError where it is on a server."""
+        if self._expert is None:
+            raise ColmError(self._not_here())
+        return self._expert
+
+    @property
+    def expert_session(self) -> Session:
+        """The expert's own timeline. Raises ColmError where it is on a server."""
+        if self._expert_session is None:
+            raise ColmError(self._not_here())
+        return self._expert_session
+
+    @property
+    def expert_name(self) -> str:
+        """The expert's file, or its server's address."""
+        return str(self.expert.path) if self.remote is None else self.remote.url
+
+    def _not_here(self) -> str:
+        return (
+            f"this needs the expert's weights here, and they are at {self.expert_name}; "
+            "give a GGUF file (-me)"
+        )
 
     def _overlaps(self) -> bool:
         """Say whether both models can work at once without being in each other's way."""
@@ -213,9 +247,10 @@ class Pair:
         From then on the expert catches up in the batches that cost least.
         """
         with self._lock:
+            session = self.expert_session
             base = cost_table(self.base_session, fresh=fresh, note=self._note)
-            expert = cost_table(self.expert_session, fresh=fresh, note=self._note)
-            self.expert_session.costs = None if base.is_quick else expert
+            expert = cost_table(session, fresh=fresh, note=self._note)
+            session.costs = None if base.is_quick else expert
             return base, expert
 
     def save_prompts(self, path: str | os.PathLike[str]) -> None:
@@ -339,10 +374,14 @@ class Pair:
         if options.temperature > 0 or options.repeat_penalty != 1.0:
             sample = ChainSampler(options, n_choose, tokens, [] if row is None else [row])
         make: Callable[..., Decoder] = Decoder
-        if options.schedule == "fast":
+        # A bet is weighed by what decodes cost, of which a server tells nothing.
+        if options.schedule == "fast" and self.remote is None:
             make = partial(FastDecoder, planner=self.planner)
         background = self.background if timelines is None else None
-        base, expert = timelines or (self.base_session, background or self.expert_session)
+        base, expert = timelines or (
+            self.base_session, self.remote or background or self.expert_session
+        )  # fmt: skip
+        expert_model = self.remote or self.expert
         decoder = make(
             base,
             expert,
@@ -350,7 +389,7 @@ class Pair:
             tokens,
             threshold=threshold,
             n_choose=n_choose,
-            end_tokens=self.base.end_tokens | self.expert.end_tokens,
+            end_tokens=self.base.end_tokens | expert_model.end_tokens,
             max_tokens=options.max_tokens,
             compose=options.strategy == "compose",
             defer_row=-1 if row is None else row,
@@ -402,6 +441,7 @@ def load(
     cache_type_v: str = "f16",
     overlap: bool | None = None,
     offline: bool = False,
+    expert_required: bool = False,
     defaults: Options | None = None,
     note: Callable[[str], None] | None = None,
 ) -> Pair:
@@ -409,6 +449,7 @@ def load(
 
     model, expert: GGUF files, names in models.txt, or user/repo:file.gguf on the Hugging Face Hub.
 
+    expert: may be the address of a llama.cpp, vLLM or colm-edge server, http://host:port.
     switch: a file, "margin" (the default beside two models), "entropy", or "defer-row".
     pair: a name in models.txt instead.
     lora: a LoRA adapter for the base, a GGUF file.
@@ -419,6 +460,7 @@ def load(
     overlap: whether a loaded expert catches up with long gaps on a thread of its own; None: where
         the models are on different devices, or there are cores enough for the threads of both.
     offline: download nothing; what is not in the Hub's cache is an error.
+    expert_required: a remote expert that fails is a ModelError; else the base goes on alone.
     note: told, in a line, of what takes a while; by default the logger "colm_edge" is.
 
     Raises ModelError, SwitchError or MismatchError, each saying what to do.
@@ -431,9 +473,13 @@ def load(
     head = load_switch(files.switch)
     base = Model(files.base, n_gpu_layers, lora)
     try:
-        other = Model(
-            files.expert, n_gpu_layers if n_gpu_layers_expert is None else n_gpu_layers_expert
-        )
+        other: Model | RemoteExpert
+        if is_url(files.expert):
+            other = RemoteExpert(files.expert, base, required=expert_required, note=note)
+        else:
+            other = Model(
+                files.expert, n_gpu_layers if n_gpu_layers_expert is None else n_gpu_layers_expert
+            )
         try:
             options = ContextOptions(
                 n_ctx=n_ctx, n_threads=n_threads, flash_attn=flash_attn,

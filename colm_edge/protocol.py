@@ -112,6 +112,13 @@ class CompletionRequest(Sampling):
         return list(prompt)  # type: ignore[arg-type]
 
 
+class TokenizeRequest(Strict):
+    """vLLM's: a text as token ids, for a client to compare vocabularies."""
+
+    prompt: str
+    add_special_tokens: bool = True
+
+
 class RefusalError(Exception):
     """An answer in OpenAI's error shape."""
 

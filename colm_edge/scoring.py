@@ -96,11 +96,14 @@ def score(
     Raises DataError for what does not belong to these documents and for a disk that is full,
     ColmError for a model that gives NaN.
     """
+    # First, for an expert on a server cannot be scored, and the base's pass may take hours.
+    session = None if expert_scores is not None else pair.expert_session
     base = _pass(pair, "base", pair.base_session, documents, progress, work, update)
-    if expert_scores is not None:
+    if session is None:
+        assert expert_scores is not None
         expert = _read_expert(expert_scores, documents)
     else:
-        expert = _pass(pair, "expert", pair.expert_session, documents, progress, work, update)
+        expert = _pass(pair, "expert", session, documents, progress, work, update)
     return Scores(
         hidden=base["hidden"],
         logit_features=base["features"],

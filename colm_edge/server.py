@@ -34,6 +34,7 @@ from colm_edge.protocol import (
     ErrorBody,
     RefusalError,
     Sampling,
+    TokenizeRequest,
     Written,
     colm_of,
     record_of,
@@ -257,7 +258,8 @@ def create_app(server: Server) -> FastAPI:
     def models() -> dict[str, Any]:
         model = {
             "id": server.name, "object": "model", "created": server.created,
-            "owned_by": "colm-edge",
+            "owned_by": "colm-edge", "max_model_len": server.pair.n_ctx,
+            "meta": {"n_vocab": server.pair.n_shared},
         }  # fmt: skip
         return {"object": "list", "data": [model]}
 
@@ -284,6 +286,11 @@ def create_app(server: Server) -> FastAPI:
         return await _respond(
             server, Endpoint(chat=False), body, prompts, body.logprobs is not None, request
         )
+
+    @app.post("/tokenize", **known)
+    def tokenize(body: TokenizeRequest) -> dict[str, Any]:
+        tokens = server.pair.base.tokenize(body.prompt, bos=body.add_special_tokens)
+        return {"tokens": tokens, "count": len(tokens), "max_model_len": server.pair.n_ctx}
 
     return app
 
@@ -384,6 +391,7 @@ class Guard:
 
 KNOWN_PATHS = (
     "/", "/health", "/metrics", "/v1/models", "/v1/chat/completions", "/v1/completions",
+    "/tokenize",
 )  # fmt: skip
 
 
@@ -526,6 +534,8 @@ async def _events(
     finally:
         for task in pumps:
             task.cancel()
+        # Until they are done, their answers cannot be closed.
+        await asyncio.gather(*pumps, return_exceptions=True)
 
 
 def serve(pair: Pair, settings: Settings, name: str, note: Callable[[str], None]) -> None:

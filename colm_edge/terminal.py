@@ -170,7 +170,7 @@ class Chat:
                 click.echo("The conversation is forgotten.", err=True)
             case "/show":
                 click.echo(
-                    f"base    {self.pair.base.path}\nexpert  {self.pair.expert.path}\n"
+                    f"base    {self.pair.base.path}\nexpert  {self.pair.expert_name}\n"
                     f"switch  {self.pair.switch.name}, threshold "
                     f"{self.pair.threshold(self.pair.defaults):.3f}\n"
                     f"context {self.pair.n_ctx} tokens",

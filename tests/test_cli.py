@@ -70,7 +70,7 @@ def test_json_has_the_documented_shape(tiny):
     }  # fmt: skip
     assert set(answer["stats"]) == {
         "n_prompt", "n_generated", "n_deferred", "defer_rate", "base_tokens", "expert_calls",
-        "expert_tokens",
+        "expert_tokens", "expert_failures",
         "base_seconds", "expert_seconds", "expert_load_seconds", "total_seconds",
         "tokens_per_second",
     }  # fmt: skip

@@ -1,0 +1,494 @@
+"""Experts behind HTTP: what is asked of each kind of server, and what becomes of failures."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import httpx
+import numpy as np
+import pytest
+from click.testing import CliRunner
+
+import colm_edge
+from colm_edge import remote
+from colm_edge.cli import main
+from colm_edge.errors import AbsentExpertError, ColmError, MismatchError, ModelError
+from colm_edge.options import Options
+from colm_edge.pair import Pair, load
+from colm_edge.remote import RemoteExpert, logits_of
+from colm_edge.session import ContextOptions, Session
+from colm_edge.switch import load_switch
+from colm_edge.weights import Model
+
+GREEDY = Options(temperature=0.0, threshold=0.4, max_tokens=24)
+PROMPT = "hello world"
+DIALECTS = ("llamacpp", "vllm", "colm-edge")
+
+
+class Fake:
+    """A server of one dialect over a real model; `failures` come before its right answers."""
+
+    def __init__(self, owner: str, model: str) -> None:
+        self.owner, self.model = owner, Model(model)
+        self.session = Session(self.model, ContextOptions(n_ctx=256, n_threads=1))
+        self.n_vocab, self.shift = self.model.n_vocab, 0
+        self.n_connections = 0
+        self.requests: list[tuple[str, dict]] = []
+        self.keys: list[str | None] = []
+        self.failures: list[str] = []
+        self.always = ""
+        self.released = threading.Event()
+
+    @property
+    def asked(self) -> list[dict]:
+        return [body for path, body in self.requests if "completion" in path]
+
+    def models(self) -> dict:
+        entry = {"id": "the model", "owned_by": self.owner}
+        if self.owner == "llamacpp":
+            entry["meta"] = {"n_vocab": self.n_vocab, "n_ctx": 256}
+        else:
+            entry["max_model_len"] = 256
+        return {"object": "list", "data": [entry]}
+
+    def answer(self, path: str, body: dict) -> dict:
+        if path == "/tokenize":
+            key = "content" if self.owner == "llamacpp" else "prompt"
+            ids = self.model.tokenize(body[key], special=False, bos=False)
+            return {"tokens": [i + self.shift for i in ids]}
+        n = self.session.sync(body["prompt"])
+        x = self.session.logits.astype(np.float64)
+        x -= np.log(np.exp(x - x.max()).sum()) + x.max()
+        best = np.argsort(-x)
+        if self.owner == "llamacpp":
+            assert path == "/completion"
+            top = [{"id": int(i), "logprob": float(x[i])} for i in best[: body["n_probs"]]]
+            return {
+                "tokens": [top[0]["id"]], "timings": {"prompt_n": n},
+                "completion_probabilities": [{**top[0], "top_logprobs": top}],
+            }  # fmt: skip
+        assert path == "/v1/completions"
+        chosen = int(best[0])
+        if self.owner == "vllm":
+            told = {f"token_id:{i}": float(x[i]) for i in best[: body["logprobs"]]}
+            return {"choices": [{"logprobs": {"top_logprobs": [told]}}]}
+        ended = chosen in self.model.end_tokens
+        return {
+            "choices": [{
+                "finish_reason": "stop" if ended else "length",
+                "logprobs": {"token_logprobs": [] if ended else [float(x[chosen])]},
+            }],
+            "colm": {"expert_tokens": n, "trace": [] if ended else [{"id": chosen}]},
+        }  # fmt: skip
+
+
+def handler(fake: Fake) -> type[BaseHTTPRequestHandler]:
+    lock = threading.Lock()
+
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def setup(self) -> None:
+            super().setup()
+            fake.n_connections += 1
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+        def send(self, content: bytes, status: int = 200, length: int | None = None) -> None:
+            self.send_response(status)
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", str(len(content) if length is None else length))
+            self.end_headers()
+            self.wfile.write(content)
+
+        def do_GET(self) -> None:
+            assert self.path == "/v1/models"
+            fake.keys.append(self.headers.get("Authorization"))
+            self.send(json.dumps(fake.models()).encode())
+
+        def do_POST(self) -> None:
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            fake.requests.append((self.path, body))
+            failure = ""
+            if "completion" in self.path:
+                failure = fake.failures.pop(0) if fake.failures else fake.always
+            if failure.isdigit():
+                self.send(b'{"error": "as told"}', int(failure))
+            elif failure == "garbage":
+                self.send(b"<html>")
+            elif failure == "other JSON":
+                self.send(b'{"choices": [], "completion_probabilities": null}')
+            elif failure == "dies":
+                self.send(b'{"choi', length=1000)
+                self.close_connection = True
+            elif failure == "slow":
+                fake.released.wait(20)
+                self.close_connection = True
+            else:
+                with lock:
+                    answer = fake.answer(self.path, body)
+                self.send(json.dumps(answer).encode())
+
+    return Handler
+
+
+@contextmanager
+def faking(owner: str, model: str, port: int = 0) -> Iterator[tuple[str, Fake]]:
+    fake = Fake(owner, model)
+    server = ThreadingHTTPServer(("127.0.0.1", port), handler(fake))
+    server.daemon_threads = True
+    thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.server_address[1]}", fake
+    finally:
+        fake.released.set()
+        server.shutdown()
+        server.server_close()
+        thread.join()
+        fake.session.close()
+        fake.model.close()
+
+
+@pytest.fixture(autouse=True)
+def no_back_off(monkeypatch):
+    monkeypatch.setattr(remote, "BACK_OFF", 0.0)
+    monkeypatch.delenv(remote.KEY_VARIABLE, raising=False)
+
+
+@pytest.fixture
+def local(tiny) -> Iterator[Pair]:
+    with load(tiny["base"], tiny["expert"], "margin", n_threads=1, n_ctx=256,
+              defaults=GREEDY) as pair:  # fmt: skip
+        yield pair
+
+
+@contextmanager
+def remote_pair(tiny, url: str, **settings) -> Iterator[Pair]:
+    base = Model(tiny["base"])
+    try:
+        expert = RemoteExpert(url, base, **settings)
+    except BaseException:
+        base.close()
+        raise
+    context = ContextOptions(n_ctx=256, n_threads=1)
+    with Pair(base, expert, load_switch("margin"), context, GREEDY) as pair:
+        yield pair
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return int(s.getsockname()[1])
+
+
+@pytest.mark.parametrize("owner", DIALECTS)
+def test_a_remote_expert_writes_what_a_local_one_writes(tiny, local, owner):
+    expected = local.generate(PROMPT)
+    assert 0 < expected.stats.n_deferred < len(expected.steps)
+    with (
+        faking(owner, tiny["expert"]) as (url, fake),
+        load(tiny["base"], url, "margin", n_threads=1, n_ctx=256, defaults=GREEDY) as pair,
+    ):
+        answer = pair.generate(PROMPT)
+        assert answer.text == expected.text
+        assert [s.source for s in answer.steps] == [s.source for s in expected.steps]
+        assert pair.expert_name == url
+        stats = answer.stats
+        assert stats.expert_calls == len(fake.asked) == stats.n_deferred
+        assert (stats.expert_failures, fake.n_connections) == (0, 1)
+        # What the prefix cache holds is not evaluated again.
+        assert stats.expert_tokens <= len(answer.prompt_tokens) + len(answer.steps)
+        assert stats.expert_seconds > 0
+        # Each deferral asks once, with the whole prefix.
+        written = answer.prompt_tokens + [s.token for s in answer.steps]
+        at = [i for i, s in enumerate(answer.steps) if s.source == "expert"]
+        prefixes = [written[: len(answer.prompt_tokens) + i] for i in at]
+        assert [body["prompt"] for body in fake.asked] == prefixes
+
+
+BODIES = {
+    "llamacpp": {
+        "n_predict": 1, "n_probs": 64, "temperature": 0, "cache_prompt": True,
+        "return_tokens": True, "stream": False,
+    },
+    "vllm": {
+        "model": "the model", "max_tokens": 1, "temperature": 0, "logprobs": 20,
+        "return_tokens_as_token_ids": True, "stream": False,
+    },
+    "colm-edge": {
+        "model": "the model", "max_tokens": 1, "temperature": 0, "repeat_penalty": 1,
+        "logprobs": 1, "colm": {"threshold": 0, "strategy": "defer", "trace": True},
+        "stream": False,
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("owner", DIALECTS)
+def test_what_each_dialect_asks(tiny, owner):
+    with faking(owner, tiny["expert"]) as (url, fake), remote_pair(tiny, url + "/v1") as pair:
+        expert = pair.remote
+        for path, body in fake.requests:
+            assert path == "/tokenize"
+            if owner == "llamacpp":
+                assert set(body) == {"content", "add_special", "parse_special"}
+                assert not body["add_special"] and not body["parse_special"]  # noqa: PT018
+            else:
+                assert set(body) == {"model", "prompt", "add_special_tokens"}
+                assert body["add_special_tokens"] is False
+        tokens = pair.base.tokenize(PROMPT)
+        assert expert.sync(tokens) == len(tokens)
+        assert fake.asked == [{"prompt": tokens, **BODIES[owner]}]
+        assert expert.sync(tokens) == 0  # it is known
+        assert expert.sync([*tokens, 7]) == 1
+        assert len(fake.asked) == expert.n_calls == 2
+        logits, hidden = expert.state(len(tokens))
+        assert logits.shape == (pair.base.n_vocab,)
+        assert len(hidden) == 0
+        truth = fake.session.logits
+        assert int(logits.argmax()) == int(truth.argmax())
+        assert math.fsum(np.exp(logits.astype(np.float64))) == pytest.approx(1, abs=1e-4)
+        with pytest.raises(ValueError, match="the last token"):
+            expert.sync(tokens, [0, len(tokens) - 1])
+
+
+def test_logits_are_the_told_ones_and_the_rest_shares_what_is_left():
+    logits = logits_of({3: math.log(0.5), 1: math.log(0.3), 99: -1.0}, 6)
+    assert np.exp(logits) == pytest.approx([0.05, 0.3, 0.05, 0.5, 0.05, 0.05])
+    assert logits.dtype == np.float32
+    alone = logits_of({2: 0.0}, 4)
+    assert alone.tolist() == [-math.inf, -math.inf, 0.0, -math.inf]
+    for garbage in ({}, {9: -1.0}, {1: math.nan}, {1: 2.0}):
+        with pytest.raises(ValueError, match="no log-probabilities"):
+            logits_of(garbage, 4)
+
+
+FAILURES = ("500", "garbage", "other JSON", "dies", "slow")
+
+
+@pytest.mark.parametrize("failure", FAILURES)
+@pytest.mark.parametrize("owner", DIALECTS)
+def test_the_base_goes_on_alone(tiny, local, caplog, owner, failure):
+    alone = local.generate(PROMPT, threshold=1)
+    timeout = 0.2 if failure == "slow" else 20.0
+    with (
+        faking(owner, tiny["expert"]) as (url, fake),
+        remote_pair(tiny, url, timeout=timeout) as pair,
+        caplog.at_level(logging.WARNING, "colm_edge"),
+    ):
+        fake.always = failure
+        answer = pair.generate(PROMPT)
+        assert answer.text == alone.text
+        assert {step.source for step in answer.steps} == {"base"}
+        assert answer.stats.n_deferred == answer.stats.expert_calls == 0
+        assert answer.stats.expert_failures > 1
+        assert answer.stats.expert_seconds > 0
+        # Three tries, then it is left alone for a while.
+        assert len(fake.asked) == remote.TRIES
+        (warning,) = (r.getMessage() for r in caplog.records if r.name == "colm_edge")
+        assert warning.startswith(f"{url}: the expert does not answer: ")
+        assert warning.endswith("; the base goes on alone")
+
+
+@pytest.mark.parametrize("failure", FAILURES)
+def test_one_failure_is_tried_again(tiny, local, caplog, failure):
+    with (
+        faking("llamacpp", tiny["expert"]) as (url, fake),
+        remote_pair(tiny, url, timeout=1.0) as pair,
+    ):
+        fake.failures = [failure]
+        answer = pair.generate(PROMPT)
+        assert answer.text == local.generate(PROMPT).text
+        assert answer.stats.expert_failures == 0
+        assert len(fake.asked) == answer.stats.expert_calls + 1
+    assert not [r for r in caplog.records if r.name == "colm_edge" and r.levelno >= 30]
+
+
+def test_a_required_expert_that_fails_is_an_error(tiny):
+    with faking("vllm", tiny["expert"]) as (url, fake), load(
+        tiny["base"], url, "margin", n_threads=1, defaults=GREEDY, expert_required=True
+    ) as pair:  # fmt: skip
+        fake.always = "500"
+        with pytest.raises(ModelError, match=r"does not answer: /v1/completions: HTTP 500"):
+            pair.generate(PROMPT)
+        assert len(fake.asked) == remote.TRIES
+        fake.always = ""
+        assert pair.generate(PROMPT).stats.n_deferred > 0
+    with pytest.raises(ModelError, match="refused; start it, or check the address"):
+        load(tiny["base"], f"http://127.0.0.1:{free_port()}", expert_required=True)
+
+
+def test_a_refusal_is_not_tried_again(tiny):
+    with faking("vllm", tiny["expert"]) as (url, fake), remote_pair(tiny, url) as pair:
+        fake.always = "400"
+        with pytest.raises(AbsentExpertError, match="HTTP 400"):
+            pair.remote.sync([1, 2, 3])
+        assert len(fake.asked) == 1
+
+
+def test_an_expert_may_come_up_later(tiny, local):
+    port, notes = free_port(), []
+    url = f"http://127.0.0.1:{port}"
+    with remote_pair(tiny, url, pause=0.0, note=notes.append) as pair:
+        answer = pair.generate(PROMPT)
+        assert {step.source for step in answer.steps} == {"base"}
+        assert len(notes) == 1
+        with faking("llamacpp", tiny["expert"], port):
+            answer = pair.generate(PROMPT)
+            assert answer.text == local.generate(PROMPT).text
+            assert answer.stats.expert_failures == 0
+        pair.generate("another outage")
+        assert len(notes) == 2
+
+
+@pytest.mark.parametrize("owner", DIALECTS)
+def test_another_vocabulary_is_refused(tiny, owner):
+    with faking(owner, tiny["expert"]) as (url, fake):
+        fake.shift = 1
+        with pytest.raises(MismatchError, match=r"base.gguf and http.* differ: token 0 of 'The"):
+            load(tiny["base"], url, "margin")
+        if owner == "llamacpp":
+            fake.shift, fake.n_vocab = 0, fake.n_vocab + 500
+            with pytest.raises(MismatchError, match="tokens in the base"):
+                load(tiny["base"], url, "margin")
+
+
+def test_a_server_of_another_kind_is_named(tiny):
+    with (
+        faking("somebody", tiny["expert"]) as (url, _),
+        pytest.raises(ModelError, match="a server of 'somebody'; expected one of llamacpp, vllm"),
+    ):
+        load(tiny["base"], url, "margin")
+    with pytest.raises(ModelError, match="the base runs here"):
+        load("http://127.0.0.1:1", tiny["expert"], "margin")
+
+
+def test_the_key_is_sent_and_no_password_shown(tiny, monkeypatch):
+    with faking("vllm", tiny["expert"]) as (url, fake):
+        with remote_pair(tiny, url.replace("//", "//me:secret@")) as pair:
+            assert pair.expert_name == url
+        monkeypatch.setenv(remote.KEY_VARIABLE, "a key")
+        with remote_pair(tiny, url):
+            pass
+        assert fake.keys[0].startswith("Basic ")
+        assert fake.keys[1] == "Bearer a key"
+
+
+def test_without_httpx_the_extra_is_named(tiny, monkeypatch):
+    monkeypatch.setitem(sys.modules, "httpx", None)
+    with pytest.raises(ModelError, match=r"colm-edge\[remote\]"):
+        load(tiny["base"], "http://127.0.0.1:1", "margin")
+
+
+def test_compose_and_sampling_take_a_remote_expert(tiny, local):
+    with faking("llamacpp", tiny["expert"]) as (url, _), remote_pair(tiny, url) as pair:
+        composed = pair.generate(PROMPT, strategy="compose")
+        assert composed.text == local.generate(PROMPT, strategy="compose").text
+        options = {"temperature": 0.8, "seed": 3, "threshold": 0.0, "max_tokens": 12}
+        assert pair.generate(PROMPT, **options).stats.n_deferred > 0
+
+
+def test_the_command_line(tiny):
+    with faking("llamacpp", tiny["expert"]) as (url, _):
+        models = ["-m", tiny["base"], "-me", url, "-sw", "margin", "-t", "1"]
+        args = ["run", PROMPT, *models, "--temp", "0", "-n", "9", "--threshold", "0.4", "--json"]
+        result = CliRunner().invoke(main, args)
+        assert result.exit_code == 0
+        answer = json.loads(result.stdout)
+        assert answer["expert"] == url
+        assert answer["stats"]["expert_failures"] == 0
+        refused = CliRunner().invoke(main, ["bench", *models])
+        assert refused.exit_code == 1
+        assert f"they are at {url}; give a GGUF file (-me)" in refused.stderr
+    result = CliRunner().invoke(main, args)
+    assert result.exit_code == 0
+    assert result.stderr.count("the base goes on alone") == 1
+    assert json.loads(result.stdout)["stats"]["expert_failures"] > 0
+    result = CliRunner().invoke(main, [*args, "--expert-required"])
+    assert result.exit_code == 1
+    assert result.stderr.startswith(f"Error: {url}: the expert does not answer")
+
+
+def test_what_needs_the_weights_says_so(tiny, tmp_path):
+    with faking("llamacpp", tiny["expert"]) as (url, _), remote_pair(tiny, url) as pair:
+        for use in (
+            lambda: pair.expert, lambda: pair.expert_session, pair.cost_tables,
+            lambda: pair.save_prompts(tmp_path / "prompts.npz"),
+        ):  # fmt: skip
+            with pytest.raises(ColmError, match="needs the expert's weights here"):
+                use()
+
+
+def test_our_own_server_is_an_expert(tiny, local):
+    pytest.importorskip("schemathesis")
+    from test_server import serving
+
+    with (
+        load(tiny["base"], tiny["expert"], "margin", n_threads=1, n_ctx=256) as served,
+        serving(served, n_slots=2) as (url, _),
+        load(tiny["base"], url, "margin", n_threads=1, defaults=GREEDY) as pair,
+    ):
+        assert pair.remote.n_ctx == 256
+        for prompt in (PROMPT, "another one"):
+            answer, expected = pair.generate(prompt), local.generate(prompt)
+            assert answer.text == expected.text
+            assert [s.source for s in answer.steps] == [s.source for s in expected.steps]
+            assert answer.stats.expert_calls == answer.stats.n_deferred > 0
+        told = httpx.post(f"{url}/tokenize", json={"prompt": PROMPT}).json()
+        assert told["tokens"] == served.base.tokenize(PROMPT)
+
+
+QUESTIONS = (
+    "What is the symbol of tungsten?", "What is the capital of France?",
+    "When did the last Caspian tiger die?",
+)  # fmt: skip
+
+
+@pytest.mark.skipif(
+    "COLM_EDGE_LLAMA_SERVER" not in os.environ,
+    reason="set COLM_EDGE_LLAMA_SERVER to the path of a llama-server binary",
+)
+def test_a_real_llama_server_is_an_expert(tmp_path):
+    data, port = Path(colm_edge.__file__).parent / "data", free_port()
+    url = f"http://127.0.0.1:{port}"
+    command = [
+        os.environ["COLM_EDGE_LLAMA_SERVER"], "-m", str(data / "expert.gguf"), "-t", "1",
+        "-np", "1", "--host", "127.0.0.1", "--port", str(port),
+    ]  # fmt: skip
+    greedy = Options(temperature=0.0)
+    with (tmp_path / "log").open("wb") as out:
+        server = subprocess.Popen(command, stdout=out, stderr=out)
+    try:
+        end = time.monotonic() + 60
+        while True:
+            try:
+                if httpx.get(f"{url}/health").status_code == 200:
+                    break
+            except httpx.TransportError:
+                assert time.monotonic() < end, (tmp_path / "log").read_text()
+            time.sleep(0.1)
+        with (
+            load(n_threads=1, defaults=greedy) as local,
+            load(data / "base.gguf", url, data / "switch.gguf", n_threads=1, defaults=greedy,
+                 expert_required=True) as pair,
+        ):  # fmt: skip
+            for question in QUESTIONS:
+                answer, expected = pair.generate(question), local.generate(question)
+                assert answer.text == expected.text
+                assert answer.stats.n_deferred > 0
+    finally:
+        server.terminate()
+        server.wait(30)
