@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Literal, Self
 
+from colm_edge.async_stream import AsyncStream
 from colm_edge.background import Background
 from colm_edge.costs import CostTable, cost_table
 from colm_edge.decode import Decoder, Stats, Step, Timeline
@@ -31,6 +32,7 @@ log = logging.getLogger("colm_edge")
 DEFAULT_N_CTX = 4096
 
 Message = Mapping[str, str]
+Progress = Callable[[str, float], None]
 
 
 @dataclass
@@ -61,6 +63,7 @@ class Stream:
         self.prompt_tokens = list(decoder.tokens)
         self.steps: list[Step] = []  # those already handed out
         self._finish: Literal["stop", "length"] | None = None
+        self._cancelled = False
         self._iterator = self._run()
 
     def __iter__(self) -> Iterator[Step]:
@@ -70,17 +73,26 @@ class Stream:
         return next(self._iterator)
 
     def close(self) -> None:
-        """End the answer here; what was written so far stays."""
+        """End the answer here; what was written so far stays. For the thread that reads it."""
         self._iterator.close()
+
+    def cancel(self) -> None:
+        """End the answer from any thread: the reader gets at most one more step, and no error.
+
+        An evaluation under way is not broken off: one token's, or one batch's of a prompt.
+        """
+        self._cancelled = True
+        self._decoder.cancel()
 
     @property
     def finish_reason(self) -> Literal["stop", "length"]:
         """Why the answer ended; "stop" as well when the reader ended it."""
         return self._finish or self._decoder.finish_reason or "stop"
 
-    def answer(self) -> Answer:
-        """Return what was written so far (the whole answer, once the stream is exhausted)."""
-        steps = list(self.steps)
+    def answer(self, n_steps: int | None = None) -> Answer:
+        """Return what was written so far (the whole answer, once the stream is exhausted), or its
+        first n_steps."""
+        steps = self.steps[:n_steps]
         deferred = sum(step.source == "expert" for step in steps)
         stats = replace(self._decoder.stats, n_generated=len(steps), n_deferred=deferred)
         stats.finish()
@@ -102,11 +114,17 @@ class Stream:
                 break
             if utf8.getstate()[0]:
                 continue  # inside a character
-            while held and not self._may_begin_stop(held):
+            while held and not self._cancelled and not self._may_begin_stop(held):
                 yield self._hand_out(held.pop(0))
+        if self._cancelled:
+            self._finish = "stop"
+            return
         if held and self._finish is None:
             held[-1].text += utf8.decode(b"", final=True)  # the answer may end inside a character
         for step in held:
+            if self._cancelled:
+                self._finish = "stop"
+                return
             yield self._hand_out(step)
 
     def _cut_at_stop(self, held: list[Step]) -> bool:
@@ -137,9 +155,10 @@ class Stream:
 class Pair:
     """A base, an expert and a switch that answer together. See `load`.
 
-    Any thread may use it. `generate` and `chat` are written one after the other; streams take turns
-    token by token and stay right, since a session evaluates whatever prefix it is handed, but two
-    at once evaluate each other's prompts anew at every turn: better finish one before the next.
+    Any thread may use it. `generate` and `chat` are written one after the other, a second caller
+    waits; streams take turns token by token and stay right, since a session evaluates whatever
+    prefix it is handed, but two at once evaluate each other's prompts anew at every turn: better
+    finish one before the next.
     """
 
     def __init__(
@@ -153,10 +172,11 @@ class Pair:
         is_demo: bool = False,
         overlap: bool | None = None,
         note: Callable[[str], None] | None = None,
+        progress: Progress | None = None,
     ) -> None:
         """Check that the three fit each other and open the base; nothing is evaluated yet.
 
-        overlap, note: as for `load`.
+        overlap, note: as for `load`; progress: likewise, of prompts alone.
 
         Raises MismatchError naming what differs, ModelError for files that cannot take part.
         """
@@ -172,6 +192,9 @@ class Pair:
         context = replace(context, n_ctx=n_ctx)
         self.base_session = Session(base, context, hidden=switch.needs_hidden)
         self.expert_session = Session(expert, context)
+        if progress is not None:
+            self.base_session.progress = partial(progress, "base prompt")
+            self.expert_session.progress = partial(progress, "expert prompt")
         self.base_session.open()
         self._lock = threading.RLock()
         self._template: Any = None
@@ -188,7 +211,7 @@ class Pair:
         self.close()
 
     def close(self) -> None:
-        """Free both models and their contexts."""
+        """Free both models and their contexts, after the token that is being written."""
         with self._lock:
             if self.background is not None:
                 self.background.close()
@@ -265,6 +288,14 @@ class Pair:
         """Answer a conversation step by step; options as for `generate`."""
         chosen = self.defaults.with_changes(**options)
         return self.stream_tokens(self.prompt_tokens(messages, raw=chosen.raw), chosen)
+
+    def astream(self, prompt: str, *, system: str | None = None, **options: Any) -> AsyncStream:
+        """Answer a prompt for `async for`; options as for `generate`."""
+        return AsyncStream(self.stream(prompt, system=system, **options))
+
+    def astream_chat(self, messages: Sequence[Message], **options: Any) -> AsyncStream:
+        """Answer a conversation for `async for`; options as for `generate`."""
+        return AsyncStream(self.stream_chat(messages, **options))
 
     def prompt_tokens(self, messages: Sequence[Message], *, raw: bool = False) -> list[int]:
         """Return a conversation as token ids, as the base's chat template writes it.
@@ -343,6 +374,9 @@ class Pair:
             make = partial(FastDecoder, planner=self.planner)
         background = self.background if timelines is None else None
         base, expert = timelines or (self.base_session, background or self.expert_session)
+        sessions = [self.base_session] if timelines is None else []
+        if sessions and background is None:  # whose own thread must not be interrupted
+            sessions.append(self.expert_session)
         decoder = make(
             base,
             expert,
@@ -357,6 +391,7 @@ class Pair:
             sample=sample,
             follow=background.follow if background is not None and threshold < 1 else None,
             lock=self._lock if timelines is None else None,
+            sessions=sessions,
         )
         return Stream(decoder, self.base, options.stop, threshold)
 
@@ -403,6 +438,7 @@ def load(
     overlap: bool | None = None,
     defaults: Options | None = None,
     note: Callable[[str], None] | None = None,
+    progress: Progress | None = None,
 ) -> Pair:
     """Load a pair: GGUF files of a base and an expert and a switch, or the pair that ships here.
 
@@ -416,6 +452,10 @@ def load(
     overlap: whether a loaded expert catches up with long gaps on a thread of its own; None: where
         the models are on different devices, or there are cores enough for the threads of both.
     note: told, in a line, of what takes a while; by default the logger "colm_edge" is.
+    progress: told what is under way and the share of it that is done, 0 to 1: "base" and "expert",
+        whose weights are read (the expert's at its first token), "base prompt" and "expert prompt",
+        evaluations longer than one batch. Called on the thread that does it; what it raises ends
+        it, and reaches the caller.
 
     Raises ModelError, SwitchError or MismatchError, each saying what to do.
     """
@@ -424,11 +464,11 @@ def load(
     refs = [None if ref is None else os.fspath(ref) for ref in (model, expert, switch)]
     files = choose_pair(refs[0], refs[1], refs[2], pair)
     head = load_switch(files.switch)
-    base = Model(files.base, n_gpu_layers, lora)
+    told = [None if progress is None else partial(progress, what) for what in ("base", "expert")]
+    base = Model(files.base, n_gpu_layers, lora, told[0])
     try:
-        other = Model(
-            files.expert, n_gpu_layers if n_gpu_layers_expert is None else n_gpu_layers_expert
-        )
+        layers = n_gpu_layers if n_gpu_layers_expert is None else n_gpu_layers_expert
+        other = Model(files.expert, layers, progress=told[1])
         try:
             options = ContextOptions(
                 n_ctx=n_ctx, n_threads=n_threads, flash_attn=flash_attn,
@@ -436,7 +476,7 @@ def load(
             )  # fmt: skip
             return Pair(
                 base, other, head, options, defaults, is_demo=files.is_demo, overlap=overlap,
-                note=note,
+                note=note, progress=progress,
             )  # fmt: skip
         except BaseException:
             other.close()
