@@ -7,6 +7,7 @@ with colm_edge.load() as pair:
 
 from __future__ import annotations
 
+import logging
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +23,9 @@ __all__ = [
     "Answer", "AsyncStream", "ColmError", "Options", "Pair", "Stats", "Step", "Stream", "Switch",
     "load",
 ]  # fmt: skip
+
+# A library writes nothing to stderr by itself; without a handler Python would.
+logging.getLogger("colm_edge").addHandler(logging.NullHandler())
 
 _HOMES = {
     "Answer": "pair", "AsyncStream": "async_stream", "ColmError": "errors", "Options": "options",

@@ -47,6 +47,8 @@ def main(verbose: bool) -> None:
     """A small language model that calls an expert only for the tokens it needs."""
     if verbose:
         logging.basicConfig(level=logging.DEBUG, format="%(name)s: %(message)s")
+    else:
+        logging.basicConfig(level=logging.WARNING, format="%(message)s")
 
 
 SWITCH = click.option(
