@@ -98,7 +98,7 @@ class Decoder:
     end_tokens: they end the answer and are no step of it.
     sample: None writes the likeliest token.
     follow: told the written tokens before each next one, for an expert that works beside the loop.
-    sessions: those whose long evaluations `cancel` ends as well, between two batches.
+    sessions: those whose load and long evaluations `cancel` ends as well, between two batches.
     """
 
     checks_every_token = False  # whether the expert has its say on tokens that are not deferred
@@ -131,6 +131,7 @@ class Decoder:
         self._lock = lock or threading.RLock()
         self._sessions = sessions
         self._cancelled = False
+        self._thread = 0  # that evaluates
         self._expert_head = np.empty(len(readout.FEATURES), np.float32)
         # The context must hold every token that is evaluated; the last one written is not.
         self._end = min(base.n_ctx, expert.n_ctx) + 1
@@ -145,7 +146,8 @@ class Decoder:
         self._cancelled = True
 
     def _check(self) -> None:
-        if self._cancelled:
+        # An expert that catches up on a thread of its own does so for later answers too.
+        if self._cancelled and self._thread == threading.get_ident():
             raise _CancelledError
 
     def __next__(self) -> Step:
@@ -159,9 +161,14 @@ class Decoder:
         begun = perf_counter()
         try:
             with self._lock:
+                self._thread = threading.get_ident()
                 for session in self._sessions:
-                    session.check = self._check  # another answer may have had its turn
-                step = self._step()
+                    session.check = self._check
+                try:
+                    step = self._step()
+                finally:
+                    for session in self._sessions:
+                        session.check = None
         except _CancelledError:
             self.finish_reason = "stop"
             raise StopIteration from None

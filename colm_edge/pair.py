@@ -79,7 +79,8 @@ class Stream:
     def cancel(self) -> None:
         """End the answer from any thread: the reader gets at most one more step, and no error.
 
-        An evaluation under way is not broken off: one token's, or one batch's of a prompt.
+        An evaluation under way is not broken off: one token's, or one batch's of a prompt. The
+        expert's load is.
         """
         self._cancelled = True
         self._decoder.cancel()
@@ -374,9 +375,6 @@ class Pair:
             make = partial(FastDecoder, planner=self.planner)
         background = self.background if timelines is None else None
         base, expert = timelines or (self.base_session, background or self.expert_session)
-        sessions = [self.base_session] if timelines is None else []
-        if sessions and background is None:  # whose own thread must not be interrupted
-            sessions.append(self.expert_session)
         decoder = make(
             base,
             expert,
@@ -391,7 +389,7 @@ class Pair:
             sample=sample,
             follow=background.follow if background is not None and threshold < 1 else None,
             lock=self._lock if timelines is None else None,
-            sessions=sessions,
+            sessions=() if timelines else (self.base_session, self.expert_session),
         )
         return Stream(decoder, self.base, options.stop, threshold)
 

@@ -87,7 +87,8 @@ class Session:
 
     hidden: whether the last hidden state is wanted beside the logits.
     costs: what decodes cost here; with it, batches are cut, or filled up, to the cheapest sizes.
-    check: called before each batch of a `sync` that is longer than one; what it raises ends it.
+    check: called before each batch of a `sync` that is longer than one, and while the weights are
+        read; what it raises ends either.
     progress: told the share of such a `sync` that is done.
     """
 
@@ -149,7 +150,7 @@ class Session:
 
     def new_context(self, n_ctx: int, n_batch: int, n_sequences: int = 1) -> Any:
         """Return another llama.cpp context of the same model and settings."""
-        handle = self.model.load()
+        handle = self.model.load(self.check)
         options = self.options
         params = llama.llama_context_default_params()
         threads = self.n_threads

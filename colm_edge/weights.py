@@ -136,14 +136,14 @@ class Model:
         """What tells this model, its adapter included, from others."""
         return fingerprint(*self.files)
 
-    def _open(self, vocab_only: bool) -> Any:
+    def _open(self, vocab_only: bool, check: Callable[[], None] | None = None) -> Any:
         params = model_params()
         params.vocab_only = vocab_only
         params.n_gpu_layers = self.n_gpu_layers
         raised: list[BaseException] = []  # ctypes would print it to stderr and go on
-        if self._progress is not None and not vocab_only:
+        if not vocab_only:
             # The parameters keep it alive.
-            params.progress_callback = _progress_callback(self._progress, raised)
+            params.progress_callback = _progress_callback(self._progress, check, raised)
         last_errors.clear()
         handle = llama.llama_model_load_from_file(os.fsencode(self.path), params)
         if raised:
@@ -156,12 +156,15 @@ class Model:
             raise ModelError(f"{self.path}: cannot load: {reason}; download or convert it again")
         return handle
 
-    def load(self) -> Any:
-        """Return llama.cpp's model, reading the weights on the first call."""
+    def load(self, check: Callable[[], None] | None = None) -> Any:
+        """Return llama.cpp's model, reading the weights on the first call.
+
+        check: called now and then meanwhile; what it raises ends the load.
+        """
         with self._lock:
             if not self._loaded:
                 self._check_open()
-                full = self._open(vocab_only=False)
+                full = self._open(vocab_only=False, check=check)
                 try:
                     self._adapter = self._open_adapter(full)
                 except ModelError:
@@ -350,13 +353,20 @@ class Model:
         )
 
 
-def _progress_callback(progress: Callable[[float], None], raised: list[BaseException]) -> Any:
-    """Return llama.cpp's callback that tells `progress`, and ends the load where that raises."""
+def _progress_callback(
+    progress: Callable[[float], None] | None,
+    check: Callable[[], None] | None,
+    raised: list[BaseException],
+) -> Any:
+    """Return llama.cpp's callback that tells `progress`, and ends the load where either raises."""
 
     @llama.llama_progress_callback  # type: ignore[untyped-decorator]
     def on_progress(share: float, _: Any) -> bool:
         try:
-            progress(share)
+            if check is not None:
+                check()
+            if progress is not None:
+                progress(share)
         except BaseException as e:
             raised.append(e)
         return not raised

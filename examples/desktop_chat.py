@@ -38,17 +38,22 @@ class Writer(QObject):
         self._files = (model, expert, switch)
         self._pair: colm_edge.Pair | None = None
         self._stream: colm_edge.Stream | None = None
-        self._stopped = False
+        self.stopped = False
 
     @Slot()
     def load(self) -> None:
         try:
-            self._pair = pair = colm_edge.load(*self._files, progress=self.progress.emit)
+            self._pair = pair = colm_edge.load(*self._files, progress=self._tell)
         except colm_edge.ColmError as e:
             self.failed.emit(str(e))
             return
         names = f"{pair.base.path.name} with {pair.expert.path.name}"
         self.loaded.emit(pair.threshold(pair.defaults), names)
+
+    def _tell(self, what: str, share: float) -> None:
+        if self.stopped and self._pair is None:  # the window was closed while it loads
+            raise colm_edge.ColmError("stopped")
+        self.progress.emit(what, share)
 
     @Slot(list, float)
     def write(self, turns: Turns, threshold: float) -> None:
@@ -61,7 +66,7 @@ class Writer(QObject):
                 turns = turns[2:]
             stream = pair.stream_chat(turns, threshold=threshold, temperature=0)
             self._stream = stream
-            if self._stopped:  # before there was a stream to stop
+            if self.stopped:  # before there was a stream to stop
                 stream.cancel()
             for step in stream:
                 self.wrote.emit(step)
@@ -72,14 +77,9 @@ class Writer(QObject):
         finally:
             self._stream = None
 
-    def allow(self) -> None:
-        """Forget an earlier `stop`. Called by the window, as `stop` is."""
-        self._stopped = False
-
     def stop(self) -> None:
-        """End the answer after at most one more token."""
-        self._stopped = True
-        stream = self._stream
+        """End the load, or the answer after at most one more token; the window calls this."""
+        self.stopped, stream = True, self._stream
         if stream is not None:
             stream.cancel()
 
@@ -158,7 +158,7 @@ class ChatWindow(Qw.QMainWindow):
         bold.setFontWeight(QFont.Weight.Bold)
         self._append(question + "\n", bold)
         self.turns.append({"role": "user", "content": question})
-        self._writer.allow()
+        self._writer.stopped = False
         self.asked.emit(list(self.turns), self.slider.value() / 100)
 
     def _set_busy(self, busy: bool) -> None:

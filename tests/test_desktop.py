@@ -172,3 +172,18 @@ def test_ask_prints_the_answer_and_leaves():
     )  # fmt: skip
     assert (done.returncode, done.stderr) == (0, "")
     assert "W" in done.stdout
+
+
+def test_a_window_closes_while_it_loads(example):
+    writer = example.Writer(None, None, None)
+    window = example.ChatWindow(writer)
+    wait_for(writer.progress, lambda: None)
+    window.close()
+    assert window._thread.isFinished()
+    assert writer._pair is None or writer._pair.base._handle is None
+    early = example.Writer(None, None, None)
+    early.stopped = True
+    window = example.ChatWindow(early)
+    assert wait_for(window.failed)[0] == "stopped"
+    assert early._pair is None
+    window.close()

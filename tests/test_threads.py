@@ -198,6 +198,27 @@ def test_what_progress_raises_ends_the_load(tiny, capfd):
     assert capfd.readouterr() == ("", "")
 
 
+@pytest.mark.parametrize("overlap", [False, True])
+def test_cancel_ends_the_load_of_the_expert(tiny, told, overlap):
+    streams = []
+
+    def progress(what, share):
+        told.append(what)
+        if what == "expert" and streams:
+            streams.pop().cancel()
+
+    with load(
+        tiny["base"], tiny["expert"], n_threads=1, overlap=overlap, progress=progress
+    ) as pair:
+        stream = pair.stream("hello", threshold=0.0, **GREEDY)
+        streams.append(stream)
+        assert list(stream) == []
+        assert not pair.expert.loaded
+        assert told.count("expert") < 3
+        assert pair.expert_session.check is None
+        assert pair.generate("hello", threshold=0.0, **GREEDY).steps
+
+
 # Threads
 
 
@@ -421,7 +442,7 @@ def test_close_returns_the_memory():
     for _ in range(3):
         begun = once()
     ended = max(once() for _ in range(10))
-    # A pair kept by mistake would be 10 MB of weights and contexts, each time.
+    # A pair kept by mistake would be 15 MB of weights and contexts, each time.
     assert ended - begun < 10 << 20
 
 
