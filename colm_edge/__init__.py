@@ -12,6 +12,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from colm_edge.async_stream import AsyncStream
     from colm_edge.decode import Stats, Step
     from colm_edge.errors import ColmError
     from colm_edge.options import Options
@@ -19,15 +20,17 @@ if TYPE_CHECKING:
     from colm_edge.switch import Switch
 
 __all__ = [
-    "Answer", "ColmError", "Options", "Pair", "Stats", "Step", "Stream", "Switch", "load",
+    "Answer", "AsyncStream", "ColmError", "Options", "Pair", "Stats", "Step", "Stream", "Switch",
+    "load",
 ]  # fmt: skip
 
-# A library writes nowhere by itself: an application decides what becomes of the log.
+# A library writes nothing to stderr by itself; without a handler Python would.
 logging.getLogger("colm_edge").addHandler(logging.NullHandler())
 
 _HOMES = {
-    "Answer": "pair", "ColmError": "errors", "Options": "options", "Pair": "pair",
-    "Stats": "decode", "Step": "decode", "Stream": "pair", "Switch": "switch", "load": "pair",
+    "Answer": "pair", "AsyncStream": "async_stream", "ColmError": "errors", "Options": "options",
+    "Pair": "pair", "Stats": "decode", "Step": "decode", "Stream": "pair", "Switch": "switch",
+    "load": "pair",
 }  # fmt: skip
 
 

@@ -13,7 +13,7 @@ from array import array
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from time import perf_counter
-from typing import Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -21,6 +21,9 @@ import numpy.typing as npt
 from colm_edge import readout
 from colm_edge.errors import AbsentExpertError, ModelError
 from colm_edge.switch import Reader
+
+if TYPE_CHECKING:
+    from colm_edge.session import Session
 
 Floats = npt.NDArray[np.float32]
 Source = Literal["base", "expert"]
@@ -84,6 +87,10 @@ class Sampler(Protocol):
     def copy(self) -> Sampler: ...
 
 
+class _CancelledError(Exception):
+    """The reader wants no more; raised between two evaluations."""
+
+
 class Decoder:
     """Two timelines and a switch at work; an iterator of steps.
 
@@ -92,6 +99,7 @@ class Decoder:
     end_tokens: they end the answer and are no step of it.
     sample: None writes the likeliest token.
     follow: told the written tokens before each next one, for an expert that works beside the loop.
+    sessions: those whose load and long evaluations `cancel` ends as well, between two batches.
     """
 
     checks_every_token = False  # whether the expert has its say on tokens that are not deferred
@@ -112,6 +120,7 @@ class Decoder:
         sample: Sampler | None = None,
         follow: Callable[[array[int]], None] | None = None,
         lock: threading.RLock | None = None,
+        sessions: Sequence[Session] = (),
     ) -> None:
         self.tokens = array("i", prompt)
         self.stats = Stats(n_prompt=len(self.tokens))
@@ -121,6 +130,9 @@ class Decoder:
         self._compose, self._sample, self._defer_row = compose, sample, defer_row
         self._follow = follow
         self._lock = lock or threading.RLock()
+        self._sessions = sessions
+        self._cancelled = False
+        self._thread = 0  # that evaluates
         self._expert_head = np.empty(len(readout.FEATURES), np.float32)
         # The context must hold every token that is evaluated; the last one written is not.
         self._end = min(base.n_ctx, expert.n_ctx) + 1
@@ -130,15 +142,37 @@ class Decoder:
     def __iter__(self) -> Iterator[Step]:
         return self
 
+    def cancel(self) -> None:
+        """End the answer before its next evaluation; any thread may ask for it."""
+        self._cancelled = True
+
+    def _check(self) -> None:
+        # An expert that catches up on a thread of its own does so for later answers too.
+        if self._cancelled and self._thread == threading.get_ident():
+            raise _CancelledError
+
     def __next__(self) -> Step:
         if self.finish_reason is None and len(self.tokens) >= self._end:
             self.finish_reason = "length"
+        if self.finish_reason is None and self._cancelled:
+            self.finish_reason = "stop"
         if self.finish_reason is not None:
             raise StopIteration
         stats = self.stats
         begun = perf_counter()
-        with self._lock:
-            step = self._step()
+        try:
+            with self._lock:
+                self._thread = threading.get_ident()
+                for session in self._sessions:
+                    session.check = self._check
+                try:
+                    step = self._step()
+                finally:
+                    for session in self._sessions:
+                        session.check = None
+        except _CancelledError:
+            self.finish_reason = "stop"
+            raise StopIteration from None
         stats.total_seconds += perf_counter() - begun
         if step.token in self._end_tokens:
             self.finish_reason = "stop"
@@ -176,12 +210,14 @@ class Decoder:
             self._follow(tokens)
 
     def _evaluate_base(self, tokens: array[int], outputs: Sequence[int] = ()) -> None:
+        self._check()
         base, stats = self._base, self.stats
         seconds = base.seconds
         stats.base_tokens += base.sync(tokens, outputs)
         stats.base_seconds += base.seconds - seconds
 
     def _evaluate_expert(self, tokens: array[int], outputs: Sequence[int] = ()) -> None:
+        self._check()
         expert, stats = self._expert, self.stats
         calls, evaluated = expert.n_calls, expert.n_evaluated
         seconds, loading = expert.seconds, expert.load_seconds

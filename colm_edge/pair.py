@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Literal, Self
 
+from colm_edge.async_stream import AsyncStream
 from colm_edge.background import Background
 from colm_edge.costs import CostTable, cost_table
 from colm_edge.decode import Decoder, Stats, Step, Timeline
@@ -32,6 +33,7 @@ log = logging.getLogger("colm_edge")
 DEFAULT_N_CTX = 4096
 
 Message = Mapping[str, str]
+Progress = Callable[[str, float], None]
 
 
 @dataclass
@@ -62,6 +64,7 @@ class Stream:
         self.prompt_tokens = list(decoder.tokens)
         self.steps: list[Step] = []  # those already handed out
         self._finish: Literal["stop", "length"] | None = None
+        self._cancelled = False
         self._iterator = self._run()
 
     def __iter__(self) -> Iterator[Step]:
@@ -71,17 +74,27 @@ class Stream:
         return next(self._iterator)
 
     def close(self) -> None:
-        """End the answer here; what was written so far stays."""
+        """End the answer here; what was written so far stays. For the thread that reads it."""
         self._iterator.close()
+
+    def cancel(self) -> None:
+        """End the answer from any thread: the reader gets at most one more step, and no error.
+
+        An evaluation under way is not broken off: one token's, or one batch's of a prompt. The
+        expert's load is.
+        """
+        self._cancelled = True
+        self._decoder.cancel()
 
     @property
     def finish_reason(self) -> Literal["stop", "length"]:
         """Why the answer ended; "stop" as well when the reader ended it."""
         return self._finish or self._decoder.finish_reason or "stop"
 
-    def answer(self) -> Answer:
-        """Return what was written so far (the whole answer, once the stream is exhausted)."""
-        steps = list(self.steps)
+    def answer(self, n_steps: int | None = None) -> Answer:
+        """Return what was written so far (the whole answer, once the stream is exhausted), or its
+        first n_steps."""
+        steps = self.steps[:n_steps]
         deferred = sum(step.source == "expert" for step in steps)
         stats = replace(self._decoder.stats, n_generated=len(steps), n_deferred=deferred)
         stats.finish()
@@ -103,11 +116,17 @@ class Stream:
                 break
             if utf8.getstate()[0]:
                 continue  # inside a character
-            while held and not self._may_begin_stop(held):
+            while held and not self._cancelled and not self._may_begin_stop(held):
                 yield self._hand_out(held.pop(0))
+        if self._cancelled:
+            self._finish = "stop"
+            return
         if held and self._finish is None:
             held[-1].text += utf8.decode(b"", final=True)  # the answer may end inside a character
         for step in held:
+            if self._cancelled:
+                self._finish = "stop"
+                return
             yield self._hand_out(step)
 
     def _cut_at_stop(self, held: list[Step]) -> bool:
@@ -138,9 +157,10 @@ class Stream:
 class Pair:
     """A base, an expert and a switch that answer together. See `load`.
 
-    Any thread may use it. `generate` and `chat` are written one after the other; streams take turns
-    token by token and stay right, since a session evaluates whatever prefix it is handed, but two
-    at once evaluate each other's prompts anew at every turn: better finish one before the next.
+    Any thread may use it. `generate` and `chat` are written one after the other, a second caller
+    waits; streams take turns token by token and stay right, since a session evaluates whatever
+    prefix it is handed, but two at once evaluate each other's prompts anew at every turn: better
+    finish one before the next.
     """
 
     def __init__(
@@ -154,10 +174,11 @@ class Pair:
         is_demo: bool = False,
         overlap: bool | None = None,
         note: Callable[[str], None] | None = None,
+        progress: Progress | None = None,
     ) -> None:
         """Check that the three fit each other and open the base; nothing is evaluated yet.
 
-        overlap, note: as for `load`.
+        overlap, note: as for `load`; progress: likewise, of prompts alone.
 
         Raises MismatchError naming what differs, ModelError for files that cannot take part.
         """
@@ -178,6 +199,10 @@ class Pair:
         context = replace(context, n_ctx=n_ctx)
         self.base_session = Session(base, context, hidden=switch.needs_hidden)
         self._expert_session = Session(self._expert, context) if self._expert else None
+        if progress is not None:
+            self.base_session.progress = partial(progress, "base prompt")
+            if self._expert_session is not None:
+                self._expert_session.progress = partial(progress, "expert prompt")
         self.base_session.open()
         self._lock = threading.RLock()
         self._template: Any = None
@@ -195,7 +220,7 @@ class Pair:
         self.close()
 
     def close(self) -> None:
-        """Free both models and their contexts."""
+        """Free both models and their contexts, after the token that is being written."""
         with self._lock:
             if self.background is not None:
                 self.background.close()
@@ -301,6 +326,14 @@ class Pair:
         chosen = self.defaults.with_changes(**options)
         return self.stream_tokens(self.prompt_tokens(messages, raw=chosen.raw), chosen)
 
+    def astream(self, prompt: str, *, system: str | None = None, **options: Any) -> AsyncStream:
+        """Answer a prompt for `async for`; options as for `generate`."""
+        return AsyncStream(self.stream(prompt, system=system, **options))
+
+    def astream_chat(self, messages: Sequence[Message], **options: Any) -> AsyncStream:
+        """Answer a conversation for `async for`; options as for `generate`."""
+        return AsyncStream(self.stream_chat(messages, **options))
+
     def prompt_tokens(self, messages: Sequence[Message], *, raw: bool = False) -> list[int]:
         """Return a conversation as token ids, as the base's chat template writes it.
 
@@ -396,6 +429,7 @@ class Pair:
             sample=sample,
             follow=background.follow if background is not None and threshold < 1 else None,
             lock=self._lock if timelines is None else None,
+            sessions=() if timelines else (self.base_session, self.expert_session),
         )
         return Stream(decoder, self.base, options.stop, threshold)
 
@@ -444,6 +478,7 @@ def load(
     expert_required: bool = False,
     defaults: Options | None = None,
     note: Callable[[str], None] | None = None,
+    progress: Progress | None = None,
 ) -> Pair:
     """Load a pair: a base, an expert and a switch, or the pair that ships here.
 
@@ -462,6 +497,10 @@ def load(
     offline: download nothing; what is not in the Hub's cache is an error.
     expert_required: a remote expert that fails is a ModelError; else the base goes on alone.
     note: told, in a line, of what takes a while; by default the logger "colm_edge" is.
+    progress: told what is under way and the share of it that is done, 0 to 1: "base" and "expert",
+        whose weights are read (the expert's at its first token), "base prompt" and "expert prompt",
+        evaluations longer than one batch. Called on the thread that does it; what it raises ends
+        it, and reaches the caller.
 
     Raises ModelError, SwitchError or MismatchError, each saying what to do.
     """
@@ -471,15 +510,16 @@ def load(
     told = note or log.info
     files = choose_pair(refs[0], refs[1], refs[2], pair, offline=offline, note=told)
     head = load_switch(files.switch)
-    base = Model(files.base, n_gpu_layers, lora)
+    roles = ("base", "expert")
+    reports = [None if progress is None else partial(progress, role) for role in roles]
+    base = Model(files.base, n_gpu_layers, lora, reports[0])
     try:
         other: Model | RemoteExpert
         if is_url(files.expert):
             other = RemoteExpert(files.expert, base, required=expert_required, note=note)
         else:
-            other = Model(
-                files.expert, n_gpu_layers if n_gpu_layers_expert is None else n_gpu_layers_expert
-            )
+            layers = n_gpu_layers if n_gpu_layers_expert is None else n_gpu_layers_expert
+            other = Model(files.expert, layers, progress=reports[1])
         try:
             options = ContextOptions(
                 n_ctx=n_ctx, n_threads=n_threads, flash_attn=flash_attn,
@@ -487,7 +527,7 @@ def load(
             )  # fmt: skip
             return Pair(
                 base, other, head, options, defaults, is_demo=files.is_demo, overlap=overlap,
-                note=note,
+                note=note, progress=progress,
             )  # fmt: skip
         except BaseException:
             other.close()

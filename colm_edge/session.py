@@ -9,7 +9,7 @@ from __future__ import annotations
 import ctypes
 import os
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from time import perf_counter
@@ -87,12 +87,17 @@ class Session:
 
     hidden: whether the last hidden state is wanted beside the logits.
     costs: what decodes cost here; with it, batches are cut, or filled up, to the cheapest sizes.
+    check: called before each batch of a `sync` that is longer than one, and while the weights are
+        read; what it raises ends either.
+    progress: told the share of such a `sync` that is done.
     """
 
     def __init__(self, model: Model, options: ContextOptions, *, hidden: bool = False) -> None:
         self.model, self.options = model, options
         self.n_ctx = options.n_ctx
         self.costs: CostTable | None = None
+        self.check: Callable[[], None] | None = None
+        self.progress: Callable[[float], None] | None = None
         self.n_evaluated = 0  # tokens, whatever became of them
         self.n_calls = 0  # decodes
         self.seconds = 0.0  # inside llama.cpp, what follows included
@@ -145,7 +150,7 @@ class Session:
 
     def new_context(self, n_ctx: int, n_batch: int, n_sequences: int = 1) -> Any:
         """Return another llama.cpp context of the same model and settings."""
-        handle = self.model.load()
+        handle = self.model.load(self.check)
         options = self.options
         params = llama.llama_context_default_params()
         threads = self.n_threads
@@ -222,10 +227,14 @@ class Session:
         if keep < len(held) or self._torn:
             self._drop(keep)
         self._torn, self._fresh = True, False
-        n_done = 0
+        n_done, kept, is_long = 0, keep, n - keep > self.n_batch
         for block, padded, is_last in self._blocks(tokens, keep, outputs[0]):
+            if is_long and self.check is not None:
+                self.check()
             n_done += self._decode(block, keep, padded, outputs if is_last else ())
             keep += len(block)
+            if is_long and self.progress is not None:
+                self.progress((keep - kept) / (n - kept))
         self._first = n - len(block)
         self._tokens = tokens[:]
         self._torn, self._fresh = False, True

@@ -8,6 +8,7 @@ import logging
 import os
 import re
 import threading
+from collections.abc import Callable
 from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
@@ -93,6 +94,7 @@ class Model:
     """A GGUF file. The vocabulary is read at once, the weights at the first `load`.
 
     lora: a LoRA adapter in GGUF for these weights; every context of the model runs with it.
+    progress: told the share of the weights that is read; what it raises ends the load.
 
     Raises ModelError when a file is missing, not a GGUF or truncated, or the model recurrent.
     """
@@ -102,8 +104,10 @@ class Model:
         path: str | os.PathLike[str],
         n_gpu_layers: int = 0,
         lora: str | os.PathLike[str] | None = None,
+        progress: Callable[[float], None] | None = None,
     ) -> None:
         self.path = Path(path)
+        self._progress = progress
         self.lora = None if lora is None else Path(lora)
         self.n_gpu_layers = n_gpu_layers
         self._handle: Any = None
@@ -132,24 +136,35 @@ class Model:
         """What tells this model, its adapter included, from others."""
         return fingerprint(*self.files)
 
-    def _open(self, vocab_only: bool) -> Any:
+    def _open(self, vocab_only: bool, check: Callable[[], None] | None = None) -> Any:
         params = model_params()
         params.vocab_only = vocab_only
         params.n_gpu_layers = self.n_gpu_layers
+        raised: list[BaseException] = []  # ctypes would print it to stderr and go on
+        if not vocab_only:
+            # The parameters keep it alive.
+            params.progress_callback = _progress_callback(self._progress, check, raised)
         last_errors.clear()
         handle = llama.llama_model_load_from_file(os.fsencode(self.path), params)
+        if raised:
+            if handle:
+                llama.llama_model_free(handle)
+            raise raised[0]
         if not handle:
             reason = next((m for m in last_errors if "error loading" in m), "")
             reason = reason.split("error loading model: ")[-1] or "llama.cpp refused the file"
             raise ModelError(f"{self.path}: cannot load: {reason}; download or convert it again")
         return handle
 
-    def load(self) -> Any:
-        """Return llama.cpp's model, reading the weights on the first call."""
+    def load(self, check: Callable[[], None] | None = None) -> Any:
+        """Return llama.cpp's model, reading the weights on the first call.
+
+        check: called now and then meanwhile; what it raises ends the load.
+        """
         with self._lock:
             if not self._loaded:
                 self._check_open()
-                full = self._open(vocab_only=False)
+                full = self._open(vocab_only=False, check=check)
                 try:
                     self._adapter = self._open_adapter(full)
                 except ModelError:
@@ -336,6 +351,27 @@ class Model:
             ("the begin token", int(llama.llama_vocab_bos(vocab)) if add_bos else -1),
             ("the end token", int(llama.llama_vocab_eos(vocab)) if add_eos else -1),
         )
+
+
+def _progress_callback(
+    progress: Callable[[float], None] | None,
+    check: Callable[[], None] | None,
+    raised: list[BaseException],
+) -> Any:
+    """Return llama.cpp's callback that tells `progress`, and ends the load where either raises."""
+
+    @llama.llama_progress_callback  # type: ignore[untyped-decorator]
+    def on_progress(share: float, _: Any) -> bool:
+        try:
+            if check is not None:
+                check()
+            if progress is not None:
+                progress(share)
+        except BaseException as e:
+            raised.append(e)
+        return not raised
+
+    return on_progress
 
 
 def fingerprint(*paths: Path) -> str:
