@@ -238,6 +238,11 @@ class Pair:
             raise ColmError(self._not_here())
         return self._expert
 
+    def _sessions(self) -> tuple[Session, ...]:
+        """Return the timelines that are here."""
+        both = (self.base_session, self._expert_session)
+        return tuple(session for session in both if session is not None)
+
     @property
     def expert_session(self) -> Session:
         """The expert's own timeline. Raises ColmError where it is on a server."""
@@ -429,7 +434,7 @@ class Pair:
             sample=sample,
             follow=background.follow if background is not None and threshold < 1 else None,
             lock=self._lock if timelines is None else None,
-            sessions=() if timelines else (self.base_session, self.expert_session),
+            sessions=() if timelines else self._sessions(),
         )
         return Stream(decoder, self.base, options.stop, threshold)
 

@@ -379,17 +379,16 @@ def test_an_idle_experts_memory_is_given_back(tiny):
 def test_a_stream_under_way_ends_before_the_server_does(endless):
     """The server is told to stop while a stream is being written, and writes it to its end."""
     body = {"prompt": "hello", "max_tokens": 300, "stream": True}
-    with serving(endless, n_slots=1) as (url, server):
-        response = httpx.Client(timeout=60).send(
-            httpx.Request("POST", f"{url}/v1/completions", json=body), stream=True
-        )
-        lines = response.iter_lines()
-        next(lines)
-        assert server.n_busy == 1
-        rest: list[str] = []
-        reading = threading.Thread(target=lambda: rest.extend(line for line in lines if line))
-        reading.start()
-    reading.join(60)
+    rest: list[str] = []
+    with httpx.Client(timeout=60) as client:
+        with serving(endless, n_slots=1) as (url, server):
+            request = httpx.Request("POST", f"{url}/v1/completions", json=body)
+            lines = client.send(request, stream=True).iter_lines()
+            next(lines)
+            assert server.n_busy == 1
+            reading = threading.Thread(target=lambda: rest.extend(line for line in lines if line))
+            reading.start()
+        reading.join(60)
     assert rest[-1] == "data: [DONE]"
     assert len(rest) > 290
 
