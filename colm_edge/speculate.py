@@ -120,7 +120,7 @@ class Planner:
             for j in range(LOOK_AHEAD):
                 k += gap
                 if k > MAX_DRAFT:
-                    lost[j] += math.inf
+                    lost[j:] = [math.inf] * (LOOK_AHEAD - j)
                     break
                 saved += right * cost(gap + (n_beyond if j == 0 else 0))
                 wasted += (1 - right) * gap * base

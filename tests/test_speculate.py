@@ -166,8 +166,9 @@ def test_a_planner_bets_where_it_pays():
     for _ in range(300):
         planner.saw_agreement(0.9, True)
         planner.saw_agreement(0.1, False)
-        planner.saw_deferral(True, True)
-        for _ in range(3):
+        planner.saw_deferral(True, False)
+        planner.saw_deferral(False, True)
+        for _ in range(2):
             planner.saw_deferral(False, False)
     assert planner.agrees(0.9) > 0.8
     assert planner.agrees(0.1) < 0.2
@@ -275,6 +276,21 @@ def test_real_models_write_the_same_text(tiny, threshold, sampling):
                 )
                 if threshold < 0.6 and expert == "base":
                     assert answer.stats.expert_calls < plain.stats.expert_calls
+
+
+def test_stop_texts_and_bets(tiny):
+    """A stop text inside a draft ends the answer where the sequential loop's ends."""
+    with load(tiny["base"], tiny["base"], "margin", n_threads=1, n_ctx=256) as pair:
+        options = {"temperature": 0.0, "threshold": 0.3, "max_tokens": 60}
+        text = pair.generate("hello", schedule="sequential", **options).text
+        for at in (5, 12, 30):
+            options["stop"] = text[at : at + 2]
+            plain = pair.generate("hello", schedule="sequential", **options)
+            pair.planner = Bold(at, 0.9, 4)
+            answer = pair.generate("hello", **options)
+            assert answer.text == plain.text == text[: text.index(options["stop"])]
+            assert answer.stats.n_generated == plain.stats.n_generated
+            assert answer.finish_reason == plain.finish_reason == "stop"
 
 
 def test_a_sampler_and_its_copy_pick_alike(tiny_pair):
