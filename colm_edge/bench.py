@@ -133,7 +133,6 @@ class HighLevel:
 
         from colm_edge.weights import model_params
 
-        options = session.options
         made = llama_cpp.llama_model_default_params
         # So that it, too, runs where llama.cpp's AMX code crashes.
         llama_cpp.llama_model_default_params = model_params
@@ -141,7 +140,7 @@ class HighLevel:
             self._llama = llama_cpp.Llama(
                 str(session.model.path), n_ctx=session.n_ctx, n_batch=session.n_batch,
                 n_threads=session.n_threads, n_threads_batch=session.n_threads,
-                n_gpu_layers=session.model.n_gpu_layers, flash_attn=options.flash_attn != "off",
+                n_gpu_layers=session.model.n_gpu_layers, flash_attn=session.flash_attn == "on",
                 verbose=False,
             )  # fmt: skip
         finally:
@@ -296,7 +295,7 @@ def measured_on(pair: Pair) -> str:
         f"Measured on {cpu_name()}, {datetime.date.today()}: {base.model.path.name} and "
         f"{expert.model.path.name}, {base.n_threads} and {expert.n_threads} threads, "
         f"{base.model.n_gpu_layers} and {expert.model.n_gpu_layers} GPU layers, flash attention "
-        f"{options.flash_attn}, cache {options.cache_type_k}/{options.cache_type_v}, context "
+        f"{base.flash_attn}, cache {options.cache_type_k}/{options.cache_type_v}, context "
         f"{pair.n_ctx}, llama-cpp-python {version('llama-cpp-python')}."
     )
 

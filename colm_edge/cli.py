@@ -41,7 +41,10 @@ class Group(OneLineErrors, click.Group):
 
 
 @click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"]})
-@click.version_option(package_name="colm-edge")
+@click.option(
+    "--version", is_flag=True, is_eager=True, expose_value=False, help="Say what is installed.",
+    callback=lambda ctx, _, given: say_version(ctx) if given else None,
+)  # fmt: skip
 @click.option("-v", "--verbose", is_flag=True, help="Show llama.cpp's log on stderr.")
 def main(verbose: bool) -> None:
     """A small language model that calls an expert only for the tokens it needs."""
@@ -49,6 +52,20 @@ def main(verbose: bool) -> None:
         logging.basicConfig(level=logging.DEBUG, format="%(name)s: %(message)s")
     else:
         logging.basicConfig(level=logging.WARNING, format="%(message)s")
+
+
+def say_version(ctx: click.Context) -> None:
+    """Print the versions of colm-edge and llama.cpp, how the latter was built, and the devices."""
+    from importlib.metadata import version
+
+    from colm_edge.readout import implementation
+    from colm_edge.weights import build_info, devices
+
+    click.echo(f"colm-edge {version('colm-edge')}, the switch read by {implementation}")
+    click.echo(f"llama-cpp-python {version('llama-cpp-python')}; {build_info()}")
+    for device in devices():
+        click.echo(f"device {device}")
+    ctx.exit()
 
 
 SWITCH = click.option(
@@ -108,7 +125,7 @@ def _pair_options() -> list[Any]:
         ),
         click.option(
             "-fa", "--flash-attn", type=click.Choice(["auto", "on", "off"]),
-            help="Flash attention.  [default: auto]",
+            help="Flash attention; auto: on a GPU only.  [default: auto]",
         ),
         click.option(
             "-ctk", "--cache-type-k", metavar="TYPE",
@@ -172,8 +189,7 @@ def decoding_options(**other_defaults: Any) -> Callable[[Command], Command]:
 
 
 def _is_given(value: Any) -> bool:
-    # By identity: 0 is a value, and equal to False.
-    return value is not None and value is not False and value != ()
+    return value is not None and value != ()
 
 
 def _gather(

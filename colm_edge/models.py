@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from colm_edge.errors import ModelError
 from colm_edge.hub import Note, fetch, is_reference
@@ -84,9 +85,14 @@ def resolve(
     in this order; `package:` stands for the files that ship with colm-edge. A server's address
     stays as it is.
 
-    role: which of a pair's models an alias means. offline, note: as for `hub.fetch`.
+    role: which of a pair's models an alias means. offline, note: as for `hub.fetch`; offline, a
+        server must be this machine's own.
     """
     if is_url(reference):
+        if offline and urlsplit(reference).hostname not in ("127.0.0.1", "::1", "localhost"):
+            raise ModelError(
+                f"{reference}: not asked with --offline; leave that out, or give a GGUF file"
+            )
         return reference
     if reference.startswith("package:"):
         return str(_PACKAGE / "data" / reference.removeprefix("package:"))

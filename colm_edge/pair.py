@@ -496,7 +496,8 @@ def load(
     n_ctx: tokens the contexts hold; 0 takes what both models were trained for, at most 4096.
     n_threads: 0 takes every core, or one for a very small model.
     n_gpu_layers: as in llama.cpp, each model its own.
-    flash_attn, cache_type_k, cache_type_v: as in llama.cpp, of both models' contexts.
+    flash_attn, cache_type_k, cache_type_v: as in llama.cpp, of both models' contexts; flash
+        attention that is "auto" is on with a GPU only.
     overlap: whether a loaded expert catches up with long gaps on a thread of its own; None: where
         the models are on different devices, or there are cores enough for the threads of both.
     offline: download nothing; what is not in the Hub's cache is an error.

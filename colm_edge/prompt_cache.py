@@ -75,5 +75,5 @@ def _about(base: Session, expert: Session) -> dict[str, object]:
         "base_model": base.model.fingerprint,
         "expert_model": expert.model.fingerprint,
         "KV_cache_type": [options.cache_type_k, options.cache_type_v],
-        "flash_attention": options.flash_attn,
+        "flash_attention": [base.flash_attn, expert.flash_attn],
     }

@@ -21,7 +21,7 @@ import numpy.typing as npt
 
 from colm_edge.costs import CostTable
 from colm_edge.errors import ColmError, ModelError, PromptError
-from colm_edge.weights import Model, last_errors
+from colm_edge.weights import Model, last_errors, supports_gpu
 
 Floats = npt.NDArray[np.float32]
 # Tokens (n,), and llama.cpp's state of them.
@@ -29,6 +29,8 @@ Snapshot = tuple[npt.NDArray[np.int32], npt.NDArray[np.uint8]]
 
 # Below this size a model is evaluated by one thread.
 SMALL_MODEL_BYTES = 32 << 20
+# Tokens of a batch that are evaluated at a time without flash attention; more than any draft has.
+SMALL_BATCH = 128
 # Views on llama.cpp's outputs that are kept; more than any batch of a draft has.
 MAX_VIEWS = 256
 
@@ -36,6 +38,7 @@ CACHE_TYPES = {
     "f32": 0, "f16": 1, "bf16": 30, "q8_0": 8, "q5_1": 7, "q5_0": 6, "q4_1": 3, "q4_0": 2,
 }  # fmt: skip
 _NOTHING = np.empty(0, np.float32)
+_PLAIN_TYPES = ("f32", "f16", "bf16")
 _FLASH = {"auto": -1, "off": 0, "on": 1}
 _BATCH_FIELDS = dict(llama.llama_batch._fields_)
 
@@ -155,10 +158,12 @@ class Session:
         params = llama.llama_context_default_params()
         threads = self.n_threads
         params.n_ctx = n_ctx
-        params.n_batch = params.n_ubatch = n_batch
+        params.n_batch = n_batch
         params.n_threads = params.n_threads_batch = threads
         params.n_seq_max, params.kv_unified = n_sequences, n_sequences > 1
-        params.flash_attn_type = _FLASH[options.flash_attn]
+        params.flash_attn_type = _FLASH[self.flash_attn]
+        # Without it the scores of a whole batch are kept: of a smaller one at a time.
+        params.n_ubatch = n_batch if self.flash_attn != "off" else min(n_batch, SMALL_BATCH)
         params.type_k = CACHE_TYPES[options.cache_type_k]
         params.type_v = CACHE_TYPES[options.cache_type_v]
         params.no_perf = True
@@ -182,6 +187,17 @@ class Session:
             yield twin
         finally:
             twin.close()
+
+    @property
+    def flash_attn(self) -> str:
+        """Whether flash attention is used; auto is off on a CPU, where it slows decodes of a few
+        tokens down, by half behind 500 tokens and threefold behind 2,000 (docs/speed.md)."""
+        options = self.options
+        on_cpu = self.model.n_gpu_layers == 0 or not supports_gpu()
+        # llama.cpp needs it for quantised values.
+        if options.flash_attn == "auto" and on_cpu and options.cache_type_v in _PLAIN_TYPES:
+            return "off"
+        return options.flash_attn
 
     @property
     def n_threads(self) -> int:

@@ -56,6 +56,30 @@ def model_params() -> Any:
     return params
 
 
+def build_info() -> str:
+    """Return what this llama.cpp was built for."""
+    return " ".join(llama.llama_print_system_info().decode().replace("|", "").split())
+
+
+def devices() -> list[str]:
+    """Return the devices that this llama.cpp can put layers on: name, and what it is."""
+    from llama_cpp import _ggml
+
+    library = _ggml.libggml
+    signatures: tuple[tuple[str, Any, list[Any]], ...] = (
+        ("count", ctypes.c_size_t, []),
+        ("get", ctypes.c_void_p, [ctypes.c_size_t]),
+        ("name", ctypes.c_char_p, [ctypes.c_void_p]),
+        ("description", ctypes.c_char_p, [ctypes.c_void_p]),
+    )
+    call = {}
+    for name, result, arguments in signatures:
+        call[name] = getattr(library, f"ggml_backend_dev_{name}")
+        call[name].restype, call[name].argtypes = result, arguments
+    found = [call["get"](i) for i in range(call["count"]())]
+    return [f"{call['name'](d).decode()}: {call['description'](d).decode()}" for d in found]
+
+
 def supports_gpu() -> bool:
     """Say whether this llama.cpp was built for a GPU."""
     return bool(llama.llama_supports_gpu_offload())

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import select
+import shutil
 import signal
 import subprocess
 import sys
@@ -331,3 +332,54 @@ def test_ctrl_c_stops_the_answer_and_not_the_program(tiny):
         assert terminal.process.wait(timeout=60) == 0
     finally:
         terminal.close()
+
+
+def test_the_version_tells_of_llama_cpp_and_the_devices():
+    out = invoke("--version").stdout
+    assert re.search(r"^colm-edge \d+\.\d+\.\d+, the switch read by \w+$", out, re.MULTILINE)
+    assert re.search(r"^llama-cpp-python \d.*CPU", out, re.MULTILINE)
+    assert re.search(r"^device CPU: .+$", out, re.MULTILINE)
+
+
+OFFLINE = """
+import sys
+from colm_edge.cli import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_offline_works_without_any_network():
+    """In a network namespace of its own, which has no interface but a loopback that is down."""
+    if (
+        shutil.which("unshare") is None
+        or subprocess.run(["unshare", "-rn", "true"], capture_output=True, check=False).returncode
+    ):
+        pytest.skip("needs unshare -rn (Linux, and the right to it)")
+
+    def run(*args: str) -> subprocess.CompletedProcess[str]:
+        command = ["unshare", "-rn", sys.executable, "-c", OFFLINE, *args]
+        return subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+
+    done = run("run", "--offline", "--temp", "0", "What is the symbol of tungsten?")
+    assert done.returncode == 0, done.stderr
+    assert "W" in done.stdout
+    done = run("run", "--offline", "--pair", "smollm2", "hello")
+    assert done.returncode == 1
+    assert "nothing is downloaded offline" in done.stderr
+
+
+@pytest.mark.parametrize(("flags", "expected"), [([], None), (["--overlap"], True),
+                                                  (["--no-overlap"], False)])  # fmt: skip
+def test_overlap_can_be_asked_for_and_refused(tiny, monkeypatch, flags, expected):
+    from colm_edge import pair
+
+    seen = []
+    load = pair.load
+
+    def spy(*args, **options):
+        seen.append(options.get("overlap"))
+        return load(*args, **options)
+
+    monkeypatch.setattr(pair, "load", spy)
+    assert invoke("run", "hello", *models_of(tiny), "-n", "2", *flags).exit_code == 0
+    assert seen == [expected]

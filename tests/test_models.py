@@ -52,3 +52,10 @@ def test_a_pair_without_a_switch_uses_margin(tmp_path, monkeypatch):
     listing.write_text("mine base /a.gguf MIT x y z\nmine expert /b.gguf MIT\n")
     monkeypatch.setattr(models, "_models_txt", lambda: listing)
     assert models.find_pair("mine") == models.PairFiles("/a.gguf", "/b.gguf", "margin")
+
+
+def test_offline_a_server_elsewhere_is_not_asked():
+    with pytest.raises(ModelError, match="not asked with --offline"):
+        models.resolve("http://10.1.2.3:8080", offline=True)
+    for url in ("http://127.0.0.1:8080", "http://localhost:1/v1", "http://[::1]:80"):
+        assert models.resolve(url, offline=True) == url
