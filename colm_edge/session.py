@@ -190,12 +190,16 @@ class Session:
 
     @property
     def flash_attn(self) -> str:
-        """Whether flash attention is used; auto is off on a CPU, where it slows decodes of a few
-        tokens down, by half behind 500 tokens and threefold behind 2,000 (docs/speed.md)."""
+        """Whether flash attention is used. Auto is off on a CPU, where it slows decodes of a few
+        tokens down: by a third or more behind 500 tokens, threefold behind 2,000 (docs/speed.md).
+        Very small models keep it: with it a token by itself and in a batch agree to the last bits.
+        """
         options = self.options
         on_cpu = self.model.n_gpu_layers == 0 or not supports_gpu()
+        small = self.model.path.stat().st_size < SMALL_MODEL_BYTES
         # llama.cpp needs it for quantised values.
-        if options.flash_attn == "auto" and on_cpu and options.cache_type_v in _PLAIN_TYPES:
+        plain = options.cache_type_v in _PLAIN_TYPES
+        if options.flash_attn == "auto" and on_cpu and plain and not small:
             return "off"
         return options.flash_attn
 

@@ -27,7 +27,6 @@ class PlainModel:
         params.n_ctx, params.n_batch, params.n_ubatch = n_ctx, n_ctx, n_ctx
         params.n_threads = params.n_threads_batch = 1
         params.embeddings = True
-        params.flash_attn_type = llama.LLAMA_FLASH_ATTN_TYPE_DISABLED  # as the runtime on a CPU
         self.context = llama.llama_init_from_model(self.model, params)
 
     def state(self, tokens: list[int]) -> tuple[np.ndarray, np.ndarray]:

@@ -10,6 +10,7 @@ import pytest
 from reference import PlainModel
 
 from colm_edge import scorer as scorer_module
+from colm_edge import session as session_module
 from colm_edge import weights
 from colm_edge.errors import MismatchError, ModelError, PromptError
 from colm_edge.scorer import Scorer
@@ -223,3 +224,20 @@ def test_without_amx_the_compiler_does_not_matter(monkeypatch, has_amx, caplog):
         assert ("CC=clang" in caplog.text) is has_amx
     finally:
         weights.amx_is_broken.cache_clear()
+
+
+def test_flash_attention_is_off_where_it_slows(model, monkeypatch):
+    auto = Session(model, CONTEXT)
+    assert auto.flash_attn == "auto"  # a very small model
+    monkeypatch.setattr(session_module, "SMALL_MODEL_BYTES", 0)
+    assert auto.flash_attn == "off"
+    fresh = Session(model, ContextOptions(n_ctx=128, n_threads=1, flash_attn="on"))
+    assert fresh.flash_attn == "on"
+    quantised = Session(model, ContextOptions(n_ctx=128, n_threads=1, cache_type_v="q8_0"))
+    assert quantised.flash_attn == "auto"
+    tokens = list(range(1, 100))
+    for session in (auto, fresh, quantised):
+        session.sync(tokens)
+    assert np.allclose(auto.logits, fresh.logits, atol=2e-2)
+    for session in (auto, fresh, quantised):
+        session.close()
