@@ -11,6 +11,7 @@ import json
 import os
 import platform
 import random
+import statistics
 from bisect import bisect_left
 from collections.abc import Callable
 from contextlib import suppress
@@ -22,7 +23,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from colm_edge.session import Session
 
-VERSION = 3  # of how it is measured
+VERSION = 4  # of how it is measured
 SIZES = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 16, 20, 24, 32, 48, 64)
 N_PAST = 128  # tokens in the cache before each decode, where the context has room for them
 SECONDS = 4.0  # of measuring, but for the decode in flight
@@ -143,8 +144,8 @@ def cost_table(
 def measure(session: Session) -> CostTable:
     """Time decodes of every size behind the same prefix, in a context of their own.
 
-    Sizes take turns, and of a size's times the lower quartile counts: what disturbs a machine for a
-    moment then spoils no size for good. SECONDS is reached by the sizes in rising order, so of a
+    Sizes take turns, and of a size's times the median counts: what disturbs a machine for a moment
+    then spoils no size for good. SECONDS is reached by the sizes in rising order, so of a
     large model the largest may be left out, and the smallest are measured most often.
     """
     largest = min(SIZES[-1], session.n_batch)
@@ -179,8 +180,7 @@ def measure(session: Session) -> CostTable:
 
 
 def _table(times: dict[int, list[float]]) -> CostTable:
-    quartiles = (sorted(taken)[len(taken) // 4] for taken in times.values())
-    return CostTable(tuple(times), tuple(quartiles))
+    return CostTable(tuple(times), tuple(map(statistics.median, times.values())))
 
 
 def _cache_file(session: Session) -> Path:
