@@ -129,7 +129,7 @@ class HighLevel:
     """The expert through llama-cpp-python's own `Llama`, what a user would pick."""
 
     def __init__(self, session: Session) -> None:
-        import llama_cpp
+        from llama_cpp import Llama, llama_cpp
 
         from colm_edge.weights import model_params
 
@@ -137,7 +137,7 @@ class HighLevel:
         # So that it, too, runs where llama.cpp's AMX code crashes.
         llama_cpp.llama_model_default_params = model_params
         try:
-            self._llama = llama_cpp.Llama(
+            self._llama = Llama(
                 str(session.model.path), n_ctx=session.n_ctx, n_batch=session.n_batch,
                 n_threads=session.n_threads, n_threads_batch=session.n_threads,
                 n_gpu_layers=session.model.n_gpu_layers, flash_attn=session.flash_attn == "on",
