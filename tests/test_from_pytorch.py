@@ -6,7 +6,6 @@ import json
 from pathlib import Path
 
 import checkpoint_files
-import llama_cpp
 import numpy as np
 import pytest
 from checkpoints import convert, need_torch, write_tokenizer
@@ -139,31 +138,18 @@ def write_gguf(folder: Path, path: Path) -> None:
     writer.close()
 
 
-def float32_cache(monkeypatch) -> None:
-    """Let llama.cpp keep keys and values in float32 and attend in float32."""
-    make = llama_cpp.llama_context_default_params
-
-    def params():
-        made = make()
-        made.type_k = made.type_v = llama_cpp.GGML_TYPE_F32
-        made.flash_attn_type = llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED
-        return made
-
-    monkeypatch.setattr(llama_cpp, "llama_context_default_params", params)
-
-
 @pytest.mark.parametrize("kind", ["gguf", "onnx"])
 @pytest.mark.parametrize(
-    ("std", "cache", "tolerance", "low", "high"),
+    ("std", "attention", "tolerance", "low", "high"),
     [
-        (0.02, "as it is", 1e-4, 0.45, 0.55),  # transformers' own random llama
-        (None, "float32", 1e-4, 0.1, 0.9),
+        (0.02, (), 1e-4, 0.45, 0.55),  # transformers' own random llama
+        (None, ("-fa", "off", "-ctk", "f32", "-ctv", "f32"), 1e-4, 0.1, 0.9),
         # Keys and values in float16, as llama.cpp keeps them: seen at most 1.3e-3.
-        (None, "as it is", 5e-3, 0.1, 0.9),
+        (None, (), 5e-3, 0.1, 0.9),
     ],
 )
 def test_p_defer_is_pytorchs_sigmoid_of_the_last_logit(
-    tiny, tmp_path, monkeypatch, kind, std, cache, tolerance, low, high
+    tiny, tmp_path, kind, std, attention, tolerance, low, high
 ):
     """A llama in the authors' layout, its base and its switch converted apart, run together."""
     torch = need_torch()
@@ -180,8 +166,6 @@ def test_p_defer_is_pytorchs_sigmoid_of_the_last_logit(
         args += ["--onnx", tmp_path / "s.onnx"]
     assert convert(*args).exit_code == 0
     write_gguf(base, tmp_path / "base.gguf")
-    if cache == "float32":
-        float32_cache(monkeypatch)
 
     seen: list[float] = []
     worst = 0.0
@@ -189,7 +173,7 @@ def test_p_defer_is_pytorchs_sigmoid_of_the_last_logit(
         result = CliRunner().invoke(
             colm_edge,
             ["run", prompt, "-m", str(tmp_path / "base.gguf"), "-me", tiny["expert"], "-t", "1",
-             "-sw", str(tmp_path / f"s.{kind}"), "--temp", "0", "-n", "40", "--json"],
+             "-sw", str(tmp_path / f"s.{kind}"), "--temp", "0", "-n", "40", "--json", *attention],
         )  # fmt: skip
         assert result.exit_code == 0, result.output
         answer = json.loads(result.stdout)
