@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import time
 
 import pytest
 from test_server import GREEDY, serving, wait_for
@@ -127,6 +128,13 @@ def test_an_answer_can_be_stopped(page, tiny):
              defaults=GREEDY.with_changes(threshold=0.9)) as pair,
         serving(pair, n_slots=1) as (url, server),
     ):  # fmt: skip
+        decode = pair.base_session.decode_batch
+
+        def slowly(*args) -> None:
+            time.sleep(0.02)  # as a real model: an answer takes ten seconds
+            decode(*args)
+
+        pair.base_session.decode_batch = slowly
         page.goto(url)
         ask(page, "go on")
         page.get_by_role("button", name="Stop").click()
