@@ -63,6 +63,18 @@ def endless(tiny):
         yield pair
 
 
+@pytest.fixture
+def slow(endless, monkeypatch) -> None:
+    """Let an answer of the endless pair take seconds, as a real model's does."""
+    decode = endless.base_session.decode_batch
+
+    def slowly(*args) -> None:
+        time.sleep(0.005)
+        decode(*args)
+
+    monkeypatch.setattr(endless.base_session, "decode_batch", slowly)
+
+
 @pytest.fixture(scope="module")
 def url(pair):
     with serving(pair, n_slots=2) as (url, _):
@@ -315,7 +327,7 @@ def test_answers_at_once_share_batches(endless):
         assert endless.base_session.n_calls - before < 0.8 * calls_alone
 
 
-def test_a_full_queue_says_come_again(endless):
+def test_a_full_queue_says_come_again(endless, slow):
     with serving(endless, n_slots=1, queue=0) as (url, server):
         body = {"prompt": "hello", "max_tokens": 400, "stream": True}
         with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=60) as response:
@@ -330,7 +342,7 @@ def test_a_full_queue_says_come_again(endless):
         assert httpx.post(f"{url}/v1/completions", json={"prompt": "x"}, timeout=60).is_success
 
 
-def test_a_client_that_goes_away_frees_its_slot(endless):
+def test_a_client_that_goes_away_frees_its_slot(endless, slow):
     with serving(endless, n_slots=1) as (url, server):
         body = {"prompt": "hello", "max_tokens": 480}
 
@@ -376,7 +388,7 @@ def test_an_idle_experts_memory_is_given_back(tiny):
         assert again["choices"] == first["choices"]
 
 
-def test_a_stream_under_way_ends_before_the_server_does(endless):
+def test_a_stream_under_way_ends_before_the_server_does(endless, slow):
     """The server is told to stop while a stream is being written, and writes it to its end."""
     body = {"prompt": "hello", "max_tokens": 300, "stream": True}
     rest: list[str] = []
