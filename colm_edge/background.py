@@ -39,7 +39,7 @@ class Background:
             return
         self.wait()
         session = self._session
-        if session.created and len(tokens) - session.common_prefix(tokens) >= MIN_GAP:
+        if session.created and len(tokens) - session.n_known(tokens) >= MIN_GAP:
             self._job = self._worker.submit(session.sync, tokens[:])
 
     def wait(self) -> None:

@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from colm_edge.errors import AbsentExpertError, MismatchError, ModelError, PromptError
-from colm_edge.slots import common_prefix
+from colm_edge.session import common_prefix
 from colm_edge.weights import MAX_VOCAB_DIFFERENCE, Model
 
 Floats = npt.NDArray[np.float32]

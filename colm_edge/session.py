@@ -238,7 +238,7 @@ class Session:
         held = self._tokens
         if len(held) == n - 1 and held == tokens[:-1] and not outputs and not self._torn:
             return self._append(tokens[-1])
-        keep = self.common_prefix(tokens)
+        keep = self.n_known(tokens)
         if not outputs or outputs[0] == n - 1:
             if keep == n and self._fresh and len(held) == n and not self._torn:
                 return 0
@@ -301,21 +301,9 @@ class Session:
             view = self._views[at] = np.ctypeslib.as_array(pointer, (n,))
         return view
 
-    def common_prefix(self, tokens: array[int]) -> int:
+    def n_known(self, tokens: array[int]) -> int:
         """Return how many of these tokens, from the first on, are evaluated already."""
-        held = self._tokens
-        n = min(len(held), len(tokens))
-        # Slices are copied and compared as memory: microseconds for thousands of tokens.
-        if held[:n] == tokens[:n]:
-            return n
-        low, high = 0, n  # equal before low, different before high
-        while high - low > 1:
-            middle = (low + high) // 2
-            if held[low:middle] == tokens[low:middle]:
-                low = middle
-            else:
-                high = middle
-        return low
+        return common_prefix(self._tokens, tokens)
 
     def _blocks(
         self, tokens: array[int], start: int, first_output: int
@@ -436,6 +424,22 @@ class Session:
     def __del__(self) -> None:
         if getattr(self, "_context", None) is not None:
             self.close()
+
+
+def common_prefix(one: array[int], other: array[int]) -> int:
+    """Return how many tokens two prefixes have in common."""
+    n = min(len(one), len(other))
+    # Slices are copied and compared as memory: microseconds for thousands of tokens.
+    if one[:n] == other[:n]:
+        return n
+    low, high = 0, n  # equal before low, different before high
+    while high - low > 1:
+        middle = (low + high) // 2
+        if one[low:middle] == other[low:middle]:
+            low = middle
+        else:
+            high = middle
+    return low
 
 
 def _bytes_of(values: npt.NDArray[np.uint8]) -> Any:

@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from colm_edge.errors import ColmError, ModelError, PromptError
-from colm_edge.session import Batch, Session
+from colm_edge.session import Batch, Session, common_prefix
 
 if TYPE_CHECKING:
     from colm_edge.pair import Pair
@@ -149,21 +149,6 @@ class SharedContext:
             self._context = None
             self.held = [array("i") for _ in self.held]
             self._rows = {}
-
-
-def common_prefix(one: array[int], other: array[int]) -> int:
-    """Return how many tokens two prefixes have in common."""
-    n = min(len(one), len(other))
-    if one[:n] == other[:n]:
-        return n
-    low, high = 0, n
-    while high - low > 1:
-        middle = (low + high) // 2
-        if one[low:middle] == other[low:middle]:
-            low = middle
-        else:
-            high = middle
-    return low
 
 
 class SharedTimeline:

@@ -10,7 +10,8 @@ import pytest
 from colm_edge.errors import ColmError
 from colm_edge.options import Options
 from colm_edge.pair import load
-from colm_edge.slots import BusyError, Slots, common_prefix
+from colm_edge.session import common_prefix
+from colm_edge.slots import BusyError, Slots
 from colm_edge.switch import Switch
 
 PROMPTS = ["hello", "what is this about, and why", "one two three four five six seven", "so"]
