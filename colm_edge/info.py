@@ -123,3 +123,13 @@ def _together(base: Model, expert: Model) -> dict[str, Any]:
     except MismatchError as e:
         return {"pair": names, "can_collaborate": f"no: {e}"}
     return {"pair": names, "can_collaborate": f"yes, over {n:,} shared tokens"}
+
+
+def as_text(facts: list[dict[str, Any]]) -> str:
+    """Return facts as lines, a blank line between two files."""
+
+    def lines(fact: dict[str, Any]) -> str:
+        width = max(map(len, fact)) + 2
+        return "\n".join(f"{key.replace('_', ' '):{width}}{value}" for key, value in fact.items())
+
+    return "\n\n".join(map(lines, facts))
