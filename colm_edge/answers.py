@@ -197,7 +197,7 @@ def answers(
 
         what: list[Any] = []
         if journal is not None:
-            models = [model.fingerprint for model in (pair.base, pair.expert)]
+            models = [pair.base.fingerprint, pair.expert_fingerprint]
             what = [*models, pair.n_ctx, _switch_key(switch), asdict(options)]
         return judged(ask, rows, metric, progress, label=label, journal=journal, what=what)
 

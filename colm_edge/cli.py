@@ -24,6 +24,7 @@ from colm_edge.cli_options import (
     shares,
 )  # fmt: skip
 from colm_edge.errors import ColmError
+from colm_edge.options import ServerOptions
 from colm_edge.terminal import Chat, drain, summary, write
 
 if TYPE_CHECKING:
@@ -264,7 +265,7 @@ def train(
         raise click.UsageError("--threshold-by needs the expert itself (-me) to answer prompts")
     if expert_scores is not None and "model" in models:
         models.setdefault("expert", models["model"])  # it is never evaluated
-    with load(**models, switch=update or "margin") as loaded:
+    with load(**models | {"expert_required": True}, switch=update or "margin") as loaded:
         documents = tokenized(read_rows(data), loaded, raw=raw, work=work)
         say_cut(documents)
         choose = None
@@ -325,7 +326,7 @@ def score_command(
         raise click.UsageError("--update needs --work-dir")
     check_writable(outfile, data, *_read_files(models))
     work = Path(work_dir) if work_dir else None
-    with load(**models, switch="margin") as loaded:
+    with load(**models | {"expert_required": True}, switch="margin") as loaded:
         documents = tokenized(read_rows(data), loaded, raw=raw, work=work)
         say_cut(documents)
         result = score_expert(loaded, documents, Path(outfile), progress, work=work, update=update)
@@ -417,6 +418,8 @@ def eval_command(
         check_plot(plot)
     options = Options(**decoding)
     with ExitStack() as stack:
+        # A table in which the base had to stand in for an absent expert would mislead.
+        models["expert_required"] = True
         loaded = stack.enter_context(open_pair(models, defaults=options))
         proxy = None
         if anti_expert is not None:
@@ -589,15 +592,18 @@ def info_command(refs: tuple[str, ...], costs: bool, n_threads: int, output: str
     click.echo(json.dumps(facts) if output == "json" else as_text(facts))
 
 
+SERVER = ServerOptions()
+
+
 @main.command("serve")
-@click.option("--host", default="127.0.0.1", show_default=True, help="0.0.0.0: every network.")
-@click.option("--port", type=click.IntRange(0, 65535), default=8080, show_default=True)
+@click.option("--host", default=SERVER.host, show_default=True, help="0.0.0.0: every network.")
+@click.option("--port", type=click.IntRange(0, 65535), default=SERVER.port, show_default=True)
 @click.option(
-    "-np", "--parallel", "n_slots", type=click.IntRange(1, 64), default=4, show_default=True,
-    help="Answers written at once; each has a context of -c tokens.",
+    "-np", "--parallel", "n_slots", type=click.IntRange(1, 64), default=SERVER.n_slots,
+    show_default=True, help="Answers written at once; each has a context of -c tokens.",
 )  # fmt: skip
 @click.option(
-    "--queue", type=click.IntRange(0), default=16, show_default=True,
+    "--queue", type=click.IntRange(0), default=SERVER.queue, show_default=True,
     help="Requests that may wait for a slot; more are told to come again (503).",
 )  # fmt: skip
 @click.option(
@@ -609,11 +615,12 @@ def info_command(refs: tuple[str, ...], costs: bool, n_threads: int, output: str
     help="A site whose pages may ask, such as http://localhost:3000; repeatable.  [none]",
 )  # fmt: skip
 @click.option(
-    "--max-tokens", type=click.IntRange(1), default=2048, show_default=True,
+    "--max-tokens", type=click.IntRange(1), default=SERVER.max_tokens, show_default=True,
     help="Of one answer, whatever a request asks for.",
 )  # fmt: skip
 @click.option(
-    "--expert-idle-unload", type=click.FloatRange(0), default=0.0, metavar="SECONDS",
+    "--expert-idle-unload", type=click.FloatRange(0), default=SERVER.expert_idle_unload,
+    metavar="SECONDS",
     help="Free the expert's memory when nothing was asked for so long; 0: never.",
 )  # fmt: skip
 @model_options
@@ -626,11 +633,12 @@ def serve_command(models: dict[str, Any], decoding: dict[str, Any], **settings: 
     from colm_edge.options import Options
 
     try:
-        from colm_edge.server import Settings, serve
+        from colm_edge.server import serve
     except ModuleNotFoundError as e:
         raise ColmError(
             f"{e.name} is missing; install the extra: pip install 'colm-edge[server]'"
         ) from e
     with open_pair(models, defaults=Options(**decoding)) as loaded:
-        name = models.get("pair") or f"{loaded.base.path.stem}+{loaded.expert.path.stem}"
-        serve(loaded, Settings(**settings), name, lambda text: click.echo(text, err=True))
+        expert = "remote" if loaded.remote else loaded.expert.path.stem
+        name = models.get("pair") or f"{loaded.base.path.stem}+{expert}"
+        serve(loaded, ServerOptions(**settings), name, lambda text: click.echo(text, err=True))

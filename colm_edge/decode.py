@@ -38,6 +38,8 @@ class Step:
     p_defer: float
     logprob: float  # of the token, under the model (or mixture) that wrote it, unfiltered
     text: str = ""  # whole characters only: a split one arrives with its last token
+    # The likeliest tokens, best first, and their log-probabilities, where they were asked for.
+    top: tuple[tuple[int, float], ...] = ()
 
 
 @dataclass(slots=True)
@@ -67,15 +69,20 @@ class Stats:
             self.tokens_per_second = self.n_generated / self.total_seconds
 
 
+# Of a prompt whose tokens are to be told, so many are outputs at once: each takes n_vocab floats.
+PROMPT_OUTPUTS = 64
+
+
 class Timeline(Protocol):
     """What the loop needs of a session; a scripted or a remote one has the same members."""
 
-    n_ctx: int
     n_evaluated: int
     n_calls: int
     seconds: float
     load_seconds: float
 
+    @property
+    def n_ctx(self) -> int: ...
     def sync(self, tokens: Sequence[int], outputs: Sequence[int] = ()) -> int: ...
     def state(self, i: int) -> tuple[Floats, Floats]: ...
 
@@ -95,6 +102,7 @@ class Decoder:
     """Two timelines and a switch at work; an iterator of steps.
 
     n_choose: ids at or above it are never written while the two work together.
+    n_probs: how many of the likeliest tokens each step tells.
     defer_row: the id in the base's vocabulary that is the switch and no token, or -1.
     end_tokens: they end the answer and are no step of it.
     sample: None writes the likeliest token.
@@ -116,6 +124,7 @@ class Decoder:
         end_tokens: frozenset[int],
         max_tokens: int = -1,
         compose: bool = False,
+        n_probs: int = 0,
         defer_row: int = -1,
         sample: Sampler | None = None,
         follow: Callable[[array[int]], None] | None = None,
@@ -128,7 +137,7 @@ class Decoder:
         self._base, self._expert, self._read = base, expert, read
         self._threshold, self._n_choose, self._end_tokens = threshold, n_choose, end_tokens
         self._compose, self._sample, self._defer_row = compose, sample, defer_row
-        self._follow = follow
+        self._n_probs, self._follow = n_probs, follow
         self._lock = lock or threading.RLock()
         self._sessions = sessions
         self._cancelled = False
@@ -195,11 +204,50 @@ class Decoder:
         except AbsentExpertError:  # a remote one, which has said so
             self.stats.expert_failures += 1
             return self._write("base", p_defer, logits, choice, logsumexp)
+        return self._write("expert", p_defer, *self._theirs(at, logits, p_defer))
+
+    def _theirs(self, at: int, logits: Floats, p_defer: float) -> tuple[Floats, int, float]:
+        """Return the expert's logits for the token at `at`, or the mixture's with the base's, their
+        likeliest token and their log-sum-exp."""
         theirs, _ = self._expert.state(at - 1)
         if self._compose and p_defer < 1:
             theirs = mixture(logits, theirs, p_defer, self._n_choose, self._defer_row)
-        choice, logsumexp = self._likeliest(at, theirs)
-        return self._write("expert", p_defer, theirs, choice, logsumexp)
+        return theirs, *self._likeliest(at, theirs)
+
+    def read_prompt(self) -> list[Step]:
+        """Return the prompt's tokens after the first as if they had been written: by whom each
+        would have been, and how likely it was to that model. The expert must be here.
+
+        Returns fewer when the answer is cancelled meanwhile.
+        """
+        begun, steps = perf_counter(), list[Step]()
+        last = len(self.tokens) - 1
+        try:
+            with self._lock:
+                self._thread = threading.get_ident()
+                for start in range(0, last, PROMPT_OUTPUTS):
+                    steps += self._read_tokens(start, min(start + PROMPT_OUTPUTS, last))
+        except _CancelledError:
+            pass  # the next step says so
+        self.stats.total_seconds += perf_counter() - begun
+        return steps
+
+    def _read_tokens(self, start: int, end: int) -> list[Step]:
+        """Return the steps of the tokens after positions start to end."""
+        prefix, steps = self.tokens[:end], list[Step]()
+        self._evaluate_base(prefix, range(start, end))
+        for i in range(start, end):
+            logits, hidden = self._base.state(i)
+            p_defer, _, logsumexp = self._judge(i + 1, logits, hidden)
+            steps.append(self._tell(self.tokens[i + 1], "base", p_defer, logits, logsumexp))
+        deferred = [i for i in range(start, end) if self._defers(steps[i - start].p_defer)]
+        if deferred:
+            self._evaluate_expert(prefix, deferred)
+        for i in deferred:
+            p_defer = steps[i - start].p_defer
+            theirs, _, logsumexp = self._theirs(i + 1, self._base.state(i)[0], p_defer)
+            steps[i - start] = self._tell(self.tokens[i + 1], "expert", p_defer, theirs, logsumexp)
+        return steps
 
     def _defers(self, p_defer: float) -> bool:
         # p > 0 holds for every finite state; where it underflows, 0 still means always.
@@ -250,7 +298,23 @@ class Decoder:
     ) -> Step:
         if self._sample is not None:
             choice = self._sample(logits[: self._n_choose])
-        return Step(choice, source, p_defer, float(logits[choice]) - logsumexp)
+        return self._tell(choice, source, p_defer, logits, logsumexp)
+
+    def _tell(
+        self, token: int, source: Source, p_defer: float, logits: Floats, logsumexp: float
+    ) -> Step:
+        step = Step(token, source, p_defer, float(logits[token]) - logsumexp)
+        if self._n_probs:
+            step.top = likeliest(logits[: self._n_choose], logsumexp, self._n_probs)
+        return step
+
+
+def likeliest(logits: Floats, logsumexp: float, n: int) -> tuple[tuple[int, float], ...]:
+    """Return the n likeliest ids, best first, and their log-probabilities."""
+    n = min(n, len(logits))
+    best = np.argpartition(-logits, n - 1)[:n]
+    best = best[np.lexsort((best, -logits[best]))]
+    return tuple((int(i), float(logits[i]) - logsumexp) for i in best)
 
 
 def mixture(

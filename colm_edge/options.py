@@ -1,4 +1,4 @@
-"""How an answer is written: every default of the CLI and the Python API stands here."""
+"""How an answer is written, and how it is served: every default of the CLI and the Python API."""
 
 from __future__ import annotations
 
@@ -28,6 +28,7 @@ class Options:
     seed: int = -1  # -1: another one each time
     stop: tuple[str, ...] = ()
     raw: bool = False  # no chat template
+    n_probs: int = 0  # likeliest tokens that each step tells of, in Step.top
 
     def __post_init__(self) -> None:
         if isinstance(self.stop, str):
@@ -43,6 +44,7 @@ class Options:
             ("min_p", self.min_p, 0, 1),
             ("repeat_penalty", self.repeat_penalty, 1e-6, 1e6),
             ("repeat_last_n", self.repeat_last_n, 0, 2**31 - 1),
+            ("n_probs", self.n_probs, 0, 1000),
             ("seed", self.seed, -1, 2**32 - 2),  # llama.cpp takes 2^32 - 1 for "draw one"
         )
         for name, value, low, high in limits:
@@ -70,3 +72,17 @@ class Options:
             if changes.get(name) is not None:
                 changes.setdefault(rival, None)
         return replace(self, **changes)
+
+
+@dataclass(frozen=True)
+class ServerOptions:
+    """How a server behaves towards the outside."""
+
+    host: str = "127.0.0.1"
+    port: int = 8080
+    n_slots: int = 4
+    queue: int = 16  # requests that wait for a slot
+    api_key: str | None = None
+    cors: tuple[str, ...] = ()  # origins whose pages may ask
+    max_tokens: int = 2048  # of one answer
+    expert_idle_unload: float = 0.0  # seconds; 0: never

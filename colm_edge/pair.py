@@ -91,6 +91,19 @@ class Stream:
         """Why the answer ended; "stop" as well when the reader ended it."""
         return self._finish or self._decoder.finish_reason or "stop"
 
+    def read_prompt(self) -> list[Step]:
+        """Return one record for each token of the prompt after the first, as if it had been
+        written: by whom it would have been, and how likely it was. Before the first step.
+
+        Raises ColmError where the expert is on a server.
+        """
+        steps = self._decoder.read_prompt()
+        utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+        utf8.decode(self._model.piece(self.prompt_tokens[0]))
+        for step in steps:
+            step.text = utf8.decode(self._model.piece(step.token), final=step is steps[-1])
+        return steps
+
     def answer(self, n_steps: int | None = None) -> Answer:
         """Return what was written so far (the whole answer, once the stream is exhausted), or its
         first n_steps."""
@@ -185,6 +198,7 @@ class Pair:
         self.base, self.switch, self.is_demo = base, switch, is_demo
         self.defaults = defaults or Options()
         self.remote = expert if isinstance(expert, RemoteExpert) else None
+        self._remote_session = self.remote.session() if self.remote else None
         self._expert = None if isinstance(expert, RemoteExpert) else expert
         if isinstance(expert, RemoteExpert):
             self.n_shared, longest = expert.n_shared, expert.n_ctx
@@ -254,6 +268,11 @@ class Pair:
     def expert_name(self) -> str:
         """The expert's file, or its server's address."""
         return str(self.expert.path) if self.remote is None else self.remote.url
+
+    @property
+    def expert_fingerprint(self) -> str:
+        """What tells the expert from others."""
+        return (self.remote or self.expert).fingerprint
 
     def _not_here(self) -> str:
         return (
@@ -417,7 +436,7 @@ class Pair:
             make = partial(FastDecoder, planner=self.planner)
         background = self.background if timelines is None else None
         base, expert = timelines or (
-            self.base_session, self.remote or background or self.expert_session
+            self.base_session, self._remote_session or background or self.expert_session
         )  # fmt: skip
         expert_model = self.remote or self.expert
         decoder = make(
@@ -430,6 +449,7 @@ class Pair:
             end_tokens=self.base.end_tokens | expert_model.end_tokens,
             max_tokens=options.max_tokens,
             compose=options.strategy == "compose",
+            n_probs=options.n_probs,
             defer_row=-1 if row is None else row,
             sample=sample,
             follow=background.follow if background is not None and threshold < 1 else None,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -14,13 +15,16 @@ if TYPE_CHECKING:
     from colm_edge.pair import Stream
 
 MAX_CHOICES = 16
+MAX_LOGPROBS = 20
+# Of every answer's stats, in the side object.
+SUMMED = ("expert_calls", "expert_tokens", "expert_failures")
 
 
-class Strict(BaseModel):
+class Body(BaseModel):
     model_config = ConfigDict(extra="ignore")
 
 
-class ColmFields(Strict):
+class ColmFields(Body):
     """What this server adds to a request."""
 
     threshold: float | None = Field(default=None, ge=0, le=1)
@@ -29,14 +33,14 @@ class ColmFields(Strict):
     trace: bool = False
 
 
-class StreamOptions(Strict):
+class StreamOptions(Body):
     include_usage: bool = False
 
 
 Stop = Annotated[str, Field(min_length=1, max_length=200)]
 
 
-class Sampling(Strict):
+class Sampling(Body):
     model: str | None = None
     max_tokens: int | None = Field(default=None, ge=0)
     temperature: float | None = Field(default=None, ge=0, le=100)
@@ -65,18 +69,28 @@ class Sampling(Strict):
             given["stop"] = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
         wanted = self.limit()
         given["max_tokens"] = limit if wanted is None else min(limit, wanted)
+        given["n_probs"] = self.n_probs()
         return defaults.with_changes(**given)
 
     def limit(self) -> int | None:
         return self.max_tokens
 
+    def n_probs(self) -> int:
+        """How many of the likeliest tokens are told of each."""
+        return 0
 
-class Part(Strict):
+    @property
+    def tells_prompt(self) -> bool:
+        """Whether the prompt's tokens are to be told as well."""
+        return False
+
+
+class Part(Body):
     type: Literal["text"]
     text: str
 
 
-class Message(Strict):
+class Message(Body):
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: str | list[Part]
 
@@ -91,16 +105,27 @@ class ChatRequest(Sampling):
     messages: list[Message] = Field(min_length=1)
     max_completion_tokens: int | None = Field(default=None, ge=0)
     logprobs: bool = False
-    top_logprobs: int | None = Field(default=None, ge=0, le=20)
+    top_logprobs: int | None = Field(default=None, ge=0, le=MAX_LOGPROBS)
 
     def limit(self) -> int | None:
         return self.max_completion_tokens if self.max_tokens is None else self.max_tokens
 
+    def n_probs(self) -> int:
+        return self.top_logprobs or 0 if self.logprobs else 0
+
 
 class CompletionRequest(Sampling):
     prompt: str | list[int] | list[str] | list[list[int]]
-    logprobs: int | None = Field(default=None, ge=0, le=5)
+    logprobs: int | None = Field(default=None, ge=0, le=MAX_LOGPROBS)
+    prompt_logprobs: int | None = Field(default=None, ge=0, le=MAX_LOGPROBS)  # vLLM's
     echo: bool = False
+
+    def n_probs(self) -> int:
+        return max(self.logprobs or 0, self.prompt_logprobs or 0)
+
+    @property
+    def tells_prompt(self) -> bool:
+        return self.prompt_logprobs is not None or (self.echo and self.logprobs is not None)
 
     def prompts(self) -> list[str | list[int]]:
         """Return the prompts; a list of numbers is one, a list of texts or lists several."""
@@ -112,7 +137,7 @@ class CompletionRequest(Sampling):
         return list(prompt)  # type: ignore[arg-type]
 
 
-class TokenizeRequest(Strict):
+class TokenizeRequest(Body):
     """vLLM's: a text as token ids, for a client to compare vocabularies."""
 
     prompt: str
@@ -147,6 +172,7 @@ class Written:
     """One choice as it is written; `text` and `steps` grow, `finish` comes last."""
 
     stream: Stream
+    prompt: list[Step] = field(default_factory=list)  # its tokens but the first, if wanted
     steps: list[Step] = field(default_factory=list)
 
     @property
@@ -171,7 +197,7 @@ def colm_of(choices: list[Written], trace: bool) -> dict[str, Any]:
         "defer_rate": deferred / n if n else 0.0,
         "n_deferred": deferred,
         "threshold": choices[0].stream.threshold if choices else None,
-        **{key: sum(s[key] for s in stats) for key in ("expert_calls", "expert_tokens")},
+        **{key: sum(s[key] for s in stats) for key in SUMMED},
         "tokens_per_second": sum(s["tokens_per_second"] for s in stats),
     }
     if trace:
@@ -188,20 +214,29 @@ def record_of(step: Step) -> dict[str, Any]:
 
 
 class Endpoint:
-    """What differs between chat and plain completions: names, and how text is wrapped."""
+    """What differs between chat and plain completions: names, and how text is wrapped.
 
-    def __init__(self, chat: bool) -> None:
-        self.chat = chat
+    piece: the bytes of a token.
+    """
+
+    def __init__(self, chat: bool, piece: Callable[[int], bytes]) -> None:
+        self.chat, self._piece = chat, piece
         self.kind = "chat.completion" if chat else "text_completion"
         self.prefix = "chatcmpl-" if chat else "cmpl-"
 
-    def choice(self, i: int, written: Written, logprobs: bool, prefix: str) -> dict[str, Any]:
-        text = prefix + "".join(step.text for step in written.steps)
-        body: dict[str, Any] = {"index": i, "finish_reason": written.finish}
-        body["logprobs"] = self.logprobs(written.steps, len(prefix)) if logprobs else None
+    def choice(self, i: int, written: Written, body: Sampling, echo: str) -> dict[str, Any]:
+        text = echo + "".join(step.text for step in written.steps)
+        told: dict[str, Any] = {"index": i, "finish_reason": written.finish}
+        told["logprobs"] = self.logprobs(written.steps, body, len(echo))
         if self.chat:
-            return body | {"message": {"role": "assistant", "content": text, "refusal": None}}
-        return body | {"text": text}
+            return told | {"message": {"role": "assistant", "content": text, "refusal": None}}
+        assert isinstance(body, CompletionRequest)
+        of_prompt = self.echo_logprobs(written, body)
+        if of_prompt is not None:
+            told["logprobs"] = {name: of_prompt[name] + x for name, x in told["logprobs"].items()}
+        if body.prompt_logprobs is not None:
+            told["prompt_logprobs"] = self.prompt_logprobs(written, body.prompt_logprobs)
+        return told | {"text": text}
 
     def delta(
         self, i: int, text: str | None, finish: str | None, first: bool, logprobs: Any
@@ -214,24 +249,69 @@ class Endpoint:
             delta["content"] = text
         return body | {"delta": delta}
 
-    def logprobs(self, steps: list[Step], offset: int) -> dict[str, Any]:
-        if self.chat:
+    def logprobs(self, steps: list[Step], body: Sampling, offset: int) -> dict[str, Any] | None:
+        """Return the steps' log-probabilities, if the request asks for them.
+
+        offset: of the first step, in characters of the whole text.
+        """
+        if isinstance(body, ChatRequest):
+            if not body.logprobs:
+                return None
             return {
                 "content": [
                     {
-                        "token": s.text, "logprob": s.logprob, "bytes": list(s.text.encode()),
-                        "top_logprobs": [],
+                        **self._chat_token(step.token, step.logprob),
+                        "top_logprobs": [self._chat_token(i, x) for i, x in step.top],
                     }
-                    for s in steps
+                    for step in steps
                 ]
-            }  # fmt: skip
-        offsets = []
+            }
+        assert isinstance(body, CompletionRequest)
+        if body.logprobs is None:
+            return None
+        offsets, n = [], body.logprobs
         for step in steps:
             offsets.append(offset)
             offset += len(step.text)
         return {
-            "tokens": [s.text for s in steps],
-            "token_logprobs": [s.logprob for s in steps],
-            "top_logprobs": None,
+            "tokens": [step.text for step in steps],
+            "token_logprobs": [step.logprob for step in steps],
+            # The token itself is one of them.
+            "top_logprobs": [
+                {self._spell(i): x for i, x in step.top[:n]} | {step.text: step.logprob}
+                for step in steps
+            ],
             "text_offset": offsets,
         }
+
+    def echo_logprobs(self, written: Written, body: Sampling) -> dict[str, Any] | None:
+        """Return the prompt's, whose first token has none, where the prompt is echoed."""
+        if not isinstance(body, CompletionRequest) or not body.echo:
+            return None
+        first = self._spell(written.stream.prompt_tokens[0])
+        told = self.logprobs(written.prompt, body, len(first))
+        if told is None:
+            return None
+        begin = {"tokens": first, "token_logprobs": None, "top_logprobs": None, "text_offset": 0}
+        return {name: [x, *told[name]] for name, x in begin.items()}
+
+    def prompt_logprobs(self, written: Written, n: int) -> list[Any]:
+        """Return them in vLLM's form: by token id, the prompt's own token among the likeliest n."""
+
+        def entry(token: int, logprob: float, rank: int | None) -> dict[str, Any]:
+            return {"logprob": logprob, "rank": rank, "decoded_token": self._spell(token)}
+
+        told: list[Any] = [None]
+        for step in written.prompt:
+            top = {str(i): entry(i, x, k + 1) for k, (i, x) in enumerate(step.top[:n])}
+            own = {str(step.token): entry(step.token, step.logprob, None)}
+            told.append(own | top)
+        return told
+
+    def _chat_token(self, token: int, logprob: float) -> dict[str, Any]:
+        return {
+            "token": self._spell(token), "logprob": logprob, "bytes": list(self._piece(token))
+        }  # fmt: skip
+
+    def _spell(self, token: int) -> str:
+        return self._piece(token).decode("utf-8", "replace")

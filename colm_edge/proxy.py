@@ -209,7 +209,8 @@ class Proxy:
         return Stream(decoder, pair.base, options.stop, 0.0)
 
     def _key(self) -> list[Any]:
-        models = [m.fingerprint for m in (self.pair.base, self.pair.expert, self.model)]
+        pair = self.pair
+        models = [pair.base.fingerprint, pair.expert_fingerprint, self.model.fingerprint]
         return [NAME, *models, self.alpha, self.pair.n_ctx]
 
 

@@ -1,29 +1,39 @@
 """An expert behind HTTP: a llama.cpp server, a vLLM server or another colm-edge.
 
 It is asked with the token ids of the whole prefix for the last token's most likely successors, one
-request for each deferral; the server's own prefix cache makes that cheap. docs/remote.md has what
-is sent and read.
+request for each deferral; the server's own prefix cache makes that cheap. A scoring pass asks how
+likely each token of a document was. docs/remote.md has what is sent and read.
 """
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import math
 import os
+import threading
 import time
 from array import array
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
-from colm_edge.errors import AbsentExpertError, MismatchError, ModelError, PromptError
+from colm_edge.errors import (
+    AbsentExpertError,
+    ColmError,
+    MismatchError,
+    ModelError,
+    PromptError,
+)  # fmt: skip
 from colm_edge.session import common_prefix
 from colm_edge.weights import MAX_VOCAB_DIFFERENCE, Model
 
 Floats = npt.NDArray[np.float32]
+T = TypeVar("T")
 
 log = logging.getLogger("colm_edge")
 
@@ -34,6 +44,7 @@ BACK_OFF = 0.2  # seconds before the second try, twice as many before the third
 PAUSE = 30.0  # seconds that an expert which failed is left alone
 N_PROBS = 64  # of llama.cpp: more than the usual top_k of 40 reads
 N_PROBS_VLLM = 20  # what it allows unless told otherwise (--max-logprobs)
+SCORE_TOGETHER = 8  # documents in one request of a scoring pass
 KEY_VARIABLE = "COLM_EDGE_EXPERT_KEY"
 
 # Tokenised on both sides, besides words of the base's vocabulary.
@@ -58,6 +69,8 @@ class _TryError(Exception):
 
 # The likeliest next tokens, id -> log-probability, and the tokens evaluated, if told.
 Reply = tuple[dict[int, float], int | None]
+# Of some tokens that follow each other: their log-probabilities, and whether each is the likeliest.
+Scored = tuple[list[float], list[bool]]
 
 
 @dataclass(frozen=True)
@@ -67,6 +80,8 @@ class Dialect:
     ask: (model, token ids) -> body of a request to `path`; read: (its answer, the id that ends a
         text) -> Reply.
     tokenize: (model, text) -> body of a request to /tokenize, whose answer holds `tokens`.
+    ask_scores: (model, documents) -> body of a request to `path` that is answered with vLLM's
+        `prompt_logprobs` of each; None: the server tells only what comes after a prompt.
     """
 
     name: str
@@ -74,6 +89,7 @@ class Dialect:
     ask: Callable[[str, list[int]], dict[str, Any]]
     read: Callable[[Any, int], Reply]
     tokenize: Callable[[str, str], dict[str, Any]]
+    ask_scores: Callable[[str, list[list[int]]], dict[str, Any]] | None = None
 
 
 def _ask_llama_cpp(model: str, tokens: list[int]) -> dict[str, Any]:
@@ -118,6 +134,32 @@ def _read_colm_edge(answer: Any, end_token: int) -> Reply:
     return top, int(colm["expert_tokens"])
 
 
+def _ask_scores_vllm(model: str, documents: list[list[int]]) -> dict[str, Any]:
+    return {
+        "model": model, "prompt": documents, "max_tokens": 1, "temperature": 0,
+        "prompt_logprobs": 1, "stream": False,
+    }  # fmt: skip
+
+
+def _ask_scores_colm_edge(model: str, documents: list[list[int]]) -> dict[str, Any]:
+    return {
+        "model": model, "prompt": documents, "max_tokens": 0, "prompt_logprobs": 1,
+        "colm": {"threshold": 0, "strategy": "defer"}, "stream": False,
+    }  # fmt: skip
+
+
+def _read_scores(told: list[Any], document: list[int], start: int) -> Scored:
+    """Read vLLM's `prompt_logprobs` of a document's tokens from `start` on."""
+    if len(told) != len(document):
+        raise ValueError(f"{len(told)} log-probabilities of {len(document)} tokens")
+    logprobs, right = list[float](), list[bool]()
+    for token, entries in zip(document[start:], told[start:], strict=True):
+        own = entries[str(token)]
+        logprobs.append(float(own["logprob"]))
+        right.append(own["rank"] == 1)
+    return logprobs, right
+
+
 def _tokenize_openai(model: str, text: str) -> dict[str, Any]:
     return {"model": model, "prompt": text, "add_special_tokens": False}
 
@@ -128,15 +170,19 @@ DIALECTS = {
         "llama.cpp", "/completion", _ask_llama_cpp, _read_llama_cpp,
         lambda _, text: {"content": text, "add_special": False, "parse_special": False},
     ),
-    "vllm": Dialect("vLLM", "/v1/completions", _ask_vllm, _read_vllm, _tokenize_openai),
+    "vllm": Dialect(
+        "vLLM", "/v1/completions", _ask_vllm, _read_vllm, _tokenize_openai, _ask_scores_vllm
+    ),
     "colm-edge": Dialect(
-        "colm-edge", "/v1/completions", _ask_colm_edge, _read_colm_edge, _tokenize_openai
+        "colm-edge", "/v1/completions", _ask_colm_edge, _read_colm_edge, _tokenize_openai,
+        _ask_scores_colm_edge,
     ),
 }  # fmt: skip
 
 
 class RemoteExpert:
-    """A model and its timeline behind HTTP, with a session's `sync` and `state`.
+    """A model behind HTTP: `session` asks it token by token, `score` about documents. Any thread
+    may use it.
 
     required: raise ModelError when the server fails; otherwise AbsentExpertError, which a decoder
         answers by letting the base go on alone, after one warning to `note` (the log, if None).
@@ -163,12 +209,10 @@ class RemoteExpert:
         self.url = str(parsed.copy_with(userinfo=b"")).rstrip("/").removesuffix("/v1")
         self.base, self.required, self.end_tokens = base, required, base.end_tokens
         self.n_ctx, self.n_shared = 2**31 - 1, base.n_vocab  # until the server tells
-        self.n_evaluated = self.n_calls = 0
-        self.seconds = self.load_seconds = 0.0
         self._note, self._pause = note or log.warning, pause
         self._dialect: Dialect | None = None
         self._model = ""
-        self._held, self._logits = array("i"), np.empty(0, np.float32)
+        self._lock = threading.RLock()  # around what follows
         self._absent_until, self._warned = -math.inf, False
         key = os.environ.get(KEY_VARIABLE)
         self._client = httpx.Client(
@@ -177,56 +221,111 @@ class RemoteExpert:
             auth=(parsed.username, parsed.password) if parsed.userinfo else None,
         )
         try:
-            self._with_patience(self._connect)
+            self._with_patience(self._dialect_of)
         except AbsentExpertError:
             pass  # it was said; perhaps it comes up later
         except BaseException:
             self.close()
             raise
 
-    def sync(self, tokens: Sequence[int], outputs: Sequence[int] = ()) -> int:
-        """Ask for the successors of `tokens`; return how many of them the server evaluated.
+    def session(self) -> RemoteSession:
+        """Return a new timeline of the model."""
+        return RemoteSession(self)
 
-        outputs: the last token alone can be one.
-        """
-        if not tokens:
-            raise PromptError("nothing to evaluate: the prompt has no tokens")
-        if list(outputs) not in ([], [len(tokens) - 1]):
-            raise ValueError(f"a remote expert tells of the last token, not of {list(outputs)}")
-        wanted = array("i", tokens)
-        if wanted == self._held:
-            return 0
-        before, begun = self.n_evaluated, time.perf_counter()
-        try:
-            self._with_patience(lambda: self._evaluate(wanted))
-        finally:
-            self.seconds += time.perf_counter() - begun
-        return self.n_evaluated - before
-
-    def state(self, i: int) -> tuple[Floats, Floats]:
-        """Return (logits, nothing) after token i of the last `sync`, its last one."""
-        assert i == len(self._held) - 1
-        return self._logits, np.empty(0, np.float32)
+    @property
+    def fingerprint(self) -> str:
+        """What tells this model from others: its server's address and its name there."""
+        self._with_patience(self._dialect_of, required=True)
+        return hashlib.sha256(f"{self.url} {self._model}".encode()).hexdigest()
 
     def close(self) -> None:
         """Close the connections."""
         self._client.close()
 
-    def _evaluate(self, tokens: array[int]) -> None:
-        dialect = self._dialect or self._connect()
-        if len(tokens) > self.n_ctx:
-            raise _TryError(f"{len(tokens)} tokens do not fit its {self.n_ctx}", final=True)
-        answer = self._request(dialect.path, dialect.ask(self._model, tokens.tolist()))
+    def ask(self, tokens: list[int]) -> tuple[Floats, int | None]:
+        """Return what follows `tokens` as log-probabilities (n_vocab,), and how many of them were
+        evaluated, if told.
+
+        Raises AbsentExpertError when the server fails, or ModelError where it is required.
+        """
+
+        def work() -> tuple[Floats, int | None]:
+            top, n_evaluated = self._ask(tokens, N_PROBS)
+            try:
+                return logits_of(top, self.base.n_vocab), n_evaluated
+            except ValueError as e:
+                raise _TryError(str(e)) from e
+
+        return self._with_patience(work)
+
+    def _ask(self, tokens: list[int], n_probs: int) -> Reply:
+        """n_probs: how many successors, where the server tells as many as it is asked for."""
+        dialect = self._dialect_of()
+        self._check_length(tokens)
+        body = dialect.ask(self._model, tokens)
+        if "n_probs" in body:
+            body["n_probs"] = n_probs
+        answer = self._request(dialect.path, body)
         try:
-            top, n_evaluated = dialect.read(answer, self.base.end_token)
-            self._logits = logits_of(top, self.base.n_vocab)
+            return dialect.read(answer, self.base.end_token)
         except _GARBAGE as e:
             raise _TryError(f"its answer is not {dialect.name}'s ({e!r})") from e
-        if n_evaluated is None:  # it has the last prefix cached
-            n_evaluated = len(tokens) - common_prefix(self._held, tokens)
-        self._held = tokens
-        self.n_calls += 1
-        self.n_evaluated += n_evaluated
+
+    def score(
+        self, documents: Sequence[npt.NDArray[np.int32]], starts: Sequence[int]
+    ) -> Iterator[Scored]:
+        """Yield for each document what the model says of its tokens from `start`, at least 1, on.
+
+        Raises ModelError when the server fails.
+        """
+        dialect = self._with_patience(self._dialect_of, required=True)
+        spans = [document.tolist() for document in documents]
+        if dialect.ask_scores is None:
+            for span, start in zip(spans, starts, strict=True):
+                yield self._score_by_token(span, start)
+            return
+        for i in range(0, len(spans), SCORE_TOGETHER):
+            some = slice(i, i + SCORE_TOGETHER)
+            yield from self._with_patience(
+                partial(self._score, spans[some], starts[some]), required=True
+            )
+
+    def _score(self, documents: list[list[int]], starts: Sequence[int]) -> list[Scored]:
+        dialect = self._dialect_of()
+        assert dialect.ask_scores is not None
+        for document in documents:
+            self._check_length(document)
+        answer = self._request(dialect.path, dialect.ask_scores(self._model, documents))
+        try:
+            told = {int(choice["index"]): choice["prompt_logprobs"] for choice in answer["choices"]}
+            return [
+                _read_scores(told[i], document, start)
+                for i, (document, start) in enumerate(zip(documents, starts, strict=True))
+            ]
+        except _GARBAGE as e:
+            raise _TryError(f"its answer is not {dialect.name}'s ({e!r})") from e
+
+    def _score_by_token(self, document: list[int], start: int) -> Scored:
+        """Ask for the successors of every prefix: one evaluated token each, with a prefix cache."""
+        logprobs, right = list[float](), list[bool]()
+        for at in range(start, len(document)):
+            token, prefix = document[at], document[:at]
+            ask = partial(self._ask, prefix, N_PROBS)
+            top, _ = self._with_patience(ask, required=True)
+            if token not in top:  # among the likeliest it is not, among all it must be
+                ask = partial(self._ask, prefix, self.n_shared)
+                top, _ = self._with_patience(ask, required=True)
+            logprobs.append(top.get(token, -math.inf))
+            right.append(token == max(top, key=top.__getitem__))
+        return logprobs, right
+
+    def _check_length(self, tokens: list[int]) -> None:
+        if len(tokens) > self.n_ctx:
+            raise _TryError(f"{len(tokens)} tokens do not fit its {self.n_ctx}", final=True)
+
+    def _dialect_of(self) -> Dialect:
+        with self._lock:
+            return self._dialect or self._connect()
 
     def _connect(self) -> Dialect:
         """Learn what kind of server it is and whether it has the base's vocabulary."""
@@ -276,27 +375,31 @@ class RemoteExpert:
                 return f"token {at} of {cut!r} is {one} in the base, {other} in the expert"
         return ""
 
-    def _with_patience(self, work: Callable[[], object]) -> None:
-        """Try up to three times, waiting longer each time; then leave the server alone a while."""
-        if time.monotonic() < self._absent_until:
+    def _with_patience(self, work: Callable[[], T], *, required: bool = False) -> T:
+        """Try up to three times, waiting longer each time; then leave the server alone a while,
+        or, where it is required, raise ModelError."""
+        required = required or self.required
+        if not required and time.monotonic() < self._absent_until:
             raise AbsentExpertError(f"{self.url}: the expert was absent a moment ago")
         for n in range(TRIES):
             try:
-                work()
+                done = work()
                 break
             except _TryError as e:
                 if not e.final and n + 1 < TRIES:
                     time.sleep(BACK_OFF * 2**n)
                     continue
                 what = f"{self.url}: the expert does not answer: {e}"
-                if self.required:
+                if required:
                     raise ModelError(f"{what}; start it, or check the address") from e
-                self._absent_until = time.monotonic() + self._pause
-                if not self._warned:
-                    self._warned = True
+                with self._lock:
+                    self._absent_until = time.monotonic() + self._pause
+                    warned, self._warned = self._warned, True
+                if not warned:
                     self._note(f"{what}; the base goes on alone")
                 raise AbsentExpertError(what) from e
         self._warned = False
+        return done
 
     def _request(self, path: str, body: dict[str, Any] | None = None) -> Any:
         """Return the JSON that a GET, or a POST of a body, is answered with."""
@@ -315,6 +418,52 @@ class RemoteExpert:
             return response.json()
         except ValueError as e:
             raise _TryError(f"{path}: its answer is no JSON") from e
+
+
+class RemoteSession:
+    """One timeline of a remote expert, with a session's `sync` and `state`."""
+
+    def __init__(self, expert: RemoteExpert) -> None:
+        self._expert = expert
+        self.n_evaluated = self.n_calls = 0
+        self.seconds = self.load_seconds = 0.0
+        self._held, self._logits = array("i"), np.empty(0, np.float32)
+
+    @property
+    def n_ctx(self) -> int:
+        return self._expert.n_ctx
+
+    def sync(self, tokens: Sequence[int], outputs: Sequence[int] = ()) -> int:
+        """Ask for the successors of `tokens`; return how many of them the server evaluated.
+
+        outputs: the last token alone can be one. Raises what `RemoteExpert.ask` does.
+        """
+        if not tokens:
+            raise PromptError("nothing to evaluate: the prompt has no tokens")
+        if list(outputs) not in ([], [len(tokens) - 1]):
+            raise ColmError(
+                "an expert on a server tells what follows the last token, and not what it says of "
+                "earlier ones; give a GGUF file (-me)"
+            )
+        wanted = array("i", tokens)
+        if wanted == self._held:
+            return 0
+        begun = time.perf_counter()
+        try:
+            self._logits, n_evaluated = self._expert.ask(wanted.tolist())
+        finally:
+            self.seconds += time.perf_counter() - begun
+        if n_evaluated is None:  # it has the last prefix cached
+            n_evaluated = len(wanted) - common_prefix(self._held, wanted)
+        self._held = wanted
+        self.n_calls += 1
+        self.n_evaluated += n_evaluated
+        return n_evaluated
+
+    def state(self, i: int) -> tuple[Floats, Floats]:
+        """Return (logits, nothing) after token i of the last `sync`, its last one."""
+        assert i == len(self._held) - 1
+        return self._logits, np.empty(0, np.float32)
 
 
 def logits_of(top: Mapping[int, float], n_vocab: int) -> Floats:

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from io import FileIO
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, Protocol, Self
+from typing import TYPE_CHECKING, Any, BinaryIO, Literal, Protocol, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -34,9 +34,8 @@ from colm_edge.errors import ColmError, DataError
 
 if TYPE_CHECKING:
     from colm_edge.pair import Pair
+    from colm_edge.remote import RemoteExpert
     from colm_edge.scorer import Scorer
-    from colm_edge.session import Session
-    from colm_edge.weights import Model
 
 Array = npt.NDArray[np.float64]
 Columns = dict[str, npt.NDArray[Any]]
@@ -96,14 +95,11 @@ def score(
     Raises DataError for what does not belong to these documents and for a disk that is full,
     ColmError for a model that gives NaN.
     """
-    # First, for an expert on a server cannot be scored, and the base's pass may take hours.
-    session = None if expert_scores is not None else pair.expert_session
-    base = _pass(pair, "base", pair.base_session, documents, progress, work, update)
-    if session is None:
-        assert expert_scores is not None
+    base = _pass(pair, "base", documents, progress, work, update)
+    if expert_scores is not None:
         expert = _read_expert(expert_scores, documents)
     else:
-        expert = _pass(pair, "expert", session, documents, progress, work, update)
+        expert = _pass(pair, "expert", documents, progress, work, update)
     return Scores(
         hidden=base["hidden"],
         logit_features=base["features"],
@@ -158,14 +154,14 @@ def score_expert(
 
     Returns what it did. Raises DataError when the file cannot be written.
     """
-    columns = _pass(pair, "expert", pair.expert_session, documents, progress, work, update)
+    columns = _pass(pair, "expert", documents, progress, work, update)
     temporary = path.with_name(f".{path.name}.tmp.npz")
     try:
         np.savez(
             temporary,
             tokens=documents.tokens, lengths=documents.lengths, starts=documents.starts,
             lines=documents.lines, logprob=columns["logprob"], right=columns["right"],
-            model=np.array(str(pair.expert.path)),
+            model=np.array(pair.expert_name),
         )  # fmt: skip
         os.replace(temporary, path)
     except OSError as e:
@@ -173,7 +169,7 @@ def score_expert(
     finally:
         temporary.unlink(missing_ok=True)
     return {
-        "model": str(pair.expert.path),
+        "model": pair.expert_name,
         "n_documents": len(documents),
         "n_tokens": documents.n_scored,
         "n_cut": documents.n_cut,
@@ -215,16 +211,13 @@ def _read_expert(path: Path, documents: Documents) -> Columns:
 
 def _pass(
     pair: Pair,
-    name: str,
-    session: Session,
+    name: Literal["base", "expert"],
     documents: Documents,
     progress: MakeProgress,
     work: Path | None,
     update: bool,
 ) -> Columns:
     """Return one model's columns: logprob (n,), right (n,), and for the base hidden, features."""
-    from colm_edge.scorer import Scorer
-
     kinds: Kinds = {"logprob": ((), np.float64), "right": ((), np.bool_)}
     if name == "base":
         kinds["hidden"] = ((pair.base.n_embd,), np.float32)
@@ -233,22 +226,31 @@ def _pass(
     if work is None:
         ledger = Memory(kinds, documents)
     else:
-        ledger = Ledger(_folder(work, name, session.model, update), kinds, documents, update)
+        ledger = Ledger(_folder(work, name, pair, update), kinds, documents, update)
     with ExitStack() as stack:
         stack.enter_context(ledger)
         bar = stack.enter_context(progress(name, documents.n_tokens))
         bar.update(int(documents.lengths[ledger.state != TO_DO].sum()))
         scorer: Scorer | None = None
-        # No smaller than in use: some models scale their positions by the context's size.
-        n_cells = max(PACK_TOKENS, session.n_ctx)
         for group in _groups(documents, ledger.state):
             if (ledger.state[group] != TO_DO).all():
                 continue
-            if scorer is None:
-                scorer = stack.enter_context(Scorer(session, n_cells, hidden=name == "base"))
-            _score_group(ledger, scorer, documents, group, pair.n_shared)
+            if name == "expert" and pair.remote is not None:
+                found = _score_there(pair.remote, documents, group)
+            else:
+                scorer = scorer or stack.enter_context(_scorer(pair, name))
+                found = _score_here(scorer, documents, group, pair.n_shared)
+            ledger.write(group, found)
             bar.update(int(documents.lengths[group].sum()))
     return ledger.columns
+
+
+def _scorer(pair: Pair, name: str) -> Scorer:
+    from colm_edge.scorer import Scorer
+
+    session = pair.base_session if name == "base" else pair.expert_session
+    # No smaller than in use: some models scale their positions by the context's size.
+    return Scorer(session, max(PACK_TOKENS, session.n_ctx), hidden=name == "base")
 
 
 def _groups(documents: Documents, state: npt.NDArray[np.uint8]) -> Iterator[npt.NDArray[np.int64]]:
@@ -272,17 +274,28 @@ def _groups(documents: Documents, state: npt.NDArray[np.uint8]) -> Iterator[npt.
         yield np.array(group)
 
 
-def _score_group(
-    ledger: Memory | Ledger,
-    scorer: Scorer,
-    documents: Documents,
-    group: npt.NDArray[np.int64],
-    n_shared: int,
-) -> None:
+def _score_there(
+    expert: RemoteExpert, documents: Documents, group: npt.NDArray[np.int64]
+) -> Columns:
+    """Return a group's columns as an expert on a server gives them."""
+    spans = [documents.span(i) for i in group]
+    logprobs, right = list[float](), list[bool]()
+    for some, likeliest in expert.score(spans, documents.starts[group].tolist()):
+        logprobs += some
+        right += likeliest
+    if not np.isfinite(logprobs).all():
+        raise ColmError(f"{expert.url}: gives NaN or zero probability to a token of the data")
+    return {"logprob": np.array(logprobs), "right": np.array(right, np.bool_)}
+
+
+def _score_here(
+    scorer: Scorer, documents: Documents, group: npt.NDArray[np.int64], n_shared: int
+) -> Columns:
+    """Return a group's columns; of a scorer of hidden states those of the base."""
     spans = [documents.span(i) for i in group]
     lengths, starts = documents.lengths[group], documents.starts[group]
     gold = np.concatenate([s[k:] for s, k in zip(spans, starts, strict=True)])
-    found: dict[str, list[npt.NDArray[Any]]] = {name: [] for name in ledger.kinds}
+    found: dict[str, list[npt.NDArray[Any]]] = {}
     at = 0
     for logits, hidden in scorer.score(np.concatenate(spans), lengths, starts):
         n = len(logits)
@@ -299,13 +312,13 @@ def _score_group(
                 f"{scorer.model.path}: gives NaN or zero probability to a token of the data; "
                 f"the file is broken or not the model that the data needs ({e})"
             ) from e
-        found["logprob"].append(logprob)
-        found["right"].append(argmax == rows)
+        columns = {"logprob": logprob, "right": argmax == rows}
         if features is not None:
-            found["hidden"].append(hidden.copy())
-            found["features"].append(features)
+            columns |= {"hidden": hidden.copy(), "features": features}
+        for name, column in columns.items():
+            found.setdefault(name, []).append(column)
         at += n
-    ledger.write(group, {name: np.concatenate(parts) for name, parts in found.items()})
+    return {name: np.concatenate(parts) for name, parts in found.items()}
 
 
 class Memory:
@@ -515,7 +528,7 @@ def _runs(*starts_and_counts: npt.NDArray[np.int64]) -> Iterator[tuple[int, int]
     yield from pairwise(ends)
 
 
-def _folder(work: Path, name: str, model: Model, update: bool) -> Path:
+def _folder(work: Path, name: str, pair: Pair, update: bool) -> Path:
     """Return the folder of a model's columns. Raises DataError where another model's stand.
 
     Each model has its own, by its fingerprint, so that no two are ever mixed; after an update the
@@ -523,13 +536,16 @@ def _folder(work: Path, name: str, model: Model, update: bool) -> Path:
     """
     with _disk(work):
         work.mkdir(parents=True, exist_ok=True)
-    folder = work / f"{name}-{model.fingerprint[:8]}"
+    is_base = name == "base"
+    model = str(pair.base.path) if is_base else pair.expert_name
+    mark = pair.base.fingerprint if is_base else pair.expert_fingerprint
+    folder = work / f"{name}-{mark[:8]}"
     others = [p for p in work.glob(f"{name}-" + "[0-9a-f]" * 8) if p != folder]
-    if folder.exists() or not others or (update and name == "expert"):
+    if folder.exists() or not others or (update and not is_base):
         return folder
-    cure = " or have it updated (--update)" if name == "expert" else ""
+    cure = "" if is_base else " or have it updated (--update)"
     raise DataError(
-        f"{others[0]}: holds scores of another model than {model.path}; name another work folder, "
+        f"{others[0]}: holds scores of another model than {model}; name another work folder, "
         f"remove this one{',' if cure else ''}{cure}"
     )
 

@@ -14,7 +14,6 @@ import threading
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +24,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 from starlette.exceptions import HTTPException
 
 from colm_edge.errors import ColmError, ModelError
-from colm_edge.options import Options
+from colm_edge.options import Options, ServerOptions
 from colm_edge.protocol import (
     MAX_CHOICES,
     ChatRequest,
@@ -48,20 +47,6 @@ if TYPE_CHECKING:
 MAX_BODY = 4 << 20  # bytes of a request
 
 
-@dataclass(frozen=True)
-class Settings:
-    """How a server behaves towards the outside; every default of `colm-edge serve`."""
-
-    host: str = "127.0.0.1"
-    port: int = 8080
-    n_slots: int = 4
-    queue: int = 16  # requests that wait for a slot
-    api_key: str | None = None
-    cors: tuple[str, ...] = ()  # origins whose pages may ask
-    max_tokens: int = 2048  # of one answer
-    expert_idle_unload: float = 0.0  # seconds; 0: never
-
-
 class Metrics:
     """What /metrics tells, in Prometheus' own format."""
 
@@ -79,13 +64,13 @@ class Metrics:
         waiting = Gauge("colm_waiting_requests", "Requests that wait for a slot.", **made)
         waiting.set_function(lambda: server.n_waiting)
         loaded = Gauge("colm_expert_loaded", "Whether the expert is in memory.", **made)
-        loaded.set_function(lambda: server.slots.expert.created)
+        loaded.set_function(lambda: server.slots.expert_loaded)
 
 
 class Server:
     """A pair behind HTTP. `app` is the ASGI application; `close` ends the worker."""
 
-    def __init__(self, pair: Pair, settings: Settings, name: str) -> None:
+    def __init__(self, pair: Pair, settings: ServerOptions, name: str) -> None:
         self.pair, self.settings, self.name = pair, settings, name
         self.slots = Slots(pair, settings.n_slots)
         # A bet is weighed for an answer alone; several share their batches.
@@ -121,8 +106,11 @@ class Server:
                 "server_error", "overloaded", headers={"Retry-After": "1"},
             )  # fmt: skip
 
-    async def write(self, tokens: list[int], options: Options) -> AsyncIterator[Written]:
-        """Write an answer; yield it after each step. Leaving this early frees the slot."""
+    async def write(
+        self, tokens: list[int], options: Options, tells_prompt: bool
+    ) -> AsyncIterator[Written]:
+        """Write an answer; yield it at the start and after each step. Leaving this early frees the
+        slot."""
         self.n_waiting += 1
         try:
             await self._free.acquire()
@@ -138,7 +126,7 @@ class Server:
             try:
                 with self.slots.take(tokens) as timelines:
                     stream = self.pair.stream_tokens(tokens, options, timelines)
-                    put(stream)
+                    put(Written(stream, stream.read_prompt() if tells_prompt else []))
                     for step in stream:
                         put(step)
                         if gone.is_set():
@@ -153,21 +141,18 @@ class Server:
         begun = time.monotonic()
         threading.Thread(target=work, name="colm-edge-answer", daemon=True).start()
         try:
-            written: Written | None = None
             while (item := await queue.get()) is not None:
                 if isinstance(item, BaseException):
                     raise item
-                if written is None:
-                    written = Written(item)
-                    continue
-                if not written.steps:
-                    self.metrics.first.observe(time.monotonic() - begun)
-                written.steps.append(item)
-                self.metrics.tokens.labels(item.source).inc()
+                if isinstance(item, Written):
+                    written = item
+                else:
+                    if not written.steps:
+                        self.metrics.first.observe(time.monotonic() - begun)
+                    written.steps.append(item)
+                    self.metrics.tokens.labels(item.source).inc()
                 yield written
-            if written is not None:
-                self.metrics.expert_calls.inc(written.stats()["expert_calls"])
-                yield written
+            self.metrics.expert_calls.inc(written.stats()["expert_calls"])
         finally:
             gone.set()
 
@@ -182,7 +167,7 @@ class Server:
         while True:
             await asyncio.sleep(min(1.0, limit / 4))
             idle = time.monotonic() - self._last_use
-            if not self.n_busy and idle >= limit and self.slots.expert.created:
+            if not self.n_busy and idle >= limit and self.slots.expert_loaded:
                 await asyncio.to_thread(self.slots.unload_expert)
 
     def close(self) -> None:
@@ -270,22 +255,21 @@ def create_app(server: Server) -> FastAPI:
                           code="model_not_found", param="model")  # fmt: skip
         return dict(models()["data"][0])
 
+    piece = server.pair.base.piece
     kinds: dict[str, Any] = {"application/json": {}, "text/event-stream": {}}
     answered: dict[str, Any] = {**known, "responses": {200: {"content": kinds}, **refused}}
 
     @app.post("/v1/chat/completions", **answered)
     async def chat(body: ChatRequest, request: Request) -> Response:
         prompt = [message.as_dict() for message in body.messages]
-        return await _respond(server, Endpoint(chat=True), body, [prompt], body.logprobs, request)
+        return await _respond(server, Endpoint(True, piece), body, [prompt], request)
 
     @app.post("/v1/completions", **answered)
     async def completions(body: CompletionRequest, request: Request) -> Response:
         prompts = body.prompts()
         if not prompts:
             raise RefusalError(400, "the prompt is empty; give a text or token ids", param="prompt")
-        return await _respond(
-            server, Endpoint(chat=False), body, prompts, body.logprobs is not None, request
-        )
+        return await _respond(server, Endpoint(False, piece), body, prompts, request)
 
     @app.post("/tokenize", **known)
     def tokenize(body: TokenizeRequest) -> dict[str, Any]:
@@ -396,9 +380,8 @@ KNOWN_PATHS = (
 
 
 async def _respond(
-    server: Server, endpoint: Endpoint, body: Sampling, prompts: list[Any], logprobs: bool,
-    request: Request,
-) -> Response:  # fmt: skip
+    server: Server, endpoint: Endpoint, body: Sampling, prompts: list[Any], request: Request
+) -> Response:
     """Answer every prompt `n` times, as one body or as events."""
     server.admit()
     limit, defaults = server.settings.max_tokens, server.defaults
@@ -422,9 +405,9 @@ async def _respond(
     echoes = [""] * len(jobs)
     if isinstance(body, CompletionRequest) and body.echo:
         echoes = [server.text_of(tokens) for tokens, _ in jobs]
-    answers = [server.write(tokens, options) for tokens, options in jobs]
+    answers = [server.write(tokens, options, body.tells_prompt) for tokens, options in jobs]
     if body.stream:
-        events = _events(endpoint, about, answers, body, n_prompt, logprobs, echoes)
+        events = _events(endpoint, about, answers, body, n_prompt, echoes)
         return StreamingResponse(
             _guarded(events, answers), media_type="text/event-stream",
             headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"},
@@ -443,7 +426,7 @@ async def _respond(
         **about,
         "object": endpoint.kind,
         "choices": [
-            endpoint.choice(i, written, logprobs, echoes[i]) for i, written in enumerate(choices)
+            endpoint.choice(i, written, body, echoes[i]) for i, written in enumerate(choices)
         ],
         "usage": usage_of(n_prompt, choices),
         "colm": colm_of(choices, body.colm.trace),
@@ -482,7 +465,7 @@ def _event(body: Any) -> str:
 
 async def _events(
     endpoint: Endpoint, about: dict[str, Any], answers: list[AsyncIterator[Written]],
-    body: Sampling, n_prompt: int, logprobs: bool, echoes: list[str],
+    body: Sampling, n_prompt: int, echoes: list[str],
 ) -> AsyncIterator[str]:  # fmt: skip
     """Yield server-sent events: an answer's tokens as they come, several answers interleaved."""
     kind = endpoint.kind + (".chunk" if endpoint.chat else "")
@@ -490,16 +473,18 @@ async def _events(
     queue: asyncio.Queue[Any] = asyncio.Queue()
 
     async def pump(i: int, answer: AsyncIterator[Written]) -> None:
-        sent = 0
-        written = None
+        sent = -1  # the beginning is something to send too
         try:
             async for written in answer:
+                if sent < 0:
+                    queue.put_nowait((i, written))
+                    sent = 0
                 for step in written.steps[sent:]:
-                    queue.put_nowait((i, step, None))
+                    queue.put_nowait((i, step))
                 sent = len(written.steps)
-            queue.put_nowait((i, None, written))
+            queue.put_nowait((i, written))
         except BaseException as e:
-            queue.put_nowait((i, e, None))
+            queue.put_nowait((i, e))
             raise
 
     def chunk(choices: list[Any], **more: Any) -> str:
@@ -508,23 +493,26 @@ async def _events(
 
     pumps = [asyncio.create_task(pump(i, answer)) for i, answer in enumerate(answers)]
     try:
-        for i in range(len(answers)):
-            if endpoint.chat or echoes[i]:
-                yield chunk([endpoint.delta(i, echoes[i], None, True, None)])
         done: dict[int, Written] = {}
+        begun = set[int]()
         offsets = [len(echo) for echo in echoes]
         while len(done) < len(answers):
-            i, step, written = await queue.get()
-            if isinstance(step, BaseException):
-                raise step
-            if written is not None:
-                done[i] = written
-                yield chunk([endpoint.delta(i, None, written.finish, False, None)])
-                continue
-            told = endpoint.logprobs([step], offsets[i]) if logprobs else None
-            offsets[i] += len(step.text)
-            more = {"colm": record_of(step)} if body.colm.trace else {}
-            yield chunk([endpoint.delta(i, step.text, None, False, told)], **more)
+            i, item = await queue.get()
+            if isinstance(item, BaseException):
+                raise item
+            if not isinstance(item, Written):
+                told = endpoint.logprobs([item], body, offsets[i])
+                offsets[i] += len(item.text)
+                more = {"colm": record_of(item)} if body.colm.trace else {}
+                yield chunk([endpoint.delta(i, item.text, None, False, told)], **more)
+            elif i in begun:
+                done[i] = item
+                yield chunk([endpoint.delta(i, None, item.finish, False, None)])
+            else:
+                begun.add(i)
+                if endpoint.chat or echoes[i]:
+                    told = endpoint.echo_logprobs(item, body)
+                    yield chunk([endpoint.delta(i, echoes[i], None, True, told)])
         choices = [done[i] for i in range(len(answers))]
         last: dict[str, Any] = {"colm": colm_of(choices, False)}
         if wants_usage:
@@ -538,7 +526,7 @@ async def _events(
         await asyncio.gather(*pumps, return_exceptions=True)
 
 
-def serve(pair: Pair, settings: Settings, name: str, note: Callable[[str], None]) -> None:
+def serve(pair: Pair, settings: ServerOptions, name: str, note: Callable[[str], None]) -> None:
     """Answer requests until interrupted; streams under way then end first.
 
     Raises ColmError when the address cannot be had.

@@ -19,10 +19,13 @@ import numpy as np
 import numpy.typing as npt
 
 from colm_edge.errors import ColmError, ModelError, PromptError
+from colm_edge.remote import RemoteSession
 from colm_edge.session import Batch, Session, common_prefix
 
 if TYPE_CHECKING:
+    from colm_edge.decode import Timeline
     from colm_edge.pair import Pair
+    from colm_edge.remote import RemoteExpert
 
 Floats = npt.NDArray[np.float32]
 
@@ -179,6 +182,18 @@ class SharedTimeline:
         return self._context.state(self._slot, i)
 
 
+class AwayTimeline(RemoteSession):
+    """A slot's timeline of an expert on a server; no other slot waits for what is asked there."""
+
+    def __init__(self, slots: Slots, expert: RemoteExpert) -> None:
+        super().__init__(expert)
+        self._slots = slots
+
+    def sync(self, tokens: Sequence[int], outputs: Sequence[int] = ()) -> int:
+        with self._slots.away():
+            return super().sync(tokens, outputs)
+
+
 class Slots:
     """A pair's models for several answers at once.
 
@@ -188,16 +203,24 @@ class Slots:
     def __init__(self, pair: Pair, n_slots: int) -> None:
         self.pair, self.n_slots = pair, n_slots
         self.base = SharedContext(pair.base_session, n_slots)
-        self.expert = SharedContext(pair.expert_session, n_slots)
+        self.expert: SharedContext | None = None
+        self._remote: list[AwayTimeline] = []
+        if pair.remote is None:
+            self.expert = SharedContext(pair.expert_session, n_slots)
+        else:
+            self._remote = [AwayTimeline(self, pair.remote) for _ in range(n_slots)]
         self._changed = threading.Condition()
         self._taken: set[int] = set()
-        self._waiting: dict[SharedContext, list[_Request]] = {self.base: [], self.expert: []}
+        self._n_away = 0  # of the slots taken, those whose expert's server is at work
+        self._waiting: dict[SharedContext | None, list[_Request]] = {
+            self.base: [], self.expert: []
+        }  # fmt: skip
         self._closed = False
         self._worker = threading.Thread(target=self._work, name="colm-edge-slots", daemon=True)
         self._worker.start()
 
     @contextmanager
-    def take(self, tokens: Sequence[int]) -> Iterator[tuple[SharedTimeline, SharedTimeline]]:
+    def take(self, tokens: Sequence[int]) -> Iterator[tuple[Timeline, Timeline]]:
         """Have a free slot's timelines for a while: the one that knows most of these tokens."""
         wanted = array("i", tokens)
         with self._changed:
@@ -207,7 +230,11 @@ class Slots:
             slot = max(free, key=lambda slot: self._worth(slot, wanted))
             self._taken.add(slot)
         try:
-            yield tuple(SharedTimeline(self, c, slot) for c in (self.base, self.expert))  # type: ignore[misc]
+            base = SharedTimeline(self, self.base, slot)
+            if self.expert is None:
+                yield base, self._remote[slot]
+            else:
+                yield base, SharedTimeline(self, self.expert, slot)
         finally:
             with self._changed:
                 self._taken.discard(slot)
@@ -238,9 +265,10 @@ class Slots:
         too small, sooner the expert's are.
         """
         base, expert = (len(self._waiting[c]) for c in (self.base, self.expert))
-        if not base + expert or base + expert < len(self._taken):
+        n = len(self._taken) - self._n_away
+        if not base + expert or base + expert < n:
             return None
-        return self.base if base and 4 * expert < 3 * len(self._taken) else self.expert
+        return self.base if base and 4 * expert < 3 * n else self.expert
 
     def _work(self) -> None:
         while True:
@@ -260,10 +288,27 @@ class Slots:
                     request.error = error
                     request.done.set()
 
+    @contextmanager
+    def away(self) -> Iterator[None]:
+        """Let the others go on meanwhile."""
+        with self._changed:
+            self._n_away += 1
+            self._changed.notify_all()
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._n_away -= 1
+
+    @property
+    def expert_loaded(self) -> bool:
+        """Whether an expert takes memory here."""
+        return self.expert is not None and self.expert.created
+
     def unload_expert(self) -> None:
         """Give the expert's memory back; it is read again when it is asked."""
         with self._changed:
-            if not self._waiting[self.expert]:
+            if self.expert is not None and not self._waiting[self.expert]:
                 self.expert.close()
                 self.pair.expert_session.close()
                 self.pair.expert.unload()
@@ -278,7 +323,8 @@ class Slots:
             for request in requests:
                 request.error = ColmError("the models are closed")
                 request.done.set()
-            context.close()
+            if context is not None:
+                context.close()
 
 
 class BusyError(ColmError):

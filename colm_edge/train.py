@@ -148,7 +148,7 @@ def fit_switch(
         thresholds=thresholds,
         info={
             "base": pair.base.path.name,
-            "expert": Path(scored_by(expert_scores) or pair.expert.path).name,
+            "expert": Path(scored_by(expert_scores) or pair.expert_name).name,
             "objective": trial.objective,
         },
     )

@@ -126,8 +126,8 @@ def test_chat_turns_evaluate_only_what_is_new(tiny):
         ]
         second = pair.chat(messages, **GREEDY | {"threshold": 0.0})
         n_shared = len(pair.prompt_tokens([system])) - 8
-        for stats in (second.stats,):
-            assert stats.base_tokens < stats.n_prompt + stats.n_generated - n_shared
-            assert stats.expert_tokens < stats.n_prompt + stats.n_generated - n_shared
+        stats = second.stats
+        assert stats.base_tokens < stats.n_prompt + stats.n_generated - n_shared
+        assert stats.expert_tokens < stats.n_prompt + stats.n_generated - n_shared
         other = pair.chat([system, {"role": "user", "content": "goodbye"}], **GREEDY)
         assert other.stats.base_tokens < other.stats.n_prompt + other.stats.n_generated - n_shared

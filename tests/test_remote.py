@@ -240,7 +240,7 @@ BODIES = {
 @pytest.mark.parametrize("owner", DIALECTS)
 def test_what_each_dialect_asks(tiny, owner):
     with faking(owner, tiny["expert"]) as (url, fake), remote_pair(tiny, url + "/v1") as pair:
-        expert = pair.remote
+        expert = pair.remote.session()
         for path, body in fake.requests:
             assert path == "/tokenize"
             if owner == "llamacpp":
@@ -261,7 +261,7 @@ def test_what_each_dialect_asks(tiny, owner):
         truth = fake.session.logits
         assert int(logits.argmax()) == int(truth.argmax())
         assert math.fsum(np.exp(logits.astype(np.float64))) == pytest.approx(1, abs=1e-4)
-        with pytest.raises(ValueError, match="the last token"):
+        with pytest.raises(ColmError, match="the last token"):
             expert.sync(tokens, [0, len(tokens) - 1])
 
 
@@ -335,7 +335,7 @@ def test_a_refusal_is_not_tried_again(tiny):
     with faking("vllm", tiny["expert"]) as (url, fake), remote_pair(tiny, url) as pair:
         fake.always = "400"
         with pytest.raises(AbsentExpertError, match="HTTP 400"):
-            pair.remote.sync([1, 2, 3])
+            pair.remote.session().sync([1, 2, 3])
         assert len(fake.asked) == 1
 
 

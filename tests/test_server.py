@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 
 import httpx
+import numpy as np
 import openai
 import pytest
 import schemathesis
@@ -17,9 +18,10 @@ import uvicorn
 from hypothesis import HealthCheck, given, settings
 from schemathesis.specs.openapi.checks import positive_data_acceptance
 
-from colm_edge.options import Options
+from colm_edge.decode import PROMPT_OUTPUTS
+from colm_edge.options import Options, ServerOptions
 from colm_edge.pair import Pair, load
-from colm_edge.server import MAX_BODY, Server, Settings, create_app
+from colm_edge.server import MAX_BODY, Server, create_app
 
 GREEDY = Options(temperature=0.0, threshold=0.4)
 CHAT = [{"role": "user", "content": "hello"}]
@@ -28,7 +30,7 @@ CHAT = [{"role": "user", "content": "hello"}]
 @contextmanager
 def serving(pair: Pair, **settings) -> Iterator[tuple[str, Server]]:
     """Run a real server on a free port."""
-    server = Server(pair, Settings(port=0, **settings), "tiny")
+    server = Server(pair, ServerOptions(port=0, **settings), "tiny")
     config = uvicorn.Config(create_app(server), port=0, log_level="warning", lifespan="on")
     running = uvicorn.Server(config)
     thread = threading.Thread(target=running.run)
@@ -152,15 +154,15 @@ def test_completions_take_text_or_token_ids(client, pair):
     steps = list(expected)
     text = "".join(step.text for step in steps)
     for prompt in ("hello world", tokens):
-        answer = client.completions.create(
-            model="tiny", prompt=prompt, max_tokens=10, logprobs=1, echo=prompt == "hello world"
-        )
+        answer = client.completions.create(model="tiny", prompt=prompt, max_tokens=10, logprobs=1)
         choice = answer.choices[0]
-        assert choice.text == ("hello world" if prompt == "hello world" else "") + text
+        assert choice.text == text
         assert choice.logprobs.token_logprobs == pytest.approx(
             [step.logprob for step in steps], abs=1e-2
         )
         assert "".join(choice.logprobs.tokens) == text
+    echoed = client.completions.create(model="tiny", prompt="hello world", max_tokens=10, echo=True)
+    assert echoed.choices[0].text == "hello world" + text
     several = client.completions.create(model="tiny", prompt=["hello world", "other"], max_tokens=4)
     assert [choice.index for choice in several.choices] == [0, 1]
     assert text.startswith(several.choices[0].text)
@@ -176,9 +178,91 @@ def test_chat_logprobs(client):
     content = answer.choices[0].logprobs.content
     assert len(content) == 5
     assert all(item.logprob <= 0 for item in content)
-    assert bytes(b for item in content for b in item.bytes).decode() == (
-        answer.choices[0].message.content
+    spelled = bytes(b for item in content for b in item.bytes).decode("utf-8", "replace")
+    assert spelled == answer.choices[0].message.content
+
+
+def truth(pair, tokens, threshold):
+    """Return by the pair's own sessions, one token at a time: for each token after the first the
+    log-probabilities (n_shared,) of the model that would have written it."""
+    expert = []
+    for i in range(1, len(tokens)):
+        pair.base_session.sync(tokens[:i])
+        logits, hidden = pair.base_session.state(i - 1)
+        p_defer = pair.switch.reader(pair.base, pair.n_shared)(logits, hidden)[0]
+        if p_defer > threshold or threshold == 0:
+            pair.expert_session.sync(tokens[:i])
+            logits, _ = pair.expert_session.state(i - 1)
+        x = logits.astype(np.float64)
+        expert.append((x - np.log(np.exp(x - x.max()).sum()) - x.max())[: pair.n_shared])
+    return expert
+
+
+@pytest.mark.parametrize("threshold", [0.0, 0.4, 1.0])
+@pytest.mark.parametrize("n_words", [3, 150])
+def test_echoed_prompts_tell_their_own_probabilities(client, pair, threshold, n_words):
+    """As evaluation harnesses ask for them: no token written, the prompt's log-probabilities."""
+    prompt = " ".join(f"word{i}" for i in range(n_words))
+    tokens = pair.base.tokenize(prompt)[:250]
+    prompt = b"".join(map(pair.base.piece, tokens)).decode()
+    assert (len(tokens) > PROMPT_OUTPUTS) == (n_words == 150)
+    expected = truth(pair, tokens, threshold)
+    fields = {"prompt_logprobs": 2, "colm": {"threshold": threshold}}
+    answer = client.completions.create(
+        model="tiny", prompt=[tokens], max_tokens=0, logprobs=2, echo=True, extra_body=fields
     )
+    choice = answer.choices[0]
+    assert choice.text == prompt
+    told = choice.logprobs
+    assert "".join(told.tokens) == prompt
+    assert told.text_offset == [len("".join(told.tokens[:i])) for i in range(len(tokens))]
+    assert told.token_logprobs[0] is told.top_logprobs[0] is choice.prompt_logprobs[0] is None
+    own = [x[token] for x, token in zip(expected, tokens[1:], strict=True)]
+    assert told.token_logprobs[1:] == pytest.approx(own, abs=5e-2)
+    for x, token, top in zip(expected, tokens[1:], choice.prompt_logprobs[1:], strict=True):
+        assert str(token) in top
+        for i, entry in top.items():
+            assert entry["logprob"] == pytest.approx(x[int(i)], abs=5e-2)
+            assert entry["decoded_token"] == pair.base.piece(int(i)).decode("utf-8", "replace")
+        ranked = {entry["rank"]: entry["logprob"] for entry in top.values() if entry["rank"]}
+        assert [ranked[1], ranked[2]] == pytest.approx(np.sort(x)[:-3:-1], abs=5e-2)
+
+
+def test_an_echo_comes_first_in_a_stream(client):
+    events = list(
+        client.completions.create(
+            model="tiny", prompt="hello world", max_tokens=3, logprobs=1, echo=True, stream=True
+        )
+    )
+    whole = client.completions.create(
+        model="tiny", prompt="hello world", max_tokens=3, logprobs=1, echo=True
+    )
+    choices = [event.choices[0] for event in events if event.choices]
+    assert choices[0].text == "hello world"
+    assert "".join(choice.text for choice in choices) == whole.choices[0].text
+    told = [choice.logprobs for choice in choices if choice.logprobs]
+    for name in ("tokens", "text_offset"):
+        parts = [x for part in told for x in getattr(part, name)]
+        assert parts == getattr(whole.choices[0].logprobs, name)
+
+
+def test_the_likeliest_tokens_are_told(client, pair):
+    answer = client.chat.completions.create(
+        model="tiny", messages=CHAT, max_tokens=5, logprobs=True, top_logprobs=3
+    )
+    steps = list(pair.stream_chat(CHAT, **vars(GREEDY.with_changes(max_tokens=5, n_probs=3))))
+    content = answer.choices[0].logprobs.content
+    for item, step in zip(content, steps, strict=True):
+        told = [(bytes(top.bytes), top.logprob) for top in item.top_logprobs]
+        spelled = [(pair.base.piece(token), logprob) for token, logprob in step.top]
+        assert [text for text, _ in told] == [text for text, _ in spelled]
+        assert [x for _, x in told] == pytest.approx([x for _, x in spelled], abs=1e-2)
+        assert (item.token, item.logprob) == (item.top_logprobs[0].token, told[0][1])
+    completion = client.completions.create(model="tiny", prompt="hello", max_tokens=3, logprobs=2)
+    told = completion.choices[0].logprobs
+    for text, logprob, top in zip(told.tokens, told.token_logprobs, told.top_logprobs, strict=True):
+        assert logprob == top[text] == max(top.values())
+        assert len(top) <= 3
 
 
 def test_seeds_and_choices(client):
@@ -407,7 +491,7 @@ def test_a_stream_under_way_ends_before_the_server_does(endless, slow):
 
 def test_the_document_holds(pair):
     """Whatever the server's own OpenAPI document allows is answered as it says."""
-    server = Server(pair, Settings(max_tokens=4), "tiny")
+    server = Server(pair, ServerOptions(max_tokens=4), "tiny")
     app = create_app(server)
     schema = schemathesis.openapi.from_asgi("/openapi.json", app)
     n_seen = 0

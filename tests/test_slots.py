@@ -152,7 +152,7 @@ def test_the_experts_memory_is_given_back_and_taken_again(pair):
     assert pair.expert.loaded
     slots.unload_expert()
     assert not pair.expert.loaded
-    assert not slots.expert.created
+    assert not slots.expert_loaded
     assert answer(pair, slots, "hello", options)[0] == first
     slots.close()
 
