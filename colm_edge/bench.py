@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from colm_edge.session import Session
 
 Note = Callable[[str], None]
-_CONTEXT = ("n_ctx", "n_threads", "flash_attn", "cache_type_k", "cache_type_v")
+_CONTEXT = ("n_ctx", "n_threads", "n_ubatch", "flash_attn", "cache_type_k", "cache_type_v")
 
 
 @dataclass(frozen=True)
@@ -346,7 +346,7 @@ def _peak_memory(pair: Pair, trace: Trace, name: str, note: Note) -> float | Non
         arguments["switch"] = "margin"
     task = {"arguments": arguments, "trace": trace.__dict__, "name": name}
     done = subprocess.run(
-        [sys.executable, "-m", "colm_edge.bench"], input=json.dumps(task), text=True,
+        [sys.executable, "-P", "-m", "colm_edge.bench"], input=json.dumps(task), text=True,
         capture_output=True, check=False,
     )  # fmt: skip
     if done.returncode != 0:

@@ -503,6 +503,8 @@ def bench_command(
                 f"{replay!r}: expected f=RATE and, after commas, agree=P, both from 0 to 1, and "
                 "run=MEAN from 1 on"
             ) from e
+    if "rpc" in models:
+        raise ColmError("bench measures this machine alone; leave --rpc out")
     with open_pair(models) as loaded:
         if tuning:
             rows, advice = tune(loaded, note)

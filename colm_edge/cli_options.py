@@ -61,10 +61,18 @@ def _pair_options() -> list[Any]:
             help="CPU threads; 0: every core, or one for a very small model.",
         ),
         click.option(
+            "-ub", "--ubatch-size", "n_ubatch", type=click.IntRange(0, 512), default=0,
+            help="Tokens of a prompt evaluated at a time; 0: 512, or 128 without flash attention.",
+        ),
+        click.option(
             "-ngl", "--n-gpu-layers", type=int, default=0, help="Base layers put on the GPU."
         ),
         click.option(
             "-ngle", "--n-gpu-layers-expert", type=int, help="Expert layers on the GPU [as -ngl]."
+        ),
+        click.option(
+            "--rpc", metavar="HOST:PORT,…", default="", callback=listed,
+            help="Machines that hold the expert: llama.cpp's RPC servers.",
         ),
         click.option(
             "-fa", "--flash-attn", type=click.Choice(["auto", "on", "off"]),
@@ -156,6 +164,11 @@ def _gather(
         option(gathering)
     keys.update(parameters() - before)
     return cast(Command, gathering)
+
+
+def listed(_: click.Context, __: click.Parameter, value: str) -> tuple[str, ...]:
+    """Split a list at its commas."""
+    return tuple(part.strip() for part in value.split(",") if part.strip())
 
 
 def finite(_: click.Context, __: click.Parameter, value: float) -> float:

@@ -191,8 +191,9 @@ def _cache_file(session: Session) -> Path:
     library = next((Path(llama_cpp.__file__).parent / "lib").glob("*ggml-cpu*"), None)
     settings = (
         VERSION, platform.node(), llama_cpp.__version__, library and library.stat().st_size,
-        llama_cpp.llama_print_system_info(), session.model.n_gpu_layers, session.n_threads,
-        session.n_batch, session.flash_attn, session.options.cache_type_k,
+        llama_cpp.llama_print_system_info(), session.model.n_gpu_layers, session.model.rpc,
+        session.n_threads,
+        session.n_batch, session.n_ubatch, session.flash_attn, session.options.cache_type_k,
         session.options.cache_type_v,
     )  # fmt: skip
     key = hashlib.sha256(repr((session.model.fingerprint, settings)).encode()).hexdigest()

@@ -10,6 +10,8 @@ from colm_edge.errors import ModelError
 from colm_edge.hub import Note, fetch, is_reference
 
 DEMO_PAIR = "demo"
+# With --offline a server may still be asked that is this machine.
+LOCAL_HOSTS = ("127.0.0.1", "::1", "localhost")
 _PACKAGE = Path(__file__).parent
 _ROLES = ("base", "expert", "switch")
 
@@ -89,7 +91,7 @@ def resolve(
         server must be this machine's own.
     """
     if is_url(reference):
-        if offline and urlsplit(reference).hostname not in ("127.0.0.1", "::1", "localhost"):
+        if offline and urlsplit(reference).hostname not in LOCAL_HOSTS:
             raise ModelError(
                 f"{reference}: not asked with --offline; leave that out, or give a GGUF file"
             )

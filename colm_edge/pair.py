@@ -16,8 +16,8 @@ from colm_edge.async_stream import AsyncStream
 from colm_edge.background import Background
 from colm_edge.costs import CostTable, cost_table
 from colm_edge.decode import Decoder, Stats, Step, Timeline
-from colm_edge.errors import ColmError, PromptError
-from colm_edge.models import choose_pair, is_url
+from colm_edge.errors import ColmError, ModelError, PromptError
+from colm_edge.models import LOCAL_HOSTS, choose_pair, is_url
 from colm_edge.options import Options
 from colm_edge.prompt_cache import load_prompts, save_prompts
 from colm_edge.remote import RemoteExpert
@@ -493,8 +493,10 @@ def load(
     lora: str | os.PathLike[str] | None = None,
     n_ctx: int = 0,
     n_threads: int = 0,
+    n_ubatch: int = 0,
     n_gpu_layers: int = 0,
     n_gpu_layers_expert: int | None = None,
+    rpc: Sequence[str] = (),
     flash_attn: Literal["auto", "on", "off"] = "auto",
     cache_type_k: str = "f16",
     cache_type_v: str = "f16",
@@ -515,7 +517,10 @@ def load(
     lora: a LoRA adapter for the base, a GGUF file.
     n_ctx: tokens the contexts hold; 0 takes what both models were trained for, at most 4096.
     n_threads: 0 takes every core, or one for a very small model.
+    n_ubatch: tokens of a prompt evaluated at a time; 0: 512, or 128 without flash attention.
     n_gpu_layers: as in llama.cpp, each model its own.
+    rpc: machines that hold the expert, HOST:PORT of llama.cpp's RPC servers; all its layers unless
+        n_gpu_layers_expert says how many.
     flash_attn, cache_type_k, cache_type_v: as in llama.cpp, of both models' contexts; flash
         attention that is "auto" is on with a GPU only.
     overlap: whether a loaded expert catches up with long gaps on a thread of its own; None: where
@@ -530,10 +535,15 @@ def load(
 
     Raises ModelError, SwitchError or MismatchError, each saying what to do.
     """
-    if n_ctx < 0 or n_threads < 0:
-        raise ColmError("n_ctx and n_threads must not be negative; 0 lets colm-edge choose")
+    if min(n_ctx, n_threads, n_ubatch) < 0:
+        raise ColmError("n_ctx, n_threads, n_ubatch must not be negative; 0 lets colm-edge choose")
     refs = [None if ref is None else os.fspath(ref) for ref in (model, expert, switch)]
     told = note or log.info
+    for server in rpc if offline else ():
+        if server.rpartition(":")[0] not in LOCAL_HOSTS:
+            raise ModelError(
+                f"{server}: not asked with --offline; leave that out, or leave out rpc"
+            )
     files = choose_pair(refs[0], refs[1], refs[2], pair, offline=offline, note=told)
     head = load_switch(files.switch)
     roles = ("base", "expert")
@@ -542,13 +552,17 @@ def load(
     try:
         other: Model | RemoteExpert
         if is_url(files.expert):
+            if rpc:
+                raise ColmError("an expert on a server cannot be spread over RPC servers as well")
             other = RemoteExpert(files.expert, base, required=expert_required, note=note)
         else:
-            layers = n_gpu_layers if n_gpu_layers_expert is None else n_gpu_layers_expert
-            other = Model(files.expert, layers, progress=reports[1])
+            layers = -1 if rpc else n_gpu_layers
+            if n_gpu_layers_expert is not None:
+                layers = n_gpu_layers_expert
+            other = Model(files.expert, layers, progress=reports[1], rpc=rpc)
         try:
             options = ContextOptions(
-                n_ctx=n_ctx, n_threads=n_threads, flash_attn=flash_attn,
+                n_ctx=n_ctx, n_threads=n_threads, n_ubatch=n_ubatch, flash_attn=flash_attn,
                 cache_type_k=cache_type_k, cache_type_v=cache_type_v,
             )  # fmt: skip
             return Pair(

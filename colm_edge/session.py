@@ -50,6 +50,7 @@ class ContextOptions:
     n_ctx: int = 0
     n_threads: int = 0
     n_batch: int = 512
+    n_ubatch: int = 0
     flash_attn: Literal["auto", "on", "off"] = "auto"
     cache_type_k: str = "f16"
     cache_type_v: str = "f16"
@@ -128,6 +129,13 @@ class Session:
         """The most tokens of one decode."""
         return min(self.options.n_batch, self.n_ctx)
 
+    @property
+    def n_ubatch(self) -> int:
+        """The most tokens that llama.cpp evaluates at a time. Without flash attention the attention
+        scores of that many are kept, so they are fewer there."""
+        chosen = SMALL_BATCH if self.flash_attn == "off" else self.options.n_batch
+        return self.options.n_ubatch or chosen
+
     def want_hidden(self, wanted: bool) -> bool:
         """Set whether `sync` leaves the hidden state beside the logits; return what was set."""
         before, self.wants_hidden = self.wants_hidden, wanted
@@ -162,8 +170,7 @@ class Session:
         params.n_threads = params.n_threads_batch = threads
         params.n_seq_max, params.kv_unified = n_sequences, n_sequences > 1
         params.flash_attn_type = _FLASH[self.flash_attn]
-        # Without it the scores of a whole batch are kept: of a smaller one at a time.
-        params.n_ubatch = n_batch if self.flash_attn != "off" else min(n_batch, SMALL_BATCH)
+        params.n_ubatch = min(n_batch, self.n_ubatch)
         params.type_k = CACHE_TYPES[options.cache_type_k]
         params.type_v = CACHE_TYPES[options.cache_type_v]
         params.no_perf = True
@@ -189,7 +196,7 @@ class Session:
             twin.close()
 
     @property
-    def flash_attn(self) -> str:
+    def flash_attn(self) -> Literal["auto", "on", "off"]:
         """Whether flash attention is used. Auto is off on a CPU, where it slows decodes of a few
         tokens down: by a third or more behind 500 tokens, threefold behind 2,000 (docs/speed.md).
         Very small models keep it: with it a token by itself and in a batch agree to the last bits.

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 ROUNDS = 5
 N_PAST = 512  # tokens in the cache: attention has its part in the time
+PROMPT_ROUNDS = 3
 CATCH_UP = 5  # tokens an expert evaluates at once, at a defer rate of 0.2
 MIXES = ("Q4_0", "Q4_K_M", "Q8_0")
 # A setting is changed for what saves as much as this; less is noise.
@@ -28,22 +29,27 @@ def tune(pair: Pair, note: Callable[[str], None]) -> tuple[list[dict[str, Any]],
     """Return a row for each setting tried, in milliseconds, and lines of advice.
 
     One setting after the other is varied and the best kept: threads, flash attention, the type of
-    the KV cache. The base is judged by decodes of one token, the expert by those of CATCH_UP.
+    the KV cache, tokens of a prompt at a time. The base is judged by decodes of one token, the
+    expert by those of CATCH_UP, and the last setting by the prompt.
     """
     rows: list[dict[str, Any]] = []
     best: dict[str, ContextOptions] = {}
     for role, session in (("base", pair.base_session), ("expert", pair.expert_session)):
-        options = replace(session.options, n_threads=session.n_threads)
+        options = replace(
+            session.options, n_threads=session.n_threads, n_ubatch=session.n_ubatch,
+            flash_attn=session.flash_attn,
+        )  # fmt: skip
         for field, values in (
             ("n_threads", _thread_counts()),
             ("flash_attn", ("on", "off")),
             ("cache_type", ("f16", "q8_0")),
+            ("n_ubatch", (64, 128, 256, 512)),
         ):
             tried = [options, *(o for o in (_with(options, field, v) for v in values))]
             tried = [o for i, o in enumerate(tried) if o not in tried[:i]]
             note(f"{role}: {field.replace('_', ' ')}")
             times = _times([(session.model, o) for o in tried])
-            judged = [t[0 if role == "base" else 1] for t in times]
+            judged = [t[2 if field == "n_ubatch" else 0 if role == "base" else 1] for t in times]
             fastest = min(range(len(tried)), key=judged.__getitem__)
             keep = fastest if judged[fastest] < (1 - WORTH) * judged[0] else 0
             rows += [
@@ -52,11 +58,13 @@ def tune(pair: Pair, note: Callable[[str], None]) -> tuple[list[dict[str, Any]],
                     "threads": o.n_threads,
                     "flash_attention": o.flash_attn,
                     "cache_type": o.cache_type_k,
+                    "ubatch": o.n_ubatch,
                     "ms_1_token": 1e3 * one,
                     f"ms_{CATCH_UP}_tokens": 1e3 * several,
+                    "ms_prompt": 1e3 * prompt,
                     "kept": "yes" if i == keep else "",
                 }
-                for i, (o, (one, several)) in enumerate(zip(tried, times, strict=True))
+                for i, (o, (one, several, prompt)) in enumerate(zip(tried, times, strict=True))
             ]
             options = tried[keep]
         best[role] = options
@@ -80,20 +88,28 @@ def _with(options: ContextOptions, field: str, value: Any) -> ContextOptions:
 def _flags(options: ContextOptions) -> str:
     return (
         f"-t {options.n_threads} -fa {options.flash_attn} -ctk {options.cache_type_k} "
-        f"-ctv {options.cache_type_v}"
+        f"-ctv {options.cache_type_v} -ub {options.n_ubatch}"
     )
 
 
-def _times(tried: Sequence[tuple[Model, ContextOptions]]) -> list[tuple[float, float]]:
-    """Return the medians of (one token, CATCH_UP tokens) of each, in seconds, all taking turns."""
+def _times(tried: Sequence[tuple[Model, ContextOptions]]) -> list[tuple[float, float, float]]:
+    """Return the medians of (one token, CATCH_UP tokens, a prompt of about N_PAST) of each, in
+    seconds, all taking turns."""
     sessions = []
     for model, options in tried:
         n_ctx = min(options.n_ctx, N_PAST + CATCH_UP + 1)
         sessions.append(Session(model, replace(options, n_ctx=n_ctx)))
     taken: list[tuple[list[float], list[float]]] = [([], []) for _ in sessions]
+    prompts: list[list[float]] = [[] for _ in sessions]
     try:
         for session in sessions:
-            session.sync(_tokens(session, 0))
+            session.open()
+        for _ in range(PROMPT_ROUNDS):
+            for session, found in zip(sessions, prompts, strict=True):
+                session.forget()
+                before = session.seconds
+                session.sync(_tokens(session, 0))
+                found.append(session.seconds - before)
         for i in range(1, ROUNDS + 1):
             for session, times in zip(sessions, taken, strict=True):
                 for n, found in zip((1, CATCH_UP), times, strict=True):
@@ -103,7 +119,10 @@ def _times(tried: Sequence[tuple[Model, ContextOptions]]) -> list[tuple[float, f
     finally:
         for session in sessions:
             session.close()
-    return [(statistics.median(one), statistics.median(more)) for one, more in taken]
+    return [
+        (statistics.median(one), statistics.median(more), statistics.median(prompt))
+        for (one, more), prompt in zip(taken, prompts, strict=True)
+    ]
 
 
 def _tokens(session: Session, seed: int) -> list[int]:
@@ -138,7 +157,7 @@ def quantisation_advice(pair: Pair, note: Callable[[str], None]) -> str:
     first = times[0]
     told = ", ".join(
         f"{mix} {one / first[0]:.2f} and {several / first[1]:.2f}"
-        for mix, (one, several) in zip(MIXES, times, strict=True)
+        for mix, (one, several, _) in zip(MIXES, times, strict=True)
     )
     winner = min(zip(MIXES, times, strict=True), key=lambda item: item[1][1])[0]
     return (

@@ -8,14 +8,16 @@ import logging
 import os
 import re
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
 import llama_cpp as llama
 
+from colm_edge import ggml
 from colm_edge.errors import MismatchError, ModelError
+from colm_edge.rpc import check_servers, device_list
 
 log = logging.getLogger("colm_edge.llama")
 
@@ -42,6 +44,7 @@ def _on_log(level: int, text: bytes, _: Any) -> None:
 
 def _start_backend() -> None:
     llama.llama_log_set(_on_log, ctypes.c_void_p(0))
+    ggml.load_backends()
     llama.llama_backend_init()
 
 
@@ -63,21 +66,11 @@ def build_info() -> str:
 
 def devices() -> list[str]:
     """Return the devices that this llama.cpp can put layers on: name, and what it is."""
-    from llama_cpp import _ggml
-
-    library = _ggml.libggml
-    signatures: tuple[tuple[str, Any, list[Any]], ...] = (
-        ("count", ctypes.c_size_t, []),
-        ("get", ctypes.c_void_p, [ctypes.c_size_t]),
-        ("name", ctypes.c_char_p, [ctypes.c_void_p]),
-        ("description", ctypes.c_char_p, [ctypes.c_void_p]),
+    get, name, description = (
+        ggml.function(f"backend_dev_{what}") for what in ("get", "name", "description")
     )
-    call = {}
-    for name, result, arguments in signatures:
-        call[name] = getattr(library, f"ggml_backend_dev_{name}")
-        call[name].restype, call[name].argtypes = result, arguments
-    found = [call["get"](i) for i in range(call["count"]())]
-    return [f"{call['name'](d).decode()}: {call['description'](d).decode()}" for d in found]
+    found = [get(i) for i in range(ggml.function("backend_dev_count")())]
+    return [f"{name(d).decode()}: {description(d).decode()}" for d in found]
 
 
 def supports_gpu() -> bool:
@@ -95,8 +88,7 @@ def amx_is_broken() -> bool:
     """
     if b"AMX_INT8 = 1" not in llama.llama_print_system_info():
         return False
-    folder = Path(llama.__file__).parent / "lib"
-    broken = any(_gcc_breaks_amx(library.read_bytes()) for library in folder.glob("libggml-cpu*"))
+    broken = any(_gcc_breaks_amx(library.read_bytes()) for library in ggml.cpu_libraries())
     if broken:
         log.warning(
             "llama.cpp was built with a GCC whose AMX code crashes, so it runs without AMX and "
@@ -118,6 +110,7 @@ class Model:
     """A GGUF file. The vocabulary is read at once, the weights at the first `load`.
 
     lora: a LoRA adapter in GGUF for these weights; every context of the model runs with it.
+    rpc: machines that hold the layers instead of this one, HOST:PORT of llama.cpp's RPC servers.
     progress: told the share of the weights that is read; what it raises ends the load.
 
     Raises ModelError when a file is missing, not a GGUF or truncated, or the model recurrent.
@@ -129,8 +122,12 @@ class Model:
         n_gpu_layers: int = 0,
         lora: str | os.PathLike[str] | None = None,
         progress: Callable[[float], None] | None = None,
+        rpc: Sequence[str] = (),
     ) -> None:
         self.path = Path(path)
+        self.rpc = tuple(rpc)
+        if self.rpc:
+            check_servers(self.rpc)  # now, not at the first deferral
         self._progress = progress
         self.lora = None if lora is None else Path(lora)
         self.n_gpu_layers = n_gpu_layers
@@ -165,6 +162,9 @@ class Model:
         params.vocab_only = vocab_only
         params.n_gpu_layers = self.n_gpu_layers
         raised: list[BaseException] = []  # ctypes would print it to stderr and go on
+        devices = None if vocab_only or not self.rpc else device_list(self.rpc)
+        if devices is not None:
+            params.devices = ctypes.cast(devices, ctypes.c_void_p)
         if not vocab_only:
             # The parameters keep it alive.
             params.progress_callback = _progress_callback(self._progress, check, raised)

@@ -63,6 +63,9 @@ def test_other_files_are_refused(tiny, tmp_path):
     assert CliRunner().invoke(main, ["info", "a", "b", "c"]).exit_code == 2
 
 
+SETTINGS = ("threads", "flash_attention", "cache_type", "ubatch")
+
+
 def test_settings_are_tried_and_advised(tiny_pair, monkeypatch):
     monkeypatch.setattr(tune_module, "ROUNDS", 2)
     monkeypatch.setattr(tune_module, "_thread_counts", lambda: (1, 2))
@@ -72,8 +75,13 @@ def test_settings_are_tried_and_advised(tiny_pair, monkeypatch):
         assert {row["threads"] for row in tried} == {1, 2}
         assert {row["flash_attention"] for row in tried} >= {"on", "off"}
         assert {row["cache_type"] for row in tried} == {"f16", "q8_0"}
-        assert sum(row["kept"] == "yes" for row in tried) == 3
+        assert {row["ubatch"] for row in tried} >= {64, 128, 256, 512}
+        assert sum(row["kept"] == "yes" for row in tried) == 4
         assert all(row["ms_1_token"] > 0 for row in tried)
+        assert all(row["ms_prompt"] > 0 for row in tried)
+        # Nothing is tried twice with one setting.
+        settings = [tuple(row[x] for x in SETTINGS) for row in tried]
+        assert len(set(settings)) == len(settings) - 3
     assert advice[0].startswith("base: -t ")
     assert advice[1].startswith("expert: -t ")
     assert all(f"{mix} " in advice[2] for mix in ("Q4_0", "Q4_K_M", "Q8_0"))

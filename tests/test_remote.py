@@ -68,9 +68,12 @@ class Fake:
             key = "content" if self.owner == "llamacpp" else "prompt"
             ids = self.model.tokenize(body[key], special=False, bos=False)
             return {"tokens": [i + self.shift for i in ids]}
+        if "prompt_logprobs" in body:
+            told = [self.prompt_logprobs(prompt) for prompt in body["prompt"]]
+            choices = [{"index": i, "prompt_logprobs": x} for i, x in enumerate(told)]
+            return {"choices": choices[::-1]}  # in any order
         n = self.session.sync(body["prompt"])
-        x = self.session.logits.astype(np.float64)
-        x -= np.log(np.exp(x - x.max()).sum()) + x.max()
+        x = log_softmax(self.session.logits)
         best = np.argsort(-x)
         if self.owner == "llamacpp":
             assert path == "/completion"
@@ -93,12 +96,30 @@ class Fake:
             "colm": {"expert_tokens": n, "trace": [] if ended else [{"id": chosen}]},
         }  # fmt: skip
 
+    def prompt_logprobs(self, tokens: list[int]) -> list:
+        self.session.sync(tokens[:-1], range(len(tokens) - 1))
+        told: list = [None]
+        for i, token in enumerate(tokens[1:]):
+            x = log_softmax(self.session.state(i)[0])
+            entry = {}
+            for j in (token, int(x.argmax())):
+                rank = 1 + int((x > x[j]).sum())
+                entry[str(j)] = {"logprob": float(x[j]), "rank": rank, "decoded_token": "?"}
+            told.append(entry)
+        return told
+
+
+def log_softmax(logits: np.ndarray) -> np.ndarray:
+    x = logits.astype(np.float64)
+    return x - np.log(np.exp(x - x.max()).sum()) - x.max()
+
 
 def handler(fake: Fake) -> type[BaseHTTPRequestHandler]:
     lock = threading.Lock()
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
+        disable_nagle_algorithm = True  # else each answer waits for its acknowledgement
 
         def setup(self) -> None:
             super().setup()
@@ -451,6 +472,158 @@ def test_our_own_server_is_an_expert(tiny, local):
         assert told["tokens"] == served.base.tokenize(PROMPT)
 
 
+TEXTS = ["one two three", "what is this about", "hello world " * 20, "a", "and so it goes on"] * 3
+
+
+@pytest.fixture
+def data(tmp_path, local) -> str:
+    """Documents that the expert finds unlikely, and one of its own."""
+    path = tmp_path / "data.jsonl"
+    texts = [f"{text} {i}" for i, text in enumerate(TEXTS[1:])]
+    texts.append(local.generate("say it", threshold=0.0, max_tokens=12).text)
+    lines = [{"prompt": "say it", "completion": text} for text in texts]
+    path.write_text("\n".join(map(json.dumps, lines)))
+    return str(path)
+
+
+def run(*args: str):
+    return CliRunner().invoke(main, [*args, "-t", "1", "-c", "256"])
+
+
+def npz(path) -> dict:
+    with np.load(path) as file:
+        return {name: file[name] for name in file.files}
+
+
+@pytest.mark.parametrize("owner", DIALECTS)
+def test_a_remote_expert_is_scored_as_a_local_one(tiny, tmp_path, data, owner, monkeypatch):
+    monkeypatch.setattr(remote, "N_PROBS", 2)  # most tokens are not among them
+    score = ["score", "--data", data, "-m", tiny["base"], "--outfile"]
+    assert run(*score, str(tmp_path / "here.npz"), "-me", tiny["expert"]).exit_code == 0
+    with faking(owner, tiny["expert"]) as (url, fake):
+        done = run(*score, str(tmp_path / "there.npz"), "-me", url)
+        assert done.exit_code == 0, done.output
+        assert json.loads(done.stdout)["model"] == url
+        requests = fake.asked
+    here, there = npz(tmp_path / "here.npz"), npz(tmp_path / "there.npz")
+    assert there["logprob"] == pytest.approx(here["logprob"], abs=5e-2)
+    assert (there["right"] == here["right"]).mean() > 0.95  # some are near ties
+    assert there["right"].any()
+    for name in ("tokens", "lengths", "starts", "lines"):
+        assert (there[name] == here[name]).all()
+    n_scored = len(there["logprob"])
+    if owner == "llamacpp":  # one token each, and a second time where it was none of the likeliest
+        assert n_scored < len(requests) < 2 * n_scored
+        assert {body["n_probs"] for body in requests} == {2, fake.n_vocab}
+    else:
+        assert len(requests) == -(-len(TEXTS) // remote.SCORE_TOGETHER)
+        assert {body["prompt_logprobs"] for body in requests} == {1}
+
+
+@pytest.mark.parametrize("owner", ["vllm", "colm-edge"])
+def test_what_a_scoring_pass_asks(tiny, owner):
+    bodies = {
+        "vllm": {"model": "the model", "max_tokens": 1, "temperature": 0},
+        "colm-edge": {
+            "model": "the model", "max_tokens": 0,
+            "colm": {"threshold": 0, "strategy": "defer"},
+        },
+    }  # fmt: skip
+    with faking(owner, tiny["expert"]) as (url, fake), remote_pair(tiny, url) as pair:
+        documents = [np.array([5, 6, 7, 8], np.int32), np.array([9, 10], np.int32)]
+        scored = list(pair.remote.score(documents, [2, 1]))
+        assert [len(logprobs) for logprobs, _ in scored] == [2, 1]
+        common = {"prompt": [[5, 6, 7, 8], [9, 10]], "prompt_logprobs": 1, "stream": False}
+        assert fake.asked == [bodies[owner] | common]
+
+
+def test_a_scoring_pass_that_fails_goes_on_later(tiny, tmp_path, data, monkeypatch):
+    monkeypatch.setattr("colm_edge.scoring.PACK_TOKENS", 40)
+    score = [
+        "score", "--data", data, "-m", tiny["base"], "--outfile", str(tmp_path / "scores.npz"),
+        "--work-dir", str(tmp_path / "work"),
+    ]  # fmt: skip
+    with faking("vllm", tiny["expert"]) as (url, fake):
+        fake.failures = [""] * 4 + ["500"] * remote.TRIES
+        failed = run(*score, "-me", url)
+        assert failed.exit_code == 1
+        assert "HTTP 500" in failed.stderr
+        first = sum(len(body["prompt"]) for body in fake.asked[:4])
+        n_asked = len(fake.asked)
+        assert run(*score, "-me", url).exit_code == 0
+        second = sum(len(body["prompt"]) for body in fake.asked[n_asked:])
+        assert first + second == len(TEXTS)
+    assert len(npz(tmp_path / "scores.npz")["lengths"]) == len(TEXTS)
+    assert "does not answer" in run(*score[:-2], "-me", url).stderr
+
+
+def test_a_switch_is_trained_and_evaluated_with_a_remote_expert(tiny, tmp_path, data):
+    with faking("vllm", tiny["expert"]) as (url, fake):
+        models, switch = ["-m", tiny["base"], "-me", url], str(tmp_path / "switch.gguf")
+        trained = run("train", "--data", data, "--outfile", switch, *models)
+        assert trained.exit_code == 0, trained.output
+        report = json.loads(trained.stdout.splitlines()[-1])
+        n_documents = sum(len(body["prompt"]) for body in fake.asked)
+        assert n_documents == len(TEXTS)
+        args = ["--data", data, *models, "-sw", switch, "-o", "json"]
+        table = run("eval", *args)
+        assert table.exit_code == 0, table.output
+        rows = {row["method"]: row for row in json.loads(table.stdout)}
+        assert rows["expert"]["nll"] > 0
+        generated = run("eval", *args, "--metric", "contains", "--limit", "2", "-n", "4")
+        assert generated.exit_code == 0, generated.output
+        # A table must not show the base's answers as the expert's.
+        fake.always = "500"
+        failed = run("eval", *args, "--metric", "contains", "--limit", "2", "-n", "4")
+        assert failed.exit_code == 1
+    local = run("train", "--data", data, "--outfile", switch, *models[:3], tiny["expert"])
+    expected = json.loads(local.stdout.splitlines()[-1])
+    assert report["nll_expert"] == pytest.approx(expected["nll_expert"], abs=1e-2)
+
+
+def test_a_server_may_have_its_expert_elsewhere(tiny, local):
+    pytest.importorskip("schemathesis")
+    from test_server import serving
+
+    with (
+        faking("llamacpp", tiny["expert"]) as (url, fake),
+        load(tiny["base"], url, "margin", n_threads=1, n_ctx=256, defaults=GREEDY) as pair,
+        serving(pair, n_slots=3) as (address, server),
+    ):
+        ask = lambda **more: httpx.post(  # noqa: E731
+            f"{address}/v1/chat/completions", timeout=60,
+            json={"messages": [{"role": "user", "content": PROMPT}], "max_tokens": 24, **more},
+        ).json()  # fmt: skip
+        answer = ask(n=3)
+        expected = local.generate(PROMPT)
+        assert [choice["message"]["content"] for choice in answer["choices"]] == [expected.text] * 3
+        assert answer["colm"]["expert_calls"] == 3 * expected.stats.n_deferred
+        refused = httpx.post(
+            f"{address}/v1/completions",
+            json={"prompt": PROMPT, "max_tokens": 0, "echo": True, "logprobs": 1},
+        )
+        assert refused.status_code == 400
+        assert "give a GGUF file" in refused.json()["error"]["message"]
+        # A slot that waits for the expert holds up no other.
+        fake.always = "slow"
+        slow: list[dict] = []
+        thread = threading.Thread(target=lambda: slow.append(ask(colm={"threshold": 0})))
+        n_asked = len(fake.asked)
+        thread.start()
+        end = time.monotonic() + 30
+        while len(fake.asked) == n_asked:
+            assert time.monotonic() < end
+            time.sleep(0.01)
+        alone = ask(colm={"threshold": 1})
+        assert alone["colm"]["n_deferred"] == 0
+        assert not slow
+        fake.released.set()
+        thread.join(60)
+        assert slow[0]["colm"]["expert_failures"] > 0
+        assert slow[0]["choices"] == alone["choices"]
+        assert not server.slots.expert_loaded
+
+
 QUESTIONS = (
     "What is the symbol of tungsten?", "What is the capital of France?",
     "When did the last Caspian tiger die?",
@@ -489,6 +662,16 @@ def test_a_real_llama_server_is_an_expert(tmp_path):
                 answer, expected = pair.generate(question), local.generate(question)
                 assert answer.text == expected.text
                 assert answer.stats.n_deferred > 0
+            # Its scores of a document: those of the right text, and of an unlikely token.
+            tokens = np.array([*expected.prompt_tokens, *[s.token for s in expected.steps], 7])
+            start = len(expected.prompt_tokens)
+            ((logprobs, right),) = pair.remote.score([tokens], [start])
+            for i, (logprob, is_likeliest) in enumerate(zip(logprobs, right, strict=True), start):
+                local.expert_session.sync(tokens[:i].tolist())
+                x = log_softmax(local.expert_session.logits)
+                assert logprob == pytest.approx(x[tokens[i]], abs=5e-2)
+                assert is_likeliest == (tokens[i] == x.argmax())
+            assert logprobs[-1] < -8
     finally:
         server.terminate()
         server.wait(30)
