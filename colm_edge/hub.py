@@ -71,7 +71,7 @@ def _fetch_one(repo: str, name: str, offline: bool, note: Note) -> Path:
     endpoint = os.environ.get("HF_ENDPOINT") or None
     about = hub.get_hf_file_metadata(hub.hf_hub_url(repo, name, endpoint=endpoint))
     _check_space(about.size or 0, f"{repo}:{name}")
-    note(f"downloading {repo}:{name} ({(about.size or 0) / 1e9:.2f} GB)")
+    note(f"downloading {repo}:{name} ({as_size(about.size or 0)})")
     path = Path(_download(repo, name, endpoint))
     stated = (about.etag or "").strip('"')
     if _SHA256.fullmatch(stated) is not None:
@@ -134,7 +134,7 @@ def _check_space(size: int, what: str) -> None:
     free = shutil.disk_usage(folder).free
     if free < size + SPARE_BYTES:
         raise ModelError(
-            f"{what} has {size / 1e9:.1f} GB, {folder} has {free / 1e9:.1f} GB free; make room, or "
+            f"{what} has {as_size(size)}, {folder} has {as_size(free)} free; make room, or "
             "set HF_HOME to another disk"
         )
 
@@ -200,3 +200,8 @@ def _record(reference: str, path: Path, sha256: str) -> None:
     with tempfile.NamedTemporaryFile("w", dir=target.parent, delete=False) as file:
         json.dump(records, file, indent=1)
     os.replace(file.name, target)
+
+
+def as_size(n: int) -> str:
+    """Return bytes in the unit that suits them: 2.1 MB, 4.7 GB."""
+    return f"{n / 1e6:.1f} MB" if n < 1e9 else f"{n / 1e9:.1f} GB"

@@ -13,6 +13,7 @@ from reference import PlainModel, assert_same, plain_loop
 
 import colm_edge
 from colm_edge.errors import ColmError, MismatchError, ModelError, PromptError, SwitchError
+from colm_edge.options import Options
 from colm_edge.pair import Pair, load
 from colm_edge.random_model import SHAPES, write_model
 from colm_edge.switch import FEATURE_SETS, Switch
@@ -49,6 +50,38 @@ def test_the_runtime_is_the_plain_loop(tiny, switch, kind):
     assert {(0.5, "base"), (0.5, "expert")} <= sources
     base.close()
     expert.close()
+
+
+@pytest.mark.parametrize("strategy", ["defer", "compose"])
+@pytest.mark.parametrize("schedule", ["fast", "sequential"])
+def test_an_answer_read_back_tells_what_it_told_when_written(tiny, switch, strategy, schedule):
+    options = Options(
+        temperature=0.0, max_tokens=100, threshold=0.5, strategy=strategy, schedule=schedule,
+        n_probs=3,
+    )  # fmt: skip
+    with load(tiny["base"], tiny["expert"], switch, n_threads=1, n_ctx=256) as pair:
+        written = pair.generate("hello there", **vars(options))
+        tokens = written.prompt_tokens + [step.token for step in written.steps]
+        stream = pair.stream_tokens(tokens, options)
+        read = stream.read_prompt()
+        assert [step.token for step in read] == tokens[1:]
+        read = read[-len(written.steps) :]
+        assert {step.source for step in read} == {"base", "expert"}
+        for before, after in zip(written.steps, read, strict=True):
+            assert after.p_defer == pytest.approx(before.p_defer, abs=2e-2)
+            if abs(before.p_defer - 0.5) < 2e-2:
+                continue  # a near tie of the two
+            assert after.source == before.source
+            assert after.logprob == pytest.approx(before.logprob, abs=5e-2)
+            # Greedy: the likeliest is the token that was written.
+            assert before.top[0] == (before.token, before.logprob)
+            tops = [[x for _, x in step.top] for step in (before, after)]
+            assert tops[1] == pytest.approx(tops[0], abs=5e-2)
+            assert sorted(tops[0], reverse=True) == tops[0]
+        # And the answer goes on as if nothing had been read.
+        more = [step.token for step in stream]
+        again = pair.stream_tokens(tokens, options)
+        assert more == [step.token for step in again]
 
 
 def test_threshold_one_is_the_base_alone_and_never_makes_the_expert(tiny, switch):
