@@ -8,7 +8,7 @@ import platform
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib.metadata import version
@@ -25,7 +25,6 @@ from colm_edge.speculate import FastDecoder, Planner
 from colm_edge.switch import Untrained
 
 if TYPE_CHECKING:
-    from colm_edge.costs import CostTable
     from colm_edge.pair import Pair
     from colm_edge.session import Session
 
@@ -106,6 +105,37 @@ class Methods:
         n = len(self._trace.tokens)
         evaluated = len(self._trace.prompt) + n - 1
         return replace(_timed(decoder), expert_calls=n, expert_tokens=evaluated)
+
+    def decodes_alone(self, names: Collection[str]) -> dict[str, float]:
+        """Return the seconds inside llama.cpp that the methods' decodes take when each model does
+        all of its own at a stretch; of the fast schedule, the sequential one's."""
+        n_prompt, n = len(self._trace.prompt), len(self._trace.tokens)
+        base, expert = self._pair.base_session, self._pair.expert_session
+        one_by_one = range(n_prompt, n_prompt + n)
+        deferred = [n_prompt + i for i, defers in enumerate(self._trace.deferred) if defers]
+        base_alone = self._decode(base, one_by_one)
+        found = {"base": base_alone}
+        if set(names) & {"colm", "colm-fast"}:
+            found["colm"] = found["colm-fast"] = base_alone + self._decode(expert, deferred)
+        if set(names) & {"expert", "expert-llama-cpp-python", "both"}:
+            expert_alone = self._decode(expert, one_by_one)
+            found["expert"] = found["expert-llama-cpp-python"] = expert_alone
+            found["both"] = base_alone + expert_alone
+        return found
+
+    def _decode(self, session: Session, lengths: Sequence[int]) -> float:
+        """Return the seconds that evaluating these prefixes of the trace, in turn, takes."""
+        tokens = [*self._trace.prompt, *self._trace.tokens]
+        costs, session.costs = session.costs, None
+        session.forget()
+        before = session.seconds
+        try:
+            for n in lengths:
+                session.sync(tokens[:n])
+                session.state(n - 1)  # waits for a GPU
+        finally:
+            session.costs = costs
+        return session.seconds - before
 
     def _llama(self) -> Sample:
         if self._high_level is None:
@@ -215,8 +245,9 @@ def bench(
 
     tokens_per_second is of the whole answer, its prompt included, and …_low and …_high are the
     slowest and fastest round; first_token_seconds from an empty cache; ratio_expert and
-    ratio_sequential to the rows expert and colm; ratio_limit to what the sequential method's
-    decodes alone cost by the models' tables; outside_us, the microseconds a token outside
+    ratio_sequential to the rows expert and colm; ratio_limit to what the decodes of the method (for
+    the fast schedule: of the sequential one), n·c_base(1) + Σ c_expert(kᵢ), take in the same round
+    when each model does its own at a stretch; outside_us, the microseconds a token outside
     llama.cpp; peak_memory_mb, the most that a process doing nothing else has in memory.
 
     only: names of methods, all by default. tools: where llama.cpp's own programs are, for two more
@@ -241,20 +272,24 @@ def bench(
             raise ColmError(f"no method {unknown[0]!r}; expected some of {', '.join(ways)}")
         ways = {name: way for name, way in ways.items() if not only or name in only}
         samples: dict[str, list[Sample]] = {name: [] for name in ways}
+        limits: list[dict[str, float]] = []
         for i in range(rounds + 1):
+            note(f"round {i} of {rounds}: decodes alone" if i else "warming up: decodes alone")
+            alone = methods.decodes_alone(ways)
+            if i:
+                limits.append(alone)
             for name, way in ways.items():
                 note(f"round {i} of {rounds}: {name}" if i else f"warming up: {name}")
                 sample = way()
                 if i:
                     samples[name].append(sample)
-        limits = _limits(trace, *methods.tables)
         measured = [name for name in ways if memory and name in methods.names]
     peaks = {name: _peak_memory(pair, trace, name, note) for name in measured}
-    return [_row(name, samples, trace, limits.get(name), peaks.get(name)) for name in ways]
+    return [_row(name, samples, trace, limits, peaks.get(name)) for name in ways]
 
 
 def _row(
-    name: str, samples: dict[str, list[Sample]], trace: Trace, limit: float | None,
+    name: str, samples: dict[str, list[Sample]], trace: Trace, limits: list[dict[str, float]],
     peak: float | None,
 ) -> dict[str, Any]:  # fmt: skip
     n = len(trace.tokens)
@@ -263,10 +298,9 @@ def _row(
     firsts = [s.first_token_seconds for s in samples[name] if s.first_token_seconds is not None]
     outside = [s.outside_seconds for s in samples[name] if s.outside_seconds is not None]
 
-    def ratio(other: str) -> float | None:
+    def ratio(others: list[float]) -> float | None:
         # Of rounds, so that what slowed a whole round down slows both sides of the ratio.
-        pairs = zip(ours, seconds.get(other, []), strict=False)
-        ratios = [theirs / own for own, theirs in pairs]
+        ratios = [theirs / own for own, theirs in zip(ours, others, strict=True)] if others else []
         return statistics.median(ratios) if ratios else None
 
     return {
@@ -275,9 +309,9 @@ def _row(
         "tokens_per_second_low": n / max(ours),
         "tokens_per_second_high": n / min(ours),
         "first_token_seconds": statistics.median(firsts) if firsts else None,
-        "ratio_expert": ratio("expert"),
-        "ratio_sequential": ratio("colm"),
-        "ratio_limit": limit / median if limit is not None else None,
+        "ratio_expert": ratio(seconds.get("expert", [])),
+        "ratio_sequential": ratio(seconds.get("colm", [])),
+        "ratio_limit": ratio([alone[name] for alone in limits if name in alone]),
         "outside_us": 1e6 * statistics.median(outside) / n if outside else None,
         "defer_rate": {"base": 0.0}.get(name, trace.defer_rate if "colm" in name else 1.0),
         "expert_calls": last.expert_calls,
@@ -307,25 +341,6 @@ def cpu_name() -> str:
         return next(line.split(": ")[1] for line in lines if line.startswith("model name"))
     except (OSError, StopIteration):
         return platform.processor() or platform.machine()
-
-
-def _limits(trace: Trace, base: CostTable, expert: CostTable) -> dict[str, float]:
-    """Return the seconds that each method's decodes take by themselves; those of the fast schedule
-    are compared with the sequential one's, n·c_base(1) + Σ c_expert(kᵢ)."""
-    n_prompt, n = len(trace.prompt), len(trace.tokens)
-    base_alone = base(n_prompt) + (n - 1) * base(1)
-    expert_alone = expert(n_prompt) + (n - 1) * expert(1)
-    colm = base_alone + sum(expert(k) for k in trace.catch_ups)
-    if any(trace.deferred):
-        colm += expert(n_prompt + trace.deferred.index(True))
-    return {
-        "base": base_alone,
-        "expert": expert_alone,
-        "expert-llama-cpp-python": expert_alone,
-        "both": base_alone + expert_alone,
-        "colm": colm,
-        "colm-fast": colm,
-    }
 
 
 def _peak_memory(pair: Pair, trace: Trace, name: str, note: Note) -> float | None:

@@ -187,10 +187,12 @@ def _table(times: dict[int, list[float]]) -> CostTable:
 def _cache_file(session: Session) -> Path:
     import llama_cpp
 
+    from colm_edge.ggml import cpu_libraries
+
     home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    library = next((Path(llama_cpp.__file__).parent / "lib").glob("*ggml-cpu*"), None)
+    builds = [library.stat().st_size for library in cpu_libraries()]
     settings = (
-        VERSION, platform.node(), llama_cpp.__version__, library and library.stat().st_size,
+        VERSION, platform.node(), llama_cpp.__version__, builds,
         llama_cpp.llama_print_system_info(), session.model.n_gpu_layers, session.model.rpc,
         session.n_threads,
         session.n_batch, session.n_ubatch, session.flash_attn, session.options.cache_type_k,

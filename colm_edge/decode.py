@@ -11,6 +11,7 @@ import math
 import threading
 from array import array
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from time import perf_counter
 from typing import TYPE_CHECKING, Literal, Protocol
@@ -134,6 +135,7 @@ class Decoder:
         self.tokens = array("i", prompt)
         self.stats = Stats(n_prompt=len(self.tokens))
         self.finish_reason: Literal["stop", "length"] | None = None
+        self.end: Step | None = None  # the end token, which is no step of the answer
         self._base, self._expert, self._read = base, expert, read
         self._threshold, self._n_choose, self._end_tokens = threshold, n_choose, end_tokens
         self._compose, self._sample, self._defer_row = compose, sample, defer_row
@@ -170,26 +172,32 @@ class Decoder:
         stats = self.stats
         begun = perf_counter()
         try:
-            with self._lock:
-                self._thread = threading.get_ident()
-                for session in self._sessions:
-                    session.check = self._check
-                try:
-                    step = self._step()
-                finally:
-                    for session in self._sessions:
-                        session.check = None
+            with self._at_work():
+                step = self._step()
         except _CancelledError:
             self.finish_reason = "stop"
             raise StopIteration from None
         stats.total_seconds += perf_counter() - begun
         if step.token in self._end_tokens:
-            self.finish_reason = "stop"
+            self.finish_reason, self.end = "stop", step
             raise StopIteration
         self.tokens.append(step.token)
         stats.n_generated += 1
         stats.n_deferred += step.source == "expert"
         return step
+
+    @contextmanager
+    def _at_work(self) -> Iterator[None]:
+        """Have the sessions, and break their work off when the answer is cancelled."""
+        with self._lock:
+            self._thread = threading.get_ident()
+            for session in self._sessions:
+                session.check = self._check
+            try:
+                yield
+            finally:
+                for session in self._sessions:
+                    session.check = None
 
     def _step(self) -> Step:
         at = len(self.tokens)
@@ -223,8 +231,7 @@ class Decoder:
         begun, steps = perf_counter(), list[Step]()
         last = len(self.tokens) - 1
         try:
-            with self._lock:
-                self._thread = threading.get_ident()
+            with self._at_work():
                 for start in range(0, last, PROMPT_OUTPUTS):
                     steps += self._read_tokens(start, min(start + PROMPT_OUTPUTS, last))
         except _CancelledError:
@@ -235,17 +242,19 @@ class Decoder:
     def _read_tokens(self, start: int, end: int) -> list[Step]:
         """Return the steps of the tokens after positions start to end."""
         prefix, steps = self.tokens[:end], list[Step]()
+        deferred: dict[int, Floats] = {}  # the base's logits, if they are needed any more
         self._evaluate_base(prefix, range(start, end))
         for i in range(start, end):
             logits, hidden = self._base.state(i)
             p_defer, _, logsumexp = self._judge(i + 1, logits, hidden)
             steps.append(self._tell(self.tokens[i + 1], "base", p_defer, logits, logsumexp))
-        deferred = [i for i in range(start, end) if self._defers(steps[i - start].p_defer)]
+            if self._defers(p_defer):
+                deferred[i] = logits.copy() if self._compose else logits
         if deferred:
-            self._evaluate_expert(prefix, deferred)
-        for i in deferred:
+            self._evaluate_expert(prefix, list(deferred))
+        for i, logits in deferred.items():
             p_defer = steps[i - start].p_defer
-            theirs, _, logsumexp = self._theirs(i + 1, self._base.state(i)[0], p_defer)
+            theirs, _, logsumexp = self._theirs(i + 1, logits, p_defer)
             steps[i - start] = self._tell(self.tokens[i + 1], "expert", p_defer, theirs, logsumexp)
         return steps
 
@@ -310,11 +319,11 @@ class Decoder:
 
 
 def likeliest(logits: Floats, logsumexp: float, n: int) -> tuple[tuple[int, float], ...]:
-    """Return the n likeliest ids, best first, and their log-probabilities."""
+    """Return the n likeliest ids, best first, and their log-probabilities; none that is -inf."""
     n = min(n, len(logits))
     best = np.argpartition(-logits, n - 1)[:n]
     best = best[np.lexsort((best, -logits[best]))]
-    return tuple((int(i), float(logits[i]) - logsumexp) for i in best)
+    return tuple((int(i), float(logits[i]) - logsumexp) for i in best if logits[i] > -math.inf)
 
 
 def mixture(

@@ -8,8 +8,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import llama_cpp as llama
-from llama_cpp import _ggml
+from llama_cpp import _ggml, llama_cpp
 
 _POINTER, _SIZE, _TEXT = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_char_p
 _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
@@ -35,14 +34,19 @@ def function(name: str) -> Any:
         registry = function("backend_reg_by_name")(b"RPC")
         address = function("backend_reg_get_proc_address")(registry, f"ggml_{name}".encode())
         return ctypes.CFUNCTYPE(result, *arguments)(address)
-    found = getattr(_ggml.libggml, f"ggml_{name}")
+    try:
+        # Through llama.cpp's own library: a wheel may hold ggml under several names, and the one
+        # that llama-cpp-python opens may be another copy, with a registry of its own.
+        found = getattr(llama_cpp._lib, f"ggml_{name}")
+    except AttributeError:  # Windows does not look into what a library needs
+        found = getattr(_ggml.libggml, f"ggml_{name}")
     found.restype, found.argtypes = result, arguments
     return found
 
 
 def cpu_libraries() -> Iterator[Path]:
     """Yield the libraries with llama.cpp's CPU code: one, or a variant for each kind of CPU."""
-    package = Path(llama.__file__).parent
+    package = Path(llama_cpp.__file__).parent
     # A build of all variants installs them beside the package.
     for folder in (package / "lib", package.parent / "bin"):
         yield from sorted(folder.glob("*ggml-cpu*"))

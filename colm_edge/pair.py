@@ -57,9 +57,16 @@ class Stream:
     """
 
     def __init__(
-        self, decoder: Decoder, model: Model, stop: Sequence[str], threshold: float
+        self,
+        decoder: Decoder,
+        model: Model,
+        stop: Sequence[str],
+        threshold: float,
+        unreadable: str = "",
     ) -> None:
+        """unreadable: why the prompt cannot be read back."""
         self._decoder, self._model, self._stop = decoder, model, stop
+        self._unreadable = unreadable
         self.threshold = threshold
         self.prompt_tokens = list(decoder.tokens)
         self.steps: list[Step] = []  # those already handed out
@@ -87,6 +94,11 @@ class Stream:
         self._decoder.cancel()
 
     @property
+    def end(self) -> Step | None:
+        """The end token, if the answer came to one; it is no step of the answer."""
+        return self._decoder.end if self._finish is None else None
+
+    @property
     def finish_reason(self) -> Literal["stop", "length"]:
         """Why the answer ended; "stop" as well when the reader ended it."""
         return self._finish or self._decoder.finish_reason or "stop"
@@ -95,8 +107,10 @@ class Stream:
         """Return one record for each token of the prompt after the first, as if it had been
         written: by whom it would have been, and how likely it was. Before the first step.
 
-        Raises ColmError where the expert is on a server.
+        Raises ColmError where the expert is on a server, which tells only of a last token.
         """
+        if self._unreadable:
+            raise ColmError(self._unreadable)
         steps = self._decoder.read_prompt()
         utf8 = codecs.getincrementaldecoder("utf-8")("replace")
         utf8.decode(self._model.piece(self.prompt_tokens[0]))
@@ -283,6 +297,8 @@ class Pair:
     def _overlaps(self) -> bool:
         """Say whether both models can work at once without being in each other's way."""
         base, expert = self.base_session, self.expert_session
+        if expert.model.rpc:
+            return True
         on_gpu = [s.model.n_gpu_layers != 0 and supports_gpu() for s in (base, expert)]
         if on_gpu[0] != on_gpu[1]:
             return True
@@ -456,7 +472,8 @@ class Pair:
             lock=self._lock if timelines is None else None,
             sessions=() if timelines else self._sessions(),
         )
-        return Stream(decoder, self.base, options.stop, threshold)
+        unreadable = self._not_here() if self.remote is not None and threshold < 1 else ""
+        return Stream(decoder, self.base, options.stop, threshold, unreadable)
 
     def _exhaust(self, stream: Stream) -> Answer:
         with self._lock:

@@ -119,6 +119,7 @@ class CompletionRequest(Sampling):
     logprobs: int | None = Field(default=None, ge=0, le=MAX_LOGPROBS)
     prompt_logprobs: int | None = Field(default=None, ge=0, le=MAX_LOGPROBS)  # vLLM's
     echo: bool = False
+    return_tokens_as_token_ids: bool = False  # vLLM's: token_id:7 instead of a text
 
     def n_probs(self) -> int:
         return max(self.logprobs or 0, self.prompt_logprobs or 0)
@@ -227,7 +228,7 @@ class Endpoint:
     def choice(self, i: int, written: Written, body: Sampling, echo: str) -> dict[str, Any]:
         text = echo + "".join(step.text for step in written.steps)
         told: dict[str, Any] = {"index": i, "finish_reason": written.finish}
-        told["logprobs"] = self.logprobs(written.steps, body, len(echo))
+        told["logprobs"] = self.logprobs(written.steps, body, len(echo), written.stream.end)
         if self.chat:
             return told | {"message": {"role": "assistant", "content": text, "refusal": None}}
         assert isinstance(body, CompletionRequest)
@@ -249,10 +250,13 @@ class Endpoint:
             delta["content"] = text
         return body | {"delta": delta}
 
-    def logprobs(self, steps: list[Step], body: Sampling, offset: int) -> dict[str, Any] | None:
+    def logprobs(
+        self, steps: list[Step], body: Sampling, offset: int, end: Step | None = None
+    ) -> dict[str, Any] | None:
         """Return the steps' log-probabilities, if the request asks for them.
 
-        offset: of the first step, in characters of the whole text.
+        offset: of the first step, in characters of the whole text. end: the end token after them,
+        which plain completions tell too: evaluation harnesses count on a token being written.
         """
         if isinstance(body, ChatRequest):
             if not body.logprobs:
@@ -269,29 +273,33 @@ class Endpoint:
         assert isinstance(body, CompletionRequest)
         if body.logprobs is None:
             return None
-        offsets, n = [], body.logprobs
-        for step in steps:
-            offsets.append(offset)
+        told: dict[str, Any] = {
+            "tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []
+        }  # fmt: skip
+        as_id = body.return_tokens_as_token_ids
+        for step in [*steps, *([end] if end is not None else [])]:
+            name = f"token_id:{step.token}" if as_id else step.text
+            top = {name: step.logprob}  # the token itself is one of them
+            for i, x in step.top[: body.logprobs]:
+                if i != step.token:
+                    # Some are spelled alike, such as parts of characters: the likeliest stays.
+                    top.setdefault(f"token_id:{i}" if as_id else self._spell(i), x)
+            for key, value in zip(told, (name, step.logprob, top, offset), strict=True):
+                told[key].append(value)
             offset += len(step.text)
-        return {
-            "tokens": [step.text for step in steps],
-            "token_logprobs": [step.logprob for step in steps],
-            # The token itself is one of them.
-            "top_logprobs": [
-                {self._spell(i): x for i, x in step.top[:n]} | {step.text: step.logprob}
-                for step in steps
-            ],
-            "text_offset": offsets,
-        }
+        return told
 
     def echo_logprobs(self, written: Written, body: Sampling) -> dict[str, Any] | None:
         """Return the prompt's, whose first token has none, where the prompt is echoed."""
         if not isinstance(body, CompletionRequest) or not body.echo:
             return None
-        first = self._spell(written.stream.prompt_tokens[0])
+        token = written.stream.prompt_tokens[0]
+        first = self._spell(token)
         told = self.logprobs(written.prompt, body, len(first))
         if told is None:
             return None
+        if body.return_tokens_as_token_ids:
+            first = f"token_id:{token}"
         begin = {"tokens": first, "token_logprobs": None, "top_logprobs": None, "text_offset": 0}
         return {name: [x, *told[name]] for name, x in begin.items()}
 

@@ -77,8 +77,7 @@ Scored = tuple[list[float], list[bool]]
 class Dialect:
     """How one kind of server is asked.
 
-    ask: (model, token ids) -> body of a request to `path`; read: (its answer, the id that ends a
-        text) -> Reply.
+    ask: (model, token ids) -> body of a request to `path`; read: its answer -> Reply.
     tokenize: (model, text) -> body of a request to /tokenize, whose answer holds `tokens`.
     ask_scores: (model, documents) -> body of a request to `path` that is answered with vLLM's
         `prompt_logprobs` of each; None: the server tells only what comes after a prompt.
@@ -87,7 +86,7 @@ class Dialect:
     name: str
     path: str
     ask: Callable[[str, list[int]], dict[str, Any]]
-    read: Callable[[Any, int], Reply]
+    read: Callable[[Any], Reply]
     tokenize: Callable[[str, str], dict[str, Any]]
     ask_scores: Callable[[str, list[list[int]]], dict[str, Any]] | None = None
 
@@ -99,7 +98,7 @@ def _ask_llama_cpp(model: str, tokens: list[int]) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _read_llama_cpp(answer: Any, end_token: int) -> Reply:
+def _read_llama_cpp(answer: Any) -> Reply:
     items = answer["completion_probabilities"][0]["top_logprobs"]
     top = {int(item["id"]): float(item["logprob"]) for item in items}
     return top, int(answer["timings"]["prompt_n"])
@@ -112,26 +111,23 @@ def _ask_vllm(model: str, tokens: list[int]) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _read_vllm(answer: Any, end_token: int) -> Reply:
+def _read_vllm(answer: Any) -> Reply:
     top = answer["choices"][0]["logprobs"]["top_logprobs"][0]
     return {int(name.removeprefix("token_id:")): float(x) for name, x in top.items()}, None
 
 
+# Its expert alone, whatever the server's own defaults are.
+_EXPERT_ALONE = {"repeat_penalty": 1, "colm": {"threshold": 0, "strategy": "defer"}}
+
+
 def _ask_colm_edge(model: str, tokens: list[int]) -> dict[str, Any]:
-    # Its expert alone, whatever the server's own defaults are.
-    return {
-        "model": model, "prompt": tokens, "max_tokens": 1, "temperature": 0, "repeat_penalty": 1,
-        "logprobs": 1, "colm": {"threshold": 0, "strategy": "defer", "trace": True},
-        "stream": False,
-    }  # fmt: skip
+    return _ask_vllm(model, tokens) | _EXPERT_ALONE
 
 
-def _read_colm_edge(answer: Any, end_token: int) -> Reply:
-    choice, colm = answer["choices"][0], answer["colm"]
-    top = {end_token: 0.0}  # which is no part of an answer, so that nothing tells its probability
-    if colm["trace"] or choice["finish_reason"] != "stop":
-        top = {int(colm["trace"][0]["id"]): float(choice["logprobs"]["token_logprobs"][0])}
-    return top, int(colm["expert_tokens"])
+def _read_colm_edge(answer: Any) -> Reply:
+    if answer["colm"]["expert_failures"]:
+        raise ValueError("its own expert is absent")
+    return _read_vllm(answer)[0], int(answer["colm"]["expert_tokens"])
 
 
 def _ask_scores_vllm(model: str, documents: list[list[int]]) -> dict[str, Any]:
@@ -142,10 +138,7 @@ def _ask_scores_vllm(model: str, documents: list[list[int]]) -> dict[str, Any]:
 
 
 def _ask_scores_colm_edge(model: str, documents: list[list[int]]) -> dict[str, Any]:
-    return {
-        "model": model, "prompt": documents, "max_tokens": 0, "prompt_logprobs": 1,
-        "colm": {"threshold": 0, "strategy": "defer"}, "stream": False,
-    }  # fmt: skip
+    return _ask_scores_vllm(model, documents) | _EXPERT_ALONE | {"max_tokens": 0}
 
 
 def _read_scores(told: list[Any], document: list[int], start: int) -> Scored:
@@ -214,7 +207,9 @@ class RemoteExpert:
         self._model = ""
         self._lock = threading.RLock()  # around what follows
         self._absent_until, self._warned = -math.inf, False
-        key = os.environ.get(KEY_VARIABLE)
+        key = os.environ.get(KEY_VARIABLE, "")
+        if not (key.isascii() and key.isprintable()):
+            raise ModelError(f"the variable {KEY_VARIABLE} holds what no key has: {key!r}")
         self._client = httpx.Client(
             timeout=httpx.Timeout(timeout, connect=min(timeout, CONNECT_TIMEOUT)),
             headers={"Authorization": f"Bearer {key}"} if key else {},
@@ -267,7 +262,7 @@ class RemoteExpert:
             body["n_probs"] = n_probs
         answer = self._request(dialect.path, body)
         try:
-            return dialect.read(answer, self.base.end_token)
+            return dialect.read(answer)
         except _GARBAGE as e:
             raise _TryError(f"its answer is not {dialect.name}'s ({e!r})") from e
 
@@ -389,11 +384,16 @@ class RemoteExpert:
                 if not e.final and n + 1 < TRIES:
                     time.sleep(BACK_OFF * 2**n)
                     continue
-                what = f"{self.url}: the expert does not answer: {e}"
+                if e.final:
+                    what, cure = f"{self.url}: the expert refuses: {e}", ""
+                else:
+                    what = f"{self.url}: the expert does not answer: {e}"
+                    cure = "; start it, or check the address"
                 if required:
-                    raise ModelError(f"{what}; start it, or check the address") from e
+                    raise ModelError(what + cure) from e
                 with self._lock:
-                    self._absent_until = time.monotonic() + self._pause
+                    if not e.final:  # what it refuses one request says nothing of the next
+                        self._absent_until = time.monotonic() + self._pause
                     warned, self._warned = self._warned, True
                 if not warned:
                     self._note(f"{what}; the base goes on alone")
@@ -406,7 +406,7 @@ class RemoteExpert:
         method = "GET" if body is None else "POST"
         try:
             response = self._client.request(method, self.url + path, json=body)
-        except self._httpx.HTTPError as e:
+        except (self._httpx.HTTPError, UnicodeError) as e:
             raise _TryError(f"{path}: {str(e) or type(e).__name__}") from e
         if response.status_code != 200:
             busy = response.status_code >= 500 or response.status_code in (408, 429)

@@ -12,7 +12,6 @@ import os
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from colm_edge.decode import Decoder, Floats, Timeline
@@ -40,12 +39,6 @@ class Trace:
     @property
     def defer_rate(self) -> float:
         return sum(self.deferred) / len(self.deferred)
-
-    @property
-    def catch_ups(self) -> list[int]:
-        """How many tokens the expert evaluates at each call after its first."""
-        at = [i for i, deferred in enumerate(self.deferred) if deferred]
-        return [later - earlier for earlier, later in pairwise(at)]
 
 
 @dataclass(frozen=True)

@@ -31,11 +31,11 @@ def check_servers(servers: Sequence[str]) -> None:
         )
     for server in servers:
         host, _, port = server.rpartition(":")
-        if not host or not port.isdigit():
+        if not host or not (port.isascii() and port.isdigit()):
             raise ModelError(f"{server!r} is no RPC server; expected HOST:PORT")
         try:
             socket.create_connection((host, int(port)), CONNECT_TIMEOUT).close()
-        except (OSError, OverflowError) as e:
+        except (OSError, OverflowError, UnicodeError) as e:
             reason = getattr(e, "strerror", None) or e
             raise ModelError(
                 f"{server}: no RPC server answers there ({reason}); start llama.cpp's "

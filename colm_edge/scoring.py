@@ -44,6 +44,8 @@ Kinds = dict[str, tuple[tuple[int, ...], type]]  # a column's shape but for its 
 SAVE_SECONDS = 5.0  # between two notes of how far a pass has come
 PACK_TOKENS = 1024  # of short documents, evaluated together
 COPY_ROWS = 1 << 14
+# The largest log-probability that stands for none: vLLM's, llama.cpp's is lower.
+ZERO_PROBABILITY = -9999.0
 
 # A document's state in a ledger: to be scored, scored, or taken over from the folder's last data.
 TO_DO, DONE, KEPT = 0, 1, 2
@@ -283,7 +285,7 @@ def _score_there(
     for some, likeliest in expert.score(spans, documents.starts[group].tolist()):
         logprobs += some
         right += likeliest
-    if not np.isfinite(logprobs).all():
+    if not (np.array(logprobs) > ZERO_PROBABILITY).all():
         raise ColmError(f"{expert.url}: gives NaN or zero probability to a token of the data")
     return {"logprob": np.array(logprobs), "right": np.array(right, np.bool_)}
 

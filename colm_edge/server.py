@@ -42,7 +42,7 @@ from colm_edge.protocol import (
 from colm_edge.slots import Slots
 
 if TYPE_CHECKING:
-    from colm_edge.pair import Pair
+    from colm_edge.pair import Pair, Stream
 
 MAX_BODY = 4 << 20  # bytes of a request
 
@@ -118,6 +118,7 @@ class Server:
             self.n_waiting -= 1
         loop, queue = asyncio.get_running_loop(), asyncio.Queue[Any]()
         gone = threading.Event()
+        streams: list[Stream] = []
 
         def work() -> None:
             put: Callable[[Any], Any] = lambda item: loop.call_soon_threadsafe(  # noqa: E731
@@ -126,11 +127,12 @@ class Server:
             try:
                 with self.slots.take(tokens) as timelines:
                     stream = self.pair.stream_tokens(tokens, options, timelines)
+                    streams.append(stream)
+                    if gone.is_set():
+                        stream.cancel()
                     put(Written(stream, stream.read_prompt() if tells_prompt else []))
                     for step in stream:
                         put(step)
-                        if gone.is_set():
-                            break
                 put(None)
             except BaseException as e:
                 put(e)
@@ -155,6 +157,8 @@ class Server:
             self.metrics.expert_calls.inc(written.stats()["expert_calls"])
         finally:
             gone.set()
+            for stream in streams:
+                stream.cancel()
 
     def _release(self) -> None:
         self.n_busy -= 1
@@ -269,6 +273,11 @@ def create_app(server: Server) -> FastAPI:
         prompts = body.prompts()
         if not prompts:
             raise RefusalError(400, "the prompt is empty; give a text or token ids", param="prompt")
+        if body.stream and body.prompt_logprobs is not None:
+            raise RefusalError(
+                400, "no stream tells prompt_logprobs; leave out one of the two, or use echo and "
+                "logprobs", param="prompt_logprobs",
+            )  # fmt: skip
         return await _respond(server, Endpoint(False, piece), body, prompts, request)
 
     @app.post("/tokenize", **known)
@@ -422,6 +431,7 @@ async def _respond(
     finally:
         for task in (writing, leaving):
             task.cancel()
+        await asyncio.gather(writing, leaving, return_exceptions=True)
     return JSONResponse({
         **about,
         "object": endpoint.kind,
@@ -507,7 +517,13 @@ async def _events(
                 yield chunk([endpoint.delta(i, item.text, None, False, told)], **more)
             elif i in begun:
                 done[i] = item
-                yield chunk([endpoint.delta(i, None, item.finish, False, None)])
+                end = item.stream.end
+                told = (
+                    None
+                    if end is None or endpoint.chat
+                    else endpoint.logprobs([], body, offsets[i], end)
+                )
+                yield chunk([endpoint.delta(i, None, item.finish, False, told)])
             else:
                 begun.add(i)
                 if endpoint.chat or echoes[i]:

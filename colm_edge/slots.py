@@ -179,7 +179,9 @@ class SharedTimeline:
         return len(tokens) - keep
 
     def state(self, i: int) -> tuple[Floats, Floats]:
-        return self._context.state(self._slot, i)
+        # While this slot waits for its other model, the others' batches overwrite what stands here.
+        logits, hidden = self._context.state(self._slot, i)
+        return logits.copy(), hidden.copy()
 
 
 class AwayTimeline(RemoteSession):

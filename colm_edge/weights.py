@@ -74,7 +74,7 @@ def devices() -> list[str]:
 
 
 def supports_gpu() -> bool:
-    """Say whether this llama.cpp was built for a GPU."""
+    """Say whether this llama.cpp can put layers elsewhere than on the CPU."""
     return bool(llama.llama_supports_gpu_offload())
 
 

@@ -12,6 +12,7 @@ from conftest import TEMPLATE
 from reference import PlainModel, assert_same, plain_loop
 
 import colm_edge
+from colm_edge.decode import PROMPT_OUTPUTS
 from colm_edge.errors import ColmError, MismatchError, ModelError, PromptError, SwitchError
 from colm_edge.options import Options
 from colm_edge.pair import Pair, load
@@ -82,6 +83,21 @@ def test_an_answer_read_back_tells_what_it_told_when_written(tiny, switch, strat
         more = [step.token for step in stream]
         again = pair.stream_tokens(tokens, options)
         assert more == [step.token for step in again]
+
+
+def test_reading_a_prompt_is_broken_off_between_two_batches(tiny_pair, monkeypatch):
+    tokens = [7 + i % 50 for i in range(3 * PROMPT_OUTPUTS)]
+    stream = tiny_pair.stream_tokens(tokens, Options(threshold=1.0))
+    sync = tiny_pair.base_session.sync
+
+    def leave(*args):
+        stream.cancel()
+        return sync(*args)
+
+    monkeypatch.setattr(tiny_pair.base_session, "sync", leave)
+    assert len(stream.read_prompt()) == PROMPT_OUTPUTS
+    assert list(stream) == []
+    assert stream.finish_reason == "stop"
 
 
 def test_threshold_one_is_the_base_alone_and_never_makes_the_expert(tiny, switch):

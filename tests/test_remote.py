@@ -29,6 +29,7 @@ from colm_edge.options import Options
 from colm_edge.pair import Pair, load
 from colm_edge.remote import RemoteExpert, logits_of
 from colm_edge.session import ContextOptions, Session
+from colm_edge.slots import Slots
 from colm_edge.switch import load_switch
 from colm_edge.weights import Model
 
@@ -44,7 +45,7 @@ class Fake:
         self.owner, self.model = owner, Model(model)
         self.session = Session(self.model, ContextOptions(n_ctx=256, n_threads=1))
         self.n_vocab, self.shift = self.model.n_vocab, 0
-        self.n_connections = 0
+        self.n_connections = self.n_absent = 0
         self.requests: list[tuple[str, dict]] = []
         self.keys: list[str | None] = []
         self.failures: list[str] = []
@@ -83,18 +84,11 @@ class Fake:
                 "completion_probabilities": [{**top[0], "top_logprobs": top}],
             }  # fmt: skip
         assert path == "/v1/completions"
-        chosen = int(best[0])
-        if self.owner == "vllm":
-            told = {f"token_id:{i}": float(x[i]) for i in best[: body["logprobs"]]}
-            return {"choices": [{"logprobs": {"top_logprobs": [told]}}]}
-        ended = chosen in self.model.end_tokens
-        return {
-            "choices": [{
-                "finish_reason": "stop" if ended else "length",
-                "logprobs": {"token_logprobs": [] if ended else [float(x[chosen])]},
-            }],
-            "colm": {"expert_tokens": n, "trace": [] if ended else [{"id": chosen}]},
-        }  # fmt: skip
+        told = {f"token_id:{i}": float(x[i]) for i in best[: body["logprobs"]]}
+        answer: dict = {"choices": [{"logprobs": {"top_logprobs": [told]}}]}
+        if self.owner == "colm-edge":
+            answer["colm"] = {"expert_tokens": n, "expert_failures": self.n_absent}
+        return answer
 
     def prompt_logprobs(self, tokens: list[int]) -> list:
         self.session.sync(tokens[:-1], range(len(tokens) - 1))
@@ -251,9 +245,9 @@ BODIES = {
         "return_tokens_as_token_ids": True, "stream": False,
     },
     "colm-edge": {
-        "model": "the model", "max_tokens": 1, "temperature": 0, "repeat_penalty": 1,
-        "logprobs": 1, "colm": {"threshold": 0, "strategy": "defer", "trace": True},
-        "stream": False,
+        "model": "the model", "max_tokens": 1, "temperature": 0, "logprobs": 20,
+        "return_tokens_as_token_ids": True, "stream": False, "repeat_penalty": 1,
+        "colm": {"threshold": 0, "strategy": "defer"},
     },
 }  # fmt: skip
 
@@ -354,10 +348,32 @@ def test_a_required_expert_that_fails_is_an_error(tiny):
 
 def test_a_refusal_is_not_tried_again(tiny):
     with faking("vllm", tiny["expert"]) as (url, fake), remote_pair(tiny, url) as pair:
-        fake.always = "400"
-        with pytest.raises(AbsentExpertError, match="HTTP 400"):
+        fake.failures = ["400"]
+        with pytest.raises(AbsentExpertError, match=r"the expert refuses: .*HTTP 400"):
             pair.remote.session().sync([1, 2, 3])
         assert len(fake.asked) == 1
+        # And it says nothing of the next request.
+        assert pair.remote.session().sync([1, 2, 4]) == 3
+
+
+def test_a_base_does_not_pass_for_the_expert(tiny, local):
+    """Another colm-edge whose own expert is elsewhere, and absent."""
+    with faking("colm-edge", tiny["expert"]) as (url, fake), remote_pair(tiny, url) as pair:
+        fake.n_absent = 1
+        answer = pair.generate(PROMPT)
+        assert {step.source for step in answer.steps} == {"base"}
+        assert answer.stats.expert_failures > 0
+
+
+def test_a_key_that_no_header_may_have_is_named(tiny, monkeypatch):
+    monkeypatch.setenv(remote.KEY_VARIABLE, "schlüssel")
+    with pytest.raises(ModelError, match="COLM_EDGE_EXPERT_KEY holds what no key has"):
+        load(tiny["base"], "http://127.0.0.1:1", "margin")
+
+
+def test_a_host_that_no_name_can_be_is_no_traceback(tiny):
+    with pytest.raises(ModelError, match="does not answer"):
+        load(tiny["base"], "http://a..b:1", "margin", expert_required=True)
 
 
 def test_an_expert_may_come_up_later(tiny, local):
@@ -525,7 +541,7 @@ def test_what_a_scoring_pass_asks(tiny, owner):
     bodies = {
         "vllm": {"model": "the model", "max_tokens": 1, "temperature": 0},
         "colm-edge": {
-            "model": "the model", "max_tokens": 0,
+            "model": "the model", "max_tokens": 0, "temperature": 0, "repeat_penalty": 1,
             "colm": {"threshold": 0, "strategy": "defer"},
         },
     }  # fmt: skip
@@ -598,12 +614,13 @@ def test_a_server_may_have_its_expert_elsewhere(tiny, local):
         expected = local.generate(PROMPT)
         assert [choice["message"]["content"] for choice in answer["choices"]] == [expected.text] * 3
         assert answer["colm"]["expert_calls"] == 3 * expected.stats.n_deferred
-        refused = httpx.post(
-            f"{address}/v1/completions",
-            json={"prompt": PROMPT, "max_tokens": 0, "echo": True, "logprobs": 1},
-        )
-        assert refused.status_code == 400
-        assert "give a GGUF file" in refused.json()["error"]["message"]
+        for prompt in ([50, 51], PROMPT):
+            body = {"prompt": prompt, "max_tokens": 0, "echo": True, "logprobs": 1}
+            refused = httpx.post(f"{address}/v1/completions", json=body)
+            assert refused.status_code == 400
+            assert "give a GGUF file" in refused.json()["error"]["message"]
+            body["colm"] = {"threshold": 1}  # the base tells its own
+            assert httpx.post(f"{address}/v1/completions", json=body).status_code == 200
         # A slot that waits for the expert holds up no other.
         fake.always = "slow"
         slow: list[dict] = []
@@ -619,9 +636,40 @@ def test_a_server_may_have_its_expert_elsewhere(tiny, local):
         assert not slow
         fake.released.set()
         thread.join(60)
+        assert not thread.is_alive()
         assert slow[0]["colm"]["expert_failures"] > 0
         assert slow[0]["choices"] == alone["choices"]
         assert not server.slots.expert_loaded
+
+
+def test_answers_together_whose_expert_fails_are_each_the_base_alone(tiny, local):
+    """What a slot reads of the base it still has after the others went on meanwhile."""
+    prompts = ["hello", "what is this about, and why", "one two three four five six", "so"]
+    options = GREEDY.with_changes(threshold=0.0)
+    with faking("llamacpp", tiny["expert"]) as (url, fake), remote_pair(
+        tiny, url, pause=0.0
+    ) as pair:  # fmt: skip
+        fake.always = "400"
+        slots, results = Slots(pair, 4), {}
+
+        def work(prompt: str) -> None:
+            tokens = pair.base.tokenize(prompt)
+            with slots.take(tokens) as timelines:
+                results[prompt] = list(pair.stream_tokens(tokens, options, timelines))
+
+        threads = [threading.Thread(target=work, args=(prompt,)) for prompt in prompts]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(60)
+        slots.close()
+    for prompt in prompts:
+        tokens = local.base.tokenize(prompt)
+        alone = list(local.stream_tokens(tokens, options.with_changes(threshold=1.0)))
+        assert [s.token for s in results[prompt]] == [s.token for s in alone]
+        assert [s.logprob for s in results[prompt]] == pytest.approx(
+            [s.logprob for s in alone], abs=5e-2
+        )
 
 
 QUESTIONS = (

@@ -41,6 +41,8 @@ def test_a_build_without_rpc_says_so(tiny, monkeypatch):
     [
         ("nonsense", "'nonsense' is no RPC server; expected HOST:PORT"),
         ("host:", "'host:' is no RPC server"),
+        ("127.0.0.1:²", "is no RPC server"),
+        ("a..b:1", "a..b:1: no RPC server answers there"),
         ("127.0.0.1:99999", "127.0.0.1:99999: no RPC server answers there"),
         ("127.0.0.1:{port}", r"no RPC server answers there \(Connection refused\)"),
     ],

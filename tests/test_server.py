@@ -228,6 +228,48 @@ def test_echoed_prompts_tell_their_own_probabilities(client, pair, threshold, n_
         assert [ranked[1], ranked[2]] == pytest.approx(np.sort(x)[:-3:-1], abs=5e-2)
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_end_token_has_its_probability_told(demo, stream):
+    """Evaluation harnesses ask for one token after the text and count on it being told."""
+    written = demo.generate("What is the symbol of tungsten?", temperature=0)
+    tokens = written.prompt_tokens + [step.token for step in written.steps]
+    with serving(demo, n_slots=1) as (url, _):
+        client = openai.OpenAI(base_url=f"{url}/v1", api_key="any")
+        answer = client.completions.create(
+            model="any", prompt=tokens, max_tokens=1, temperature=0, logprobs=1, echo=True,
+            stream=stream, extra_body={"return_tokens_as_token_ids": True},
+        )  # fmt: skip
+        choices = [e.choices[0] for e in answer if e.choices] if stream else answer.choices
+    assert choices[-1].finish_reason == "stop"
+    told = [choice.logprobs for choice in choices if choice.logprobs]
+    names = [name for part in told for name in part.tokens]
+    logprobs = [x for part in told for x in part.token_logprobs]
+    assert names[:-1] == [f"token_id:{token}" for token in tokens]
+    assert int(names[-1].removeprefix("token_id:")) in demo.base.end_tokens
+    assert logprobs[-1] > -0.1
+    assert told[-1].top_logprobs[-1][names[-1]] == logprobs[-1]
+
+
+def test_alike_spellings_keep_the_likeliest(client, pair):
+    """Parts of characters are all spelled alike."""
+    answer = client.completions.create(model="tiny", prompt="hello", max_tokens=8, logprobs=20)
+    stream = pair.stream("hello", **vars(GREEDY.with_changes(max_tokens=8, n_probs=20, raw=True)))
+    for step, top in zip(stream, answer.choices[0].logprobs.top_logprobs, strict=True):
+        best: dict[str, float] = {}
+        for token, logprob in step.top:
+            text = pair.base.piece(token).decode("utf-8", "replace")
+            best.setdefault(text if token != step.token else step.text, logprob)
+        assert top == pytest.approx(best, abs=5e-2)
+        assert len(top) < 20
+
+
+def test_a_stream_has_no_place_for_prompt_logprobs(client):
+    with pytest.raises(openai.BadRequestError, match="no stream tells prompt_logprobs"):
+        client.completions.create(
+            model="tiny", prompt="hello", stream=True, extra_body={"prompt_logprobs": 1}
+        )
+
+
 def test_an_echo_comes_first_in_a_stream(client):
     events = list(
         client.completions.create(
