@@ -18,7 +18,8 @@ def info(*args: str):
     return json.loads(result.stdout)
 
 
-def test_a_model_is_described(tiny):
+def test_a_model_is_described(tiny, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))  # nothing was measured yet
     (facts,) = info(tiny["template"])
     assert facts["architecture"] == "llama"
     assert facts["trained_context"] == 512
