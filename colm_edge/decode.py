@@ -11,7 +11,6 @@ import math
 import threading
 from array import array
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from time import perf_counter
 from typing import TYPE_CHECKING, Literal, Protocol
@@ -172,8 +171,12 @@ class Decoder:
         stats = self.stats
         begun = perf_counter()
         try:
-            with self._at_work():
-                step = self._step()
+            with self._lock:
+                self._begin_work()
+                try:
+                    step = self._step()
+                finally:
+                    self._end_work()
         except _CancelledError:
             self.finish_reason = "stop"
             raise StopIteration from None
@@ -186,18 +189,15 @@ class Decoder:
         stats.n_deferred += step.source == "expert"
         return step
 
-    @contextmanager
-    def _at_work(self) -> Iterator[None]:
-        """Have the sessions, and break their work off when the answer is cancelled."""
-        with self._lock:
-            self._thread = threading.get_ident()
-            for session in self._sessions:
-                session.check = self._check
-            try:
-                yield
-            finally:
-                for session in self._sessions:
-                    session.check = None
+    def _begin_work(self) -> None:
+        """Let what the sessions do on this thread be broken off when the answer is cancelled."""
+        self._thread = threading.get_ident()
+        for session in self._sessions:
+            session.check = self._check
+
+    def _end_work(self) -> None:
+        for session in self._sessions:
+            session.check = None
 
     def _step(self) -> Step:
         at = len(self.tokens)
@@ -231,9 +231,13 @@ class Decoder:
         begun, steps = perf_counter(), list[Step]()
         last = len(self.tokens) - 1
         try:
-            with self._at_work():
-                for start in range(0, last, PROMPT_OUTPUTS):
-                    steps += self._read_tokens(start, min(start + PROMPT_OUTPUTS, last))
+            with self._lock:
+                self._begin_work()
+                try:
+                    for start in range(0, last, PROMPT_OUTPUTS):
+                        steps += self._read_tokens(start, min(start + PROMPT_OUTPUTS, last))
+                finally:
+                    self._end_work()
         except _CancelledError:
             pass  # the next step says so
         self.stats.total_seconds += perf_counter() - begun
