@@ -77,7 +77,7 @@ def scoring_pass(
         place = Path(folder) if folder else None
         inside = session.seconds
         begun, cpu_begun = perf_counter(), process_time()
-        scoring._pass(pair, name, session, documents, no_bar, place, False)
+        scoring._pass(pair, name, documents, no_bar, place, False)
         cpu = process_time() - cpu_begun
         return perf_counter() - begun, cpu, session.seconds - inside
 
