@@ -25,7 +25,7 @@ from colm_edge.cli_options import (
 )  # fmt: skip
 from colm_edge.errors import ColmError
 from colm_edge.options import ServerOptions
-from colm_edge.terminal import Chat, drain, summary, write
+from colm_edge.terminal import Chat, drain, note, summary, write
 
 if TYPE_CHECKING:
     from colm_edge.documents import Documents
@@ -78,7 +78,7 @@ def open_pair(models: dict[str, Any], **more: Any) -> Pair:
     """Load what the model options name and say on stderr what a user should know of it."""
     from colm_edge.pair import load
 
-    loaded = load(**models, **more, note=lambda text: click.echo(f"{text} …", err=True))
+    loaded = load(**models, **more, note=note)
     if loaded.is_demo:
         click.echo(
             "A demonstration pair (animals, elements, countries). "

@@ -21,6 +21,10 @@ class PromptError(ColmError):
     """A prompt is empty or does not fit the context."""
 
 
+class ContextError(PromptError):
+    """A prompt does not fit the context."""
+
+
 class AbsentExpertError(ColmError):
     """A remote expert does not answer; the base can go on alone."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -10,6 +11,7 @@ from colm_edge.errors import ModelError
 from colm_edge.hub import Note, fetch, is_reference
 
 DEMO_PAIR = "demo"
+_ADDRESS = re.compile(r"[\w.-]+:\d{1,5}")
 # With --offline a server may still be asked that is this machine.
 LOCAL_HOSTS = ("127.0.0.1", "::1", "localhost")
 _PACKAGE = Path(__file__).parent
@@ -96,6 +98,8 @@ def resolve(
                 f"{reference}: not asked with --offline; leave that out, or give a GGUF file"
             )
         return reference
+    if _ADDRESS.fullmatch(reference) and not Path(reference).exists():
+        raise ModelError(f"{reference}: no such file; a server is given as http://{reference}")
     if reference.startswith("package:"):
         return str(_PACKAGE / "data" / reference.removeprefix("package:"))
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -24,6 +25,8 @@ class Options:
     top_p: float = 0.95
     min_p: float = 0.05
     repeat_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
     repeat_last_n: int = 64
     seed: int = -1  # -1: another one each time
     stop: tuple[str, ...] = ()
@@ -33,6 +36,8 @@ class Options:
     def __post_init__(self) -> None:
         if isinstance(self.stop, str):
             object.__setattr__(self, "stop", (self.stop,))
+        if not isinstance(self.stop, Iterable) or not all(isinstance(s, str) for s in self.stop):
+            raise ColmError(f"stop is {self.stop!r}; expected a text, or several")
         object.__setattr__(self, "stop", tuple(self.stop))
         limits: tuple[tuple[str, float | None, float, float], ...] = (
             ("max_tokens", self.max_tokens, -1, 2**31 - 1),
@@ -43,15 +48,20 @@ class Options:
             ("top_p", self.top_p, 0, 1),
             ("min_p", self.min_p, 0, 1),
             ("repeat_penalty", self.repeat_penalty, 1e-6, 1e6),
+            ("presence_penalty", self.presence_penalty, -100, 100),
+            ("frequency_penalty", self.frequency_penalty, -100, 100),
             ("repeat_last_n", self.repeat_last_n, 0, 2**31 - 1),
             ("n_probs", self.n_probs, 0, 1000),
             ("seed", self.seed, -1, 2**32 - 2),  # llama.cpp takes 2^32 - 1 for "draw one"
         )
         for name, value, low, high in limits:
-            if value is None:
+            if value is None and name in ("threshold", "defer_rate"):
                 continue
-            if not isinstance(value, int | float) or not low <= value <= high:
-                raise ColmError(f"{name} is {value!r}; expected a number from {low:g} to {high:g}")
+            whole = isinstance(getattr(Options, name), int)
+            kind: Any = int if whole else (int, float)
+            if not isinstance(value, kind) or not low <= value <= high:
+                what = "a whole number" if whole else "a number"
+                raise ColmError(f"{name} is {value!r}; expected {what} from {low:g} to {high:g}")
         if self.strategy not in ("defer", "compose"):
             raise ColmError(f"strategy is {self.strategy!r}; expected 'defer' or 'compose'")
         if self.schedule not in ("fast", "sequential"):

@@ -16,7 +16,7 @@ from colm_edge.async_stream import AsyncStream
 from colm_edge.background import Background
 from colm_edge.costs import CostTable, cost_table
 from colm_edge.decode import Decoder, Stats, Step, Timeline
-from colm_edge.errors import ColmError, ModelError, PromptError
+from colm_edge.errors import ColmError, ContextError, ModelError, PromptError
 from colm_edge.models import LOCAL_HOSTS, choose_pair, is_url
 from colm_edge.options import Options
 from colm_edge.prompt_cache import load_prompts, save_prompts
@@ -353,7 +353,7 @@ class Pair:
         messages = [{"role": "user", "content": prompt}]
         if system:
             messages.insert(0, {"role": "system", "content": system})
-        if not prompt.strip():
+        if isinstance(prompt, str) and not prompt.strip():
             raise PromptError("the prompt is empty; write at least one word")
         return self.stream_chat(messages, **options)
 
@@ -379,11 +379,12 @@ class Pair:
 
         Without a template (or raw), the contents follow each other, a blank line between.
         """
+        if isinstance(messages, str) or not isinstance(messages, Sequence):
+            raise PromptError(f"a conversation is {messages!r}; expected a list of messages")
         for message in messages:
-            if not isinstance(message.get("role"), str) or not isinstance(
-                message.get("content"), str
-            ):
-                raise PromptError(f"a message is {dict(message)!r}; expected role and content")
+            given = message if isinstance(message, Mapping) else {}
+            if not all(isinstance(given.get(key), str) for key in ("role", "content")):
+                raise PromptError(f"a message is {message!r}; expected role and content, as texts")
         if not messages:
             raise PromptError("the conversation is empty; give at least one message")
         if raw or not self.base.chat_template:
@@ -412,7 +413,7 @@ class Pair:
         if not tokens:
             raise PromptError("the prompt is empty; write at least one word")
         if len(tokens) > self.n_ctx:
-            raise PromptError(
+            raise ContextError(
                 f"the prompt has {len(tokens)} tokens, the context holds {self.n_ctx}; "
                 "shorten it or raise -c"
             )

@@ -52,8 +52,10 @@ def load_prompts(path: str | os.PathLike[str], base: Session, expert: Session) -
             parts = {name: loaded[name] for name in loaded.files}
         about = json.loads(str(parts["about"]))
         states = [(parts[f"{name}_tokens"], parts[f"{name}_state"]) for name in ("base", "expert")]
-    except (OSError, ValueError, TypeError, KeyError, EOFError, zipfile.BadZipFile) as e:
-        raise ColmError(f"{path}: not a prompt cache ({e}); delete it, or name another") from e
+    except OSError as e:
+        raise ColmError(f"{path}: cannot read the prompt cache: {e.strerror or e}") from e
+    except (ValueError, TypeError, KeyError, EOFError, zipfile.BadZipFile) as e:
+        raise ColmError(f"{path}: not a prompt cache, or a broken one; name another file") from e
     ours = _about(base, expert)
     differs = [key for key in ours if about.get(key) != ours[key]]
     if differs:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -24,8 +24,10 @@ class Body(BaseModel):
     model_config = ConfigDict(extra="ignore")
 
 
-class ColmFields(Body):
+class ColmFields(BaseModel):
     """What this server adds to a request."""
+
+    model_config = ConfigDict(extra="forbid")
 
     threshold: float | None = Field(default=None, ge=0, le=1)
     defer_rate: float | None = Field(default=None, ge=0, le=1)
@@ -48,18 +50,30 @@ class Sampling(Body):
     top_k: int | None = Field(default=None, ge=0, le=2**31 - 1)
     min_p: float | None = Field(default=None, ge=0, le=1)
     repeat_penalty: float | None = Field(default=None, gt=1e-6, le=1e6)
+    presence_penalty: float | None = Field(default=None, ge=-2, le=2)
+    frequency_penalty: float | None = Field(default=None, ge=-2, le=2)
     seed: int | None = Field(default=None, ge=-(2**63), le=2**63 - 1)
     stop: Stop | list[Stop] | None = Field(default=None)
     n: int = Field(default=1, ge=1, le=MAX_CHOICES)
     stream: bool = False
     stream_options: StreamOptions | None = None
     colm: ColmFields = ColmFields()
+    # What would change an answer and is not to be had here: whoever asks for it is told.
+    logit_bias: dict[str, float] | None = Field(default=None, max_length=0)
 
     def options(self, defaults: Options, choice: int, limit: int) -> Options:
         """Return the decoding options of one choice; each has a seed of its own."""
         given = {
             name: getattr(self, name)
-            for name in ("temperature", "top_p", "top_k", "min_p", "repeat_penalty")
+            for name in (
+                "temperature",
+                "top_p",
+                "top_k",
+                "min_p",
+                "repeat_penalty",
+                "presence_penalty",
+                "frequency_penalty",
+            )
         }
         given |= self.colm.model_dump(exclude={"trace"})
         given = {name: value for name, value in given.items() if value is not None}
@@ -92,23 +106,31 @@ class Part(Body):
 
 class Message(Body):
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | list[Part]
+    content: str | list[Part] | None = None
 
     def as_dict(self) -> dict[str, str]:
-        text = self.content
+        text = self.content or ""
         if not isinstance(text, str):
             text = "".join(part.text for part in text)
         return {"role": "system" if self.role == "developer" else self.role, "content": text}
 
 
+class ResponseFormat(Body):
+    type: Literal["text"]
+
+
 class ChatRequest(Sampling):
     messages: list[Message] = Field(min_length=1)
     max_completion_tokens: int | None = Field(default=None, ge=0)
+    tools: list[Any] | None = Field(default=None, max_length=0)
+    tool_choice: Literal["none", "auto"] | None = None
+    response_format: ResponseFormat | None = None
     logprobs: bool = False
     top_logprobs: int | None = Field(default=None, ge=0, le=MAX_LOGPROBS)
 
     def limit(self) -> int | None:
-        return self.max_completion_tokens if self.max_tokens is None else self.max_tokens
+        newer = self.max_completion_tokens
+        return self.max_tokens if newer is None else newer
 
     def n_probs(self) -> int:
         return self.top_logprobs or 0 if self.logprobs else 0
@@ -119,6 +141,8 @@ class CompletionRequest(Sampling):
     logprobs: int | None = Field(default=None, ge=0, le=MAX_LOGPROBS)
     prompt_logprobs: int | None = Field(default=None, ge=0, le=MAX_LOGPROBS)  # vLLM's
     echo: bool = False
+    best_of: Literal[1] | None = None
+    suffix: Literal[""] | None = None
     return_tokens_as_token_ids: bool = False  # vLLM's: token_id:7 instead of a text
 
     def n_probs(self) -> int:
@@ -189,8 +213,29 @@ def usage_of(n_prompt: int, choices: list[Written]) -> dict[str, int]:
     return {"prompt_tokens": n_prompt, "completion_tokens": n, "total_tokens": n_prompt + n}
 
 
-def colm_of(choices: list[Written], trace: bool) -> dict[str, Any]:
-    """Return the side object: counts over all choices and, where asked for, every token."""
+UNSUPPORTED = ("tools", "tool_choice", "response_format", "logit_bias", "best_of", "suffix")
+
+
+def explained(error: Mapping[str, Any], content_type: str) -> tuple[str, str | None]:
+    """Return what pydantic found wrong with a body in one sentence, and which field it is."""
+    where = ".".join(str(part) for part in error["loc"][1:])
+    field = str(error["loc"][1]) if len(error["loc"]) > 1 else ""
+    if error["type"] == "json_invalid":
+        return f"the body is no JSON: {error['ctx']['error']}", None
+    if not where and "json" not in content_type:
+        return "the body was not taken for JSON; send Content-Type: application/json", None
+    if field in UNSUPPORTED:
+        return f"{field}: this server has none of it; leave it out", field
+    if field == "messages" and "content" in error["loc"]:
+        return f"{where}: expected a text, or parts of type text", where
+    return f"{where or 'the body'}: {error['msg']}", where or None
+
+
+def colm_of(choices: list[Written], seconds: float, trace: bool) -> dict[str, Any]:
+    """Return the side object: counts over all choices and, where asked for, every token.
+
+    seconds: that all choices together took.
+    """
     stats = [choice.stats() for choice in choices]
     n = sum(s["n_generated"] for s in stats)
     deferred = sum(s["n_deferred"] for s in stats)
@@ -199,7 +244,7 @@ def colm_of(choices: list[Written], trace: bool) -> dict[str, Any]:
         "n_deferred": deferred,
         "threshold": choices[0].stream.threshold if choices else None,
         **{key: sum(s[key] for s in stats) for key in SUMMED},
-        "tokens_per_second": sum(s["tokens_per_second"] for s in stats),
+        "tokens_per_second": n / seconds if seconds > 0 else 0.0,
     }
     if trace:
         colm["trace"] = [

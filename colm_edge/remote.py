@@ -199,6 +199,8 @@ class RemoteExpert:
             parsed = httpx.URL(url)
         except httpx.InvalidURL as e:
             raise ModelError(f"{url}: {e}; expected http://host:port") from e
+        if not parsed.host or not 0 < (parsed.port or 80) < 1 << 16:
+            raise ModelError(f"{url}: no address; expected http://host:port")
         self.url = str(parsed.copy_with(userinfo=b"")).rstrip("/").removesuffix("/v1")
         self.base, self.required, self.end_tokens = base, required, base.end_tokens
         self.n_ctx, self.n_shared = 2**31 - 1, base.n_vocab  # until the server tells

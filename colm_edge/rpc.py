@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import socket
+import struct
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,6 +18,7 @@ from colm_edge import ggml
 from colm_edge.errors import ModelError
 
 CONNECT_TIMEOUT = 5.0  # seconds
+HELLO, HELLO_BYTES = 14, 24  # the command's number, which never changes, and its argument's length
 
 
 def check_servers(servers: Sequence[str]) -> None:
@@ -34,13 +36,23 @@ def check_servers(servers: Sequence[str]) -> None:
         if not host or not (port.isascii() and port.isdigit()):
             raise ModelError(f"{server!r} is no RPC server; expected HOST:PORT")
         try:
-            socket.create_connection((host, int(port)), CONNECT_TIMEOUT).close()
-        except (OSError, OverflowError, UnicodeError) as e:
+            with socket.create_connection((host, int(port)), CONNECT_TIMEOUT) as connection:
+                _greet(connection)
+        except (OSError, OverflowError, ValueError) as e:
             reason = getattr(e, "strerror", None) or e
             raise ModelError(
                 f"{server}: no RPC server answers there ({reason}); start llama.cpp's "
                 "ggml-rpc-server, or check the address"
             ) from e
+
+
+def _greet(connection: socket.socket) -> None:
+    """Say hello in llama.cpp's protocol (ggml-rpc.cpp). Raises ValueError for another answer."""
+    connection.sendall(struct.pack("<BQ", HELLO, HELLO_BYTES) + bytes(HELLO_BYTES))
+    answer = connection.recv(64)
+    # The length of what follows, 8 bytes, and the version with as many bytes of capabilities.
+    if answer[:8] != struct.pack("<Q", 4 + HELLO_BYTES):
+        raise ValueError("its greeting is not that of this llama.cpp's version")
 
 
 def device_list(servers: Sequence[str]) -> Any:

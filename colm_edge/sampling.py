@@ -18,10 +18,13 @@ if TYPE_CHECKING:
 _CANDIDATE = np.dtype([("id", np.int32), ("logit", np.float32), ("p", np.float32)])
 
 
+NO_PENALTIES = (1.0, 0.0, 0.0)  # for repeats, by frequency, for presence
+
+
 class ChainSampler:
     """Pick a token from logits; one seed and one sequence of logits give one answer.
 
-    history: tokens already written, for the repeat penalty.
+    history: tokens already written, for the penalties.
     never: ids that are never picked.
     """
 
@@ -42,12 +45,9 @@ class ChainSampler:
         def add(sampler: object) -> None:
             llama.llama_sampler_chain_add(chain, sampler)
 
-        if options.repeat_penalty != 1.0:
-            add(
-                llama.llama_sampler_init_penalties(
-                    n_vocab, options.repeat_last_n, options.repeat_penalty, 0.0, 0.0
-                )
-            )
+        penalties = options.repeat_penalty, options.frequency_penalty, options.presence_penalty
+        if penalties != NO_PENALTIES:
+            add(llama.llama_sampler_init_penalties(n_vocab, options.repeat_last_n, *penalties))
         if options.temperature > 0:
             add(llama.llama_sampler_init_top_k(options.top_k))
             add(llama.llama_sampler_init_top_p(options.top_p, 1))

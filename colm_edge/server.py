@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import json
 import secrets
+import socket
 import threading
 import time
 from collections.abc import AsyncIterator, Callable
@@ -23,7 +24,7 @@ from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingRes
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from starlette.exceptions import HTTPException
 
-from colm_edge.errors import ColmError, ModelError
+from colm_edge.errors import ColmError, ContextError, ModelError
 from colm_edge.options import Options, ServerOptions
 from colm_edge.protocol import (
     MAX_CHOICES,
@@ -36,6 +37,7 @@ from colm_edge.protocol import (
     TokenizeRequest,
     Written,
     colm_of,
+    explained,
     record_of,
     usage_of,
 )  # fmt: skip
@@ -305,14 +307,13 @@ def _add_errors(app: FastAPI) -> None:
     async def mendable(request: Request, e: ColmError) -> JSONResponse:
         status = 500 if isinstance(e, ModelError) else 400
         kind = "invalid_request_error" if status == 400 else "server_error"
-        return JSONResponse(RefusalError(status, str(e), kind).body, status)
+        code = "context_length_exceeded" if isinstance(e, ContextError) else None
+        return JSONResponse(RefusalError(status, str(e), kind, code).body, status)
 
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, e: RequestValidationError) -> JSONResponse:
-        first = e.errors()[0]
-        where = ".".join(str(part) for part in first["loc"][1:])
-        told = f"{where or 'the body'}: {first['msg']}"
-        return JSONResponse(RefusalError(400, told, param=where or None).body, 400)
+        told, where = explained(e.errors()[0], request.headers.get("content-type", ""))
+        return JSONResponse(RefusalError(400, told, param=where).body, 400)
 
     @app.exception_handler(HTTPException)
     async def other(request: Request, e: HTTPException) -> JSONResponse:
@@ -415,6 +416,7 @@ async def _respond(
     if isinstance(body, CompletionRequest) and body.echo:
         echoes = [server.text_of(tokens) for tokens, _ in jobs]
     answers = [server.write(tokens, options, body.tells_prompt) for tokens, options in jobs]
+    begun = time.monotonic()
     if body.stream:
         events = _events(endpoint, about, answers, body, n_prompt, echoes)
         return StreamingResponse(
@@ -439,7 +441,7 @@ async def _respond(
             endpoint.choice(i, written, body, echoes[i]) for i, written in enumerate(choices)
         ],
         "usage": usage_of(n_prompt, choices),
-        "colm": colm_of(choices, body.colm.trace),
+        "colm": colm_of(choices, time.monotonic() - begun, body.colm.trace),
     })  # fmt: skip
 
 
@@ -481,6 +483,7 @@ async def _events(
     kind = endpoint.kind + (".chunk" if endpoint.chat else "")
     wants_usage = body.stream_options is not None and body.stream_options.include_usage
     queue: asyncio.Queue[Any] = asyncio.Queue()
+    since = time.monotonic()
 
     async def pump(i: int, answer: AsyncIterator[Written]) -> None:
         sent = -1  # the beginning is something to send too
@@ -523,17 +526,18 @@ async def _events(
                     if end is None or endpoint.chat
                     else endpoint.logprobs([], body, offsets[i], end)
                 )
-                yield chunk([endpoint.delta(i, None, item.finish, False, told)])
+                more = {}
+                if len(done) == len(answers):
+                    choices = [done[i] for i in range(len(answers))]
+                    more["colm"] = colm_of(choices, time.monotonic() - since, False)
+                yield chunk([endpoint.delta(i, None, item.finish, False, told)], **more)
             else:
                 begun.add(i)
                 if endpoint.chat or echoes[i]:
                     told = endpoint.echo_logprobs(item, body)
                     yield chunk([endpoint.delta(i, echoes[i], None, True, told)])
-        choices = [done[i] for i in range(len(answers))]
-        last: dict[str, Any] = {"colm": colm_of(choices, False)}
-        if wants_usage:
-            last["usage"] = usage_of(n_prompt, choices)
-        yield chunk([], **last)
+        if wants_usage:  # OpenAI's clients expect a chunk without choices then, and only then
+            yield chunk([], usage=usage_of(n_prompt, choices))
         yield "data: [DONE]\n\n"
     finally:
         for task in pumps:
@@ -542,28 +546,32 @@ async def _events(
         await asyncio.gather(*pumps, return_exceptions=True)
 
 
+def listen(host: str, port: int) -> socket.socket:
+    """Return a socket bound there. Raises ColmError when the address cannot be had."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    # Only of one whose protocol is told does asyncio send small answers at once (TCP_NODELAY);
+    # others wait 40 ms for an acknowledgement on every kept connection.
+    listening = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
+    listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listening.bind((host, port))
+    except OSError as e:
+        listening.close()
+        raise ColmError(
+            f"cannot listen on {host}:{port}: {e.strerror or e}; give another --host or --port"
+        ) from e
+    return listening
+
+
 def serve(pair: Pair, settings: ServerOptions, name: str, note: Callable[[str], None]) -> None:
     """Answer requests until interrupted; streams under way then end first.
 
     Raises ColmError when the address cannot be had.
     """
-    import socket
-
     import uvicorn
 
+    listening = listen(settings.host, settings.port)
     server = Server(pair, settings, name)
-    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
-    listening = socket.socket(family, socket.SOCK_STREAM)
-    listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        listening.bind((settings.host, settings.port))
-    except OSError as e:
-        server.close()
-        listening.close()
-        raise ColmError(
-            f"cannot listen on {settings.host}:{settings.port}: {e.strerror or e}; "
-            "give another --host or --port"
-        ) from e
     host = f"[{settings.host}]" if ":" in settings.host else settings.host
     note(f"listening on http://{host}:{listening.getsockname()[1]}")
     config = uvicorn.Config(

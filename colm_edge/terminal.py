@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -36,10 +37,26 @@ SETTINGS = {
 }  # fmt: skip
 
 
+_cursor = SimpleNamespace(inside=False)  # whether the terminal's stands inside an answer
+
+
 def write(stream: Stream) -> bool:
     """Print steps as they come, the expert's marked on a terminal; say whether Ctrl-C ended it."""
     marked = sys.stdout.isatty()
-    return drain(stream, lambda step: click.echo(mark(step) if marked else step.text, nl=False))
+
+    def show(step: Step) -> None:
+        click.echo(mark(step) if marked else step.text, nl=False)
+        _cursor.inside = marked
+
+    try:
+        return drain(stream, show)
+    finally:
+        _cursor.inside = False
+
+
+def note(text: str) -> None:
+    """Print what takes a while on stderr, on a line of its own."""
+    click.echo(("\n" if _cursor.inside else "") + f"{text} …", err=True)
 
 
 def drain(stream: Stream, show: Callable[[Step], object] = lambda step: None) -> bool:

@@ -153,6 +153,22 @@ def test_what_goes_wrong_is_shown(page, url):
     error.wait_for()
     assert "the context holds 192" in error.inner_text()
     picture(page, "error")
+    # And is no part of the conversation that goes on.
+    ask(page, "What is the symbol of iron?")
+    page.locator("article").nth(3).locator(".text span").first.wait_for()
+    assert page.locator(".error").count() == 1
+
+
+def test_the_oldest_turns_are_forgotten(page, demo):
+    """As in the terminal's chat: a conversation longer than the context goes on."""
+    with serving(demo, n_slots=1) as (url, _):
+        page.goto(url)
+        for i in range(12):
+            ask(page, "What is the symbol of tungsten?")
+            page.locator("article").nth(2 * i + 1).locator(".text span").nth(5).wait_for()
+            page.get_by_role("button", name="Send").wait_for()
+        assert page.locator(".error").count() == 0
+        assert page.locator("article").count() == 24
 
 
 def test_a_key_is_asked_for(page, demo):

@@ -179,6 +179,31 @@ def test_repeat_penalty_forbids_repeats(tiny_pair):
     assert len(set(tokens)) == len(tokens)
 
 
+@pytest.mark.parametrize("penalty", ["presence_penalty", "frequency_penalty"])
+def test_penalties_keep_tokens_from_coming_again(tiny_pair, penalty):
+    plain = [s.token for s in tiny_pair.generate("hello", **GREEDY).steps]
+    assert len(set(plain)) < len(plain)
+    steps = tiny_pair.generate("hello", **GREEDY, **{penalty: 100.0}).steps
+    assert len({s.token for s in steps}) > len(set(plain))
+
+
+BAD_VALUES = (
+    {"temperature": None}, {"seed": 1.5}, {"top_k": 1.5}, {"max_tokens": "9"}, {"stop": 5},
+    {"stop": [5]}, {"temperature": float("nan")},
+)  # fmt: skip
+
+
+def test_what_is_no_prompt_or_option_is_one_clear_error(tiny_pair):
+    for bad in BAD_VALUES:
+        with pytest.raises(ColmError, match=f"{next(iter(bad))} is .*expected"):
+            tiny_pair.generate("hello", **bad)
+    for messages in ("hi", None, [5], [{"role": "user"}], [{"role": "user", "content": 5}]):
+        with pytest.raises(PromptError, match="expected"):
+            tiny_pair.chat(messages)
+    with pytest.raises(PromptError, match="expected role and content, as texts"):
+        tiny_pair.generate(None)
+
+
 def test_stop_texts_cut_the_answer(tiny_pair):
     whole = tiny_pair.generate("hello", **GREEDY)
     text = whole.text

@@ -371,7 +371,12 @@ def test_a_key_that_no_header_may_have_is_named(tiny, monkeypatch):
         load(tiny["base"], "http://127.0.0.1:1", "margin")
 
 
-def test_a_host_that_no_name_can_be_is_no_traceback(tiny):
+def test_what_is_no_address_is_said_at_the_start(tiny):
+    for address in ("http://", "http://127.0.0.1:99999", "http://:80"):
+        with pytest.raises(ModelError, match="expected http://host:port"):
+            load(tiny["base"], address, "margin")
+    with pytest.raises(ModelError, match=r"a server is given as http://127.0.0.1:8080"):
+        load(tiny["base"], "127.0.0.1:8080", "margin")
     with pytest.raises(ModelError, match="does not answer"):
         load(tiny["base"], "http://a..b:1", "margin", expert_required=True)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import socket
 import subprocess
+import threading
 import time
 from contextlib import contextmanager
 
@@ -52,6 +53,24 @@ def test_servers_that_are_not_there_are_named(monkeypatch, server, told):
     monkeypatch.setattr(llama_cpp, "llama_supports_rpc", lambda: True)
     with pytest.raises(ModelError, match=told):
         check_servers([server.format(port=free_port())])
+
+
+def test_a_server_of_another_kind_is_told_from_one(monkeypatch):
+    """llama.cpp ends the whole process when it is greeted otherwise."""
+    monkeypatch.setattr(llama_cpp, "llama_supports_rpc", lambda: True)
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+
+        def answer() -> None:
+            connection, _ = listening.accept()
+            with connection:
+                connection.recv(64)
+                connection.sendall(b"HTTP/1.1 400 Bad Request\r\n\r\n")
+
+        thread = threading.Thread(target=answer)
+        thread.start()
+        with pytest.raises(ModelError, match=r"its greeting is not that of this llama.cpp"):
+            check_servers([f"127.0.0.1:{listening.getsockname()[1]}"])
+        thread.join(10)
 
 
 def test_what_does_not_go_together(tiny):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -21,7 +22,8 @@ from schemathesis.specs.openapi.checks import positive_data_acceptance
 from colm_edge.decode import PROMPT_OUTPUTS
 from colm_edge.options import Options, ServerOptions
 from colm_edge.pair import Pair, load
-from colm_edge.server import MAX_BODY, Server, create_app
+from colm_edge.protocol import ChatRequest
+from colm_edge.server import MAX_BODY, Server, create_app, listen
 
 GREEDY = Options(temperature=0.0, threshold=0.4)
 CHAT = [{"role": "user", "content": "hello"}]
@@ -120,7 +122,8 @@ def test_streamed_pieces_are_the_answer(client, pair):
     assert [f for f in finishes if f] == [expected.finish_reason]
     assert [c.usage for c in chunks[:-1]] == [None] * (len(chunks) - 1)
     assert chunks[-1].usage.completion_tokens == len(expected.steps)
-    assert chunks[-1].colm["expert_calls"] > 0
+    assert chunks[-2].colm["expert_calls"] > 0
+    assert [bool(chunk.choices) for chunk in chunks] == [True] * (len(chunks) - 1) + [False]
     assert len({c.id for c in chunks}) == 1
 
 
@@ -307,6 +310,35 @@ def test_the_likeliest_tokens_are_told(client, pair):
         assert len(top) <= 3
 
 
+@pytest.mark.parametrize("n", [1, 3])
+def test_every_chunk_has_a_choice_unless_usage_is_asked_for(client, n):
+    """The loop of OpenAI's own examples looks at the first choice of every chunk."""
+    for chunks in (
+        client.chat.completions.create(model="tiny", messages=CHAT, max_tokens=3, n=n, stream=True),
+        client.completions.create(model="tiny", prompt="hello", max_tokens=3, n=n, stream=True),
+    ):
+        seen = list(chunks)
+        assert all(len(chunk.choices) == 1 for chunk in seen)
+        counts = [chunk.colm for chunk in seen if hasattr(chunk, "colm")]
+        assert [set(c) >= {"defer_rate", "expert_calls"} for c in counts] == [True]
+        assert hasattr(seen[-1], "colm")
+
+
+def test_what_a_request_sets_reaches_the_options():
+    given = {"presence_penalty": 1.5, "frequency_penalty": -0.5, "top_p": 0.5, "seed": 3}
+    request = ChatRequest(messages=CHAT, max_completion_tokens=7, max_tokens=9, **given)
+    options = request.options(GREEDY, 0, 100)
+    assert {name: getattr(options, name) for name in given} == given
+    assert options.max_tokens == 7  # OpenAI's newer name
+    assert request.options(GREEDY, 1, 5).max_tokens == 5
+
+
+def test_small_answers_leave_at_once():
+    """asyncio sets TCP_NODELAY on the connections of a socket whose protocol is told."""
+    with listen("127.0.0.1", 0) as listening:
+        assert listening.proto == socket.IPPROTO_TCP
+
+
 def test_seeds_and_choices(client):
     def ask(**more):
         answer = client.chat.completions.create(
@@ -361,6 +393,15 @@ def test_models_and_health(client, url):
         ({"messages": CHAT, "n": 99}, 400, "n:"),
         ({"messages": CHAT, "stop": ""}, 400, "stop"),
         ({"messages": CHAT, "colm": {"threshold": 2}}, 400, "threshold"),
+        ({"messages": CHAT, "colm": {"treshold": 0}}, 400, "colm.treshold: Extra inputs"),
+        ({"messages": CHAT, "tools": [{"type": "function"}]}, 400, "tools: this server has none"),
+        ({"messages": CHAT, "response_format": {"type": "json_object"}}, 400, "response_format:"),
+        ({"messages": CHAT, "logit_bias": {"5": 3}}, 400, "logit_bias: this server has none"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
+            400,
+            "expected a text, or parts of type text",
+        ),
         ({"messages": CHAT, "colm": {"defer_rate": 0.2}}, 400, "no calibration"),
         ({"messages": [{"role": "user", "content": "word " * 300}]}, 400, "the context holds 256"),
         ({"messages": CHAT, "colm": {"threshold": 0.1, "defer_rate": 0.2}}, 400, "give one"),
