@@ -130,6 +130,8 @@ def decoding_options(**other_defaults: Any) -> Callable[[Command], Command]:
         option("min_p", "--min-p", type=click.FloatRange(0, 1),
                help="Drop what is less likely than this share of the likeliest."),
         option("repeat_penalty", "--repeat-penalty", type=float, help="1: none."),
+        option("presence_penalty", "--presence-penalty", type=float, help="0: none."),
+        option("frequency_penalty", "--frequency-penalty", type=float, help="0: none."),
         option("seed", "-s", "--seed", type=click.IntRange(-1, 2**32 - 2),
                help="-1: another one each time."),
         option("stop", "--stop", multiple=True, metavar="TEXT",

@@ -71,6 +71,11 @@ class Options:
         if "" in self.stop:
             raise ColmError("a stop text is empty; give at least one character")
 
+    @property
+    def penalises(self) -> bool:
+        """Whether what was written makes the same token less likely."""
+        return self.repeat_penalty != 1 or bool(self.presence_penalty or self.frequency_penalty)
+
     def with_changes(self, **changes: Any) -> Options:
         """Return these options with others in their place; of threshold and defer_rate the one
         that is changed counts. Raises ColmError for an unknown name or a value out of range."""

@@ -445,7 +445,7 @@ class Pair:
         n_choose = self.n_shared if threshold < 1 else self.base.n_vocab
         row = self.base.token_id(DEFER_TOKEN) if isinstance(self.switch, DeferRow) else None
         sample = None
-        if options.temperature > 0 or options.repeat_penalty != 1.0:
+        if options.temperature > 0 or options.penalises:
             sample = ChainSampler(options, n_choose, tokens, [] if row is None else [row])
         make: Callable[..., Decoder] = Decoder
         # A bet is weighed by what decodes cost, of which a server tells nothing.

@@ -192,7 +192,7 @@ class Proxy:
         pair = self.pair
         base, expert = pair.base_session, pair.expert_session
         sample = None
-        if options.temperature > 0 or options.repeat_penalty != 1.0:
+        if options.temperature > 0 or options.penalises:
             sample = ChainSampler(options, self.n_shared, tokens)
         ends = pair.base.end_tokens | pair.expert.end_tokens | self.model.end_tokens
         decoder = Decoder(

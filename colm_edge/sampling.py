@@ -18,9 +18,6 @@ if TYPE_CHECKING:
 _CANDIDATE = np.dtype([("id", np.int32), ("logit", np.float32), ("p", np.float32)])
 
 
-NO_PENALTIES = (1.0, 0.0, 0.0)  # for repeats, by frequency, for presence
-
-
 class ChainSampler:
     """Pick a token from logits; one seed and one sequence of logits give one answer.
 
@@ -45,8 +42,8 @@ class ChainSampler:
         def add(sampler: object) -> None:
             llama.llama_sampler_chain_add(chain, sampler)
 
-        penalties = options.repeat_penalty, options.frequency_penalty, options.presence_penalty
-        if penalties != NO_PENALTIES:
+        if options.penalises:
+            penalties = options.repeat_penalty, options.frequency_penalty, options.presence_penalty
             add(llama.llama_sampler_init_penalties(n_vocab, options.repeat_last_n, *penalties))
         if options.temperature > 0:
             add(llama.llama_sampler_init_top_k(options.top_k))
