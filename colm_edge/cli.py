@@ -285,7 +285,14 @@ def train(
         if report_dir is not None:
             write_report(fit, loaded.base, report_dir)
             click.echo(f"{report_dir}: report written", err=True)
-    click.echo(json.dumps(fit.report))
+    report = fit.report
+    click.echo(
+        f"nats a token on held-back lines: base {report['nll_base']:.3f}, expert "
+        f"{report['nll_expert']:.3f}, together {report['nll_hard']:.3f} at a threshold of "
+        f"{report['threshold']:.3f}, {report['defer_rate']:.0%} deferred",
+        err=True,
+    )
+    click.echo(json.dumps(report))
 
 
 def _read_files(models: dict[str, Any]) -> list[str | None]:

@@ -143,10 +143,10 @@ def read_rows(path: str | os.PathLike[str]) -> Iterator[Row]:
                 try:
                     row = json.loads(line)
                 except (ValueError, RecursionError) as e:
-                    raise DataError(f"line {number}: {e}") from e
+                    raise DataError(f"{path}, line {number}: not JSON ({e})") from e
                 if not isinstance(row, dict):
                     kind = type(row).__name__
-                    raise DataError(f"line {number}: expected a JSON object, got {kind}")
+                    raise DataError(f"{path}, line {number}: expected a JSON object, got {kind}")
                 yield number, row
     except OSError as e:
         raise DataError(f"{path}: {e.strerror or e}; expected a JSONL file") from e

@@ -38,7 +38,7 @@ CACHE_TYPES = {
     "f32": 0, "f16": 1, "bf16": 30, "q8_0": 8, "q5_1": 7, "q5_0": 6, "q4_1": 3, "q4_0": 2,
 }  # fmt: skip
 _NOTHING = np.empty(0, np.float32)
-_PLAIN_TYPES = ("f32", "f16", "bf16")
+PLAIN_TYPES = ("f32", "f16", "bf16")
 _FLASH = {"auto": -1, "off": 0, "on": 1}
 _BATCH_FIELDS = dict(llama.llama_batch._fields_)
 
@@ -62,6 +62,11 @@ class ContextOptions:
             value = getattr(self, name)
             if value not in known:
                 raise ColmError(f"{name} is {value!r}; expected one of {', '.join(known)}")
+        if self.flash_attn == "off" and self.cache_type_v not in PLAIN_TYPES:
+            raise ColmError(
+                f"a cache of values in {self.cache_type_v} needs flash attention; leave that on, "
+                f"or take {', '.join(PLAIN_TYPES)}"
+            )
 
 
 class Batch:
@@ -205,7 +210,7 @@ class Session:
         on_cpu = self.model.n_gpu_layers == 0 or not supports_gpu()
         small = self.model.path.stat().st_size < SMALL_MODEL_BYTES
         # llama.cpp needs it for quantised values.
-        plain = options.cache_type_v in _PLAIN_TYPES
+        plain = options.cache_type_v in PLAIN_TYPES
         if options.flash_attn == "auto" and on_cpu and plain and not small:
             return "off"
         return options.flash_attn

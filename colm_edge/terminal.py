@@ -57,6 +57,7 @@ def write(stream: Stream) -> bool:
 def note(text: str) -> None:
     """Print what takes a while on stderr, on a line of its own."""
     click.echo(("\n" if _cursor.inside else "") + f"{text} …", err=True)
+    _cursor.inside = False
 
 
 def drain(stream: Stream, show: Callable[[Step], object] = lambda step: None) -> bool:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from colm_edge.random_model import Shape, write_model
-from colm_edge.session import ContextOptions, Session, n_cores
+from colm_edge.session import PLAIN_TYPES, ContextOptions, Session, n_cores
 from colm_edge.weights import Model
 
 if TYPE_CHECKING:
@@ -82,6 +82,8 @@ def _with(options: ContextOptions, field: str, value: Any) -> ContextOptions:
         # llama.cpp needs flash attention for quantised values.
         flash = "on" if options.flash_attn == "off" and value != "f16" else options.flash_attn
         return replace(options, cache_type_k=value, cache_type_v=value, flash_attn=flash)
+    if value == "off" and options.cache_type_v not in PLAIN_TYPES:
+        return options
     return replace(options, **{field: value})
 
 

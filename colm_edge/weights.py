@@ -177,6 +177,10 @@ class Model:
         if not handle:
             reason = next((m for m in last_errors if "error loading" in m), "")
             reason = reason.split("error loading model: ")[-1] or "llama.cpp refused the file"
+            if "colmswitch" in reason:
+                raise ModelError(
+                    f"{self.path}: this is a switch; give it with -sw, and models here"
+                )
             raise ModelError(f"{self.path}: cannot load: {reason}; download or convert it again")
         return handle
 

@@ -12,7 +12,7 @@ from reference import PlainModel
 from colm_edge import scorer as scorer_module
 from colm_edge import session as session_module
 from colm_edge import weights
-from colm_edge.errors import MismatchError, ModelError, PromptError
+from colm_edge.errors import ColmError, MismatchError, ModelError, PromptError
 from colm_edge.scorer import Scorer
 from colm_edge.session import ContextOptions, Session
 from colm_edge.weights import Model, shared_vocab
@@ -210,6 +210,12 @@ def test_a_different_token_is_named(tiny, tmp_path):
 )
 def test_a_compiler_whose_amx_code_crashes_is_known(note, breaks):
     assert weights._gcc_breaks_amx(b"\x7fELF\0" + note + b"\0") is breaks
+
+
+def test_settings_that_contradict_each_other_are_refused():
+    with pytest.raises(ColmError, match="a cache of values in q8_0 needs flash attention"):
+        ContextOptions(flash_attn="off", cache_type_v="q8_0")
+    assert ContextOptions(flash_attn="off", cache_type_k="q8_0").cache_type_v == "f16"
 
 
 @pytest.mark.parametrize("has_amx", [True, False])
