@@ -36,9 +36,10 @@ class Options:
     def __post_init__(self) -> None:
         if isinstance(self.stop, str):
             object.__setattr__(self, "stop", (self.stop,))
-        if not isinstance(self.stop, Iterable) or not all(isinstance(s, str) for s in self.stop):
+        stop = tuple(self.stop) if isinstance(self.stop, Iterable) else (self.stop,)
+        if not all(isinstance(text, str) for text in stop):
             raise ColmError(f"stop is {self.stop!r}; expected a text, or several")
-        object.__setattr__(self, "stop", tuple(self.stop))
+        object.__setattr__(self, "stop", stop)
         limits: tuple[tuple[str, float | None, float, float], ...] = (
             ("max_tokens", self.max_tokens, -1, 2**31 - 1),
             ("threshold", self.threshold, 0, 1),

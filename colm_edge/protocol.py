@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from colm_edge.options import Options
 
@@ -107,6 +108,13 @@ class Part(Body):
 class Message(Body):
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: str | list[Part] | None = None
+    tool_calls: list[Any] | None = Field(default=None, max_length=0)
+
+    @model_validator(mode="after")
+    def has_content(self) -> Self:
+        if self.content is None and self.role != "assistant":
+            raise ValueError("content is missing; expected a text")
+        return self
 
     def as_dict(self) -> dict[str, str]:
         text = self.content or ""
@@ -197,6 +205,7 @@ class Written:
     """One choice as it is written; `text` and `steps` grow, `finish` comes last."""
 
     stream: Stream
+    begun: float  # when its slot was its own, by time.monotonic()
     prompt: list[Step] = field(default_factory=list)  # its tokens but the first, if wanted
     steps: list[Step] = field(default_factory=list)
 
@@ -227,22 +236,23 @@ def explained(error: Mapping[str, Any], content_type: str) -> tuple[str, str | N
     if field in UNSUPPORTED:
         return f"{field}: this server has none of it; leave it out", field
     if field == "messages" and "content" in error["loc"]:
+        where = where[: where.index("content") + len("content")]  # without pydantic's own names
         return f"{where}: expected a text, or parts of type text", where
-    return f"{where or 'the body'}: {error['msg']}", where or None
+    if "tool_calls" in error["loc"]:
+        return f"{where}: this server has no tools; leave it out", where
+    return f"{where or 'the body'}: {error['msg'].removeprefix('Value error, ')}", where or None
 
 
-def colm_of(choices: list[Written], seconds: float, trace: bool) -> dict[str, Any]:
-    """Return the side object: counts over all choices and, where asked for, every token.
-
-    seconds: that all choices together took.
-    """
+def colm_of(choices: list[Written], trace: bool) -> dict[str, Any]:
+    """Return the side object: counts over all choices and, where asked for, every token."""
+    seconds = time.monotonic() - min(choice.begun for choice in choices)
     stats = [choice.stats() for choice in choices]
     n = sum(s["n_generated"] for s in stats)
     deferred = sum(s["n_deferred"] for s in stats)
     colm: dict[str, Any] = {
         "defer_rate": deferred / n if n else 0.0,
         "n_deferred": deferred,
-        "threshold": choices[0].stream.threshold if choices else None,
+        "threshold": choices[0].stream.threshold,
         **{key: sum(s[key] for s in stats) for key in SUMMED},
         "tokens_per_second": n / seconds if seconds > 0 else 0.0,
     }

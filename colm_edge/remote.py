@@ -117,7 +117,10 @@ def _read_vllm(answer: Any) -> Reply:
 
 
 # Its expert alone, whatever the server's own defaults are.
-_EXPERT_ALONE = {"repeat_penalty": 1, "colm": {"threshold": 0, "strategy": "defer"}}
+_EXPERT_ALONE = {
+    "repeat_penalty": 1, "presence_penalty": 0, "frequency_penalty": 0,
+    "colm": {"threshold": 0, "strategy": "defer"},
+}  # fmt: skip
 
 
 def _ask_colm_edge(model: str, tokens: list[int]) -> dict[str, Any]:

@@ -21,6 +21,9 @@ CONNECT_TIMEOUT = 5.0  # seconds
 HELLO, HELLO_BYTES = 14, 24  # the command's number, which never changes, and its argument's length
 
 
+_known: set[str] = set()  # those that have answered this process
+
+
 def check_servers(servers: Sequence[str]) -> None:
     """Raise ModelError where this llama.cpp cannot use RPC, or a server is not there.
 
@@ -35,9 +38,12 @@ def check_servers(servers: Sequence[str]) -> None:
         host, _, port = server.rpartition(":")
         if not host or not (port.isascii() and port.isdigit()):
             raise ModelError(f"{server!r} is no RPC server; expected HOST:PORT")
+        if server in _known:  # it serves one client at a time, and that is this process
+            continue
         try:
             with socket.create_connection((host, int(port)), CONNECT_TIMEOUT) as connection:
                 _greet(connection)
+            _known.add(server)
         except (OSError, OverflowError, ValueError) as e:
             reason = getattr(e, "strerror", None) or e
             raise ModelError(
@@ -49,7 +55,10 @@ def check_servers(servers: Sequence[str]) -> None:
 def _greet(connection: socket.socket) -> None:
     """Say hello in llama.cpp's protocol (ggml-rpc.cpp). Raises ValueError for another answer."""
     connection.sendall(struct.pack("<BQ", HELLO, HELLO_BYTES) + bytes(HELLO_BYTES))
-    answer = connection.recv(64)
+    try:
+        answer = connection.recv(64)
+    except TimeoutError as e:
+        raise ValueError("it is silent: another client has it, or it is none") from e
     # The length of what follows, 8 bytes, and the version with as many bytes of capabilities.
     if answer[:8] != struct.pack("<Q", 4 + HELLO_BYTES):
         raise ValueError("its greeting is not that of this llama.cpp's version")

@@ -132,7 +132,9 @@ class Server:
                     streams.append(stream)
                     if gone.is_set():
                         stream.cancel()
-                    put(Written(stream, stream.read_prompt() if tells_prompt else []))
+                    since = time.monotonic()
+                    prompt = stream.read_prompt() if tells_prompt else []
+                    put(Written(stream, since, prompt))
                     for step in stream:
                         put(step)
                 put(None)
@@ -416,7 +418,6 @@ async def _respond(
     if isinstance(body, CompletionRequest) and body.echo:
         echoes = [server.text_of(tokens) for tokens, _ in jobs]
     answers = [server.write(tokens, options, body.tells_prompt) for tokens, options in jobs]
-    begun = time.monotonic()
     if body.stream:
         events = _events(endpoint, about, answers, body, n_prompt, echoes)
         return StreamingResponse(
@@ -441,7 +442,7 @@ async def _respond(
             endpoint.choice(i, written, body, echoes[i]) for i, written in enumerate(choices)
         ],
         "usage": usage_of(n_prompt, choices),
-        "colm": colm_of(choices, time.monotonic() - begun, body.colm.trace),
+        "colm": colm_of(choices, body.colm.trace),
     })  # fmt: skip
 
 
@@ -483,7 +484,6 @@ async def _events(
     kind = endpoint.kind + (".chunk" if endpoint.chat else "")
     wants_usage = body.stream_options is not None and body.stream_options.include_usage
     queue: asyncio.Queue[Any] = asyncio.Queue()
-    since = time.monotonic()
 
     async def pump(i: int, answer: AsyncIterator[Written]) -> None:
         sent = -1  # the beginning is something to send too
@@ -529,7 +529,7 @@ async def _events(
                 more = {}
                 if len(done) == len(answers):
                     choices = [done[i] for i in range(len(answers))]
-                    more["colm"] = colm_of(choices, time.monotonic() - since, False)
+                    more["colm"] = colm_of(choices, False)
                 yield chunk([endpoint.delta(i, None, item.finish, False, told)], **more)
             else:
                 begun.add(i)

@@ -21,7 +21,8 @@ HELP = """\
 /help, /?            this list
 /set                 the settings and their values
 /set NAME VALUE      change one: threshold, defer_rate, temperature, top_k, top_p, min_p,
-                     repeat_penalty, seed, max_tokens, strategy; without VALUE: as at the start
+                     repeat_penalty, presence_penalty, frequency_penalty, seed, max_tokens,
+                     strategy; without VALUE: as at the start
 /set system TEXT     the system prompt
 /show                the models and the switch
 /read FILE           ask with a file's text
@@ -33,7 +34,8 @@ Ctrl-C stops an answer and keeps what was written."""
 
 SETTINGS = {
     "threshold": float, "defer_rate": float, "temperature": float, "top_k": int, "top_p": float,
-    "min_p": float, "repeat_penalty": float, "seed": int, "max_tokens": int, "strategy": str,
+    "min_p": float, "repeat_penalty": float, "presence_penalty": float,
+    "frequency_penalty": float, "seed": int, "max_tokens": int, "strategy": str,
 }  # fmt: skip
 
 

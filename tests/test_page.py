@@ -165,10 +165,17 @@ def test_the_oldest_turns_are_forgotten(page, demo):
         page.goto(url)
         for i in range(12):
             ask(page, "What is the symbol of tungsten?")
-            page.locator("article").nth(2 * i + 1).locator(".text span").nth(5).wait_for()
+            answer = page.locator("article").nth(2 * i + 1).locator(".text")
+            answer.locator("span").nth(5).wait_for()
             page.get_by_role("button", name="Send").wait_for()
+            assert answer.inner_text().endswith("W.")  # not cut for want of room
         assert page.locator(".error").count() == 0
         assert page.locator("article").count() == 24
+        # Of a question that leaves room for little else, more.
+        ask(page, "What is the symbol of iron? " * 17)
+        page.locator("article").nth(25).locator(".text span").first.wait_for()
+        page.get_by_role("button", name="Send").wait_for()
+        assert "the context holds" not in page.locator("#log").inner_text()
 
 
 def test_a_key_is_asked_for(page, demo):

@@ -17,6 +17,7 @@ from colm_edge.errors import ColmError, MismatchError, ModelError, PromptError, 
 from colm_edge.options import Options
 from colm_edge.pair import Pair, load
 from colm_edge.random_model import SHAPES, write_model
+from colm_edge.sampling import ChainSampler
 from colm_edge.switch import FEATURE_SETS, Switch
 
 GREEDY = {"temperature": 0.0, "max_tokens": 40}
@@ -185,6 +186,17 @@ def test_penalties_keep_tokens_from_coming_again(tiny_pair, penalty):
     assert len(set(plain)) < len(plain)
     steps = tiny_pair.generate("hello", **GREEDY, **{penalty: 100.0}).steps
     assert len({s.token for s in steps}) == len(steps) == len(plain)
+
+
+def test_frequency_counts_and_presence_does_not():
+    logits = np.zeros(8, np.float32)
+    logits[3], logits[4] = 2.0, 0.5
+    history = [3, 3, 4]  # 3 came twice: less than 4 by frequency, more by presence
+    for penalties, choice in (
+        ({"presence_penalty": 1.0}, 3), ({"frequency_penalty": 1.0}, 0), ({"stop": ()}, 3),
+    ):  # fmt: skip
+        sample = ChainSampler(Options(temperature=0.0, **penalties), 8, history)
+        assert sample(logits) == choice
 
 
 BAD_VALUES = (

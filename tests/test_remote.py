@@ -247,6 +247,7 @@ BODIES = {
     "colm-edge": {
         "model": "the model", "max_tokens": 1, "temperature": 0, "logprobs": 20,
         "return_tokens_as_token_ids": True, "stream": False, "repeat_penalty": 1,
+        "presence_penalty": 0, "frequency_penalty": 0,
         "colm": {"threshold": 0, "strategy": "defer"},
     },
 }  # fmt: skip
@@ -547,6 +548,7 @@ def test_what_a_scoring_pass_asks(tiny, owner):
         "vllm": {"model": "the model", "max_tokens": 1, "temperature": 0},
         "colm-edge": {
             "model": "the model", "max_tokens": 0, "temperature": 0, "repeat_penalty": 1,
+        "presence_penalty": 0, "frequency_penalty": 0,
             "colm": {"threshold": 0, "strategy": "defer"},
         },
     }  # fmt: skip

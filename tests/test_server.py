@@ -396,6 +396,13 @@ def test_models_and_health(client, url):
         ({"messages": CHAT, "colm": {"treshold": 0}}, 400, "colm.treshold: Extra inputs"),
         ({"messages": CHAT, "tools": [{"type": "function"}]}, 400, "tools: this server has none"),
         ({"messages": CHAT, "response_format": {"type": "json_object"}}, 400, "response_format:"),
+        ({"messages": [{"role": "user"}]}, 400, "messages.0: content is missing"),
+        ({"messages": [{"role": "user", "content": 5}]}, 400, "messages.0.content: expected a"),
+        (
+            {"messages": [{"role": "assistant", "tool_calls": [{}]}]},
+            400,
+            "tool_calls: this server has no tools",
+        ),
         ({"messages": CHAT, "logit_bias": {"5": 3}}, 400, "logit_bias: this server has none"),
         (
             {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},

@@ -255,7 +255,14 @@ def test_an_abandoned_draft_leaves_the_sessions_usable():
     assert [s.token for s in fast(base, expert, read, planner, max_tokens=20)] == whole
 
 
-@pytest.mark.parametrize("sampling", [{}, {"temperature": 0.9, "repeat_penalty": 1.2}])
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        {},
+        {"temperature": 0.9, "repeat_penalty": 1.2},
+        {"temperature": 0.9, "presence_penalty": 1.0, "frequency_penalty": 0.5},
+    ],
+)
 @pytest.mark.parametrize("threshold", [0.0, 0.3, 0.6])
 def test_real_models_write_the_same_text(tiny, threshold, sampling):
     """Tiny models in float32, and decided, so that near-ties are rare; the model with itself, so
