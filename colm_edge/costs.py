@@ -188,11 +188,12 @@ def _cache_file(session: Session) -> Path:
     import llama_cpp
 
     from colm_edge.ggml import cpu_libraries
+    from colm_edge.weights import model_params
 
     home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     builds = [library.stat().st_size for library in cpu_libraries()]
     settings = (
-        VERSION, platform.node(), llama_cpp.__version__, builds,
+        VERSION, platform.node(), llama_cpp.__version__, builds, model_params().use_extra_bufts,
         llama_cpp.llama_print_system_info(), session.model.n_gpu_layers, session.model.rpc,
         session.n_threads,
         session.n_batch, session.n_ubatch, session.flash_attn, session.options.cache_type_k,

@@ -7,6 +7,7 @@ import hashlib
 import logging
 import os
 import re
+import sys
 import threading
 from collections.abc import Callable, Sequence
 from functools import cache, cached_property
@@ -54,7 +55,7 @@ _start_backend()
 def model_params() -> Any:
     """Return llama.cpp's parameters for loading a model, such that it runs on this machine."""
     params = llama.llama_model_default_params()
-    if amx_is_broken():
+    if amx_is_broken() or ("torch" in sys.modules and amx_is_shared()):
         params.use_extra_bufts = False
     return params
 
@@ -86,7 +87,7 @@ def amx_is_broken() -> bool:
     GCC 12.4, 13.3 and 14 (PR target/114098), so llama.cpp built with an older one loads garbage
     (llama.cpp issue 20824). Without llama.cpp's repacked weights AMX stays unused.
     """
-    if b"AMX_INT8 = 1" not in llama.llama_print_system_info():
+    if not _has_amx():
         return False
     broken = any(_gcc_breaks_amx(library.read_bytes()) for library in ggml.cpu_libraries())
     if broken:
@@ -95,6 +96,22 @@ def amx_is_broken() -> bool:
             "repacked weights; CC=clang CXX=clang++, or a newer GCC, builds a faster one"
         )
     return broken
+
+
+@cache
+def amx_is_shared() -> bool:
+    """Say whether llama.cpp uses AMX beside PyTorch in this process, and log what that means.
+
+    llama.cpp sets AMX's tiles up once for each thread. PyTorch releases them after a product of
+    bfloat16 matrices, and llama.cpp's next one ends the process (docs/speed.md).
+    """
+    if _has_amx():
+        log.warning("PyTorch is in this process, so llama.cpp runs without AMX, more slowly")
+    return _has_amx()
+
+
+def _has_amx() -> bool:
+    return b"AMX_INT8 = 1" in llama.llama_print_system_info()
 
 
 def _gcc_breaks_amx(library: bytes) -> bool:

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-# PyTorch's bfloat16 takes AMX's tiles away from llama.cpp on the same thread (docs/speed.md).
-os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_BF16")
+# Models that are loaded before PyTorch use AMX, which it takes away from them (docs/speed.md).
+with suppress(ImportError):
+    import torch  # noqa: F401
 sys.path.insert(0, str(Path(__file__).parent.parent / "tools"))
 
 from colm_edge.pair import Pair, load

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -218,18 +220,34 @@ def test_settings_that_contradict_each_other_are_refused():
     assert ContextOptions(flash_attn="off", cache_type_k="q8_0").cache_type_v == "f16"
 
 
-@pytest.mark.parametrize("has_amx", [True, False])
-def test_without_amx_the_compiler_does_not_matter(monkeypatch, has_amx, caplog):
-    info = b"CPU : AVX512 = 1 | " + (b"AMX_INT8 = 1 | " if has_amx else b"")
+@pytest.fixture
+def has_amx(request, monkeypatch) -> Iterator[bool]:
+    info = b"CPU : AVX512 = 1 | " + (b"AMX_INT8 = 1 | " if request.param else b"")
     monkeypatch.setattr(weights.llama, "llama_print_system_info", lambda: info)
+    for check in (weights.amx_is_broken, weights.amx_is_shared):
+        check.cache_clear()
+    yield request.param
+    for check in (weights.amx_is_broken, weights.amx_is_shared):
+        check.cache_clear()
+
+
+@pytest.mark.parametrize("has_amx", [True, False], indirect=True)
+def test_without_amx_the_compiler_does_not_matter(monkeypatch, has_amx, caplog):
     monkeypatch.setattr(weights, "_gcc_breaks_amx", lambda library: True)
-    weights.amx_is_broken.cache_clear()
-    try:
-        assert weights.amx_is_broken() is has_amx
-        assert weights.model_params().use_extra_bufts is not has_amx
-        assert ("CC=clang" in caplog.text) is has_amx
-    finally:
-        weights.amx_is_broken.cache_clear()
+    assert weights.amx_is_broken() is has_amx
+    assert weights.model_params().use_extra_bufts is not has_amx
+    assert ("CC=clang" in caplog.text) is has_amx
+
+
+@pytest.mark.parametrize("has_torch", [True, False])
+@pytest.mark.parametrize("has_amx", [True, False], indirect=True)
+def test_amx_is_left_to_pytorch(monkeypatch, has_amx, has_torch, caplog):
+    monkeypatch.setattr(weights, "_gcc_breaks_amx", lambda library: False)
+    monkeypatch.delitem(sys.modules, "torch", raising=False)
+    if has_torch:
+        monkeypatch.setitem(sys.modules, "torch", object())
+    assert weights.model_params().use_extra_bufts is not (has_amx and has_torch)
+    assert ("PyTorch is in this process" in caplog.text) is (has_amx and has_torch)
 
 
 def test_flash_attention_is_off_where_it_slows(model, monkeypatch):
