@@ -58,6 +58,8 @@ def main(verbose: bool) -> None:
         logging.basicConfig(level=logging.DEBUG, format="%(name)s: %(message)s")
     else:
         logging.basicConfig(level=logging.WARNING, format="%(message)s")
+        # Its warnings of every try would come before the one line that says what is wrong.
+        logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
 
 
 def say_version(ctx: click.Context) -> None:

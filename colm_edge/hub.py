@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 import os
 import re
 import shutil
@@ -45,8 +44,6 @@ def fetch(reference: str, *, offline: bool = False, note: Note = lambda text: No
     if match is None:
         raise ModelError(f"{reference!r} is no reference; expected user/repo:file.gguf")
     repo, name = match.groups()
-    # Its warnings of every try would come before the one line that says what is wrong.
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     offline = offline or os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
     with _explained(reference):
         if not name.lower().endswith(".gguf"):

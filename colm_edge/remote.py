@@ -77,7 +77,8 @@ Scored = tuple[list[float], list[bool]]
 class Dialect:
     """How one kind of server is asked.
 
-    ask: (model, token ids) -> body of a request to `path`; read: its answer -> Reply.
+    ask: (model, token ids, how many successors are wanted, if that can be said) -> body of a
+        request to `path`; read: its answer -> Reply.
     tokenize: (model, text) -> body of a request to /tokenize, whose answer holds `tokens`.
     ask_scores: (model, documents) -> body of a request to `path` that is answered with vLLM's
         `prompt_logprobs` of each; None: the server tells only what comes after a prompt.
@@ -85,15 +86,15 @@ class Dialect:
 
     name: str
     path: str
-    ask: Callable[[str, list[int]], dict[str, Any]]
+    ask: Callable[[str, list[int], int], dict[str, Any]]
     read: Callable[[Any], Reply]
     tokenize: Callable[[str, str], dict[str, Any]]
     ask_scores: Callable[[str, list[list[int]]], dict[str, Any]] | None = None
 
 
-def _ask_llama_cpp(model: str, tokens: list[int]) -> dict[str, Any]:
+def _ask_llama_cpp(model: str, tokens: list[int], n_probs: int) -> dict[str, Any]:
     return {
-        "prompt": tokens, "n_predict": 1, "n_probs": N_PROBS, "temperature": 0,
+        "prompt": tokens, "n_predict": 1, "n_probs": n_probs, "temperature": 0,
         "cache_prompt": True, "return_tokens": True, "stream": False,
     }  # fmt: skip
 
@@ -104,7 +105,7 @@ def _read_llama_cpp(answer: Any) -> Reply:
     return top, int(answer["timings"]["prompt_n"])
 
 
-def _ask_vllm(model: str, tokens: list[int]) -> dict[str, Any]:
+def _ask_vllm(model: str, tokens: list[int], _: int) -> dict[str, Any]:
     return {
         "model": model, "prompt": tokens, "max_tokens": 1, "temperature": 0,
         "logprobs": N_PROBS_VLLM, "return_tokens_as_token_ids": True, "stream": False,
@@ -123,8 +124,8 @@ _EXPERT_ALONE = {
 }  # fmt: skip
 
 
-def _ask_colm_edge(model: str, tokens: list[int]) -> dict[str, Any]:
-    return _ask_vllm(model, tokens) | _EXPERT_ALONE
+def _ask_colm_edge(model: str, tokens: list[int], n_probs: int) -> dict[str, Any]:
+    return _ask_vllm(model, tokens, n_probs) | _EXPERT_ALONE
 
 
 def _read_colm_edge(answer: Any) -> Reply:
@@ -259,13 +260,9 @@ class RemoteExpert:
         return self._with_patience(work)
 
     def _ask(self, tokens: list[int], n_probs: int) -> Reply:
-        """n_probs: how many successors, where the server tells as many as it is asked for."""
         dialect = self._dialect_of()
         self._check_length(tokens)
-        body = dialect.ask(self._model, tokens)
-        if "n_probs" in body:
-            body["n_probs"] = n_probs
-        answer = self._request(dialect.path, body)
+        answer = self._request(dialect.path, dialect.ask(self._model, tokens, n_probs))
         try:
             return dialect.read(answer)
         except _GARBAGE as e:
@@ -310,11 +307,11 @@ class RemoteExpert:
         logprobs, right = list[float](), list[bool]()
         for at in range(start, len(document)):
             token, prefix = document[at], document[:at]
-            ask = partial(self._ask, prefix, N_PROBS)
-            top, _ = self._with_patience(ask, required=True)
-            if token not in top:  # among the likeliest it is not, among all it must be
-                ask = partial(self._ask, prefix, self.n_shared)
+            for n_probs in (N_PROBS, self.n_shared):  # if not among the likeliest, among all
+                ask = partial(self._ask, prefix, n_probs)
                 top, _ = self._with_patience(ask, required=True)
+                if token in top:
+                    break
             logprobs.append(top.get(token, -math.inf))
             right.append(token == max(top, key=top.__getitem__))
         return logprobs, right

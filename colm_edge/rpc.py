@@ -20,8 +20,7 @@ from colm_edge.errors import ModelError
 CONNECT_TIMEOUT = 5.0  # seconds
 HELLO, HELLO_BYTES = 14, 24  # the command's number, which never changes, and its argument's length
 
-
-_known: set[str] = set()  # those that have answered this process
+_known: set[str] = set()  # servers that have answered this process
 
 
 def check_servers(servers: Sequence[str]) -> None:

@@ -145,7 +145,11 @@ class Server:
 
         self.n_busy += 1
         begun = time.monotonic()
-        threading.Thread(target=work, name="colm-edge-answer", daemon=True).start()
+        try:
+            threading.Thread(target=work, name="colm-edge-answer", daemon=True).start()
+        except RuntimeError:  # no more threads: else the slot would stay taken
+            self._release()
+            raise
         try:
             while (item := await queue.get()) is not None:
                 if isinstance(item, BaseException):

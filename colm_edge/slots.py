@@ -214,9 +214,8 @@ class Slots:
         self._changed = threading.Condition()
         self._taken: set[int] = set()
         self._n_away = 0  # of the slots taken, those whose expert's server is at work
-        self._waiting: dict[SharedContext | None, list[_Request]] = {
-            self.base: [], self.expert: []
-        }  # fmt: skip
+        contexts = [self.base] if self.expert is None else [self.base, self.expert]
+        self._waiting: dict[SharedContext, list[_Request]] = {c: [] for c in contexts}
         self._closed = False
         self._worker = threading.Thread(target=self._work, name="colm-edge-slots", daemon=True)
         self._worker.start()
@@ -266,7 +265,8 @@ class Slots:
         Once three quarters wait for the expert it is its turn: later the base's own batches are
         too small, sooner the expert's are.
         """
-        base, expert = (len(self._waiting[c]) for c in (self.base, self.expert))
+        base = len(self._waiting[self.base])
+        expert = len(self._waiting[self.expert]) if self.expert is not None else 0
         n = len(self._taken) - self._n_away
         if not base + expert or base + expert < n:
             return None
@@ -325,8 +325,7 @@ class Slots:
             for request in requests:
                 request.error = ColmError("the models are closed")
                 request.done.set()
-            if context is not None:
-                context.close()
+            context.close()
 
 
 class BusyError(ColmError):

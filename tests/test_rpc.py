@@ -12,18 +12,13 @@ from contextlib import contextmanager
 import llama_cpp
 import pytest
 from click.testing import CliRunner
+from expert_servers import free_port
 
 from colm_edge.cli import main
 from colm_edge.errors import ModelError
 from colm_edge.options import Options
 from colm_edge.pair import load
 from colm_edge.rpc import check_servers
-
-
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return int(s.getsockname()[1])
 
 
 def test_a_build_without_rpc_says_so(tiny, monkeypatch):

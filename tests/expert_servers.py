@@ -1,0 +1,161 @@
+"""Servers that play those an expert may be on, each kind with a real model behind it."""
+
+from __future__ import annotations
+
+import json
+import socket
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import numpy as np
+
+from colm_edge.session import ContextOptions, Session
+from colm_edge.weights import Model
+
+
+class Fake:
+    """A server of one dialect over a real model; `failures` come before its right answers."""
+
+    def __init__(self, owner: str, model: str) -> None:
+        self.owner, self.model = owner, Model(model)
+        self.session = Session(self.model, ContextOptions(n_ctx=256, n_threads=1))
+        self.n_vocab, self.shift = self.model.n_vocab, 0
+        self.n_connections = self.n_absent = 0
+        self.requests: list[tuple[str, dict]] = []
+        self.keys: list[str | None] = []
+        self.failures: list[str] = []
+        self.always = ""
+        self.released = threading.Event()
+
+    @property
+    def asked(self) -> list[dict]:
+        return [body for path, body in self.requests if "completion" in path]
+
+    def models(self) -> dict:
+        entry = {"id": "the model", "owned_by": self.owner}
+        if self.owner == "llamacpp":
+            entry["meta"] = {"n_vocab": self.n_vocab, "n_ctx": 256}
+        else:
+            entry["max_model_len"] = 256
+        return {"object": "list", "data": [entry]}
+
+    def answer(self, path: str, body: dict) -> dict:
+        if path == "/tokenize":
+            key = "content" if self.owner == "llamacpp" else "prompt"
+            ids = self.model.tokenize(body[key], special=False, bos=False)
+            return {"tokens": [i + self.shift for i in ids]}
+        if "prompt_logprobs" in body:
+            told = [self.prompt_logprobs(prompt) for prompt in body["prompt"]]
+            choices = [{"index": i, "prompt_logprobs": x} for i, x in enumerate(told)]
+            return {"choices": choices[::-1]}  # in any order
+        n = self.session.sync(body["prompt"])
+        x = log_softmax(self.session.logits)
+        best = np.argsort(-x)
+        if self.owner == "llamacpp":
+            assert path == "/completion"
+            top = [{"id": int(i), "logprob": float(x[i])} for i in best[: body["n_probs"]]]
+            return {
+                "tokens": [top[0]["id"]], "timings": {"prompt_n": n},
+                "completion_probabilities": [{**top[0], "top_logprobs": top}],
+            }  # fmt: skip
+        assert path == "/v1/completions"
+        told = {f"token_id:{i}": float(x[i]) for i in best[: body["logprobs"]]}
+        answer: dict = {"choices": [{"logprobs": {"top_logprobs": [told]}}]}
+        if self.owner == "colm-edge":
+            answer["colm"] = {"expert_tokens": n, "expert_failures": self.n_absent}
+        return answer
+
+    def prompt_logprobs(self, tokens: list[int]) -> list:
+        self.session.sync(tokens[:-1], range(len(tokens) - 1))
+        told: list = [None]
+        for i, token in enumerate(tokens[1:]):
+            x = log_softmax(self.session.state(i)[0])
+            entry = {}
+            for j in (token, int(x.argmax())):
+                rank = 1 + int((x > x[j]).sum())
+                entry[str(j)] = {"logprob": float(x[j]), "rank": rank, "decoded_token": "?"}
+            told.append(entry)
+        return told
+
+
+def log_softmax(logits: np.ndarray) -> np.ndarray:
+    x = logits.astype(np.float64)
+    return x - np.log(np.exp(x - x.max()).sum()) - x.max()
+
+
+def handler(fake: Fake) -> type[BaseHTTPRequestHandler]:
+    lock = threading.Lock()
+
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+        disable_nagle_algorithm = True  # else each answer waits for its acknowledgement
+
+        def setup(self) -> None:
+            super().setup()
+            fake.n_connections += 1
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+        def send(self, content: bytes, status: int = 200, length: int | None = None) -> None:
+            self.send_response(status)
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", str(len(content) if length is None else length))
+            self.end_headers()
+            self.wfile.write(content)
+
+        def do_GET(self) -> None:
+            assert self.path == "/v1/models"
+            fake.keys.append(self.headers.get("Authorization"))
+            self.send(json.dumps(fake.models()).encode())
+
+        def do_POST(self) -> None:
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            fake.requests.append((self.path, body))
+            failure = ""
+            if "completion" in self.path:
+                failure = fake.failures.pop(0) if fake.failures else fake.always
+            if failure.isdigit():
+                self.send(b'{"error": "as told"}', int(failure))
+            elif failure == "garbage":
+                self.send(b"<html>")
+            elif failure == "other JSON":
+                self.send(b'{"choices": [], "completion_probabilities": null}')
+            elif failure == "dies":
+                self.send(b'{"choi', length=1000)
+                self.close_connection = True
+            elif failure == "slow":
+                fake.released.wait(20)
+                self.close_connection = True
+            else:
+                with lock:
+                    answer = fake.answer(self.path, body)
+                self.send(json.dumps(answer).encode())
+
+    return Handler
+
+
+@contextmanager
+def faking(owner: str, model: str, port: int = 0) -> Iterator[tuple[str, Fake]]:
+    fake = Fake(owner, model)
+    server = ThreadingHTTPServer(("127.0.0.1", port), handler(fake))
+    server.daemon_threads = True
+    thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.server_address[1]}", fake
+    finally:
+        fake.released.set()
+        server.shutdown()
+        server.server_close()
+        thread.join()
+        fake.session.close()
+        fake.model.close()
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return int(s.getsockname()[1])
