@@ -23,12 +23,13 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from colm_edge.session import Session
 
-VERSION = 5  # of how it is measured
+VERSION = 6  # of how it is measured
 # On CPUs with steps behind multiples of 16 tokens, both sides of a step.
 SIZES = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 16, 17, 20, 24, 32, 33, 40, 48, 64)
 N_PAST = 128  # tokens in the cache before each decode, where the context has room for them
 SECONDS = 4.0  # of measuring, but for the decode in flight
 ROUNDS = 8
+SEVERAL = 4  # tokens whose states are all wanted, to see what more than one costs
 OFTEN = 16  # sizes up to this one are measured in every round
 LONG = 0.005  # seconds of a decode for which building a graph is nothing
 QUICK = 0.001  # seconds of a decode of one token
@@ -37,10 +38,15 @@ MARGIN = 0.1
 
 
 class CostTable:
-    """Seconds that one decode takes, by its number of tokens; rising sizes."""
+    """Seconds that one decode takes, by its number of tokens; rising sizes.
 
-    def __init__(self, sizes: tuple[int, ...], seconds: tuple[float, ...]) -> None:
-        self.sizes, self.seconds = sizes, seconds
+    several: seconds that it takes longer when more than one of its states is wanted.
+    """
+
+    def __init__(
+        self, sizes: tuple[int, ...], seconds: tuple[float, ...], several: float = 0.0
+    ) -> None:
+        self.sizes, self.seconds, self.several = sizes, seconds, several
 
     def __call__(self, n: int) -> float:
         """Return the seconds of a decode of n tokens, between measured sizes by interpolation and
@@ -110,7 +116,7 @@ def kept_table(session: Session) -> CostTable | None:
     """Return a session's table from the cache, or None."""
     try:
         kept = json.loads(_cache_file(session).read_text())
-        return CostTable(tuple(kept["sizes"]), tuple(kept["seconds"]))
+        return CostTable(tuple(kept["sizes"]), tuple(kept["seconds"]), kept["several"])
     except (OSError, ValueError, KeyError, TypeError):
         return None  # none, or a broken one: measured anew
 
@@ -133,7 +139,10 @@ def cost_table(
     temporary = path.with_suffix(f".{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        content = {"model": str(session.model.path), "sizes": table.sizes, "seconds": table.seconds}
+        content = {
+            "model": str(session.model.path), "sizes": table.sizes, "seconds": table.seconds,
+            "several": table.several,
+        }  # fmt: skip
         temporary.write_text(json.dumps(content) + "\n")
         os.replace(temporary, path)
     except OSError:  # a cache that cannot be written is measured again
@@ -158,30 +167,37 @@ def measure(session: Session) -> CostTable:
         # Two continuations that differ at once: either drops the other and is evaluated whole.
         one = [draw.randrange(n_vocab - 1) for _ in range(largest)]
         turns = (one, [token + 1 for token in one])
-        sizes = [n for n in SIZES if n <= min(largest, twin.n_ctx - n_past)]
-        times: dict[int, list[float]] = {}
+        # A base is given several tokens only where the switch reads all their states, an expert
+        # mostly for the last one's.
+        kinds = [(n, twin.wants_hidden) for n in SIZES if n <= min(largest, twin.n_ctx - n_past)]
+        if (SEVERAL, False) in kinds:
+            kinds.insert(kinds.index((SEVERAL, False)) + 1, (SEVERAL, True))
+        times: dict[tuple[int, bool], list[float]] = {}
         twin.sync(prefix)
         twin.sync(prefix + turns[0][:1])  # warms up
         begun, turn = perf_counter(), 0
         for i in range(ROUNDS):
-            for n in sizes if i == 0 else [n for n in times if n <= OFTEN]:
+            for kind in kinds if i == 0 else [kind for kind in times if kind[0] <= OFTEN]:
                 # llama.cpp keeps its graph from one decode to the next of the same size, as in a
                 # loop of single tokens; for a very small model that is a third of the time.
+                n, all_states = kind
                 for _ in range(3):
                     before, turn = twin.seconds, 1 - turn
                     tokens = prefix + turns[turn][:n]
-                    # A base is given several tokens only where the switch reads all their states.
-                    twin.sync(tokens, range(n_past, n_past + n) if twin.wants_hidden else ())
-                    times.setdefault(n, []).append(twin.seconds - before)
-                    if n > 1 and times[n][-1] > LONG:
+                    twin.sync(tokens, range(n_past, n_past + n) if all_states else ())
+                    times.setdefault(kind, []).append(twin.seconds - before)
+                    if n > 1 and times[kind][-1] > LONG:
                         break
                 if perf_counter() - begun > SECONDS:
                     return _table(times)
     return _table(times)
 
 
-def _table(times: dict[int, list[float]]) -> CostTable:
-    return CostTable(tuple(times), tuple(map(statistics.median, times.values())))
+def _table(times: dict[tuple[int, bool], list[float]]) -> CostTable:
+    found = {kind: statistics.median(taken) for kind, taken in times.items()}
+    one = found.get((SEVERAL, False))
+    several = 0.0 if one is None else max(0.0, found.pop((SEVERAL, True), one) - one)
+    return CostTable(tuple(n for n, _ in found), tuple(found.values()), several)
 
 
 def _cache_file(session: Session) -> Path:

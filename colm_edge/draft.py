@@ -35,7 +35,8 @@ class DraftDecoder(Decoder):
         base, expert = self._costs
 
         def price(k: int) -> float:
-            return (k * base(1) + expert(k + 1)) * (1 - a) / (1 - a ** (k + 1))
+            several = expert.several if k else 0.0
+            return (k * base(1) + expert(k + 1) + several) * (1 - a) / (1 - a ** (k + 1))
 
         return min(range(MAX_DRAFT + 1), key=price)
 

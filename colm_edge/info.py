@@ -103,7 +103,8 @@ def _model_facts(model: Model, costs: bool, n_threads: int) -> dict[str, Any]:
         "memory": f"{size / 1e6:,.0f} MB of weights, {cache / 1e6:,.0f} MB of cache at {n_ctx:,} "
         "tokens in f16",
         "decode_costs_in_ms": "not measured (--costs)" if table is None else ", ".join(
-            f"{n}: {1e3 * s:.3g}" for n, s in zip(table.sizes, table.seconds, strict=True)
+            [f"{n}: {1e3 * s:.3g}" for n, s in zip(table.sizes, table.seconds, strict=True)]
+            + [f"several states: {1e3 * table.several:.2g} more"] * (table.several > 0)
         ),
     }  # fmt: skip
 

@@ -1,15 +1,17 @@
 """The fast twin of the sequential loop: the same text from fewer, larger batches.
 
-Two bets, neither of which can change what is written:
+Three bets, none of which can change what is written:
 
 - *The expert will repeat the base's choice.* At a deferral the base goes on with its own choice,
   and the expert checks several deferrals in one batch. At the first one where it writes something
   else both models roll back to it.
+- Likewise, but the base does not go on. In the batch that verifies, the expert evaluates the base's
+  choice as well; if that is right and the next token is deferred too, its state is at hand.
 - *A run of deferrals goes on.* The expert writes several tokens by itself, and the base reads the
   switch for all of them in one batch. At the first that is not deferred both roll back to it.
 
-The first is speculative decoding at the deferred positions alone, the second its mirror image. A
-`Planner` places a bet only where the measured costs of batches and what it has seen of agreements
+The first two are speculative decoding at the deferred positions alone, the third its mirror image.
+A `Planner` places a bet only where the measured costs of batches and what it has seen of agreements
 and runs promise that it pays.
 """
 
@@ -33,6 +35,7 @@ MAX_RUN = 8  # tokens that the expert writes ahead
 # Estimates forget: an observation counts half after about 70 later ones.
 DECAY = 0.99
 CAUTION = 0.7  # standard errors
+ROUGH = 0.04  # of the rates that plans are kept for
 # An expert agrees more often where the base is sure of itself.
 CONFIDENCE = (0.25, 0.5, 0.75)
 
@@ -77,6 +80,7 @@ class Planner:
         # long until they are seen to be short: a long draft costs the most when it is lost.
         self.onset, self.run = Rate(0.05, 5), Rate(0.2, 5)
         self._runs: dict[float, int] = {}  # run_ahead by the rate of runs
+        self._saved: dict[tuple[float, float | None, int], float] = {}  # by rates, for saved_along
 
     def prepare(self) -> None:
         """Have the tables at hand."""
@@ -98,25 +102,27 @@ class Planner:
         seen = self._by_confidence[_bucket(confidence)]
         return (seen.hits + 8 * self.agreement.cautious) / (seen.n + 8)
 
-    def goes_on(self, all_agree: float, n_pending: int, n_beyond: int) -> bool:
-        """Say whether to draft on, rather than verify, now that a token is pending.
+    def goes_on(self, all_agree: float, n_choices: int, n_pending: int, n_beyond: int) -> bool:
+        """Say whether to draft on, rather than verify, now that a choice is pending.
 
         all_agree: the probability that the expert repeats every choice that is pending.
-        n_pending: tokens that the expert would evaluate now.
-        n_beyond: tokens drafted after the last pending one.
+        n_choices: how many are.
+        n_pending: tokens that the expert would evaluate now; none where their states are at hand.
+        n_beyond: tokens drafted after the last pending choice.
 
         To verify now and again at the next deferral, g tokens on, takes c(n_pending) + c(n_beyond +
         g) of the expert, c being the cost of the cheapest batches. To draft on to it takes one
         c(n_pending + n_beyond + g) if every choice is repeated, and otherwise that second call all
         the same, and g tokens of the base for nothing. Likewise for the deferrals after it.
         """
-        if self._base is None:
+        if self._base is None or self.rests:
             return False
-        base, cost = self._base(1), self._expert.best
+        base, batch, cost = self._base(1), self._expert, self._expert.best
         each, now = self.agreement.cautious, cost(n_pending)
+        several = batch.several if n_choices == 1 else 0.0
         lost = [0.0] * LOOK_AHEAD  # against verifying now, by the number of deferrals drafted to
         for share, gap in self._gaps(n_beyond):
-            k, right, wasted, saved = n_pending + n_beyond, all_agree, 0.0, 0.0
+            k, right, wasted, saved = max(n_pending, 1) + n_beyond, all_agree, 0.0, 0.0
             for j in range(LOOK_AHEAD):
                 k += gap
                 if k > MAX_DRAFT:
@@ -124,9 +130,31 @@ class Planner:
                     break
                 saved += right * cost(gap + (n_beyond if j == 0 else 0))
                 wasted += (1 - right) * gap * base
-                lost[j] += share * ((cost(k) - now + wasted) * (1 + MARGIN) - saved)
+                paid = batch(k) + several - now + wasted
+                lost[j] += share * (paid * (1 + MARGIN) - saved)
                 right *= each
-        return min(lost) < 0
+        return min(lost) < -self.saved_along(all_agree, n_choices, n_pending, n_beyond)
+
+    def saved_along(self, all_agree: float, n_choices: int, n_pending: int, n_beyond: int) -> float:
+        """Return the seconds, or 0, that it promises to save if the batch that verifies holds what
+        was drafted from the last pending choice on as well; arguments as for `goes_on`.
+
+        That makes it n_beyond + 1 tokens longer. If every choice is repeated, the call at the next
+        deferral is by so many shorter, and there is none if that deferral comes at once.
+        """
+        if self._base is None or self.rests:
+            return 0.0
+        paid = self._expert(max(n_pending, 1) + n_beyond + 1) - self._expert.best(n_pending)
+        if n_choices == 1:
+            paid += self._expert.several
+        key = (
+            _roughly(self.onset.cautious),
+            None if n_beyond else _roughly(self.run.cautious),
+            n_beyond,
+        )
+        if key not in self._saved:
+            self._saved[key] = _saved_along(*key, self._expert)
+        return max(0.0, all_agree * self._saved[key] - paid * (1 + MARGIN))
 
     def _gaps(self, n_beyond: int) -> list[tuple[float, int]]:
         """Return (probability, tokens) to the next deferral: at once as far as deferrals come in
@@ -143,7 +171,7 @@ class Planner:
         """Return how many tokens the expert should write ahead after a deferral, or 0."""
         if self._base is None:
             return 0
-        r = round(self.run.cautious, 2)
+        r = _roughly(self.run.cautious)
         if r not in self._runs:
             self._runs[r] = _best_run(r, self._base, self._expert)
         return self._runs[r]
@@ -168,6 +196,26 @@ def _best_run(r: float, base: CostTable, expert: CostTable) -> int:
         if saved > best:
             best, found = saved, length
     return found
+
+
+def _roughly(rate: float) -> float:
+    """Return a rate, rounded so that what is made of it can be kept."""
+    return round(rate / ROUGH) * ROUGH
+
+
+def _saved_along(onset: float, run: float | None, n_beyond: int, expert: CostTable) -> float:
+    """Return what the expert saves on average at the next deferral, having evaluated n_beyond + 1
+    more tokens than up to the last.
+
+    onset, run: rates of deferrals after a token of the base's and after another deferral; run is
+    None where the last token is not deferred.
+    """
+    saved, still = 0.0, 1.0  # the probability that none was deferred yet
+    for gap in range(MAX_DRAFT - n_beyond):
+        rate = onset if run is None or gap else run
+        saved += still * rate * (expert.best(gap + n_beyond + 1) - expert.best(gap))
+        still *= 1 - rate
+    return saved
 
 
 def _bucket(confidence: float) -> int:
@@ -236,15 +284,16 @@ class FastDecoder(Decoder):
                 all_agree *= planner.agrees(_probability(step))
             # Right after a deferral the next is near, if deferrals come in runs.
             beyond = at - pending[-1][0]
-            due = beyond < 2 and not planner.goes_on(
-                all_agree, pending[-1][0] - self._expert_at, beyond
-            )
+            seen = all_agree, len(pending), pending[-1][0] - self._expert_at, beyond
             if (
-                due
+                (beyond < 2 and not planner.goes_on(*seen))
                 or at - pending[0][0] >= MAX_DRAFT - 1
                 or at + 1 >= self._end
                 or step.token in self._end_tokens
             ):
+                ends = at + 1 >= self._end or step.token in self._end_tokens
+                if not ends and planner.saved_along(*seen) > 0:
+                    tokens.append(step.token)
                 self._verify(tokens, drafted, pending)
                 return
             tokens.append(step.token)
@@ -258,7 +307,11 @@ class FastDecoder(Decoder):
         """Let the expert write the pending tokens; keep the draft up to its first other choice."""
         planner = self._planner
         first, last = pending[0][0], pending[-1][0]
-        self._evaluate_expert(tokens[:last], [at - 1 for at, _, _ in pending])
+        outputs = [at - 1 for at, _, _ in pending]
+        if len(tokens) == first + len(drafted):  # the expert goes along
+            last = len(tokens)
+            outputs.append(last - 1)
+        self._evaluate_expert(tokens[:last], outputs)
         self._expert_at, n_kept = last, len(drafted)
         for at, guess, before in pending:
             logits, _ = self._expert.state(at - 1)

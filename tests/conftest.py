@@ -49,6 +49,8 @@ class Scripted:
         keep = 0
         while keep < min(len(self.held), len(tokens)) and self.held[keep] == tokens[keep]:
             keep += 1
+        if keep == len(tokens) == len(self.held) and outputs == [keep - 1]:
+            return 0  # its state is at hand
         keep = min(keep, outputs[0])
         batch = list(tokens[keep:])
         self.held, self.outputs = list(tokens), set(outputs)

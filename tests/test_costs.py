@@ -104,6 +104,7 @@ def test_costs_are_measured_once_for_a_model_and_its_settings(tiny, session):
     assert not session.created  # its own timeline is left alone
     assert cost_table(session, note=said.append).seconds == table.seconds
     assert kept_table(session).sizes == table.sizes
+    assert kept_table(session).several == table.several >= 0
     assert len(said) == 1
     other = Session(session.model, ContextOptions(n_ctx=128, n_threads=2, n_batch=64))
     assert kept_table(other) is None

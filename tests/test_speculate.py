@@ -26,15 +26,20 @@ STEEP = CostTable((1, 64), (1.0, 64.0))
 class Bold(Planner):
     """Bets at random, far more often than a sensible planner."""
 
-    def __init__(self, seed: int, drafts: float, runs: int) -> None:
+    def __init__(self, seed: int, drafts: float, runs: int, along: float = 0.5) -> None:
         super().__init__(lambda: (FLAT, FLAT))
         self._draw, self._drafts, self._runs = random.Random(seed), drafts, runs
+        self._along = along
 
-    def goes_on(self, all_agree: float, n_pending: int, n_beyond: int) -> bool:
+    def goes_on(self, all_agree: float, n_choices: int, n_pending: int, n_beyond: int) -> bool:
         assert 0 <= all_agree <= 1
-        assert n_pending > 0
+        assert n_choices > 0
+        assert n_pending >= 0
         assert n_beyond in (0, 1)
         return self._draw.random() < self._drafts
+
+    def saved_along(self, *seen: float) -> float:
+        return float(self._draw.random() < self._along)
 
     def run_ahead(self) -> int:
         return self._draw.randint(0, self._runs)
@@ -78,12 +83,13 @@ def agreeing(seed: int, other, agree: float):
     end_every=st.sampled_from([0, 5, 20]),
     drafts=st.floats(0, 1),
     runs=st.integers(0, 6),
+    along=st.floats(0, 1),
     sampled=st.booleans(),
     compose=st.booleans(),
 )
 def test_bets_never_change_the_text(
-    seed, rate, agree, threshold, n_prompt, n_ctx, max_tokens, end_every, drafts, runs, sampled,
-    compose,
+    seed, rate, agree, threshold, n_prompt, n_ctx, max_tokens, end_every, drafts, runs, along,
+    sampled, compose,
 ):  # fmt: skip
     base_choose = writer(seed, end_every)
     expert_choose = agreeing(seed + 1, base_choose, agree)
@@ -102,7 +108,7 @@ def test_bets_never_change_the_text(
         assert run.stats.n_deferred == sum(step.source == "expert" for step in steps)
         return steps, run.finish_reason
 
-    assert answer(FastDecoder, planner=Bold(seed, drafts, runs)) == answer(Decoder)
+    assert answer(FastDecoder, planner=Bold(seed, drafts, runs, along)) == answer(Decoder)
 
 
 def fast(base, expert, read, planner, **kwargs):
@@ -113,7 +119,7 @@ def fast(base, expert, read, planner, **kwargs):
 def test_without_a_bet_both_evaluate_what_the_sequential_loop_does():
     read, _ = reader(3, 0.4)
     sessions = [(Scripted(writer(1)), Scripted(writer(2))) for _ in range(2)]
-    list(fast(*sessions[0], read, Bold(0, 0.0, 0), max_tokens=40))
+    list(fast(*sessions[0], read, Bold(0, 0.0, 0, 0.0), max_tokens=40))
     options = {"threshold": 0.5, "n_choose": N_VOCAB, "end_tokens": frozenset({END})}
     list(Decoder(*sessions[1], read, [1, 2, 3], max_tokens=40, **options))
     for ours, theirs in zip(*sessions, strict=True):
@@ -133,6 +139,48 @@ def test_an_expert_that_always_agrees_is_asked_once_a_draft():
     assert expert.n_calls < 20
     assert max(map(len, expert.batches)) > 8
     assert all(len(batch) <= MAX_DRAFT + 3 for batch in expert.batches)
+
+
+def test_a_deferral_after_a_repeated_choice_takes_no_call():
+    """The expert evaluated that choice in the batch before: of two deferrals in a row it is asked
+    once, and every token is evaluated once."""
+
+    class Along(Planner):
+        def goes_on(self, *seen):
+            return False
+
+        def run_ahead(self):
+            return 0
+
+        def saved_along(self, all_agree, n_choices, n_pending, n_beyond):
+            return float(n_pending > 0)
+
+    choose = writer(1)
+    base, expert = Scripted(choose, 200), Scripted(choose, 200)
+    read = lambda logits, hidden: (0.9, int(logits.argmax()), 0.0)  # noqa: E731
+    run = fast(base, expert, read, Along(lambda: (FLAT, FLAT)), max_tokens=100)
+    assert {s.source for s in run} == {"expert"}
+    assert run.stats.expert_calls == expert.n_calls == 50
+    assert expert.n_evaluated == 3 + 99
+
+
+def test_what_several_states_cost_is_weighed():
+    def planner(several, deferrals):
+        expert = CostTable((1, 64), (1.0, 1.1), several)
+        found = Planner(lambda: (CostTable((1, 64), (0.1, 6.4)), expert))
+        found.prepare()
+        for i in range(100):
+            found.saw_agreement(0.9, True)
+            found.saw_deferral(deferrals[i % 3], deferrals[i % 3 - 1])
+        return found
+
+    apart, in_a_row = (True, False, False), (True, True, False)
+    assert planner(0.0, apart).goes_on(0.9, 1, 4, 0)
+    assert not planner(9.0, apart).goes_on(0.9, 1, 4, 0)
+    assert planner(9.0, apart).goes_on(0.9, 2, 4, 0)  # there it is paid anyway
+    assert planner(0.0, in_a_row).saved_along(0.9, 1, 4, 0) > 0
+    assert planner(9.0, in_a_row).saved_along(0.9, 1, 4, 0) == 0
+    assert planner(9.0, in_a_row).saved_along(0.9, 2, 4, 0) > 0
 
 
 def test_a_base_checks_a_run_of_deferrals_at_once():
@@ -155,13 +203,13 @@ def test_a_planner_that_never_agreed_does_not_bet(tables):
         planner.saw_agreement(0.4, False)
         planner.saw_deferral(True, False)
         planner.saw_deferral(False, True)
-    assert not planner.goes_on(planner.agrees(0.4), 2, 0)
+    assert not planner.goes_on(planner.agrees(0.4), 1, 2, 0)
     assert planner.run_ahead() == 0
 
 
 def test_a_planner_bets_where_it_pays():
     planner = Planner(lambda: (CostTable((1, 64), (0.1, 6.4)), FLAT))
-    assert not planner.goes_on(1.0, 5, 0)  # nothing measured yet
+    assert not planner.goes_on(1.0, 1, 5, 0)  # nothing measured yet
     planner.prepare()
     for _ in range(300):
         planner.saw_agreement(0.9, True)
@@ -172,22 +220,26 @@ def test_a_planner_bets_where_it_pays():
             planner.saw_deferral(False, False)
     assert planner.agrees(0.9) > 0.8
     assert planner.agrees(0.1) < 0.2
-    assert planner.goes_on(planner.agrees(0.9), 4, 0)
-    assert not planner.goes_on(planner.agrees(0.1), 4, 0)
-    assert not planner.goes_on(1.0, MAX_DRAFT, 0)
+    assert planner.goes_on(planner.agrees(0.9), 1, 4, 0)
+    assert not planner.goes_on(planner.agrees(0.1), 1, 4, 0)
+    assert not planner.goes_on(1.0, 1, MAX_DRAFT, 0)
     # An expert whose batches cost in proportion gains nothing by them.
     proportional = Planner(lambda: (FLAT, STEEP))
     proportional.prepare()
-    assert not proportional.goes_on(1.0, 5, 0)
+    assert not proportional.goes_on(1.0, 1, 5, 0)
 
 
-# Milliseconds of decodes of a small and a larger model: a CPU whose larger batches are hardly
-# cheaper, a CPU where they are, and a GPU.
+# Milliseconds of decodes of a small and a larger model: CPUs whose larger batches are hardly
+# cheaper, are cheaper in fours, or take as long for five tokens as for two; and a GPU.
 BASE = CostTable((1, 2, 4, 8, 16, 32), (6.2, 9, 12.5, 20, 32, 60))
 SIZES = (1, 2, 3, 4, 5, 7, 8, 12, 16, 32)
 MACHINES = {
     "steep": (BASE, CostTable(SIZES, (22, 38, 50, 55, 67, 80, 85, 110, 130, 250))),
     "fours": (BASE, CostTable(SIZES, (19, 30, 40, 28, 41, 63, 57, 73, 78, 158))),
+    "amx": (
+        CostTable((1, 2, 5, 8, 16, 32), (7, 10, 12, 15, 20, 34)),
+        CostTable((1, 2, 5, 8, 16, 32, 33, 64), (30, 53, 58, 71, 93, 155, 255, 315), several=3.5),
+    ),
     "gpu": (CostTable((1, 64), (2, 2.6)), CostTable((1, 8, 64), (10, 10.5, 13))),
 }  # fmt: skip
 
@@ -202,7 +254,8 @@ class Priced(Scripted):
     def sync(self, tokens, outputs=()):
         n = super().sync(tokens, outputs)
         pieces = self.table.pieces(n, n + 64, whole=len(outputs) > 1) if self.cuts else [(n, n)]
-        self.cost += sum(self.table(size) for _, size in pieces)
+        self.cost += sum(self.table(size) for _, size in pieces if n)
+        self.cost += self.table.several if len(outputs) > 1 else 0.0
         return n
 
 
