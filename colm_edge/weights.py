@@ -16,7 +16,7 @@ from typing import Any
 
 import llama_cpp as llama
 
-from colm_edge import ggml
+from colm_edge import ggml, huge_pages
 from colm_edge.errors import MismatchError, ModelError
 from colm_edge.rpc import check_servers, device_list
 
@@ -404,10 +404,16 @@ def _progress_callback(
     raised: list[BaseException],
 ) -> Any:
     """Return llama.cpp's callback that tells `progress`, and ends the load where either raises."""
+    ask_for_huge_pages: Callable[[], None] | None = huge_pages.watch()
 
     @llama.llama_progress_callback  # type: ignore[untyped-decorator]
     def on_progress(share: float, _: Any) -> bool:
+        nonlocal ask_for_huge_pages
         try:
+            # At the first call the weights' buffers are there, and nothing is in them yet.
+            if ask_for_huge_pages is not None:
+                ask_for_huge_pages()
+                ask_for_huge_pages = None
             if check is not None:
                 check()
             if progress is not None:
