@@ -12,7 +12,7 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib.metadata import version
-from itertools import islice
+from itertools import islice, pairwise
 from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, Self
@@ -246,9 +246,9 @@ def bench(
     tokens_per_second is of the whole answer, its prompt included, and …_low and …_high are the
     slowest and fastest round; first_token_seconds from an empty cache; ratio_expert and
     ratio_sequential to the rows expert and colm; ratio_limit to what the decodes of the method (for
-    the fast schedule: of the sequential one), n·c_base(1) + Σ c_expert(kᵢ), take in the same round
-    when each model does its own at a stretch; outside_us, the microseconds a token outside
-    llama.cpp; peak_memory_mb, the most that a process doing nothing else has in memory.
+    the fast schedule: of the sequential one), n·c_base(1) + Σ c_expert(kᵢ), take right before and
+    after the round when each model does its own at a stretch; outside_us, the microseconds a token
+    outside llama.cpp; peak_memory_mb, the most that a process doing nothing else has in memory.
 
     only: names of methods, all by default. tools: where llama.cpp's own programs are, for two more
     rows. memory: whether to measure it, in a process for each method.
@@ -272,17 +272,20 @@ def bench(
             raise ColmError(f"no method {unknown[0]!r}; expected some of {', '.join(ways)}")
         ways = {name: way for name, way in ways.items() if not only or name in only}
         samples: dict[str, list[Sample]] = {name: [] for name in ways}
-        limits: list[dict[str, float]] = []
+        alone: list[dict[str, float]] = []  # between the rounds
         for i in range(rounds + 1):
-            note(f"round {i} of {rounds}: decodes alone" if i else "warming up: decodes alone")
-            alone = methods.decodes_alone(ways)
-            if i:
-                limits.append(alone)
             for name, way in ways.items():
                 note(f"round {i} of {rounds}: {name}" if i else f"warming up: {name}")
                 sample = way()
                 if i:
                     samples[name].append(sample)
+            note(f"after round {i} of {rounds}: decodes alone")
+            alone.append(methods.decodes_alone(ways))
+        # A round's is halfway between those before and after it, since machines drift.
+        limits = [
+            {name: (before[name] + after[name]) / 2 for name in before}
+            for before, after in pairwise(alone)
+        ]
         measured = [name for name in ways if memory and name in methods.names]
     peaks = {name: _peak_memory(pair, trace, name, note) for name in measured}
     return [_row(name, samples, trace, limits, peaks.get(name)) for name in ways]

@@ -136,8 +136,11 @@ def written(pair, kind, trace, threshold, **options):
 @pytest.mark.parametrize("rate", [0.0, 0.3, 1.0])
 def test_every_schedule_writes_the_trace(tiny_pair, rate, agree):
     class Bold(Planner):
-        def goes_on(self, all_agree, n_pending, n_beyond):
+        def goes_on(self, all_agree, n_choices, n_pending, n_beyond):
             return n_pending % 3 != 0
+
+        def saved_along(self, all_agree, n_choices, n_pending, n_beyond):
+            return float(n_pending % 2)
 
         def run_ahead(self):
             return 3
