@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import platform
 import random
@@ -156,7 +157,8 @@ def measure(session: Session) -> CostTable:
 
     Sizes take turns, and of a size's times the median counts: what disturbs a machine for a moment
     then spoils no size for good. SECONDS is reached by the sizes in rising order, so of a
-    large model the largest may be left out, and the smallest are measured most often.
+    large model the largest may be left out, and the smallest are measured most often; of the others
+    those again that took longer than a larger one.
     """
     largest = min(SIZES[-1], session.n_batch)
     n_past = max(1, min(N_PAST, session.n_ctx - largest))
@@ -177,7 +179,7 @@ def measure(session: Session) -> CostTable:
         twin.sync(prefix + turns[0][:1])  # warms up
         begun, turn = perf_counter(), 0
         for i in range(ROUNDS):
-            for kind in kinds if i == 0 else [kind for kind in times if kind[0] <= OFTEN]:
+            for kind in _again(times) if i else kinds:
                 # llama.cpp keeps its graph from one decode to the next of the same size, as in a
                 # loop of single tokens; for a very small model that is a third of the time.
                 n, all_states = kind
@@ -193,8 +195,19 @@ def measure(session: Session) -> CostTable:
     return _table(times)
 
 
+def _again(times: dict[tuple[int, bool], list[float]]) -> list[tuple[int, bool]]:
+    """Return what to measure once more: the small sizes, and where another is doubtful."""
+    found, least = list[tuple[int, bool]](), math.inf
+    for kind, taken in reversed(times.items()):
+        took = statistics.median_low(taken)
+        if kind[0] <= OFTEN or took > least:
+            found.append(kind)
+        least = min(least, took)
+    return found[::-1]
+
+
 def _table(times: dict[tuple[int, bool], list[float]]) -> CostTable:
-    found = {kind: statistics.median(taken) for kind, taken in times.items()}
+    found = {kind: statistics.median_low(taken) for kind, taken in times.items()}
     one = found.get((SEVERAL, False))
     several = 0.0 if one is None else max(0.0, found.pop((SEVERAL, True), one) - one)
     return CostTable(tuple(n for n, _ in found), tuple(found.values()), several)

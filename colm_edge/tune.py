@@ -21,8 +21,9 @@ N_PAST = 512  # tokens in the cache: attention has its part in the time
 PROMPT_ROUNDS = 3
 CATCH_UP = 5  # tokens an expert evaluates at once, at a defer rate of 0.2
 MIXES = ("Q4_0", "Q4_K_M", "Q8_0")
-# A setting is changed for what saves as much as this; less is noise.
-WORTH = 0.03
+# A setting is changed for what saves as much as this; less is noise. What else is measured may
+# become dearer by as much as that.
+WORTH, DEARER = 0.03, 0.1
 
 
 def tune(pair: Pair, note: Callable[[str], None]) -> tuple[list[dict[str, Any]], list[str]]:
@@ -30,7 +31,8 @@ def tune(pair: Pair, note: Callable[[str], None]) -> tuple[list[dict[str, Any]],
 
     One setting after the other is varied and the best kept: threads, flash attention, the type of
     the KV cache, tokens of a prompt at a time. The base is judged by decodes of one token, the
-    expert by those of CATCH_UP, and the last setting by the prompt.
+    expert by those of CATCH_UP, and the last setting by the prompt; what makes one of these
+    much slower is not kept.
     """
     rows: list[dict[str, Any]] = []
     best: dict[str, ContextOptions] = {}
@@ -49,9 +51,7 @@ def tune(pair: Pair, note: Callable[[str], None]) -> tuple[list[dict[str, Any]],
             tried = [o for i, o in enumerate(tried) if o not in tried[:i]]
             note(f"{role}: {field.replace('_', ' ')}")
             times = _times([(session.model, o) for o in tried])
-            judged = [t[2 if field == "n_ubatch" else 0 if role == "base" else 1] for t in times]
-            fastest = min(range(len(tried)), key=judged.__getitem__)
-            keep = fastest if judged[fastest] < (1 - WORTH) * judged[0] else 0
+            keep = _best(times, 2 if field == "n_ubatch" else 0 if role == "base" else 1)
             rows += [
                 {
                     "model": role,
@@ -70,6 +70,18 @@ def tune(pair: Pair, note: Callable[[str], None]) -> tuple[list[dict[str, Any]],
         best[role] = options
     advice = [f"{role}: {_flags(o)}" for role, o in best.items()]
     return rows, [*advice, quantisation_advice(pair, note)]
+
+
+def _best(times: Sequence[tuple[float, ...]], judged: int) -> int:
+    """Return which is best by the column `judged`: the first, unless another is worth it."""
+    first = times[0]
+    better = [
+        i
+        for i, row in enumerate(times)
+        if row[judged] < (1 - WORTH) * first[judged]
+        and all(x <= (1 + DEARER) * y for x, y in zip(row, first, strict=True))
+    ]
+    return min(better, key=lambda i: times[i][judged], default=0)
 
 
 def _thread_counts() -> tuple[int, ...]:

@@ -121,6 +121,17 @@ def test_a_slow_model_is_measured_in_bounded_time(session, monkeypatch):
     assert costs.measure(session).sizes == (1,)
 
 
+def test_what_took_longer_than_a_larger_batch_is_measured_again():
+    times = {(n, False): [1.0 * n] for n in (1, 8, 17, 20, 24, 32, 64)}
+    small = [(1, False), (8, False)]
+    assert costs._again(times) == small
+    times[24, False] = [40.0]  # more than 32 tokens took
+    assert costs._again(times) == [*small, (24, False)]
+    times[24, False] += [24.0]
+    assert costs._again(times) == small
+    assert costs._table(times)(24) == 24.0
+
+
 def test_a_table_that_cannot_be_kept_is_measured_all_the_same(session, monkeypatch, tmp_path):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))

@@ -89,6 +89,14 @@ def test_settings_are_tried_and_advised(tiny_pair, monkeypatch):
     assert "Q4_0 1.00 and 1.00" in advice[2]
 
 
+def test_a_setting_is_kept_for_what_it_saves_and_not_for_what_it_spoils():
+    default, quicker, spoiling = (10.0, 16.0, 450.0), (9.6, 16.5, 460.0), (9.3, 20.0, 770.0)
+    assert tune_module._best([default, quicker, spoiling], 0) == 1
+    assert tune_module._best([default, (9.8, 15.0, 440.0)], 0) == 0  # noise
+    assert tune_module._best([default, spoiling], 0) == 0
+    assert tune_module._best([default, (10.0, 16.0, 400.0), (10.0, 16.0, 390.0)], 2) == 2
+
+
 def test_shapes_come_near_the_count_that_is_asked_for():
     for name, count in (("360M", 360e6), ("1B", 1e9), ("3B", 3e9), ("30B", 30e9), ("70B", 70e9)):
         shape = shape_of(name)
