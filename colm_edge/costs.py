@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from colm_edge.session import Session
 
-VERSION = 6  # of how it is measured
+VERSION = 7  # of how it is measured
 # On CPUs with steps behind multiples of 16 tokens, both sides of a step.
 SIZES = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 16, 17, 20, 24, 32, 33, 40, 48, 64)
 N_PAST = 128  # tokens in the cache before each decode, where the context has room for them
@@ -73,6 +73,11 @@ class CostTable:
         """Whether a decode takes no longer than thinking about a better one would pay for."""
         return self(1) < QUICK
 
+    def whole(self, n: int) -> float:
+        """Return the seconds that n tokens take in one batch, filled up where that is cheaper."""
+        filled = self._filled_up
+        return filled[n] if n < len(filled) else self(n)
+
     def best(self, n: int) -> float:
         """Return the seconds that n tokens take in the cheapest pieces."""
         plan = self._plan
@@ -102,10 +107,13 @@ class CostTable:
         return best if self(best) < (1 - MARGIN) * self(n) else n
 
     @cached_property
+    def _filled_up(self) -> list[float]:
+        return [0.0] + [self(self._filled(n, n + n)) for n in range(1, self.sizes[-1] + 1)]
+
+    @cached_property
     def _plan(self) -> list[tuple[float, int]]:
         """By n: (seconds, tokens of the first piece), by dynamic programming over the rest."""
-        plan = [(0.0, 0)]
-        cost = [0.0] + [self(self._filled(n, n + n)) for n in range(1, self.sizes[-1] + 1)]
+        plan, cost = [(0.0, 0)], self._filled_up
         for n in range(1, len(cost)):
             piece = min(range(1, n + 1), key=lambda k: (cost[k] + plan[n - k][0], -k))
             cut = cost[piece] + plan[n - piece][0]
@@ -117,7 +125,7 @@ def kept_table(session: Session) -> CostTable | None:
     """Return a session's table from the cache, or None."""
     try:
         kept = json.loads(_cache_file(session).read_text())
-        return CostTable(tuple(kept["sizes"]), tuple(kept["seconds"]), kept["several"])
+        return CostTable(tuple(kept["sizes"]), tuple(kept["seconds"]), float(kept["several"]))
     except (OSError, ValueError, KeyError, TypeError):
         return None  # none, or a broken one: measured anew
 
@@ -155,8 +163,8 @@ def cost_table(
 def measure(session: Session) -> CostTable:
     """Time decodes of every size behind the same prefix, in a context of their own.
 
-    Sizes take turns, and of a size's times the median counts: what disturbs a machine for a moment
-    then spoils no size for good. SECONDS is reached by the sizes in rising order, so of a
+    Sizes take turns, and of a size's times the (lower) median counts: what disturbs a machine for a
+    moment then spoils no size for good. SECONDS is reached by the sizes in rising order, so of a
     large model the largest may be left out, and the smallest are measured most often; of the others
     those again that took longer than a larger one.
     """
@@ -169,9 +177,8 @@ def measure(session: Session) -> CostTable:
         # Two continuations that differ at once: either drops the other and is evaluated whole.
         one = [draw.randrange(n_vocab - 1) for _ in range(largest)]
         turns = (one, [token + 1 for token in one])
-        # A base is given several tokens only where the switch reads all their states, an expert
-        # mostly for the last one's.
-        kinds = [(n, twin.wants_hidden) for n in SIZES if n <= min(largest, twin.n_ctx - n_past)]
+        twin.want_hidden(False)  # with it every state of a batch is wanted
+        kinds = [(n, False) for n in SIZES if n <= min(largest, twin.n_ctx - n_past)]
         if (SEVERAL, False) in kinds:
             kinds.insert(kinds.index((SEVERAL, False)) + 1, (SEVERAL, True))
         times: dict[tuple[int, bool], list[float]] = {}

@@ -1,8 +1,8 @@
 """Huge pages for weights, where Linux gives them to those who ask (transparent_hugepage: madvise).
 
-Every token reads all weights, in pages of 4 KiB far more of them than a processor keeps addresses
-of. llama.cpp does not ask: files' pages are the file system's affair, but what it rearranges for a
-CPU is in memory of its own. The idea is ik_llama.cpp's (its option -thp).
+Every token reads all weights, and a processor remembers where far fewer pages of 4 KiB are.
+llama.cpp does not ask. The pages of a mapped file are the file system's affair, but weights that
+are rearranged for a CPU are in memory of llama.cpp's own. The idea is ik_llama.cpp's (-thp).
 """
 
 from __future__ import annotations
@@ -27,25 +27,28 @@ def watch() -> Callable[[], None]:
     before = _allocated()
 
     def ask() -> None:
-        for start, end in _beyond(before, _allocated()):
+        now = _allocated()
+        if before is None or now is None:
+            return  # nobody tells
+        for start, end in _beyond(before, now):
             if end - start >= MIN_BYTES:
                 madvise(start, end - start, mmap.MADV_HUGEPAGE)  # a wish, which may be refused
 
     return ask
 
 
-def _allocated() -> list[Range]:
-    """Return where memory is that belongs to no file, in rising order."""
+def _allocated() -> list[Range] | None:
+    """Return where memory is that belongs to no file, in rising order; None if nobody tells."""
     found = []
     try:
-        with open("/proc/self/maps") as file:
+        with open("/proc/self/maps", "rb") as file:  # names of files may be any bytes
             for line in file:
                 addresses, access, _, _, _, *name = line.split()
-                if access == "rw-p" and not name:
-                    start, end = addresses.split("-")
+                if access == b"rw-p" and not name:
+                    start, end = addresses.split(b"-")
                     found.append((int(start, 16), int(end, 16)))
     except OSError:
-        return []  # nobody tells
+        return None
     return found
 
 

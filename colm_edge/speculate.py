@@ -111,15 +111,14 @@ class Planner:
         n_beyond: tokens drafted after the last pending choice.
 
         To verify now and again at the next deferral, g tokens on, takes c(n_pending) + c(n_beyond +
-        g) of the expert, c being the cost of the cheapest batches. To draft on to it takes one
-        c(n_pending + n_beyond + g) if every choice is repeated, and otherwise that second call all
-        the same, and g tokens of the base for nothing. Likewise for the deferrals after it.
+        g) of the expert, c being the cost of the cheapest batches. To draft on to it takes one of
+        n_pending + n_beyond + g if every choice is repeated, and otherwise that second call all the
+        same, and g tokens of the base for nothing. Likewise for the deferrals after it.
         """
         if self._base is None or self.rests:
             return False
-        base, batch, cost = self._base(1), self._expert, self._expert.best
-        each, now = self.agreement.cautious, cost(n_pending)
-        several = batch.several if n_choices == 1 else 0.0
+        base, cost, each = self._base(1), self._expert.best, self.agreement.cautious
+        now = self._verifying(n_choices, n_pending)
         lost = [0.0] * LOOK_AHEAD  # against verifying now, by the number of deferrals drafted to
         for share, gap in self._gaps(n_beyond):
             k, right, wasted, saved = max(n_pending, 1) + n_beyond, all_agree, 0.0, 0.0
@@ -130,7 +129,7 @@ class Planner:
                     break
                 saved += right * cost(gap + (n_beyond if j == 0 else 0))
                 wasted += (1 - right) * gap * base
-                paid = batch(k) + several - now + wasted
+                paid = self._verifying(2, k) - now + wasted
                 lost[j] += share * (paid * (1 + MARGIN) - saved)
                 right *= each
         return min(lost) < -self.saved_along(all_agree, n_choices, n_pending, n_beyond)
@@ -144,9 +143,8 @@ class Planner:
         """
         if self._base is None or self.rests:
             return 0.0
-        paid = self._expert(max(n_pending, 1) + n_beyond + 1) - self._expert.best(n_pending)
-        if n_choices == 1:
-            paid += self._expert.several
+        along = self._verifying(2, max(n_pending, 1) + n_beyond + 1)
+        paid = along - self._verifying(n_choices, n_pending)
         key = (
             _roughly(self.onset.cautious),
             None if n_beyond else _roughly(self.run.cautious),
@@ -155,6 +153,12 @@ class Planner:
         if key not in self._saved:
             self._saved[key] = _saved_along(*key, self._expert)
         return max(0.0, all_agree * self._saved[key] - paid * (1 + MARGIN))
+
+    def _verifying(self, n_choices: int, n: int) -> float:
+        """Return what it takes to evaluate n tokens and tell what the expert makes of choices."""
+        if n_choices == 1:
+            return self._expert.best(n)
+        return self._expert.whole(n) + self._expert.several  # all in one batch
 
     def _gaps(self, n_beyond: int) -> list[tuple[float, int]]:
         """Return (probability, tokens) to the next deferral: at once as far as deferrals come in
@@ -185,7 +189,7 @@ def _best_run(r: float, base: CostTable, expert: CostTable) -> int:
     """
     best, found = 0.0, 0
     for length in range(2, MAX_RUN + 1):
-        ahead = length * expert(1) + base(length)
+        ahead = length * expert(1) + base.whole(length) + base.several
         one_by_one = 0.0
         for n in range(length + 1):
             p = r**n * (1 - r if n < length else 1)
@@ -200,7 +204,7 @@ def _best_run(r: float, base: CostTable, expert: CostTable) -> int:
 
 def _roughly(rate: float) -> float:
     """Return a rate, rounded so that what is made of it can be kept."""
-    return round(rate / ROUGH) * ROUGH
+    return min(round(rate / ROUGH) * ROUGH, 1 - ROUGH)
 
 
 def _saved_along(onset: float, run: float | None, n_beyond: int, expert: CostTable) -> float:
@@ -284,17 +288,20 @@ class FastDecoder(Decoder):
                 all_agree *= planner.agrees(_probability(step))
             # Right after a deferral the next is near, if deferrals come in runs.
             beyond = at - pending[-1][0]
-            seen = all_agree, len(pending), pending[-1][0] - self._expert_at, beyond
-            if (
-                (beyond < 2 and not planner.goes_on(*seen))
-                or at - pending[0][0] >= MAX_DRAFT - 1
+            start = self._expert_at
+            if len(pending) > 1:  # the first one's state is wanted again
+                start = min(start, pending[0][0] - 1)
+            seen = all_agree, len(pending), pending[-1][0] - start, beyond
+            ends = (
+                at - pending[0][0] >= MAX_DRAFT - 1
                 or at + 1 >= self._end
                 or step.token in self._end_tokens
-            ):
-                ends = at + 1 >= self._end or step.token in self._end_tokens
-                if not ends and planner.saved_along(*seen) > 0:
+            )
+            if ends or (beyond < 2 and not planner.goes_on(*seen)):
+                along = not ends and planner.saved_along(*seen) > 0
+                if along:
                     tokens.append(step.token)
-                self._verify(tokens, drafted, pending)
+                self._verify(tokens, drafted, pending, along)
                 return
             tokens.append(step.token)
 
@@ -303,12 +310,14 @@ class FastDecoder(Decoder):
         tokens: array[int],
         drafted: list[Step],
         pending: list[tuple[int, Step, Sampler | None]],
+        along: bool,
     ) -> None:
-        """Let the expert write the pending tokens; keep the draft up to its first other choice."""
+        """Let the expert write the pending tokens, and evaluate all others too if it goes along;
+        keep the draft up to its first other choice."""
         planner = self._planner
         first, last = pending[0][0], pending[-1][0]
         outputs = [at - 1 for at, _, _ in pending]
-        if len(tokens) == first + len(drafted):  # the expert goes along
+        if along:
             last = len(tokens)
             outputs.append(last - 1)
         self._evaluate_expert(tokens[:last], outputs)
@@ -343,15 +352,14 @@ class FastDecoder(Decoder):
             tokens.append(step.token)
         n = len(written)
         self._evaluate_base(tokens[: at + n - 1], range(at - 1, at + n - 1))
-        self._expert_at = at
         for i, (step, before) in enumerate(written):
+            self._expert_at = at + i
             logits, hidden = self._base.state(at + i - 1)
             step.p_defer, choice, logsumexp = self._judge(at + i, logits, hidden)
             if not self._defers(step.p_defer):
                 self._sample = before
                 self._decide(self._write("base", step.p_defer, logits, choice, logsumexp))
                 return
-            self._expert_at = at + i
             self._decide(step)
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import mmap
+import os
+import shutil
 import sys
 
 import pytest
@@ -72,6 +74,17 @@ def test_a_load_asks_before_the_first_weights_are_read(tiny, monkeypatch):
     assert events[0] == "asked"
     assert events.count("asked") == 1
     assert "read" in events
+    model.close()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="names of files are text elsewhere")
+def test_a_file_may_have_any_name(tiny, tmp_path):
+    folder = os.fsencode(tmp_path) + b"/mod\xe9le"
+    os.mkdir(folder)
+    path = shutil.copy(os.fsencode(tiny["base"]), folder + b"/tiny.gguf")
+    model = Model(os.fsdecode(path))
+    model.load()
+    assert huge_pages._allocated()  # now that it is mapped
     model.close()
 
 
