@@ -288,10 +288,10 @@ class FastDecoder(Decoder):
                 all_agree *= planner.agrees(_probability(step))
             # Right after a deferral the next is near, if deferrals come in runs.
             beyond = at - pending[-1][0]
-            start = self._expert_at
+            evaluated = self._expert_at
             if len(pending) > 1:  # the first one's state is wanted again
-                start = min(start, pending[0][0] - 1)
-            seen = all_agree, len(pending), pending[-1][0] - start, beyond
+                evaluated = min(evaluated, pending[0][0] - 1)
+            seen = all_agree, len(pending), pending[-1][0] - evaluated, beyond
             ends = (
                 at - pending[0][0] >= MAX_DRAFT - 1
                 or at + 1 >= self._end
