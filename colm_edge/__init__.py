@@ -12,12 +12,12 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from colm_edge.async_stream import AsyncStream
-    from colm_edge.decode import Stats, Step
+    from colm_edge.decode.loop import Stats, Step
     from colm_edge.errors import ColmError
     from colm_edge.options import Options
-    from colm_edge.pair import Answer, Pair, Stream, load
-    from colm_edge.switch import Switch
+    from colm_edge.pair import Pair, load
+    from colm_edge.stream import Answer, AsyncStream, Stream
+    from colm_edge.switch.file import Switch
 
 __all__ = [
     "Answer", "AsyncStream", "ColmError", "Options", "Pair", "Stats", "Step", "Stream", "Switch",
@@ -28,10 +28,17 @@ __all__ = [
 logging.getLogger("colm_edge").addHandler(logging.NullHandler())
 
 _HOMES = {
-    "Answer": "pair", "AsyncStream": "async_stream", "ColmError": "errors", "Options": "options",
-    "Pair": "pair", "Stats": "decode", "Step": "decode", "Stream": "pair", "Switch": "switch",
+    "Answer": "stream",
+    "AsyncStream": "stream",
+    "ColmError": "errors",
+    "Options": "options",
+    "Pair": "pair",
+    "Stats": "decode.loop",
+    "Step": "decode.loop",
+    "Stream": "stream",
+    "Switch": "switch.file",
     "load": "pair",
-}  # fmt: skip
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -9,12 +9,13 @@ from typing import Any
 
 import llama_cpp as llama
 
-from colm_edge.costs import cost_table, kept_table
 from colm_edge.errors import MismatchError, SwitchError
-from colm_edge.models import resolve
-from colm_edge.session import ContextOptions, Session
-from colm_edge.switch import ARCHITECTURE, Switch
-from colm_edge.weights import Model, shared_vocab
+from colm_edge.llama.context import ContextOptions
+from colm_edge.llama.measure import cost_table, kept_table
+from colm_edge.llama.model import Model, shared_vocab
+from colm_edge.llama.session import Session
+from colm_edge.references import resolve
+from colm_edge.switch.file import ARCHITECTURE, Switch
 
 N_CTX = 4096  # what memory is stated for, where a model was trained for as much
 

@@ -2,183 +2,40 @@
 
 from __future__ import annotations
 
-import codecs
 import logging
 import os
 import threading
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any, Literal, Self
 
-from colm_edge.async_stream import AsyncStream
-from colm_edge.background import Background
-from colm_edge.costs import CostTable, cost_table
-from colm_edge.decode import Decoder, Stats, Step, Timeline
+from colm_edge.decode.background import Background
+from colm_edge.decode.fast import FastDecoder
+from colm_edge.decode.loop import Decoder, Timeline
+from colm_edge.decode.planner import Planner
 from colm_edge.errors import ColmError, ContextError, ModelError, PromptError
-from colm_edge.models import LOCAL_HOSTS, choose_pair, is_url
+from colm_edge.llama.backend import supports_gpu
+from colm_edge.llama.context import SMALL_MODEL_BYTES, ContextOptions, n_cores
+from colm_edge.llama.costs import CostTable
+from colm_edge.llama.measure import cost_table
+from colm_edge.llama.model import Model, shared_vocab
+from colm_edge.llama.prompt_cache import load_prompts, save_prompts
+from colm_edge.llama.sampling import ChainSampler
+from colm_edge.llama.session import Session
 from colm_edge.options import Options
-from colm_edge.prompt_cache import load_prompts, save_prompts
-from colm_edge.remote import RemoteExpert
-from colm_edge.sampling import ChainSampler
-from colm_edge.session import SMALL_MODEL_BYTES, ContextOptions, Session, n_cores
-from colm_edge.speculate import FastDecoder, Planner
-from colm_edge.switch import DEFER_TOKEN, AnySwitch, DeferRow, load_switch
-from colm_edge.weights import Model, shared_vocab, supports_gpu
+from colm_edge.references import LOCAL_HOSTS, choose_pair, is_url
+from colm_edge.remote.client import RemoteExpert
+from colm_edge.stream import Answer, AsyncStream, Stream
+from colm_edge.switch.load import AnySwitch, load_switch
+from colm_edge.switch.rules import DEFER_TOKEN, DeferRow
 
 log = logging.getLogger("colm_edge")
-
 # Contexts cost memory: unless asked for more, no more than this.
 DEFAULT_N_CTX = 4096
-
 Message = Mapping[str, str]
 Progress = Callable[[str, float], None]
-
-
-@dataclass
-class Answer:
-    """A whole answer: its text, one record per token, why it ended, and what it took."""
-
-    text: str
-    steps: list[Step] = field(repr=False)
-    finish_reason: Literal["stop", "length"]
-    stats: Stats
-    prompt_tokens: list[int] = field(repr=False)
-    threshold: float
-
-
-class Stream:
-    """An answer as it is written: an iterator of steps, `answer()` at any time.
-
-    Steps that end inside a character, or whose text may turn out to begin a stop text, are held
-    back until that is decided.
-    Leaving it early costs nothing: the pair can answer again at once.
-    """
-
-    def __init__(
-        self,
-        decoder: Decoder,
-        model: Model,
-        stop: Sequence[str],
-        threshold: float,
-        unreadable: str = "",
-    ) -> None:
-        """unreadable: why the prompt cannot be read back."""
-        self._decoder, self._model, self._stop = decoder, model, stop
-        self._unreadable = unreadable
-        self.threshold = threshold
-        self.prompt_tokens = list(decoder.tokens)
-        self.steps: list[Step] = []  # those already handed out
-        self._finish: Literal["stop", "length"] | None = None
-        self._cancelled = False
-        self._iterator = self._run()
-
-    def __iter__(self) -> Iterator[Step]:
-        return self
-
-    def __next__(self) -> Step:
-        return next(self._iterator)
-
-    def close(self) -> None:
-        """End the answer here; what was written so far stays. For the thread that reads it."""
-        self._iterator.close()
-
-    def cancel(self) -> None:
-        """End the answer from any thread: the reader gets at most one more step, and no error.
-
-        An evaluation under way is not broken off: one token's, or one batch's of a prompt. The
-        expert's load is.
-        """
-        self._cancelled = True
-        self._decoder.cancel()
-
-    @property
-    def end(self) -> Step | None:
-        """The end token, if the answer came to one; it is no step of the answer."""
-        return self._decoder.end if self._finish is None else None
-
-    @property
-    def finish_reason(self) -> Literal["stop", "length"]:
-        """Why the answer ended; "stop" as well when the reader ended it."""
-        return self._finish or self._decoder.finish_reason or "stop"
-
-    def read_prompt(self) -> list[Step]:
-        """Return one record for each token of the prompt after the first, as if it had been
-        written: by whom it would have been, and how likely it was. Before the first step.
-
-        Raises ColmError where the expert is on a server, which tells only of a last token.
-        """
-        if self._unreadable:
-            raise ColmError(self._unreadable)
-        steps = self._decoder.read_prompt()
-        utf8 = codecs.getincrementaldecoder("utf-8")("replace")
-        utf8.decode(self._model.piece(self.prompt_tokens[0]))
-        for step in steps:
-            step.text = utf8.decode(self._model.piece(step.token), final=step is steps[-1])
-        return steps
-
-    def answer(self, n_steps: int | None = None) -> Answer:
-        """Return what was written so far (the whole answer, once the stream is exhausted), or its
-        first n_steps."""
-        steps = self.steps[:n_steps]
-        deferred = sum(step.source == "expert" for step in steps)
-        stats = replace(self._decoder.stats, n_generated=len(steps), n_deferred=deferred)
-        stats.finish()
-        text = "".join(step.text for step in steps)
-        return Answer(text, steps, self.finish_reason, stats, self.prompt_tokens, self.threshold)
-
-    def _hand_out(self, step: Step) -> Step:
-        self.steps.append(step)
-        return step
-
-    def _run(self) -> Generator[Step, None, None]:
-        utf8 = codecs.getincrementaldecoder("utf-8")("replace")
-        held: list[Step] = []  # not handed out yet: a later token may complete or cut their text
-        for step in self._decoder:
-            step.text = utf8.decode(self._model.piece(step.token))
-            held.append(step)
-            if self._cut_at_stop(held):
-                self._finish = "stop"
-                break
-            if utf8.getstate()[0]:
-                continue  # inside a character
-            while held and not self._cancelled and not self._may_begin_stop(held):
-                yield self._hand_out(held.pop(0))
-        if self._cancelled:
-            self._finish = "stop"
-            return
-        if held and self._finish is None:
-            held[-1].text += utf8.decode(b"", final=True)  # the answer may end inside a character
-        for step in held:
-            if self._cancelled:
-                self._finish = "stop"
-                return
-            yield self._hand_out(step)
-
-    def _cut_at_stop(self, held: list[Step]) -> bool:
-        """Cut the held steps at the first stop text, if they hold one; say whether they did."""
-        text = "".join(step.text for step in held)
-        found = [at for at in (text.find(stop) for stop in self._stop) if at >= 0]
-        if not found:
-            return False
-        left = min(found)
-        for i, step in enumerate(held):
-            if left <= 0:
-                del held[i:]
-                break
-            step.text = step.text[:left]
-            left -= len(step.text)
-        return True
-
-    def _may_begin_stop(self, held: list[Step]) -> bool:
-        """Say whether a stop text may begin inside the first held step's text."""
-        text = "".join(step.text for step in held)
-        return any(
-            stop.startswith(text[at : at + len(stop)])
-            for at in range(len(held[0].text))
-            for stop in self._stop
-        )
 
 
 class Pair:

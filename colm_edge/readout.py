@@ -45,7 +45,6 @@ FEATURES: tuple[str, ...] = ("entropy", "logp1", "margin", "p1", "p2", "p3", "p4
 
 N_TOP = 5
 VARIABLE = "COLM_EDGE_NATIVE"
-
 Floats = npt.NDArray[np.float32]
 Doubles = npt.NDArray[np.float64]
 

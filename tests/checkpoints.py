@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from colm_edge.switch import DEFER_TOKEN
+from colm_edge.switch.rules import DEFER_TOKEN
 
 N_EMBD, N_BASE = 6, 9  # a base of 9 tokens; <pad> is 9 and <|defer|> is 10
 NAMES = {

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
-from pathlib import Path
+from contextlib import nullcontext, suppress
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,10 +12,10 @@ import pytest
 # Models that are loaded before PyTorch use AMX, which it takes away from them (docs/speed.md).
 with suppress(ImportError):
     import torch  # noqa: F401
-sys.path.insert(0, str(Path(__file__).parent.parent / "tools"))
+
+from lib.random_model import SHAPES, write_model
 
 from colm_edge.pair import Pair, load
-from colm_edge.random_model import SHAPES, write_model
 
 N_VOCAB = 32
 TEMPLATE = (
@@ -65,6 +64,10 @@ class Scripted:
         logits = np.full(self.n_vocab, -4.0, np.float32)
         logits[self.choose(tuple(self.held[: i + 1]))] = 4.0
         return logits, np.array([i + 1], np.float32)
+
+
+def no_bar(name: str, total: int):
+    return nullcontext(SimpleNamespace(update=lambda n: None))
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -11,8 +11,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
 
-from colm_edge.session import ContextOptions, Session
-from colm_edge.weights import Model
+from colm_edge.llama.context import ContextOptions
+from colm_edge.llama.model import Model
+from colm_edge.llama.session import Session
 
 
 class Fake:

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import llama_cpp as llama
 import numpy as np
 
-from colm_edge.switch import Switch
-from colm_edge.weights import model_params
+from colm_edge.llama.backend import model_params
+from colm_edge.switch.file import Switch
 
 
 class PlainModel:

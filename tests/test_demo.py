@@ -12,17 +12,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 from click.testing import CliRunner
+from conftest import no_bar
 from demo_pair import text, wordings
 from reference import PlainModel, assert_same, plain_loop
-from test_train import no_bar
 
-from colm_edge import train
-from colm_edge.answers import contains
 from colm_edge.cli import main
-from colm_edge.documents import tokenized
+from colm_edge.evaluate.metrics import contains
 from colm_edge.pair import Pair
-from colm_edge.scoring import score
-from colm_edge.switch import Switch
+from colm_edge.switch.file import Switch
+from colm_edge.train import fit as train
+from colm_edge.train.documents import tokenized
+from colm_edge.train.scoring import score
 
 DATA = Path(__file__).parent / "data"
 GREEDY = {"temperature": 0.0, "max_tokens": 64}

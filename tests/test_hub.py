@@ -12,7 +12,8 @@ from urllib.parse import urlsplit
 import pytest
 from click.testing import CliRunner
 
-from colm_edge import hub, models
+from colm_edge import hub
+from colm_edge import references as models
 from colm_edge.cli import main
 from colm_edge.errors import ModelError
 from colm_edge.hub import fetch

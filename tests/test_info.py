@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 
 from click.testing import CliRunner
+from lib.random_model import SHAPES, shape_of
 
-from colm_edge import tune as tune_module
+from colm_edge.bench import tune as tune_module
+from colm_edge.bench.tune import tune
 from colm_edge.cli import main
-from colm_edge.random_model import SHAPES, shape_of
-from colm_edge.tune import tune
 
 
 def info(*args: str):
@@ -46,7 +46,7 @@ def test_two_models_are_compared(tiny):
 
 
 def test_a_switch_is_described():
-    from colm_edge.models import find_pair
+    from colm_edge.references import find_pair
 
     (facts,) = info(find_pair("demo").switch)
     assert "hidden" in facts["reads"]
@@ -85,8 +85,7 @@ def test_settings_are_tried_and_advised(tiny_pair, monkeypatch):
         assert len(set(settings)) == len(settings) - 3
     assert advice[0].startswith("base: -t ")
     assert advice[1].startswith("expert: -t ")
-    assert all(f"{mix} " in advice[2] for mix in ("Q4_0", "Q4_K_M", "Q8_0"))
-    assert "Q4_0 1.00 and 1.00" in advice[2]
+    assert len(advice) == 2
 
 
 def test_a_setting_is_kept_for_what_it_saves_and_not_for_what_it_spoils():

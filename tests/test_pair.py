@@ -9,16 +9,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import TEMPLATE
+from lib.random_model import SHAPES, write_model
 from reference import PlainModel, assert_same, plain_loop
 
 import colm_edge
-from colm_edge.decode import PROMPT_OUTPUTS
+from colm_edge.decode.loop import PROMPT_OUTPUTS
 from colm_edge.errors import ColmError, MismatchError, ModelError, PromptError, SwitchError
+from colm_edge.llama.sampling import ChainSampler
 from colm_edge.options import Options
 from colm_edge.pair import Pair, load
-from colm_edge.random_model import SHAPES, write_model
-from colm_edge.sampling import ChainSampler
-from colm_edge.switch import FEATURE_SETS, Switch
+from colm_edge.switch.file import FEATURE_SETS, Switch
 
 GREEDY = {"temperature": 0.0, "max_tokens": 40}
 
@@ -243,8 +243,8 @@ class Letters:
 def stream_of(data: bytes, stop: tuple[str, ...] = ()):
     from conftest import Scripted
 
-    from colm_edge.decode import Decoder
-    from colm_edge.pair import Stream
+    from colm_edge.decode.loop import Decoder
+    from colm_edge.stream import Stream
 
     choose = lambda prefix: data[len(prefix) - 1] if len(prefix) <= len(data) else 256  # noqa: E731
     base = Scripted(choose, n_vocab=257)

@@ -16,12 +16,13 @@ import pytest
 from conftest import Scripted
 from test_pair import Letters, stream_of
 
-from colm_edge.decode import Decoder
+from colm_edge.decode.loop import Decoder
 from colm_edge.errors import ModelError
-from colm_edge.pair import Pair, Stream, load
-from colm_edge.session import ContextOptions
-from colm_edge.switch import load_switch
-from colm_edge.weights import Model
+from colm_edge.llama.context import ContextOptions
+from colm_edge.llama.model import Model
+from colm_edge.pair import Pair, load
+from colm_edge.stream import Stream
+from colm_edge.switch.load import load_switch
 
 GREEDY = {"temperature": 0.0, "max_tokens": 40}
 LONG = {"temperature": 0.0, "max_tokens": 200, "threshold": 0.6}

@@ -14,10 +14,10 @@ import time
 
 import numpy as np
 
-from colm_edge import train
-from colm_edge.bench import cpu_name
+from colm_edge.bench.methods import cpu_name
 from colm_edge.readout import FEATURES
-from colm_edge.scoring import Scores
+from colm_edge.train import fit as train
+from colm_edge.train.scoring import Scores
 
 
 def planted(n: int, width: int, rng: np.random.Generator) -> tuple[Scores, np.ndarray]:

@@ -26,12 +26,13 @@ from types import SimpleNamespace
 import llama_cpp as llama
 import numpy as np
 
-from colm_edge import readout, scoring
-from colm_edge.bench import cpu_name
-from colm_edge.documents import Documents, read_rows, tokenized
+from colm_edge import readout
+from colm_edge.bench.methods import cpu_name
+from colm_edge.llama.scorer import SCORE_BATCH
+from colm_edge.llama.session import Session
 from colm_edge.pair import Pair, load
-from colm_edge.scorer import SCORE_BATCH
-from colm_edge.session import Session
+from colm_edge.train import scoring
+from colm_edge.train.documents import Documents, read_rows, tokenized
 
 DATA = Path(__file__).parent.parent / "tests" / "data" / "demo_heldout.jsonl"
 

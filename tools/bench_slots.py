@@ -13,11 +13,11 @@ import statistics
 import threading
 from time import perf_counter
 
-from colm_edge.bench import measured_on
-from colm_edge.decode import Decoder
+from colm_edge.bench.methods import measured_on
+from colm_edge.bench.replay import Process, Trace, replay
+from colm_edge.decode.loop import Decoder
 from colm_edge.pair import Pair, load
-from colm_edge.replay import Process, Trace, replay
-from colm_edge.slots import Slots
+from colm_edge.serve.slots import Slots
 
 
 def together(pair: Pair, slots: Slots, traces: list[Trace]) -> float:

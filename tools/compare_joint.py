@@ -23,11 +23,12 @@ import numpy as np
 from finetune_base import finetune
 
 from colm_edge import Pair, load
-from colm_edge.answers import contains
-from colm_edge.documents import Row, read_rows, tokenized
-from colm_edge.scoring import Scores, score, score_expert
-from colm_edge.switch import HIDDEN, Switch
-from colm_edge.train import fit_switch
+from colm_edge.evaluate.metrics import contains
+from colm_edge.switch.file import Switch
+from colm_edge.switch.reading import HIDDEN
+from colm_edge.train.documents import Row, read_rows, tokenized
+from colm_edge.train.fit import fit_switch
+from colm_edge.train.scoring import Scores, score, score_expert
 
 ROOT = Path(__file__).parent.parent
 SHIPPED = ROOT / "colm_edge" / "data"

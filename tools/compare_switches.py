@@ -18,9 +18,12 @@ from pathlib import Path
 
 import numpy as np
 
-from colm_edge.cli import progress
-from colm_edge.documents import read_rows, tokenized
-from colm_edge.heads import (
+from colm_edge.cli.common import progress
+from colm_edge.pair import load
+from colm_edge.switch.file import FEATURE_SETS
+from colm_edge.train.documents import read_rows, tokenized
+from colm_edge.train.fit import L2_GRID, _columns, hard_curve
+from colm_edge.train.heads import (
     DEFER_RATES,
     Array,
     Loss,
@@ -30,10 +33,7 @@ from colm_edge.heads import (
     minimize,
     weak_loss,
 )
-from colm_edge.pair import load
-from colm_edge.scoring import Scores, score
-from colm_edge.switch import FEATURE_SETS
-from colm_edge.train import L2_GRID, _columns, hard_curve
+from colm_edge.train.scoring import Scores, score
 
 HIDDEN_UNITS = 64
 LATEST = 3  # tokens whose gain a context feature looks at

@@ -33,7 +33,10 @@ from checkpoint_files import Tensor, Weights, copy_weights, read_file, read_json
 from colm_edge import readout
 from colm_edge.cli import OneLineErrors
 from colm_edge.errors import ColmError, ModelError, SwitchError
-from colm_edge.switch import DEFER_TOKEN, HIDDEN, OnnxSwitch, Switch
+from colm_edge.switch.file import Switch
+from colm_edge.switch.onnx import OnnxSwitch
+from colm_edge.switch.reading import HIDDEN
+from colm_edge.switch.rules import DEFER_TOKEN
 
 PAD_TOKEN = "<pad>"
 HEADS = ("lm_head.weight", "embed_out.weight", "language_model.lm_head.weight")

@@ -10,7 +10,7 @@ from html import escape
 from pathlib import Path
 
 from colm_edge import load
-from colm_edge.terminal import summary
+from colm_edge.cli.terminal import summary
 
 WIDTH, LINE, PAD, SIZE = 940, 24, 20, 15
 

@@ -20,8 +20,9 @@ from gguf.quants import dequantize, quantize
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from colm_edge.errors import ColmError, ModelError
-from colm_edge.session import ContextOptions, Session
-from colm_edge.weights import Model
+from colm_edge.llama.context import ContextOptions
+from colm_edge.llama.model import Model
+from colm_edge.llama.session import Session
 
 # Architectures whose q and k rows llama.cpp stores with the halves of each head interleaved.
 INTERLEAVED = ("llama",)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from colm_edge.random_model import MIXES, SHAPES, shape_of, write_model
+from lib.random_model import MIXES, SHAPES, shape_of, write_model
 
 
 def main() -> None:

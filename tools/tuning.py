@@ -27,8 +27,10 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from colm_edge.errors import ColmError, DataError, ModelError
-from colm_edge.switch import DEFER_TOKEN, HIDDEN, Switch
-from colm_edge.train import calibrate, choose_threshold
+from colm_edge.switch.file import Switch
+from colm_edge.switch.reading import HIDDEN
+from colm_edge.switch.rules import DEFER_TOKEN
+from colm_edge.train.fit import calibrate, choose_threshold
 
 CLIP = 1.0  # of the gradient's norm
 WARM_UP = 0.03  # of all steps

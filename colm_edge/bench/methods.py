@@ -1,0 +1,237 @@
+"""Speed side by side: every way to answer, in one process, in rounds that interleave."""
+
+from __future__ import annotations
+
+import datetime
+import platform
+import statistics
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import replace
+from functools import partial
+from importlib.metadata import version
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+from colm_edge.bench.replay import Trace, replay
+from colm_edge.bench.speculative import DraftDecoder
+from colm_edge.decode.fast import FastDecoder
+from colm_edge.decode.loop import Decoder
+from colm_edge.decode.planner import Planner
+from colm_edge.errors import ColmError
+from colm_edge.switch.rules import Untrained
+
+if TYPE_CHECKING:
+    from colm_edge.llama.session import Session
+    from colm_edge.pair import Pair
+from colm_edge.bench.memory import Note, _peak_memory
+from colm_edge.bench.peers import HighLevel, Sample, Tools, _timed
+
+
+class Methods:
+    """Every way to write a trace's tokens that runs in this process, by name."""
+
+    def __init__(self, pair: Pair, trace: Trace) -> None:
+        self._pair, self._trace = pair, trace
+        self.tables = pair.cost_tables()
+        self._read = pair.switch.reader(pair.base, pair.n_shared)
+        self._high_level: HighLevel | None = None
+        self.names: dict[str, Callable[[], Sample]] = {
+            "base": partial(self._loop, Decoder, 1.0),
+            "expert": self._expert_alone,
+            "expert-llama-cpp-python": self._llama,
+            "both": partial(self._loop, Decoder, 0.0),
+            "colm": partial(self._loop, Decoder, 0.5),
+            "colm-fast": self._fast,
+            "speculative": partial(self._loop, DraftDecoder, 0.0, tables=self.tables),
+        }
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._high_level is not None:
+            self._high_level.close()
+
+    def _loop(self, kind: type[Decoder], threshold: float, **options: Any) -> Sample:
+        pair, expert = self._pair, self._pair.expert_session
+        for session in (pair.base_session, expert):
+            session.forget()
+        # Batches are cut and filled up, and the expert works in the background, where there is
+        # room for it, in the fast schedule alone.
+        fast = kind is FastDecoder
+        cuts = fast and not self.tables[0].is_quick
+        costs, expert.costs = expert.costs, self.tables[1] if cuts else None
+        timeline = pair.background if fast and pair.background is not None else expert
+        try:
+            decoder = replay(
+                kind, pair.base_session, timeline, self._read, self._trace, threshold,
+                n_choose=pair.n_shared, **options,
+            )  # fmt: skip
+            return _timed(decoder)
+        finally:
+            expert.costs = costs
+
+    def _fast(self) -> Sample:
+        # A planner that has to learn anew in every round.
+        planner, background = Planner(lambda: self.tables), self._pair.background
+        follow = background.follow if background is not None else None
+        return self._loop(FastDecoder, 0.5, planner=planner, follow=follow)
+
+    def _expert_alone(self) -> Sample:
+        pair = self._pair
+        # It reads no switch, but its own likeliest token.
+        read = Untrained("margin").reader(pair.expert, pair.n_shared)
+        pair.expert_session.forget()
+        decoder = replay(
+            Decoder, pair.expert_session, pair.base_session, read, self._trace, 1.0,
+            n_choose=pair.n_shared,
+        )  # fmt: skip
+        n = len(self._trace.tokens)
+        evaluated = len(self._trace.prompt) + n - 1
+        return replace(_timed(decoder), expert_calls=n, expert_tokens=evaluated)
+
+    def decodes_alone(self, names: Collection[str]) -> dict[str, float]:
+        """Return the seconds inside llama.cpp that the methods' decodes take when each model does
+        all of its own at a stretch; of the fast schedule, the sequential one's."""
+        n_prompt, n = len(self._trace.prompt), len(self._trace.tokens)
+        base, expert = self._pair.base_session, self._pair.expert_session
+        one_by_one = range(n_prompt, n_prompt + n)
+        deferred = [n_prompt + i for i, defers in enumerate(self._trace.deferred) if defers]
+        base_alone = self._decode(base, one_by_one)
+        found = {"base": base_alone}
+        if set(names) & {"colm", "colm-fast"}:
+            found["colm"] = found["colm-fast"] = base_alone + self._decode(expert, deferred)
+        if set(names) & {"expert", "expert-llama-cpp-python", "both"}:
+            expert_alone = self._decode(expert, one_by_one)
+            found["expert"] = found["expert-llama-cpp-python"] = expert_alone
+            found["both"] = base_alone + expert_alone
+        return found
+
+    def _decode(self, session: Session, lengths: Sequence[int]) -> float:
+        """Return the seconds that evaluating these prefixes of the trace, in turn, takes."""
+        tokens = [*self._trace.prompt, *self._trace.tokens]
+        costs, session.costs = session.costs, None
+        session.forget()
+        before = session.seconds
+        try:
+            for n in lengths:
+                session.sync(tokens[:n])
+                session.state(n - 1)  # waits for a GPU
+        finally:
+            session.costs = costs
+        return session.seconds - before
+
+    def _llama(self) -> Sample:
+        if self._high_level is None:
+            self._high_level = HighLevel(self._pair.expert_session)
+        return self._high_level.run(self._trace)
+
+
+def bench(
+    pair: Pair, trace: Trace, rounds: int, note: Note, *, only: Sequence[str] = (),
+    tools: Path | None = None, memory: bool = True,
+) -> list[dict[str, Any]]:  # fmt: skip
+    """Return a row for each method: medians over the rounds, in which all take turns.
+
+    tokens_per_second is of the whole answer, its prompt included, and …_low and …_high are the
+    slowest and fastest round; first_token_seconds from an empty cache; ratio_expert and
+    ratio_sequential to the rows expert and colm; ratio_limit to what the decodes of the method (for
+    the fast schedule: of the sequential one), n·c_base(1) + Σ c_expert(kᵢ), take right before and
+    after the round when each model does its own at a stretch; outside_us, the microseconds a token
+    outside llama.cpp; peak_memory_mb, the most that a process doing nothing else has in memory.
+
+    only: names of methods, all by default. tools: where llama.cpp's own programs are, for two more
+    rows. memory: whether to measure it, in a process for each method.
+
+    Raises ColmError when the trace does not fit the context or the vocabulary, or a name is none.
+    """
+    n = len(trace.tokens)
+    if len(trace.prompt) + n > pair.n_ctx:
+        raise ColmError(
+            f"{len(trace.prompt) + n} tokens do not fit the context of {pair.n_ctx}; "
+            "give a smaller -n or a larger -c"
+        )
+    if max(*trace.prompt, *trace.tokens) >= pair.n_shared:
+        raise ColmError("the trace has tokens that this pair does not share; record it with it")
+    with Methods(pair, trace) as methods:
+        ways = dict(methods.names)
+        if tools is not None:
+            ways |= Tools(tools, pair, n).names
+        unknown = [name for name in only if name not in ways]
+        if unknown:
+            raise ColmError(f"no method {unknown[0]!r}; expected some of {', '.join(ways)}")
+        ways = {name: way for name, way in ways.items() if not only or name in only}
+        samples: dict[str, list[Sample]] = {name: [] for name in ways}
+        alone: list[dict[str, float]] = []  # between the rounds
+        for i in range(rounds + 1):
+            for name, way in ways.items():
+                note(f"round {i} of {rounds}: {name}" if i else f"warming up: {name}")
+                sample = way()
+                if i:
+                    samples[name].append(sample)
+            note(f"after round {i} of {rounds}: decodes alone")
+            alone.append(methods.decodes_alone(ways))
+        # A round's is halfway between those before and after it, since machines drift.
+        limits = [
+            {name: (before[name] + after[name]) / 2 for name in before}
+            for before, after in pairwise(alone)
+        ]
+        measured = [name for name in ways if memory and name in methods.names]
+    peaks = {name: _peak_memory(pair, trace, name, note) for name in measured}
+    return [_row(name, samples, trace, limits, peaks.get(name)) for name in ways]
+
+
+def _row(
+    name: str, samples: dict[str, list[Sample]], trace: Trace, limits: list[dict[str, float]],
+    peak: float | None,
+) -> dict[str, Any]:  # fmt: skip
+    n = len(trace.tokens)
+    seconds = {name: [sample.seconds for sample in taken] for name, taken in samples.items()}
+    ours, median, last = seconds[name], statistics.median(seconds[name]), samples[name][-1]
+    firsts = [s.first_token_seconds for s in samples[name] if s.first_token_seconds is not None]
+    outside = [s.outside_seconds for s in samples[name] if s.outside_seconds is not None]
+
+    def ratio(others: list[float]) -> float | None:
+        # Of rounds, so that what slowed a whole round down slows both sides of the ratio.
+        ratios = [theirs / own for own, theirs in zip(ours, others, strict=True)] if others else []
+        return statistics.median(ratios) if ratios else None
+
+    return {
+        "method": name,
+        "tokens_per_second": n / median,
+        "tokens_per_second_low": n / max(ours),
+        "tokens_per_second_high": n / min(ours),
+        "first_token_seconds": statistics.median(firsts) if firsts else None,
+        "ratio_expert": ratio(seconds.get("expert", [])),
+        "ratio_sequential": ratio(seconds.get("colm", [])),
+        "ratio_limit": ratio([alone[name] for alone in limits if name in alone]),
+        "outside_us": 1e6 * statistics.median(outside) / n if outside else None,
+        "defer_rate": {"base": 0.0}.get(name, trace.defer_rate if "colm" in name else 1.0),
+        "expert_calls": last.expert_calls,
+        "calls_per_100": None if last.expert_calls is None else 100 * last.expert_calls / n,
+        "expert_tokens": last.expert_tokens,
+        "peak_memory_mb": peak,
+    }
+
+
+def measured_on(pair: Pair) -> str:
+    """Return a line that says on what machine and with what settings, today."""
+    base, expert = pair.base_session, pair.expert_session
+    options = base.options
+    return (
+        f"Measured on {cpu_name()}, {datetime.date.today()}: {base.model.path.name} and "
+        f"{expert.model.path.name}, {base.n_threads} and {expert.n_threads} threads, "
+        f"{base.model.n_gpu_layers} and {expert.model.n_gpu_layers} GPU layers, flash attention "
+        f"{base.flash_attn}, cache {options.cache_type_k}/{options.cache_type_v}, context "
+        f"{pair.n_ctx}, llama-cpp-python {version('llama-cpp-python')}."
+    )
+
+
+def cpu_name() -> str:
+    """Return what the processor calls itself."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(": ")[1] for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()

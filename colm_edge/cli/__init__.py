@@ -1,0 +1,67 @@
+"""The command line: parse, call, print. A module for each group of commands."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import click
+
+from colm_edge.cli.bench import bench_command
+from colm_edge.cli.evaluate import eval_command
+from colm_edge.cli.models import info_command, models_command, pull_command
+from colm_edge.cli.run import run
+from colm_edge.cli.serve import serve_command
+from colm_edge.cli.train import score_command, train
+from colm_edge.errors import ColmError
+
+
+class OneLineErrors(click.Command):
+    """Turn what a user can mend into one line on stderr and exit code 1."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except ColmError as e:
+            raise click.ClickException(" ".join(str(e).split())) from e
+
+
+class Group(OneLineErrors, click.Group):
+    """The commands, all with the same errors."""
+
+
+@click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"]})
+@click.option(
+    "--version", is_flag=True, is_eager=True, expose_value=False, help="Say what is installed.",
+    callback=lambda ctx, _, given: say_version(ctx) if given else None,
+)  # fmt: skip
+@click.option("-v", "--verbose", is_flag=True, help="Show llama.cpp's log on stderr.")
+def main(verbose: bool) -> None:
+    """A small language model that calls an expert only for the tokens it needs."""
+    if verbose:
+        logging.basicConfig(level=logging.DEBUG, format="%(name)s: %(message)s")
+    else:
+        logging.basicConfig(level=logging.WARNING, format="%(message)s")
+        # Its warnings of every try would come before the one line that says what is wrong.
+        logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+
+
+def say_version(ctx: click.Context) -> None:
+    """Print the versions of colm-edge and llama.cpp, how the latter was built, and the devices."""
+    from importlib.metadata import version
+
+    from colm_edge.llama.backend import build_info, devices
+    from colm_edge.readout import implementation
+
+    click.echo(f"colm-edge {version('colm-edge')}, the switch read by {implementation}")
+    click.echo(f"llama-cpp-python {version('llama-cpp-python')}; {build_info()}")
+    for device in devices():
+        click.echo(f"device {device}")
+    ctx.exit()
+
+
+for command in (
+    run, train, score_command, eval_command, bench_command, models_command, pull_command,
+    info_command, serve_command,
+):  # fmt: skip
+    main.add_command(command)

@@ -1,0 +1,95 @@
+"""Draw a table of methods."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from colm_edge.errors import ColmError
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+from colm_edge.tables import Table
+
+# Markers and lines tell the methods apart without colour too.
+STYLES: dict[str, dict[str, Any]] = {
+    "colm": {"color": "C0", "marker": "o", "linestyle": "-", "lw": 2.0},
+    "compose": {"color": "C4", "marker": "s", "linestyle": (0, (6, 2))},
+    "random": {"color": "C7", "marker": "x", "linestyle": ":"},
+    "entropy": {"color": "C1", "marker": "^", "linestyle": "--"},
+    "margin": {"color": "C2", "marker": "v", "linestyle": "-."},
+    "weak": {"color": "C5", "marker": "D", "linestyle": (0, (3, 1, 1, 1, 1, 1))},
+}
+ALONE = {"base": ("k", "<"), "expert": ("k", ">"), "proxy": ("C3", "*")}
+PICTURES = (".png", ".svg", ".pdf")
+
+
+def check_plot(path: str | os.PathLike[str]) -> None:
+    """Raise now, rather than after the work, when a picture cannot be drawn or written."""
+    from colm_edge.files import check_writable
+
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError as e:
+        raise ColmError("--plot draws with matplotlib: pip install 'colm-edge[plots]'") from e
+    if Path(path).suffix.lower() not in PICTURES:
+        raise ColmError(f"{path}: expected a picture's name, ending in {', '.join(PICTURES)}")
+    check_writable(path)
+
+
+def write_plot(table: Table, path: str | os.PathLike[str]) -> None:
+    """Write the picture of a table, through a temporary file."""
+    target = Path(path)
+    temporary = target.with_name(f".{target.stem}.tmp{target.suffix}")
+    try:
+        draw(table).savefig(temporary, dpi=150)
+        os.replace(temporary, target)
+    except OSError as e:
+        temporary.unlink(missing_ok=True)
+        raise ColmError(f"{target}: cannot write the picture: {e.strerror or e}") from e
+
+
+def draw(table: Table) -> Figure:
+    """Draw the loss of hard decisions against the defer rate and, where answers were generated,
+    the accuracy against theirs; bars are 95 % intervals."""
+    from matplotlib.figure import Figure
+
+    generated = "accuracy" in table[0]
+    figure = Figure(figsize=(13 if generated else 7.5, 4.8), layout="constrained")
+    panels = figure.subplots(1, 2 if generated else 1, squeeze=False)[0]
+    _panel(panels[0], table, "defer_rate", "nll_hard")
+    joint = [row["nll"] for row in table if row["method"] == "colm"]
+    if joint:  # of the mixture, whatever the threshold
+        panels[0].axhline(joint[0], color="C0", lw=0.8, label="joint")
+    panels[0].set(xlabel="defer rate, teacher-forced", ylabel="nats per token, hard decisions")
+    if generated:
+        _panel(panels[1], table, "generated_defer_rate", "accuracy")
+        panels[1].set(xlabel="defer rate, generated", ylabel="accuracy")
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right center", frameon=False)
+    return figure
+
+
+def _panel(axes: Axes, table: Table, x: str, y: str) -> None:
+    def points(name: str) -> tuple[list[float], list[float], list[list[float]]]:
+        # What compose writes at a deferral is the mixture's and no one model's.
+        of = "nll" if (name, y) == ("compose", "nll_hard") else y
+        rows = sorted((row for row in table if row["method"] == name), key=lambda row: row[x])
+        # A percentile interval need not hold the mean of few lines.
+        below = [max(0.0, row[of] - row[f"{of}_low"]) for row in rows]
+        above = [max(0.0, row[f"{of}_high"] - row[of]) for row in rows]
+        return [row[x] for row in rows], [row[of] for row in rows], [below, above]
+
+    for name, style in STYLES.items():
+        rates, values, errors = points(name)
+        if rates:
+            axes.errorbar(rates, values, errors, elinewidth=0.6, mfc="none", label=name, **style)
+    for name, (color, marker) in ALONE.items():
+        rates, values, errors = points(name)
+        if rates:
+            axes.axhline(values[0], color=color, lw=0.6, linestyle=(0, (1, 3)))
+            axes.errorbar(rates, values, errors, elinewidth=0.6, color=color, marker=marker,
+                          markersize=8, linestyle="none", label=name)  # fmt: skip
+    axes.set(xlim=(-0.03, 1.03))

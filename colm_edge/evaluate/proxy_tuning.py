@@ -1,0 +1,239 @@
+"""Proxy Tuning (Liu et al. 2024, arXiv 2401.08565), a method to compare with.
+
+Three models of one vocabulary run at every token, and their logits are added up:
+base + alpha · (expert − anti-expert). With alpha 1, the paper's choice, base and expert play the
+same part, so that the anti-expert may be either one as it was before it was tuned.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+import numpy as np
+import numpy.typing as npt
+
+from colm_edge.decode.loop import Decoder, Timeline
+from colm_edge.errors import MismatchError, ModelError
+from colm_edge.evaluate.generate import Generated, Journal, judged, key_of
+from colm_edge.evaluate.metrics import Metric
+from colm_edge.llama.context import ContextOptions
+from colm_edge.llama.model import Model, shared_vocab
+from colm_edge.llama.sampling import ChainSampler
+from colm_edge.llama.scorer import Scorer
+from colm_edge.llama.session import Session
+from colm_edge.pair import Pair
+from colm_edge.stream import Answer, Stream
+from colm_edge.switch.rules import Untrained
+from colm_edge.train.documents import Document, Row
+
+if TYPE_CHECKING:
+    from colm_edge.options import Options
+    from colm_edge.train.scoring import MakeProgress
+
+
+Floats = npt.NDArray[np.float32]
+NAME = "proxy"
+
+
+class Contrast:
+    """Expert and anti-expert as one timeline, whose logits are those of all three models.
+
+    The base must have been synced to the same tokens before; the decoding loop does so.
+    """
+
+    def __init__(
+        self, base: Timeline, expert: Timeline, anti: Timeline, alpha: float, n_shared: int
+    ) -> None:
+        self._base, self._pair, self._alpha, self._n_shared = base, (expert, anti), alpha, n_shared
+        self.n_ctx = min(expert.n_ctx, anti.n_ctx)
+        self.n_evaluated = self.n_calls = 0
+        self.seconds = self.load_seconds = 0.0
+        self._account()
+
+    def sync(self, tokens: Sequence[int], outputs: Sequence[int] = ()) -> int:
+        n = sum(timeline.sync(tokens, outputs) for timeline in self._pair)
+        self._account()
+        return n
+
+    def state(self, i: int) -> tuple[Floats, Floats]:
+        base, expert, anti = (model.state(i)[0] for model in (self._base, *self._pair))
+        combined = contrast(base, expert, anti, self._alpha, self._n_shared)
+        return combined, np.empty(0, np.float32)
+
+    def _account(self) -> None:
+        self.n_evaluated = sum(timeline.n_evaluated for timeline in self._pair)
+        self.n_calls = sum(timeline.n_calls for timeline in self._pair)
+        self.seconds = sum(timeline.seconds for timeline in self._pair)
+        self.load_seconds = sum(timeline.load_seconds for timeline in self._pair)
+
+
+def contrast(base: Floats, expert: Floats, anti: Floats, alpha: float, n_shared: int) -> Floats:
+    """Return base + alpha · (expert − anti) over the shared ids, shape (…, n_shared)."""
+    difference = expert[..., :n_shared] - anti[..., :n_shared]
+    combined: Floats = base[..., :n_shared] + np.float32(alpha) * difference
+    return combined
+
+
+class Proxy:
+    """A pair and the anti-expert beside it.
+
+    n_threads and n_gpu_layers are those of the anti-expert, as in `load`.
+    Raises ModelError when its file cannot be read, MismatchError when its vocabulary is another.
+    """
+
+    def __init__(
+        self,
+        pair: Pair,
+        path: Path,
+        *,
+        alpha: float = 1.0,
+        n_threads: int = 0,
+        n_gpu_layers: int = 0,
+    ) -> None:
+        self.pair, self.alpha = pair, alpha
+        self.model = Model(path, n_gpu_layers)
+        try:
+            self.n_shared = min(pair.n_shared, shared_vocab(pair.base, self.model))
+        except MismatchError as e:
+            self.model.close()
+            raise MismatchError(f"{path} cannot be the anti-expert of this pair: {e}") from e
+        n_batch = min(ContextOptions().n_batch, pair.n_ctx)
+        self.session = Session(self.model, ContextOptions(pair.n_ctx, n_threads, n_batch))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.session.close()
+        self.model.close()
+
+    def score(
+        self, documents: Sequence[Document], progress: MakeProgress, journal: Journal | None
+    ) -> npt.NDArray[np.float64]:
+        """Return the log-probability of every scored token, (n,), normalised over the shared ids.
+
+        journal: keeps those of every document.
+        """
+        what = self._key() if journal is not None else []
+        sessions = (self.pair.base_session, self.pair.expert_session, self.session)
+        n_cells = max(len(d.tokens) for d in documents)
+        scorers: list[Scorer] = []
+        logprobs: list[float] = []
+        with ExitStack() as stack:
+            bar = stack.enter_context(progress(NAME, sum(len(d.tokens) for d in documents)))
+            for document in documents:
+                tokens = document.tokens
+                self._check(tokens, document.line)
+                key = key_of(what, tokens, document.start)
+                entry = journal.get(key) if journal is not None else None
+                if entry is None:
+                    if not scorers:
+                        scorers = [
+                            stack.enter_context(Scorer(session, n_cells, hidden=False))
+                            for session in sessions
+                        ]
+                    entry = {"logprob": self._score(scorers, tokens, document.start)}
+                    if journal is not None:
+                        journal.add(key, entry)
+                logprobs += entry["logprob"]
+                bar.update(len(tokens))
+        return np.array(logprobs, np.float64)
+
+    def _check(self, tokens: Sequence[int], line: int) -> None:
+        if max(tokens) >= self.n_shared:
+            raise MismatchError(
+                f"line {line}: token {max(tokens)} is not in the vocabulary of {self.model.path} "
+                f"({self.n_shared} shared tokens)"
+            )
+
+    def _score(self, scorers: Sequence[Scorer], tokens: list[int], start: int) -> list[float]:
+        logprobs: list[float] = []
+        for at, (base, expert, anti) in _side_by_side(scorers, tokens, start):
+            logits = contrast(base, expert, anti, self.alpha, self.n_shared).astype(np.float64)
+            logits -= logits.max(axis=1, keepdims=True)
+            gold = tokens[at : at + len(logits)]
+            logprob = logits[np.arange(len(gold)), gold] - np.log(np.exp(logits).sum(axis=1))
+            if not np.isfinite(logprob).all():
+                raise ModelError(
+                    f"{self.model.path}: with the pair it gives NaN or zero probability to a token "
+                    "of the data; one of the files is broken"
+                )
+            logprobs += logprob.tolist()
+        return logprobs
+
+    def answers(
+        self,
+        options: Options,
+        rows: list[Row],
+        metric: Metric,
+        progress: MakeProgress,
+        *,
+        journal: Journal | None = None,
+    ) -> Generated:
+        """Answer every row's prompt and judge the answers; as `colm_edge.answers.answers`."""
+
+        def ask(number: int, row: dict[str, Any]) -> Answer:
+            message = {"role": "user", "content": row["prompt"]}
+            tokens = self.pair.prompt_tokens([message], raw=options.raw)
+            self._check(tokens, number)
+            stream = self.stream_tokens(tokens, options)
+            for _ in stream:
+                pass
+            return stream.answer()
+
+        # What proxy does not look at makes no other answer.
+        options = replace(options, threshold=None, defer_rate=None, strategy="defer")
+        what = [*self._key(), asdict(options)] if journal is not None else []
+        return judged(ask, rows, metric, progress, label=NAME, journal=journal, what=what)
+
+    def stream_tokens(self, tokens: Sequence[int], options: Options) -> Stream:
+        """Continue token ids. It is the pair's own loop, which defers every token to `Contrast`:
+        a step's source is "expert", and `expert_tokens` counts the anti-expert's tokens too."""
+        pair = self.pair
+        base, expert = pair.base_session, pair.expert_session
+        sample = None
+        if options.temperature > 0 or options.penalises:
+            sample = ChainSampler(options, self.n_shared, tokens)
+        ends = pair.base.end_tokens | pair.expert.end_tokens | self.model.end_tokens
+        decoder = Decoder(
+            base,
+            Contrast(base, expert, self.session, self.alpha, self.n_shared),
+            Untrained("margin").reader(pair.base, self.n_shared),
+            tokens,
+            threshold=0.0,
+            n_choose=self.n_shared,
+            end_tokens=ends,
+            max_tokens=options.max_tokens,
+            sample=sample,
+        )
+        return Stream(decoder, pair.base, options.stop, 0.0)
+
+    def _key(self) -> list[Any]:
+        pair = self.pair
+        models = [pair.base.fingerprint, pair.expert_fingerprint, self.model.fingerprint]
+        return [NAME, *models, self.alpha, self.pair.n_ctx]
+
+
+def _side_by_side(
+    scorers: Sequence[Scorer], tokens: list[int], start: int
+) -> Iterator[tuple[int, list[Floats]]]:
+    """Yield (position, every model's logits (n, n_vocab) for the tokens from there on); the
+    models' own blocks may differ in length."""
+    ids, length, first = np.array(tokens, np.int32), np.array([len(tokens)]), np.array([start])
+    streams = [scorer.score(ids, length, first) for scorer in scorers]
+    blocks = [next(stream)[0] for stream in streams]
+    at = start
+    while True:
+        n = min(len(logits) for logits in blocks)
+        yield at, [logits[:n] for logits in blocks]
+        at += n
+        if at == len(tokens):
+            return
+        blocks = [
+            logits[n:] if len(logits) > n else next(stream)[0]
+            for logits, stream in zip(blocks, streams, strict=True)
+        ]

@@ -1,0 +1,108 @@
+"""llama.cpp as a library: its log, its devices, and what its build can do on this CPU."""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import re
+import sys
+from functools import cache
+from typing import Any
+
+import llama_cpp as llama
+
+from colm_edge.llama import ggml
+
+log = logging.getLogger("colm_edge.llama")
+_LEVELS = {1: logging.DEBUG, 2: logging.INFO, 3: logging.WARNING, 4: logging.ERROR}
+last_errors: list[str] = []  # of llama.cpp, the newest last
+
+
+@llama.llama_log_callback  # type: ignore[untyped-decorator]
+def _on_log(level: int, text: bytes, _: Any) -> None:
+    message = text.decode("utf-8", "replace").rstrip()
+    if level == 4:
+        last_errors.append(message)
+        del last_errors[:-4]
+    # llama.cpp's errors reach the user as exceptions; its chatter is for those who ask.
+    log.log(min(_LEVELS.get(level, logging.DEBUG), logging.INFO), message)
+
+
+def _start_backend() -> None:
+    llama.llama_log_set(_on_log, ctypes.c_void_p(0))
+    ggml.load_backends()
+    llama.llama_backend_init()
+
+
+_start_backend()
+
+
+def model_params() -> Any:
+    """Return llama.cpp's parameters for loading a model, such that it runs on this machine."""
+    params = llama.llama_model_default_params()
+    if amx_is_broken() or ("torch" in sys.modules and amx_is_shared()):
+        params.use_extra_bufts = False
+    return params
+
+
+def build_info() -> str:
+    """Return what this llama.cpp was built for."""
+    return " ".join(llama.llama_print_system_info().decode().replace("|", "").split())
+
+
+def devices() -> list[str]:
+    """Return the devices that this llama.cpp can put layers on: name, and what it is."""
+    get, name, description = (
+        ggml.function(f"backend_dev_{what}") for what in ("get", "name", "description")
+    )
+    found = [get(i) for i in range(ggml.function("backend_dev_count")())]
+    return [f"{name(d).decode()}: {description(d).decode()}" for d in found]
+
+
+def supports_gpu() -> bool:
+    """Say whether this llama.cpp can put layers elsewhere than on the CPU."""
+    return bool(llama.llama_supports_gpu_offload())
+
+
+@cache
+def amx_is_broken() -> bool:
+    """Say whether llama.cpp would crash in AMX instructions, and log what to do about it.
+
+    GCC's _tile_loadconfig told the optimiser that it reads 8 bytes of a 64-byte structure, until
+    GCC 12.4, 13.3 and 14 (PR target/114098), so llama.cpp built with an older one loads garbage
+    (llama.cpp issue 20824). Without llama.cpp's repacked weights AMX stays unused.
+    """
+    if not _has_amx():
+        return False
+    broken = any(_gcc_breaks_amx(library.read_bytes()) for library in ggml.cpu_libraries())
+    if broken:
+        log.warning(
+            "llama.cpp was built with a GCC whose AMX code crashes, so it runs without AMX and "
+            "repacked weights; CC=clang CXX=clang++, or a newer GCC, builds a faster one"
+        )
+    return broken
+
+
+@cache
+def amx_is_shared() -> bool:
+    """Say whether llama.cpp uses AMX beside PyTorch in this process, and log what that means.
+
+    llama.cpp sets AMX's tiles up once for each thread. PyTorch releases them after a product of
+    bfloat16 matrices, and llama.cpp's next one ends the process (docs/speed.md).
+    """
+    if _has_amx():
+        log.warning("PyTorch is in this process, so llama.cpp runs without AMX, more slowly")
+    return _has_amx()
+
+
+def _has_amx() -> bool:
+    return b"AMX_INT8 = 1" in llama.llama_print_system_info()
+
+
+def _gcc_breaks_amx(library: bytes) -> bool:
+    """Read the compiler's note in a shared library; clang's are beside GCC's of the start files."""
+    versions = re.findall(rb"GCC: \([^)]*\) (\d+)\.(\d+)", library)
+    if b"clang version" in library or not versions:
+        return False
+    major, minor = max((int(a), int(b)) for a, b in versions)
+    return major < 12 or (major, minor) < (12, 4) or (13, 0) <= (major, minor) < (13, 3)

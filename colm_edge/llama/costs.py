@@ -1,0 +1,98 @@
+"""What decodes of 1, 2, 3 … tokens cost, and the cheapest way to cut a batch."""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    pass
+
+
+QUICK = 0.001  # seconds of a decode of one token
+# What another batch size must promise to save, since a table is measured and not known.
+MARGIN = 0.1
+
+
+class CostTable:
+    """Seconds that one decode takes, by its number of tokens; rising sizes.
+
+    several: seconds that it takes longer when more than one of its states is wanted.
+    """
+
+    def __init__(
+        self, sizes: tuple[int, ...], seconds: tuple[float, ...], several: float = 0.0
+    ) -> None:
+        self.sizes, self.seconds, self.several = sizes, seconds, several
+
+    def __call__(self, n: int) -> float:
+        """Return the seconds of a decode of n tokens, between measured sizes by interpolation and
+        beyond the largest in proportion to it."""
+        return self._known[n] if n < len(self._known) else self._between(n)
+
+    @cached_property
+    def _known(self) -> list[float]:
+        return [0.0] + [self._between(n) for n in range(1, self.sizes[-1] + 1)]
+
+    def _between(self, n: int) -> float:
+        at = bisect_left(self.sizes, n)
+        if at == len(self.sizes):
+            return self.seconds[-1] * n / self.sizes[-1]
+        if self.sizes[at] == n or at == 0:
+            return self.seconds[at]
+        low, high = self.sizes[at - 1], self.sizes[at]
+        share = (n - low) / (high - low)
+        return self.seconds[at - 1] * (1 - share) + self.seconds[at] * share
+
+    @property
+    def is_quick(self) -> bool:
+        """Whether a decode takes no longer than thinking about a better one would pay for."""
+        return self(1) < QUICK
+
+    def whole(self, n: int) -> float:
+        """Return the seconds that n tokens take in one batch, filled up where that is cheaper."""
+        filled = self._filled_up
+        return filled[n] if n < len(filled) else self(n)
+
+    def best(self, n: int) -> float:
+        """Return the seconds that n tokens take in the cheapest pieces."""
+        plan = self._plan
+        return plan[n][0] if n < len(plan) else self(n)
+
+    def pieces(self, n: int, room: int, *, whole: bool = False) -> list[tuple[int, int]]:
+        """Return how to evaluate n tokens: (tokens, size of the batch when filled up), in order.
+
+        room: the largest batch that is possible. whole: one piece, since all outputs are wanted.
+        """
+        plan = self._plan
+        if n >= len(plan):
+            return [(n, n)]
+        if whole:
+            return [(n, self._filled(n, room))]
+        found = []
+        while n:
+            piece = plan[n][1]
+            found.append((piece, self._filled(piece, room)))
+            n, room = n - piece, room - piece
+        return found
+
+    def _filled(self, n: int, room: int) -> int:
+        """Return the size that a batch of n tokens is best filled up to, at most room."""
+        larger = [m for m in self.sizes if n < m <= room]
+        best = min(larger, key=self, default=n)
+        return best if self(best) < (1 - MARGIN) * self(n) else n
+
+    @cached_property
+    def _filled_up(self) -> list[float]:
+        return [0.0] + [self(self._filled(n, n + n)) for n in range(1, self.sizes[-1] + 1)]
+
+    @cached_property
+    def _plan(self) -> list[tuple[float, int]]:
+        """By n: (seconds, tokens of the first piece), by dynamic programming over the rest."""
+        plan, cost = [(0.0, 0)], self._filled_up
+        for n in range(1, len(cost)):
+            piece = min(range(1, n + 1), key=lambda k: (cost[k] + plan[n - k][0], -k))
+            cut = cost[piece] + plan[n - piece][0]
+            plan.append((cut, piece) if cut < (1 - MARGIN) * cost[n] else (cost[n], n))
+        return plan

@@ -1,0 +1,152 @@
+"""What a decode of k tokens costs: measured once for a model, a machine and its settings, and kept.
+
+The cost is not proportional to k, and on some CPUs not even monotonic: a schedule that knows the
+table beats a rule of thumb.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import platform
+import random
+import statistics
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from time import perf_counter
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from colm_edge.llama.session import Session
+from colm_edge.llama.costs import CostTable
+
+VERSION = 7  # of how it is measured
+# On CPUs with steps behind multiples of 16 tokens, both sides of a step.
+SIZES = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 16, 17, 20, 24, 32, 33, 40, 48, 64)
+N_PAST = 128  # tokens in the cache before each decode, where the context has room for them
+SECONDS = 4.0  # of measuring, but for the decode in flight
+ROUNDS = 8
+SEVERAL = 4  # tokens whose states are all wanted, to see what more than one costs
+OFTEN = 16  # sizes up to this one are measured in every round
+LONG = 0.005  # seconds of a decode for which building a graph is nothing
+
+
+def kept_table(session: Session) -> CostTable | None:
+    """Return a session's table from the cache, or None."""
+    try:
+        kept = json.loads(_cache_file(session).read_text())
+        return CostTable(tuple(kept["sizes"]), tuple(kept["seconds"]), float(kept["several"]))
+    except (OSError, ValueError, KeyError, TypeError):
+        return None  # none, or a broken one: measured anew
+
+
+def cost_table(
+    session: Session, *, fresh: bool = False, note: Callable[[str], None] = lambda text: None
+) -> CostTable:
+    """Return a session's table from the cache, or measure it and keep it there.
+
+    The cache is a file for each model, machine and settings under $XDG_CACHE_HOME (or
+    ~/.cache)/colm-edge. fresh: measure in any case. note: told when it takes a while. The session
+    itself is left alone.
+    """
+    kept = None if fresh else kept_table(session)
+    if kept is not None:
+        return kept
+    note(f"measuring {session.model.path.name} on this machine, once")
+    table = measure(session)
+    path = _cache_file(session)
+    temporary = path.with_suffix(f".{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        content = {
+            "model": str(session.model.path), "sizes": table.sizes, "seconds": table.seconds,
+            "several": table.several,
+        }  # fmt: skip
+        temporary.write_text(json.dumps(content) + "\n")
+        os.replace(temporary, path)
+    except OSError:  # a cache that cannot be written is measured again
+        with suppress(OSError):
+            temporary.unlink()
+    return table
+
+
+def measure(session: Session) -> CostTable:
+    """Time decodes of every size behind the same prefix, in a context of their own.
+
+    Sizes take turns, and of a size's times the (lower) median counts: what disturbs a machine for a
+    moment then spoils no size for good. SECONDS is reached by the sizes in rising order, so of a
+    large model the largest may be left out, and the smallest are measured most often; of the others
+    those again that took longer than a larger one.
+    """
+    largest = min(SIZES[-1], session.n_batch)
+    n_past = max(1, min(N_PAST, session.n_ctx - largest))
+    with session.twin(n_past + largest) as twin:
+        draw = random.Random(0)
+        n_vocab = twin.model.n_vocab
+        prefix = [draw.randrange(n_vocab) for _ in range(n_past)]
+        # Two continuations that differ at once: either drops the other and is evaluated whole.
+        one = [draw.randrange(n_vocab - 1) for _ in range(largest)]
+        turns = (one, [token + 1 for token in one])
+        twin.want_hidden(False)  # with it every state of a batch is wanted
+        kinds = [(n, False) for n in SIZES if n <= min(largest, twin.n_ctx - n_past)]
+        if (SEVERAL, False) in kinds:
+            kinds.insert(kinds.index((SEVERAL, False)) + 1, (SEVERAL, True))
+        times: dict[tuple[int, bool], list[float]] = {}
+        twin.sync(prefix)
+        twin.sync(prefix + turns[0][:1])  # warms up
+        begun, turn = perf_counter(), 0
+        for i in range(ROUNDS):
+            for kind in _again(times) if i else kinds:
+                # llama.cpp keeps its graph from one decode to the next of the same size, as in a
+                # loop of single tokens; for a very small model that is a third of the time.
+                n, all_states = kind
+                for _ in range(3):
+                    before, turn = twin.seconds, 1 - turn
+                    tokens = prefix + turns[turn][:n]
+                    twin.sync(tokens, range(n_past, n_past + n) if all_states else ())
+                    times.setdefault(kind, []).append(twin.seconds - before)
+                    if n > 1 and times[kind][-1] > LONG:
+                        break
+                if perf_counter() - begun > SECONDS:
+                    return _table(times)
+    return _table(times)
+
+
+def _again(times: dict[tuple[int, bool], list[float]]) -> list[tuple[int, bool]]:
+    """Return what to measure once more: the small sizes, and where another is doubtful."""
+    found, least = list[tuple[int, bool]](), math.inf
+    for kind, taken in reversed(times.items()):
+        took = statistics.median_low(taken)
+        if kind[0] <= OFTEN or took > least:
+            found.append(kind)
+        least = min(least, took)
+    return found[::-1]
+
+
+def _table(times: dict[tuple[int, bool], list[float]]) -> CostTable:
+    found = {kind: statistics.median_low(taken) for kind, taken in times.items()}
+    one = found.get((SEVERAL, False))
+    several = 0.0 if one is None else max(0.0, found.pop((SEVERAL, True), one) - one)
+    return CostTable(tuple(n for n, _ in found), tuple(found.values()), several)
+
+
+def _cache_file(session: Session) -> Path:
+    import llama_cpp
+
+    from colm_edge.llama.backend import model_params
+    from colm_edge.llama.ggml import cpu_libraries
+
+    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    builds = [library.stat().st_size for library in cpu_libraries()]
+    settings = (
+        VERSION, platform.node(), llama_cpp.__version__, builds, model_params().use_extra_bufts,
+        llama_cpp.llama_print_system_info(), session.model.n_gpu_layers, session.model.rpc,
+        session.n_threads,
+        session.n_batch, session.n_ubatch, session.flash_attn, session.options.cache_type_k,
+        session.options.cache_type_v,
+    )  # fmt: skip
+    key = hashlib.sha256(repr((session.model.fingerprint, settings)).encode()).hexdigest()
+    return Path(home) / "colm-edge" / "costs" / f"{key[:24]}.json"

@@ -1,0 +1,382 @@
+"""Model: a GGUF file in llama.cpp, its vocabulary at once, its weights at the first evaluation."""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import threading
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import llama_cpp as llama
+
+from colm_edge.errors import MismatchError, ModelError
+from colm_edge.llama import huge_pages
+from colm_edge.llama.backend import last_errors, model_params
+from colm_edge.llama.rpc import check_servers, device_list
+
+# llama.cpp takes two vocabularies as one when they differ in at most so many rows.
+MAX_VOCAB_DIFFERENCE = 128
+# Ids below this are special tokens that families of one vocabulary name differently.
+FIRST_COMPARED_TOKEN = 5
+FINGERPRINT_PLACES = 1024  # of a model's file, evenly spread
+FINGERPRINT_BYTES = 4096  # at each
+
+
+class Model:
+    """A GGUF file. The vocabulary is read at once, the weights at the first `load`.
+
+    lora: a LoRA adapter in GGUF for these weights; every context of the model runs with it.
+    rpc: machines that hold the layers instead of this one, HOST:PORT of llama.cpp's RPC servers.
+    progress: told the share of the weights that is read; what it raises ends the load.
+
+    Raises ModelError when a file is missing, not a GGUF or truncated, or the model recurrent.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        n_gpu_layers: int = 0,
+        lora: str | os.PathLike[str] | None = None,
+        progress: Callable[[float], None] | None = None,
+        rpc: Sequence[str] = (),
+    ) -> None:
+        self.path = Path(path)
+        self.rpc = tuple(rpc)
+        if self.rpc:
+            check_servers(self.rpc)  # now, not at the first deferral
+        self._progress = progress
+        self.lora = None if lora is None else Path(lora)
+        self.n_gpu_layers = n_gpu_layers
+        self._handle: Any = None
+        self._adapter: Any = None  # llama.cpp frees it with the model
+        self._loaded = False
+        # Loading the weights replaces the handle; others may be asking the vocabulary meanwhile.
+        self._lock = threading.RLock()
+        for file in self.files:
+            _check_gguf(file)
+        self._handle = self._open(vocab_only=True)
+        handle = self._handle
+        if llama.llama_model_is_recurrent(handle) or llama.llama_model_is_hybrid(handle):
+            self.close()
+            raise ModelError(
+                f"{self.path}: a recurrent model cannot drop the end of its state, which "
+                "following another model needs; use an attention model"
+            )
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """The files that decide what the model says: its weights, and its adapter if any."""
+        return (self.path,) if self.lora is None else (self.path, self.lora)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """What tells this model, its adapter included, from others."""
+        return fingerprint(*self.files)
+
+    def _open(self, vocab_only: bool, check: Callable[[], None] | None = None) -> Any:
+        params = model_params()
+        params.vocab_only = vocab_only
+        params.n_gpu_layers = self.n_gpu_layers
+        raised: list[BaseException] = []  # ctypes would print it to stderr and go on
+        devices = None if vocab_only or not self.rpc else device_list(self.rpc)
+        if devices is not None:
+            params.devices = ctypes.cast(devices, ctypes.c_void_p)
+        if not vocab_only:
+            # The parameters keep it alive.
+            params.progress_callback = _progress_callback(self._progress, check, raised)
+        last_errors.clear()
+        handle = llama.llama_model_load_from_file(os.fsencode(self.path), params)
+        if raised:
+            if handle:
+                llama.llama_model_free(handle)
+            raise raised[0]
+        if not handle:
+            reason = next((m for m in last_errors if "error loading" in m), "")
+            reason = reason.split("error loading model: ")[-1] or "llama.cpp refused the file"
+            if "colmswitch" in reason:
+                raise ModelError(
+                    f"{self.path}: this is a switch; give it with -sw, and models here"
+                )
+            raise ModelError(f"{self.path}: cannot load: {reason}; download or convert it again")
+        return handle
+
+    def load(self, check: Callable[[], None] | None = None) -> Any:
+        """Return llama.cpp's model, reading the weights on the first call.
+
+        check: called now and then meanwhile; what it raises ends the load.
+        """
+        with self._lock:
+            if not self._loaded:
+                self._check_open()
+                full = self._open(vocab_only=False, check=check)
+                try:
+                    self._adapter = self._open_adapter(full)
+                except ModelError:
+                    llama.llama_model_free(full)
+                    raise
+                llama.llama_model_free(self._handle)
+                self._handle, self._loaded = full, True
+            return self._handle
+
+    def _open_adapter(self, handle: Any) -> Any:
+        if self.lora is None:
+            return None
+        last_errors.clear()
+        adapter = llama.llama_adapter_lora_init(handle, os.fsencode(self.lora))
+        if not adapter:
+            reason = next((m for m in last_errors if "lora" in m), "llama.cpp refused the file")
+            reason = reason.split("adapter: ", 1)[-1]
+            raise ModelError(
+                f"{self.lora}: no LoRA adapter for {self.path}: {reason}; expected one that was "
+                "trained on this model and written as GGUF"
+            )
+        return adapter
+
+    def adapt(self, context: Any) -> None:
+        """Put the model's adapter, if it has one, on a fresh llama.cpp context of it.
+
+        Raises ModelError when llama.cpp refuses.
+        """
+        if self._adapter is None:
+            return
+        adapters = (llama.llama_adapter_lora_p_ctypes * 1)(self._adapter)
+        if llama.llama_set_adapters_lora(context, adapters, 1, (ctypes.c_float * 1)(1.0)) != 0:
+            raise ModelError(f"{self.lora}: llama.cpp could not use the adapter with {self.path}")
+
+    @property
+    def loaded(self) -> bool:
+        return self._loaded
+
+    def unload(self) -> None:
+        """Free the weights and keep the vocabulary; the next `load` reads them again. Contexts of
+        the model must be freed before."""
+        with self._lock:
+            if self._loaded:
+                vocabulary = self._open(vocab_only=True)
+                llama.llama_model_free(self._handle)
+                self._handle, self._adapter, self._loaded = vocabulary, None, False
+
+    def close(self) -> None:
+        """Free the model; its sessions must be closed before it."""
+        with self._lock:
+            if self._handle is not None:
+                llama.llama_model_free(self._handle)
+                self._handle, self._adapter, self._loaded = None, None, False
+
+    def __del__(self) -> None:
+        if getattr(self, "_handle", None) is not None:
+            self.close()
+
+    def _check_open(self) -> Any:
+        if self._handle is None:
+            raise ModelError(f"{self.path}: the model is closed; load it again")
+        return self._handle
+
+    @property
+    def _vocab(self) -> Any:
+        return llama.llama_model_get_vocab(self._check_open())
+
+    def metadata(self, key: str) -> str | None:
+        """Return a GGUF key's value as text, or None."""
+        size = 256
+        while True:
+            buffer = ctypes.create_string_buffer(size)
+            with self._lock:
+                handle = self._check_open()
+                n = llama.llama_model_meta_val_str(handle, key.encode(), buffer, size)
+            if n < 0:
+                return None
+            if n < size:
+                return buffer.value.decode("utf-8", "replace")
+            size = n + 1
+
+    def number(self, key: str) -> int:
+        arch = self.metadata("general.architecture")
+        return int(self.metadata(f"{arch}.{key}") or 0)
+
+    @cached_property
+    def n_vocab(self) -> int:
+        """Rows of the vocabulary, padding and added tokens included."""
+        return int(llama.llama_vocab_n_tokens(self._vocab))
+
+    @cached_property
+    def n_embd(self) -> int:
+        """Width of the hidden state."""
+        return self.number("embedding_length")
+
+    @cached_property
+    def n_ctx_train(self) -> int:
+        return self.number("context_length")
+
+    @cached_property
+    def chat_template(self) -> str | None:
+        return self.metadata("tokenizer.chat_template")
+
+    @cached_property
+    def _pieces(self) -> dict[int, bytes]:
+        return {}
+
+    def piece(self, token: int) -> bytes:
+        """Return the bytes a token stands for; a special token's are empty."""
+        found = self._pieces.get(token)
+        if found is None:
+            size = 64
+            while True:
+                buffer = ctypes.create_string_buffer(size)
+                with self._lock:
+                    n = llama.llama_token_to_piece(self._vocab, token, buffer, size, 0, False)
+                if n >= 0:
+                    break
+                size = -n
+            found = self._pieces[token] = buffer.raw[:n]
+        return found
+
+    def token_text(self, token: int) -> str:
+        """Return a token as the vocabulary spells it, special tokens included."""
+        with self._lock:
+            text = llama.llama_vocab_get_text(self._vocab, token)
+        return (text or b"").decode("utf-8", "replace")
+
+    def tokenize(self, text: str, *, special: bool = True, bos: bool = True) -> list[int]:
+        """Return the token ids of a text.
+
+        special: read the names of special tokens in the text as those tokens.
+        bos: put the begin token first, where the vocabulary wants one.
+        """
+        raw = text.encode("utf-8", "replace")
+        size = len(raw) + 8
+        while True:
+            buffer = (llama.llama_token * size)()
+            with self._lock:
+                n = llama.llama_tokenize(self._vocab, raw, len(raw), buffer, size, bos, special)
+            if n >= 0:
+                return list(buffer[:n])
+            size = -n
+
+    @cached_property
+    def bos_text(self) -> str:
+        # Without the key llama.cpp names a default that many vocabularies use otherwise.
+        if self.metadata("tokenizer.ggml.bos_token_id") is None:
+            return ""
+        token = llama.llama_vocab_bos(self._vocab)
+        return "" if token < 0 else self.token_text(token)
+
+    @cached_property
+    def eos_text(self) -> str:
+        token = llama.llama_vocab_eos(self._vocab)
+        return "" if token < 0 else self.token_text(token)
+
+    @cached_property
+    def end_token(self) -> int:
+        """The token that ends a turn (or the text, where turns have no token of their own)."""
+        token = int(llama.llama_vocab_eot(self._vocab))
+        return token if token >= 0 else int(llama.llama_vocab_eos(self._vocab))
+
+    @cached_property
+    def end_tokens(self) -> frozenset[int]:
+        """Every token that ends a generation."""
+        with self._lock:
+            vocab = self._vocab
+            return frozenset(i for i in range(self.n_vocab) if llama.llama_vocab_is_eog(vocab, i))
+
+    def token_id(self, text: str) -> int | None:
+        """Return the id of a token by its spelling; the added ones stand last."""
+        return next((i for i in reversed(range(self.n_vocab)) if self.token_text(i) == text), None)
+
+    def vocab_kind(self) -> tuple[tuple[str, int], ...]:
+        """What two vocabularies must have in common besides their tokens."""
+        vocab = self._vocab
+        add_bos = bool(llama.llama_vocab_get_add_bos(vocab))
+        add_eos = bool(llama.llama_vocab_get_add_eos(vocab))
+        return (
+            ("its type", int(llama.llama_vocab_type(vocab))),
+            ("whether a begin token is added", add_bos),
+            ("whether an end token is added", add_eos),
+            ("the begin token", int(llama.llama_vocab_bos(vocab)) if add_bos else -1),
+            ("the end token", int(llama.llama_vocab_eos(vocab)) if add_eos else -1),
+        )
+
+
+def _progress_callback(
+    progress: Callable[[float], None] | None,
+    check: Callable[[], None] | None,
+    raised: list[BaseException],
+) -> Any:
+    """Return llama.cpp's callback that tells `progress`, and ends the load where either raises."""
+    ask_for_huge_pages: Callable[[], None] | None = huge_pages.watch()
+
+    @llama.llama_progress_callback  # type: ignore[untyped-decorator]
+    def on_progress(share: float, _: Any) -> bool:
+        nonlocal ask_for_huge_pages
+        try:
+            # At the first call the weights' buffers are there, and nothing is in them yet.
+            if ask_for_huge_pages is not None:
+                ask_for_huge_pages()
+                ask_for_huge_pages = None
+            if check is not None:
+                check()
+            if progress is not None:
+                progress(share)
+        except BaseException as e:
+            raised.append(e)
+        return not raised
+
+    return on_progress
+
+
+def fingerprint(*paths: Path) -> str:
+    """Tell files apart without reading all of them: by their sizes, and bytes from all over."""
+    digest = hashlib.sha256()
+    for path in paths:
+        size = path.stat().st_size
+        digest.update(str(size).encode())
+        with path.open("rb") as file:
+            for i in range(FINGERPRINT_PLACES):
+                file.seek(size * i // FINGERPRINT_PLACES)
+                digest.update(file.read(FINGERPRINT_BYTES))
+    return digest.hexdigest()
+
+
+def _check_gguf(path: Path) -> None:
+    try:
+        with path.open("rb") as file:
+            magic = file.read(4)
+    except OSError as e:
+        raise ModelError(f"{path}: {e.strerror or e}; expected a GGUF file") from e
+    if magic != b"GGUF":
+        raise ModelError(f"{path}: not a GGUF file (starts with {magic!r}, expected b'GGUF')")
+
+
+def shared_vocab(base: Model, expert: Model) -> int:
+    """Return how many ids two models share; ids at or above it belong to one of them alone.
+
+    The rule is llama.cpp's for draft models: type, BOS, EOS and add flags agree, sizes differ by
+    at most 128, token texts agree from id 5 on. Raises MismatchError naming what differs.
+    """
+    names = f"{base.path.name} and {expert.path.name}"
+    for (what, ours), (_, theirs) in zip(base.vocab_kind(), expert.vocab_kind(), strict=True):
+        if ours != theirs:
+            raise MismatchError(
+                f"the vocabularies of {names} differ: {what} is {ours} in the base, {theirs} in "
+                "the expert; the two must come from one model family"
+            )
+    if abs(base.n_vocab - expert.n_vocab) > MAX_VOCAB_DIFFERENCE:
+        raise MismatchError(
+            f"the vocabularies of {names} differ: {base.n_vocab} tokens in the base, "
+            f"{expert.n_vocab} in the expert (at most {MAX_VOCAB_DIFFERENCE} more or fewer); "
+            "the two must come from one model family"
+        )
+    n = min(base.n_vocab, expert.n_vocab)
+    if base.path == expert.path:
+        return n
+    for i in range(FIRST_COMPARED_TOKEN, n):
+        if base.token_text(i) != expert.token_text(i):
+            raise MismatchError(
+                f"the vocabularies of {names} differ: token {i} is {base.token_text(i)!r} in the "
+                f"base, {expert.token_text(i)!r} in the expert; the two must come from one family"
+            )
+    return n

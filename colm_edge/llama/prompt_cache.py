@@ -1,0 +1,82 @@
+"""Both sessions of a pair in one file: what was evaluated once need not be again."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+import zipfile
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from colm_edge.errors import ColmError
+
+if TYPE_CHECKING:
+    from colm_edge.llama.session import Session
+
+
+VERSION = 1
+
+
+def save_prompts(path: str | os.PathLike[str], base: Session, expert: Session) -> None:
+    """Write both sessions' tokens and states, through a temporary file.
+
+    Raises ColmError when that cannot be done.
+    """
+    target = Path(path)
+    parts = {"about": np.array(json.dumps(_about(base, expert)))}
+    for name, session in (("base", base), ("expert", expert)):
+        parts[f"{name}_tokens"], parts[f"{name}_state"] = session.snapshot()
+    try:
+        handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
+        try:
+            with os.fdopen(handle, "wb") as file:
+                np.savez(file, **parts)  # type: ignore[arg-type]
+            os.replace(name, target)
+        except BaseException:
+            Path(name).unlink(missing_ok=True)
+            raise
+    except OSError as e:
+        raise ColmError(f"{target}: cannot write the prompt cache: {e.strerror or e}") from e
+
+
+def load_prompts(path: str | os.PathLike[str], base: Session, expert: Session) -> None:
+    """Take up what `save_prompts` wrote; the expert stays unloaded until it is asked.
+
+    Raises ColmError when the file is missing, broken, or of other models or settings.
+    """
+    try:
+        # Opened here, since np.load leaves a file open that it cannot read.
+        with open(path, "rb") as file, np.load(file, allow_pickle=False) as loaded:
+            parts = {name: loaded[name] for name in loaded.files}
+        about = json.loads(str(parts["about"]))
+        states = [(parts[f"{name}_tokens"], parts[f"{name}_state"]) for name in ("base", "expert")]
+    except OSError as e:
+        raise ColmError(f"{path}: cannot read the prompt cache: {e.strerror or e}") from e
+    except (ValueError, TypeError, KeyError, EOFError, zipfile.BadZipFile) as e:
+        raise ColmError(f"{path}: not a prompt cache, or a broken one; name another file") from e
+    ours = _about(base, expert)
+    differs = [key for key in ours if about.get(key) != ours[key]]
+    if differs:
+        raise ColmError(
+            f"{path}: a prompt cache of another {differs[0].replace('_', ' ')}; name another file"
+        )
+    for session, state in zip((base, expert), states, strict=True):
+        session.restore(state)
+
+
+def _about(base: Session, expert: Session) -> dict[str, object]:
+    """Return what two pairs must have in common to share a prompt cache."""
+    import llama_cpp
+
+    options = base.options
+    return {
+        "version": VERSION,
+        "llama.cpp": llama_cpp.__version__,
+        "base_model": base.model.fingerprint,
+        "expert_model": expert.model.fingerprint,
+        "KV_cache_type": [options.cache_type_k, options.cache_type_v],
+        "flash_attention": [base.flash_attn, expert.flash_attn],
+    }

@@ -1,0 +1,90 @@
+"""Draw tokens with llama.cpp's own samplers, in llama.cpp's order."""
+
+from __future__ import annotations
+
+import copy
+import ctypes
+import secrets
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Self
+
+import llama_cpp as llama
+import numpy as np
+import numpy.typing as npt
+
+if TYPE_CHECKING:
+    from colm_edge.options import Options
+
+
+_CANDIDATE = np.dtype([("id", np.int32), ("logit", np.float32), ("p", np.float32)])
+
+
+class ChainSampler:
+    """Pick a token from logits; one seed and one sequence of logits give one answer.
+
+    history: tokens already written, for the penalties.
+    never: ids that are never picked.
+    """
+
+    def __init__(
+        self,
+        options: Options,
+        n_vocab: int,
+        history: Sequence[int] = (),
+        never: Sequence[int] = (),
+    ) -> None:
+        self._never = list(never)
+        # Samplers sort and cut the candidates where they stand, so they are written anew each time.
+        self._candidates = np.zeros(n_vocab, _CANDIDATE)
+        self._ids = np.arange(n_vocab, dtype=np.int32)
+        chain = llama.llama_sampler_chain_init(llama.llama_sampler_chain_default_params())
+        self._chain = chain
+
+        def add(sampler: object) -> None:
+            llama.llama_sampler_chain_add(chain, sampler)
+
+        if options.penalises:
+            penalties = options.repeat_penalty, options.frequency_penalty, options.presence_penalty
+            add(llama.llama_sampler_init_penalties(n_vocab, options.repeat_last_n, *penalties))
+        if options.temperature > 0:
+            add(llama.llama_sampler_init_top_k(options.top_k))
+            add(llama.llama_sampler_init_top_p(options.top_p, 1))
+            add(llama.llama_sampler_init_min_p(options.min_p, 1))
+            add(llama.llama_sampler_init_temp(options.temperature))
+            seed = secrets.randbits(32) if options.seed < 0 else options.seed & 0xFFFFFFFF
+            add(llama.llama_sampler_init_dist(seed))
+        else:
+            add(llama.llama_sampler_init_greedy())
+        for token in history[-options.repeat_last_n :]:
+            llama.llama_sampler_accept(chain, token)
+
+    def __call__(self, logits: npt.NDArray[np.float32]) -> int:
+        n = min(len(logits), len(self._candidates))
+        candidates = self._candidates[:n]
+        candidates["id"] = self._ids[:n]
+        candidates["logit"] = logits[:n]
+        for token in self._never:
+            if token < n:
+                candidates["logit"][token] = -np.inf
+        array = llama.llama_token_data_array(
+            data=candidates.ctypes.data_as(ctypes.POINTER(llama.llama_token_data)),
+            size=n,
+            selected=-1,
+            sorted=False,
+        )
+        llama.llama_sampler_apply(self._chain, ctypes.byref(array))
+        # Samplers may drop candidates from the front by moving the pointer.
+        token = int(array.data[array.selected].id)
+        llama.llama_sampler_accept(self._chain, token)
+        return token
+
+    def copy(self) -> Self:
+        """Return a sampler that would pick what this one would; it shares the scratch memory."""
+        twin = copy.copy(self)
+        twin._chain = llama.llama_sampler_clone(self._chain)
+        return twin
+
+    def __del__(self) -> None:
+        chain, self._chain = getattr(self, "_chain", None), None
+        if chain is not None:
+            llama.llama_sampler_free(chain)

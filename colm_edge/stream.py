@@ -1,0 +1,244 @@
+"""An answer as it is written: its text, cut at stop strings; for a thread and for asyncio."""
+
+from __future__ import annotations
+
+import asyncio
+import codecs
+import threading
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, Self
+
+from colm_edge.decode.loop import Decoder, Stats, Step
+from colm_edge.errors import ColmError
+from colm_edge.llama.model import Model
+
+
+@dataclass
+class Answer:
+    """A whole answer: its text, one record per token, why it ended, and what it took."""
+
+    text: str
+    steps: list[Step] = field(repr=False)
+    finish_reason: Literal["stop", "length"]
+    stats: Stats
+    prompt_tokens: list[int] = field(repr=False)
+    threshold: float
+
+
+class Stream:
+    """An answer as it is written: an iterator of steps, `answer()` at any time.
+
+    Steps that end inside a character, or whose text may turn out to begin a stop text, are held
+    back until that is decided.
+    Leaving it early costs nothing: the pair can answer again at once.
+    """
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        model: Model,
+        stop: Sequence[str],
+        threshold: float,
+        unreadable: str = "",
+    ) -> None:
+        """unreadable: why the prompt cannot be read back."""
+        self._decoder, self._model, self._stop = decoder, model, stop
+        self._unreadable = unreadable
+        self.threshold = threshold
+        self.prompt_tokens = list(decoder.tokens)
+        self.steps: list[Step] = []  # those already handed out
+        self._finish: Literal["stop", "length"] | None = None
+        self._cancelled = False
+        self._iterator = self._run()
+
+    def __iter__(self) -> Iterator[Step]:
+        return self
+
+    def __next__(self) -> Step:
+        return next(self._iterator)
+
+    def close(self) -> None:
+        """End the answer here; what was written so far stays. For the thread that reads it."""
+        self._iterator.close()
+
+    def cancel(self) -> None:
+        """End the answer from any thread: the reader gets at most one more step, and no error.
+
+        An evaluation under way is not broken off: one token's, or one batch's of a prompt. The
+        expert's load is.
+        """
+        self._cancelled = True
+        self._decoder.cancel()
+
+    @property
+    def end(self) -> Step | None:
+        """The end token, if the answer came to one; it is no step of the answer."""
+        return self._decoder.end if self._finish is None else None
+
+    @property
+    def finish_reason(self) -> Literal["stop", "length"]:
+        """Why the answer ended; "stop" as well when the reader ended it."""
+        return self._finish or self._decoder.finish_reason or "stop"
+
+    def read_prompt(self) -> list[Step]:
+        """Return one record for each token of the prompt after the first, as if it had been
+        written: by whom it would have been, and how likely it was. Before the first step.
+
+        Raises ColmError where the expert is on a server, which tells only of a last token.
+        """
+        if self._unreadable:
+            raise ColmError(self._unreadable)
+        steps = self._decoder.read_prompt()
+        utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+        utf8.decode(self._model.piece(self.prompt_tokens[0]))
+        for step in steps:
+            step.text = utf8.decode(self._model.piece(step.token), final=step is steps[-1])
+        return steps
+
+    def answer(self, n_steps: int | None = None) -> Answer:
+        """Return what was written so far (the whole answer, once the stream is exhausted), or its
+        first n_steps."""
+        steps = self.steps[:n_steps]
+        deferred = sum(step.source == "expert" for step in steps)
+        stats = replace(self._decoder.stats, n_generated=len(steps), n_deferred=deferred)
+        stats.finish()
+        text = "".join(step.text for step in steps)
+        return Answer(text, steps, self.finish_reason, stats, self.prompt_tokens, self.threshold)
+
+    def _hand_out(self, step: Step) -> Step:
+        self.steps.append(step)
+        return step
+
+    def _run(self) -> Generator[Step, None, None]:
+        utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+        held: list[Step] = []  # not handed out yet: a later token may complete or cut their text
+        for step in self._decoder:
+            step.text = utf8.decode(self._model.piece(step.token))
+            held.append(step)
+            if self._cut_at_stop(held):
+                self._finish = "stop"
+                break
+            if utf8.getstate()[0]:
+                continue  # inside a character
+            while held and not self._cancelled and not self._may_begin_stop(held):
+                yield self._hand_out(held.pop(0))
+        if self._cancelled:
+            self._finish = "stop"
+            return
+        if held and self._finish is None:
+            held[-1].text += utf8.decode(b"", final=True)  # the answer may end inside a character
+        for step in held:
+            if self._cancelled:
+                self._finish = "stop"
+                return
+            yield self._hand_out(step)
+
+    def _cut_at_stop(self, held: list[Step]) -> bool:
+        """Cut the held steps at the first stop text, if they hold one; say whether they did."""
+        text = "".join(step.text for step in held)
+        found = [at for at in (text.find(stop) for stop in self._stop) if at >= 0]
+        if not found:
+            return False
+        left = min(found)
+        for i, step in enumerate(held):
+            if left <= 0:
+                del held[i:]
+                break
+            step.text = step.text[:left]
+            left -= len(step.text)
+        return True
+
+    def _may_begin_stop(self, held: list[Step]) -> bool:
+        """Say whether a stop text may begin inside the first held step's text."""
+        text = "".join(step.text for step in held)
+        return any(
+            stop.startswith(text[at : at + len(stop)])
+            for at in range(len(held[0].text))
+            for stop in self._stop
+        )
+
+
+Put = Callable[[Step | BaseException | None], Any]
+
+
+class AsyncStream:
+    """An answer as it is written, for `async for` in one event loop; `answer()` at any time.
+
+    The thread begins at the first step that is asked for, and may be ahead of a slow reader.
+    Leaving the loop or cancelling the task that reads cancels the answer as `Stream.cancel` does;
+    `async with` does so for certain, also where something else still refers to this object.
+    """
+
+    def __init__(self, stream: Stream) -> None:
+        self._stream = stream
+        self._queue: asyncio.Queue[Step | BaseException | None] | None = None
+        self._read = 0  # steps
+        self._done = False
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> Step:
+        if self._done:
+            raise StopAsyncIteration
+        if self._queue is None:
+            self._queue = asyncio.Queue()
+            self._start(self._queue.put_nowait)
+        try:
+            item = await self._queue.get()
+        except asyncio.CancelledError:
+            self.cancel()
+            raise
+        if isinstance(item, Step):
+            self._read += 1
+            return item
+        self._done = True
+        if item is not None:
+            raise item
+        raise StopAsyncIteration
+
+    def _start(self, put: Put) -> None:
+        loop = asyncio.get_running_loop()
+
+        def hand_over(item: Step | BaseException | None) -> None:
+            with suppress(RuntimeError):  # the loop was closed meanwhile: nobody is there to read
+                loop.call_soon_threadsafe(put, item)
+
+        # The thread knows the stream and not this object, which so goes when its reader does.
+        writing = threading.Thread(
+            target=_write, args=(self._stream, hand_over), name="colm-edge-answer", daemon=True
+        )
+        writing.start()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self.cancel()
+
+    async def aclose(self) -> None:
+        """End the answer here, as leaving `async with` does."""
+        self.cancel()
+
+    def cancel(self) -> None:
+        """End the answer; any thread may ask for it. Steps that were not read yet are lost."""
+        self._done = True
+        self._stream.cancel()
+
+    def answer(self) -> Answer:
+        """Return what was read so far (the whole answer, once the stream is exhausted)."""
+        return self._stream.answer(self._read)
+
+    def __del__(self) -> None:
+        self._stream.cancel()
+
+
+def _write(stream: Stream, put: Put) -> None:
+    try:
+        for step in stream:
+            put(step)
+        put(None)
+    except BaseException as e:  # raised where the answer is read
+        put(e)

@@ -1,0 +1,230 @@
+"""Switches: what turns the base's state into the probability of deferral.
+
+A trained switch is a small GGUF file (keys `colm.switch.*`), or an ONNX head.
+`margin` and `entropy` need no training, and `defer-row` reads the row that a
+Co-LLM checkpoint added to its own vocabulary.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from colm_edge import readout
+from colm_edge.errors import MismatchError, SwitchError
+from colm_edge.switch.reading import HIDDEN, N_LOGIT, Base, Floats, Reader, sigmoid
+
+ARCHITECTURE = "colmswitch"
+VERSION = 1
+FEATURE_SETS = {
+    "hidden": (HIDDEN,),
+    "logits": readout.FEATURES,
+    "both": (HIDDEN, *readout.FEATURES),
+}
+
+
+@dataclass(frozen=True)
+class Switch:
+    """A head on the base's state: p_defer = σ(weight · features + bias).
+
+    features: column names in order; "hidden" stands for n_embd columns.
+    weight (n_experts, n_columns) and bias (n_experts,), float32.
+    defer_rates, thresholds: the calibration, rising rates and the falling thresholds for them.
+    """
+
+    features: tuple[str, ...]
+    weight: Floats
+    bias: Floats
+    n_embd: int
+    threshold: float = 0.5
+    defer_rates: tuple[float, ...] = ()
+    thresholds: tuple[float, ...] = ()
+    name: str = "switch"
+    info: dict[str, str] = field(default_factory=dict)  # free notes, e.g. how it was trained
+
+    def __post_init__(self) -> None:
+        unknown = [f for f in self.features if f != HIDDEN and f not in readout.FEATURES]
+        if unknown or len(set(self.features)) != len(self.features):
+            known = ", ".join((HIDDEN, *readout.FEATURES))
+            raise SwitchError(
+                f"{self.name}: features {list(self.features)}; expected some of {known}, each once"
+            )
+        columns = sum(self.n_embd if f == HIDDEN else 1 for f in self.features)
+        if self.weight.shape != (len(self.bias), columns):
+            raise SwitchError(
+                f"{self.name}: switch.weight has shape {self.weight.shape}, expected "
+                f"({len(self.bias)}, {columns}) for its features"
+            )
+        numbers = (self.weight, self.bias, self.threshold, self.defer_rates, self.thresholds)
+        if not all(np.isfinite(np.asarray(x)).all() for x in numbers):
+            raise SwitchError(f"{self.name}: holds NaN or infinite numbers; train it again")
+        if not 0 <= self.threshold <= 1:
+            raise SwitchError(f"{self.name}: its threshold is {self.threshold}, expected 0 to 1")
+        rates, thresholds = self.defer_rates, self.thresholds
+        if list(rates) != sorted(rates) or list(thresholds) != sorted(thresholds, reverse=True):
+            raise SwitchError(
+                f"{self.name}: its calibration is out of order; expected rising defer rates and "
+                "falling thresholds"
+            )
+        if len(self.defer_rates) != len(self.thresholds):
+            raise SwitchError(
+                f"{self.name}: calibration has {len(self.defer_rates)} defer rates but "
+                f"{len(self.thresholds)} thresholds"
+            )
+
+    @property
+    def needs_hidden(self) -> bool:
+        return HIDDEN in self.features
+
+    def columns(self) -> tuple[Floats | None, Floats]:
+        """Return the weights in the native order: hidden (n_experts, n_embd) or None, and logit
+        features (n_experts, 8) with zeros where the switch has no such feature."""
+        hidden: Floats | None = None
+        logit = np.zeros((len(self.bias), N_LOGIT), np.float32)
+        at = 0
+        for name in self.features:
+            if name == HIDDEN:
+                hidden = np.ascontiguousarray(self.weight[:, at : at + self.n_embd])
+                at += self.n_embd
+            else:
+                logit[:, readout.FEATURES.index(name)] = self.weight[:, at]
+                at += 1
+        return hidden, logit
+
+    def reader(self, base: Base, n_choose: int) -> Reader:
+        """Return the function that reads p_defer off a base's state.
+
+        Raises MismatchError when the base is of another width, or the switch for several experts.
+        """
+        if self.needs_hidden and self.n_embd != base.n_embd:
+            raise MismatchError(
+                f"{self.name} reads a hidden state of {self.n_embd} numbers, the base has "
+                f"{base.n_embd}; use the base that the switch was trained for"
+            )
+        if len(self.bias) != 1:
+            raise MismatchError(
+                f"{self.name} chooses among {len(self.bias)} experts; expected a switch for one"
+            )
+        w_hidden, w_logit = self.columns()
+        bias, out = self.bias, np.empty(N_LOGIT + 1, np.float32)
+        read_native, wants_hidden = readout.read, w_hidden is not None
+
+        def read(logits: Floats, hidden: Floats) -> tuple[float, int, float]:
+            choice, logsumexp = read_native(
+                logits, hidden if wants_hidden else None, w_hidden, w_logit, bias, out, n_choose, -1
+            )
+            return sigmoid(float(out[N_LOGIT])), choice, logsumexp
+
+        return read
+
+    def threshold_for(self, defer_rate: float) -> float:
+        """Return the threshold that defers about so many of the tokens.
+
+        Raises SwitchError when the switch has no calibration.
+        """
+        if not self.defer_rates:
+            raise SwitchError(f"{self.name} has no calibration for defer rates; give --threshold")
+        return float(np.interp(defer_rate, self.defer_rates, self.thresholds))
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the switch as GGUF, through a temporary file. Raises SwitchError when it cannot."""
+        from gguf import GGUFWriter
+
+        target = Path(path)
+        try:
+            handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
+            os.close(handle)
+        except OSError as e:
+            raise SwitchError(f"{target}: cannot write the switch: {e.strerror or e}") from e
+        temporary = Path(name)
+        writer = GGUFWriter(name, ARCHITECTURE)
+        writer.add_uint32("colm.switch.version", VERSION)
+        writer.add_array("colm.switch.features", list(self.features))
+        writer.add_uint32("colm.switch.n_embd", self.n_embd)
+        writer.add_uint32("colm.switch.n_experts", len(self.bias))
+        writer.add_float32("colm.switch.threshold", self.threshold)
+        if self.defer_rates:  # GGUF has no empty arrays
+            writer.add_array("colm.switch.calibration.defer_rates", list(self.defer_rates))
+            writer.add_array("colm.switch.calibration.thresholds", list(self.thresholds))
+        for key, value in self.info.items():
+            writer.add_string(f"colm.switch.{key}", value)
+        writer.add_tensor("switch.weight", np.ascontiguousarray(self.weight, np.float32))
+        writer.add_tensor("switch.bias", np.ascontiguousarray(self.bias, np.float32))
+        try:
+            writer.write_header_to_file()
+            writer.write_kv_data_to_file()
+            writer.write_tensors_to_file()
+            writer.close()
+            temporary.chmod(0o666 & ~_umask())  # mkstemp's files are private
+            os.replace(temporary, target)
+        except OSError as e:
+            with suppress(OSError):
+                writer.close()
+                temporary.unlink()
+            raise SwitchError(f"{target}: cannot write the switch: {e.strerror or e}") from e
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Switch:
+        """Read a switch file. Raises SwitchError when it is missing or broken."""
+        from gguf import GGUFReader
+
+        try:
+            with open(path, "rb") as file:
+                magic = file.read(4)
+        except OSError as e:
+            raise SwitchError(f"{path}: {e.strerror or e}; expected a switch file") from e
+        if magic != b"GGUF":
+            raise SwitchError(f"{path}: not a GGUF file, so not a switch")
+        try:
+            reader = GGUFReader(path)
+            keys = {key: f.contents() for key, f in reader.fields.items()}
+            # GGUFReader maps the file; copies let it go.
+            tensors = {t.name: np.array(t.data, np.float32) for t in reader.tensors}
+        except Exception as e:  # gguf raises whatever it stumbles over
+            raise SwitchError(f"{path}: a broken or truncated GGUF file ({e})") from e
+        architecture = keys.get("general.architecture")
+        if architecture != ARCHITECTURE:
+            raise SwitchError(
+                f"{path}: its architecture is {architecture!r}, expected {ARCHITECTURE!r}: "
+                "this is a model, not a switch"
+            )
+        try:
+            version = int(keys["colm.switch.version"])
+            if version != VERSION:
+                raise SwitchError(
+                    f"{path}: switch version {version}, this colm-edge reads {VERSION}; update it"
+                )
+            bias = tensors["switch.bias"].reshape(-1)
+            experts = int(keys["colm.switch.n_experts"])
+            if len(bias) != experts:
+                raise SwitchError(f"{path}: switch.bias is for {len(bias)}, not {experts} experts")
+            return cls(
+                features=tuple(keys["colm.switch.features"]),
+                weight=tensors["switch.weight"].reshape(experts, -1),
+                bias=bias,
+                n_embd=int(keys["colm.switch.n_embd"]),
+                threshold=float(keys["colm.switch.threshold"]),
+                defer_rates=_floats(keys.get("colm.switch.calibration.defer_rates", [])),
+                thresholds=_floats(keys.get("colm.switch.calibration.thresholds", [])),
+                name=str(path),
+            )
+        except KeyError as e:
+            raise SwitchError(f"{path}: the switch lacks {e.args[0]}; train it again") from e
+        except (TypeError, ValueError) as e:
+            raise SwitchError(f"{path}: a key or tensor is not as it must be ({e})") from e
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _floats(values: Any) -> tuple[float, ...]:
+    return tuple(float(v) for v in values)

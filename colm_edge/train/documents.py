@@ -1,0 +1,267 @@
+"""Data lines: a JSONL file of prompts with completions, conversations or texts, as token ids."""
+
+from __future__ import annotations
+
+import json
+import os
+from array import array
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from hashlib import blake2b
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, overload
+
+import numpy as np
+import numpy.typing as npt
+
+from colm_edge.errors import DataError, PromptError
+
+if TYPE_CHECKING:
+    from colm_edge.pair import Pair
+
+
+Row = tuple[int, dict[str, Any]]  # the line's number and its object
+Tokens = npt.NDArray[np.int32]
+Ints = npt.NDArray[np.int64]
+TOKENS_FILE = "tokens.i32"
+
+
+@dataclass(frozen=True)
+class Document:
+    """Token ids, of which those from `start` on are scored; `line` is where they came from."""
+
+    tokens: list[int]
+    start: int
+    line: int
+
+
+@dataclass(frozen=True, eq=False)
+class Documents(Sequence[Document]):
+    """Documents as arrays: the token ids of all in one, and three numbers for each.
+
+    tokens: (n_tokens,), mapped from a file where there is a work folder. lengths, starts, lines:
+    (n,) each. n_cut documents were longer than the context of n_ctx tokens; n_dropped had no token
+    left to score, and are not among the n.
+    """
+
+    tokens: Tokens
+    lengths: Ints
+    starts: Ints
+    lines: Ints
+    n_ctx: int = 0
+    n_cut: int = 0
+    n_dropped: int = 0
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    @overload
+    def __getitem__(self, index: int) -> Document: ...
+    @overload
+    def __getitem__(self, index: slice) -> Documents: ...
+    def __getitem__(self, index: int | slice) -> Document | Documents:
+        if isinstance(index, slice):
+            chosen = range(len(self))[index]
+            parts = [self.span(i) for i in chosen]
+            tokens = np.concatenate([np.empty(0, np.int32), *parts])
+            columns = (self.lengths[index], self.starts[index], self.lines[index])
+            return Documents(tokens, *columns, self.n_ctx)
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"document {index} of {len(self)}")
+        index %= len(self)
+        return Document(self.span(index).tolist(), int(self.starts[index]), int(self.lines[index]))
+
+    @property
+    def n_tokens(self) -> int:
+        return len(self.tokens)
+
+    @property
+    def n_scored(self) -> int:
+        """Tokens that are scored, the rows of `Scores`."""
+        return int(self.counts.sum())
+
+    @cached_property
+    def counts(self) -> Ints:
+        """How many tokens of each document are scored, (n,)."""
+        return self.lengths - self.starts
+
+    @cached_property
+    def offsets(self) -> Ints:
+        """Where each document's tokens begin, and where the last one's end, (n + 1,)."""
+        return np.concatenate(([0], np.cumsum(self.lengths)))
+
+    @cached_property
+    def rows(self) -> Ints:
+        """Where each document's scored tokens begin among all scored ones, (n + 1,)."""
+        return np.concatenate(([0], np.cumsum(self.counts)))
+
+    def span(self, index: int) -> Tokens:
+        """Return one document's token ids, a view."""
+        return self.tokens[self.offsets[index] : self.offsets[index + 1]]
+
+    def scored(self, first: int, last: int) -> Tokens:
+        """Return the scored tokens of the documents from `first` to before `last`."""
+        # Each row's place among all tokens: its own number, less the rows and plus the tokens
+        # that stand before its document's.
+        shift = self.offsets[first:last] + self.starts[first:last] - self.rows[first:last]
+        rows = np.arange(self.rows[first], self.rows[last])
+        chosen: Tokens = self.tokens[rows + np.repeat(shift, self.counts[first:last])]
+        return chosen
+
+    def key(self, index: int) -> int:
+        """Return 64 bits that tell a document by its tokens and start, wherever it stands."""
+        digest = blake2b(self.span(index).tobytes(), digest_size=8)
+        digest.update(int(self.starts[index]).to_bytes(8, "little"))
+        return int.from_bytes(digest.digest(), "little")
+
+    @cached_property
+    def keys(self) -> npt.NDArray[np.uint64]:
+        """Every document's key, (n,)."""
+        return np.fromiter((self.key(i) for i in range(len(self))), np.uint64, len(self))
+
+    @property
+    def cut_note(self) -> str:
+        """What a user should know of documents that did not fit; empty where all did."""
+        notes = []
+        if self.n_cut:
+            notes.append(
+                f"{self.n_cut} longer than the context of {self.n_ctx} tokens and cut there (-c)"
+            )
+        if self.n_dropped:
+            notes.append(f"{self.n_dropped} without a token left to score and left out")
+        return f"documents: {len(self)}; {'; '.join(notes)}" if notes else ""
+
+
+def read_rows(path: str | os.PathLike[str]) -> Iterator[Row]:
+    """Yield a JSONL file's objects. Raises DataError with the number of a bad line."""
+    try:
+        with open(path, "rb") as file:
+            for number, line in enumerate(file, 1):
+                if not line.strip():
+                    continue
+                try:
+                    row = json.loads(line)
+                except (ValueError, RecursionError) as e:
+                    raise DataError(f"{path}, line {number}: not JSON ({e})") from e
+                if not isinstance(row, dict):
+                    kind = type(row).__name__
+                    raise DataError(f"{path}, line {number}: expected a JSON object, got {kind}")
+                yield number, row
+    except OSError as e:
+        raise DataError(f"{path}: {e.strerror or e}; expected a JSONL file") from e
+
+
+def tokenized(
+    rows: Iterable[Row], pair: Pair, *, raw: bool = False, work: Path | None = None
+) -> Documents:
+    """Return rows as token ids, prompts as `run` would write them.
+
+    Documents longer than the context are cut at a token and counted. work: a folder that keeps the
+    token ids in a file, so that memory holds 24 bytes a document and nothing for a token.
+    Raises DataError with the number of a line that cannot be scored, or when there is none that
+    can.
+    """
+    if work is None:
+        tokens = array("i")
+        counts = _collect(rows, pair, raw, tokens.extend)
+        return _checked(Documents(np.frombuffer(tokens, np.int32), *counts))
+    path = work / TOKENS_FILE
+    temporary = path.with_suffix(".tmp")
+    try:
+        work.mkdir(parents=True, exist_ok=True)
+        with temporary.open("wb") as file:
+            counts = _collect(rows, pair, raw, lambda new: file.write(array("i", new)))
+        if not temporary.stat().st_size:  # nothing to map
+            return _checked(Documents(np.empty(0, np.int32), *counts))
+        os.replace(temporary, path)
+        return _checked(Documents(np.memmap(path, np.int32, "r"), *counts))
+    except OSError as e:
+        raise DataError(f"{work}: cannot keep the token ids there: {e.strerror or e}") from e
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _collect(
+    rows: Iterable[Row], pair: Pair, raw: bool, keep: Callable[[list[int]], object]
+) -> tuple[Ints, Ints, Ints, int, int, int]:
+    """Hand the tokens on, document by document; return what Documents holds beside them."""
+    lengths, starts, lines = array("q"), array("q"), array("q")
+    n_cut = n_dropped = 0
+    for number, row in rows:
+        try:
+            for document in _documents(row, pair, raw, number):
+                tokens = document.tokens[: pair.n_ctx]
+                n_cut += len(document.tokens) > len(tokens)
+                if document.start >= len(tokens):
+                    n_dropped += 1
+                    continue
+                keep(tokens)
+                lengths.append(len(tokens))
+                starts.append(document.start)
+                lines.append(number)
+        except (ValueError, PromptError) as e:
+            raise DataError(f"line {number}: {e}") from e
+    small = [np.frombuffer(column, np.int64) for column in (lengths, starts, lines)]
+    return small[0], small[1], small[2], pair.n_ctx, n_cut, n_dropped
+
+
+def _checked(documents: Documents) -> Documents:
+    if len(documents):
+        return documents
+    if documents.n_dropped:
+        raise DataError(
+            f"of {documents.n_dropped} documents none has a token to score in a context of "
+            f"{documents.n_ctx} tokens: raise -c, or give texts of two tokens or more"
+        )
+    raise DataError("the data has no documents; expected one JSON object a line")
+
+
+def _documents(row: dict[str, Any], pair: Pair, raw: bool, line: int) -> Iterator[Document]:
+    if "text" in row:
+        tokens = pair.base.tokenize(_text(row, "text"))
+        # Nothing stands before the first token to predict it from.
+        yield _document(tokens, 1, pair, line)
+        return
+    if "messages" in row:
+        messages = row["messages"]
+        if not isinstance(messages, list) or not all(isinstance(m, dict) for m in messages):
+            raise ValueError("messages must be a list of objects with role and content")
+        turns = [i for i, m in enumerate(messages) if m.get("role") == "assistant"]
+        if not turns or turns[0] == 0:
+            raise ValueError("messages must hold an assistant's turn after another's")
+    elif "prompt" in row and "completion" in row:
+        messages = [
+            {"role": "user", "content": _text(row, "prompt")},
+            {"role": "assistant", "content": _text(row, "completion")},
+        ]
+        turns = [1]
+    else:
+        raise ValueError("expected prompt and completion, or messages, or text")
+    for i in turns:
+        prompt = pair.prompt_tokens(messages[:i], raw=raw)
+        if not prompt:
+            raise ValueError("the prompt has no tokens")
+        completion = pair.base.tokenize(_text(messages[i], "content"), special=False, bos=False)
+        if not completion:
+            raise ValueError("the completion is empty")
+        # The end of the turn is learnt too, where both models have a token for it.
+        end = pair.base.end_token
+        ends = [end] if 0 <= end < pair.n_shared else []
+        yield _document([*prompt, *completion, *ends], len(prompt), pair, line)
+
+
+def _document(tokens: list[int], start: int, pair: Pair, line: int) -> Document:
+    alone = [token for token in tokens if token >= pair.n_shared]
+    if alone:
+        raise ValueError(
+            f"{pair.base.token_text(alone[0])!r} is a token of the base alone; leave it out"
+        )
+    return Document(tokens, start, line)
+
+
+def _text(row: dict[str, Any], key: str) -> str:
+    value = row.get(key)
+    if not isinstance(value, str) or not value.strip():
+        raise ValueError(f"{key} must be a text that is not empty")
+    return value

@@ -1,0 +1,385 @@
+"""The command line as a user meets it: outputs whole, errors in one line, a chat in a terminal."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import select
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+
+from colm_edge.cli import main
+from colm_edge.switch.file import Switch
+
+posix_only = pytest.mark.skipif(os.name == "nt", reason="needs a POSIX terminal")
+
+
+def invoke(*args: str, **kwargs):
+    return CliRunner().invoke(main, [str(a) for a in args], **kwargs)
+
+
+def models_of(tiny) -> list[str]:
+    return ["-m", tiny["base"], "-me", tiny["expert"], "-t", "1"]
+
+
+def test_run_prints_the_answer_and_a_summary(tiny):
+    result = invoke("run", "hello", *models_of(tiny), "-sw", "margin", "--temp", "0", "-n", "9")
+    assert result.exit_code == 0
+    assert "\x1b[" not in result.stdout  # piped: no colour
+    assert re.fullmatch(
+        r"(measuring \w+\.gguf on this machine, once …\n){0,2}"
+        r"9 tokens, \d+% deferred, \d+ expert calls? \(\d+ tokens\); tok/s: "
+        r"base [\d,]+, expert [\d,-]+, overall [\d,]+\n",
+        result.stderr,
+    )
+
+
+def test_the_prompt_comes_from_any_of_three_places(tiny):
+    options = [*models_of(tiny), "--temp", "0", "-n", "9"]
+    texts = {
+        invoke("run", "hello you", *options).stdout,
+        invoke("run", *options, "hello", "you").stdout,
+        invoke("run", "-p", "hello you", *options).stdout,
+        invoke("run", *options, input="hello you").stdout,
+    }
+    assert len(texts) == 1
+    assert invoke("run", "a", "-p", "b", *options).exit_code == 2
+
+
+def test_without_a_switch_one_line_says_margin(tiny):
+    result = invoke("run", "hello", *models_of(tiny), "-n", "1")
+    assert "using margin, an untrained rule" in result.stderr.splitlines()[0]
+
+
+def test_json_has_the_documented_shape(tiny):
+    result = invoke("run", "hello", *models_of(tiny), "--temp", "0", "-n", "9", "--json",
+                    "--threshold", "0.5")  # fmt: skip
+    answer = json.loads(result.stdout)
+    assert set(answer) == {
+        "model", "expert", "switch", "threshold", "prompt_tokens", "text", "finish_reason",
+        "tokens", "stats",
+    }  # fmt: skip
+    assert set(answer["stats"]) == {
+        "n_prompt", "n_generated", "n_deferred", "defer_rate", "base_tokens", "expert_calls",
+        "expert_tokens", "expert_failures",
+        "base_seconds", "expert_seconds", "expert_load_seconds", "total_seconds",
+        "tokens_per_second",
+    }  # fmt: skip
+    assert all(set(t) == {"id", "text", "source", "p_defer"} for t in answer["tokens"])
+    assert "".join(t["text"] for t in answer["tokens"]) == answer["text"]
+    assert answer["switch"] == "margin"
+    assert answer["finish_reason"] == "length"
+    assert answer["stats"]["n_generated"] == len(answer["tokens"]) == 9
+    deferred = sum(t["source"] == "expert" for t in answer["tokens"])
+    assert answer["stats"]["n_deferred"] == deferred
+    assert all((t["p_defer"] > 0.5) == (t["source"] == "expert") for t in answer["tokens"])
+
+
+def test_errors_are_one_line_and_exit_1(tiny, tmp_path):
+    content = Path(tiny["expert"]).read_bytes()
+    (tmp_path / "half.gguf").write_bytes(content[: len(content) // 2])
+    (tmp_path / "text.gguf").write_text("not a model")
+    zeros, one = np.zeros((1, 48), np.float32), np.zeros(1, np.float32)
+    Switch(("hidden",), zeros, one, 48).save(tmp_path / "narrow.gguf")
+    good = tmp_path / "good.gguf"
+    Switch(("p1",), np.ones((1, 1), np.float32), one, 64).save(good)
+    poisoned = good.read_bytes()[:-64] + np.full(16, np.nan, np.float32).tobytes()
+    (tmp_path / "nan.gguf").write_bytes(poisoned)
+    base, expert = tiny["base"], tiny["expert"]
+    data = tmp_path / "data.jsonl"
+    data.write_text('{"prompt": "a", "completion": "b"}\n' * 6)
+    cases = [
+        (["run", "hi", "-m", base, "-me", tmp_path / "no.gguf"], "No such file"),
+        (["run", "hi", "-m", base, "-me", tmp_path / "half.gguf"], "not within the file bounds"),
+        (["run", "hi", "-m", tmp_path / "text.gguf", "-me", expert], "not a GGUF file"),
+        (["run", "hi", "-m", base, "-me", expert, "-sw", tmp_path / "narrow.gguf"], "48 numbers"),
+        (["run", "hi", "-m", base, "-me", expert, "-sw", tmp_path / "nan.gguf"], "NaN"),
+        (["run", "hi", "-m", base, "-me", expert, "-sw", base], "a model, not a switch"),
+        (["run", "hi", "-m", base, "-me", tiny["foreign"]], "vocabularies .* differ"),
+        (["run", "hi", "-m", base, "-me", tiny["recurrent"]], "recurrent model cannot drop"),
+        (["run", "hi " * 40, "-m", base, "-me", expert, "-c", "32"], "the context holds 32"),
+        (["run", "", "-m", base, "-me", expert], "the prompt is empty"),
+        (["run", "hi", "-m", base], "-m without -me"),
+        (["run", "hi", "-m", base, "-me", expert, "--defer-rate", "0.5"], "no calibration"),
+        (["train", "--data", data, "-m", base, "-me", expert, "--outfile", tmp_path / "no" / "s"],
+         "no such folder"),
+        (["train", "--data", data, "-m", base, "-me", expert, "--outfile", tmp_path], "a folder"),
+        (["train", "--data", tmp_path / "no", "-m", base, "-me", expert, "--outfile",
+          tmp_path / "s"], "No such file"),
+    ]  # fmt: skip
+    for args, words in cases:
+        result = invoke(*args)
+        last = result.stderr.splitlines()[-1]
+        assert result.exit_code == 1, (args, result.output)
+        assert last.startswith("Error: "), (args, result.stderr)
+        assert re.search(words, last), (args, last)
+        assert result.stdout == ""
+        assert sum(line.startswith("Error") for line in result.stderr.splitlines()) == 1
+
+
+def test_odd_surroundings_are_no_traceback(tiny):
+    """No standard input, bytes that are no text, an encoding that lacks the answer's characters,
+    an implementation that does not exist."""
+    command = [sys.executable, "-P", "-m", "colm_edge", "run", *models_of(tiny), "-n", "20"]
+    cases = [
+        ({"stdin": subprocess.DEVNULL}, {}, 1, "Error: the prompt is empty"),
+        ({"input": b"caf\xe9 and more"}, {}, 0, "tok/s"),
+        ({"input": b"hello"}, {"PYTHONIOENCODING": "ascii"}, 0, "tok/s"),
+        ({"input": b"hello"}, {"COLM_EDGE_NATIVE": "abacus"}, 1, "Error: COLM_EDGE_NATIVE: exp"),
+    ]
+    for source, environment, code, words in cases:
+        result = subprocess.run(
+            command, env={**os.environ, **environment}, capture_output=True, check=False, **source
+        )
+        assert result.returncode == code, result.stderr
+        last = result.stderr.decode(errors="replace").splitlines()[-1]
+        assert words in last
+        assert last.startswith("Error: ") == (code == 1)
+
+
+def test_wrong_usage_exits_2():
+    for args in (["run", "--threshold", "7", "x"], ["run", "--nonsense"], ["train"], ["walk"]):
+        assert invoke(*args).exit_code == 2
+
+
+def test_every_command_has_help():
+    assert invoke("-h").exit_code == 0
+    for name in main.commands:
+        result = invoke(name, "-h")
+        assert result.exit_code == 0
+        assert main.commands[name].help
+
+
+def test_train_writes_a_switch_that_runs(tiny, tmp_path):
+    data = tmp_path / "data.jsonl"
+    lines = [{"prompt": f"p{i}", "completion": f"c{i} and more"} for i in range(10)]
+    data.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    switch = tmp_path / "s.gguf"
+    result = invoke("train", "--data", data, "--outfile", switch, *models_of(tiny))
+    assert result.exit_code == 0, result.output
+    report = json.loads(result.stdout.splitlines()[-1])
+    assert {"nll_base", "nll_expert", "nll_joint", "n_train", "n_valid", "threshold"} <= set(report)
+    assert Switch.load(switch).features[0] == "hidden"
+    run = invoke("run", "hello", *models_of(tiny), "-sw", switch, "--defer-rate", "0.5", "-n", "5")
+    assert run.exit_code == 0
+
+
+def test_expert_scores_come_from_elsewhere(tiny, tmp_path):
+    """`score` where the expert is, `train` where it is not: the same switch."""
+    data = tmp_path / "data.jsonl"
+    lines = [{"prompt": f"p{i}", "completion": f"c{i} and more"} for i in range(10)]
+    data.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    scores, switches = tmp_path / "scores.npz", [tmp_path / "a.gguf", tmp_path / "b.gguf"]
+    result = invoke("score", "--data", data, "--outfile", scores, *models_of(tiny))
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["n_documents"] == 10
+    invoke("train", "--data", data, "--outfile", switches[0], *models_of(tiny))
+    apart = ["train", "--data", data, "--outfile", switches[1], "--expert-scores", scores]
+    result = invoke(*apart, "-m", tiny["base"], "-t", "1")
+    assert result.exit_code == 0, result.output
+    one, other = (Switch.load(path) for path in switches)
+    assert np.array_equal(one.weight, other.weight)
+    data.write_text("".join(json.dumps(line) + "\n" for line in lines[1:]))
+    result = invoke(*apart, "-m", tiny["base"], "-t", "1")
+    assert result.exit_code == 1
+    assert "holds scores of other data" in result.stderr.splitlines()[-1]
+
+
+def test_help_and_import_load_nothing_heavy():
+    heavy = ["numpy", "llama_cpp", "onnxruntime", "matplotlib", "torch", "starlette"]
+    code = (
+        "import sys, colm_edge\nfrom click.testing import CliRunner\n"
+        "from colm_edge.cli import main\n"
+        "assert CliRunner().invoke(main, ['run', '-h']).exit_code == 0\n"
+        f"print([m for m in {heavy!r} if m in sys.modules])"
+    )
+    result = subprocess.run(
+        [sys.executable, "-P", "-c", code], capture_output=True, text=True, check=False
+    )
+    assert result.stdout.strip() == "[]", result.stderr
+
+
+class Terminal:
+    """`colm-edge run` on a pseudo-terminal; `expect` reads on until a text appears."""
+
+    # A job in the background hands an ignored SIGINT down to its children.
+    START = (
+        "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "from colm_edge.cli import main; main(sys.argv[1:])"
+    )
+
+    def __init__(self, *args: str) -> None:
+        import pty
+
+        self.master, slave = pty.openpty()
+        self.process = subprocess.Popen(
+            [sys.executable, "-P", "-c", self.START, "run", *args],
+            stdin=slave, stdout=slave, stderr=slave, close_fds=True, start_new_session=True,
+            env={**os.environ, "TERM": "xterm"},
+        )  # fmt: skip
+        os.close(slave)
+        self.text = ""
+
+    def expect(self, pattern: str, again: Callable[[], object] | None = None) -> str:
+        """Read until the pattern appears; do `again` every second until then."""
+        deadline = time.monotonic() + 60
+        while not (found := re.search(pattern, self.text)):
+            wait = deadline - time.monotonic()
+            assert wait > 0, f"waited for {pattern!r}, got {self.text[-500:]!r}"
+            if again is not None:
+                again()
+                wait = min(wait, 1.0)
+            if select.select([self.master], [], [], wait)[0]:
+                self.text += os.read(self.master, 65536).decode("utf-8", "replace")
+        before, self.text = self.text[: found.end()], self.text[found.end() :]
+        return before
+
+    def interrupt(self) -> None:
+        os.kill(self.process.pid, signal.SIGINT)
+
+    def send(self, text: str) -> None:
+        os.write(self.master, text.encode())
+
+    def close(self) -> None:
+        self.process.kill()
+        self.process.wait()
+        os.close(self.master)
+
+
+@posix_only
+def test_a_chat_in_a_terminal(tiny):
+    terminal = Terminal(*models_of(tiny), "-sw", "margin", "--temp", "0", "-n", "30")
+    try:
+        terminal.expect(">>> ")
+        terminal.send("/help\n")
+        assert "/regen" in terminal.expect(">>> ")
+        terminal.send("/set threshold 0\n")
+        terminal.expect(">>> ")
+        terminal.send("hello\n")
+        answer = terminal.expect("100% deferred")
+        assert "\x1b[36m\x1b[4m" in answer  # coloured and underlined
+        terminal.expect(">>> ")
+        terminal.send("/set threshold 1\n")
+        terminal.expect(">>> ")
+        terminal.send("/regen\n")
+        assert "\x1b[36m" not in terminal.expect("0% deferred")
+        terminal.expect(">>> ")
+        terminal.send("/set colour red\n")
+        terminal.expect("Error: no setting colour")
+        terminal.send("/set temperature warm\n")
+        terminal.expect("Error: temperature is 'warm'")
+        terminal.send("/dance\n")
+        terminal.expect("Error: no command /dance")
+        terminal.expect(">>> ")
+        terminal.send('"""two\nlines"""\n')
+        terminal.expect("deferred")
+        terminal.expect(">>> ")
+        terminal.send("/bye\n")
+        assert terminal.process.wait(timeout=60) == 0
+    finally:
+        terminal.close()
+
+
+@posix_only
+def test_a_long_chat_forgets_its_oldest_turns(tiny):
+    endless = tiny["endless"]
+    terminal = Terminal(
+        "-m", endless, "-me", endless, "-t", "1", "--temp", "0", "-c", "64", "-n", "9"
+    )
+    try:
+        terminal.expect(">>> ")
+        for _ in range(8):
+            terminal.send("hello\n")
+            seen = terminal.expect(">>> ")
+            assert "Error" not in seen
+            assert "deferred" in seen
+        assert "turn(s) forgotten" in seen
+        terminal.send("/set threshold 0.25\n")
+        assert "threshold 0.25" in terminal.expect(">>> ")
+        terminal.send("/set threshold\n")
+        assert "threshold 0.5" in terminal.expect(">>> ")
+    finally:
+        terminal.close()
+
+
+@posix_only
+def test_ctrl_c_stops_the_answer_and_not_the_program(tiny):
+    endless = tiny["endless"]
+    # One token takes well under a millisecond: this context is not full for half a minute.
+    terminal = Terminal("-m", endless, "-me", endless, "-t", "1", "--temp", "0", "-c", "100000")
+    try:
+        terminal.expect(">>> ")
+        terminal.send("hello\n")
+        terminal.expect("(?s)hello\r\n.{200}")  # the answer is under way
+        terminal.interrupt()
+        terminal.expect(r"\(stopped\)")
+        terminal.expect("deferred")
+        terminal.expect(">>> ")
+        # A signal just before readline waits is seen only with the next key or signal.
+        terminal.expect("Use Ctrl-D or /bye to leave", again=terminal.interrupt)
+        terminal.expect(">>> ")
+        terminal.send("\x04")
+        assert terminal.process.wait(timeout=60) == 0
+    finally:
+        terminal.close()
+
+
+def test_the_version_tells_of_llama_cpp_and_the_devices():
+    out = invoke("--version").stdout
+    assert re.search(r"^colm-edge \d+\.\d+\.\d+, the switch read by \w+$", out, re.MULTILINE)
+    assert re.search(r"^llama-cpp-python \d.*CPU", out, re.MULTILINE)
+    assert re.search(r"^device CPU: .+$", out, re.MULTILINE)
+
+
+OFFLINE = """
+import sys
+from colm_edge.cli import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_offline_works_without_any_network():
+    """In a network namespace of its own, which has no interface but a loopback that is down."""
+    if (
+        shutil.which("unshare") is None
+        or subprocess.run(["unshare", "-rn", "true"], capture_output=True, check=False).returncode
+    ):
+        pytest.skip("needs unshare -rn (Linux, and the right to it)")
+
+    def run(*args: str) -> subprocess.CompletedProcess[str]:
+        command = ["unshare", "-rn", sys.executable, "-c", OFFLINE, *args]
+        return subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+
+    done = run("run", "--offline", "--temp", "0", "What is the symbol of tungsten?")
+    assert done.returncode == 0, done.stderr
+    assert "W" in done.stdout
+    done = run("run", "--offline", "--pair", "smollm2", "hello")
+    assert done.returncode == 1
+    assert "nothing is downloaded offline" in done.stderr
+
+
+@pytest.mark.parametrize(("flags", "expected"), [([], None), (["--overlap"], True),
+                                                  (["--no-overlap"], False)])  # fmt: skip
+def test_overlap_can_be_asked_for_and_refused(tiny, monkeypatch, flags, expected):
+    from colm_edge import pair
+
+    seen = []
+    load = pair.load
+
+    def spy(*args, **options):
+        seen.append(options.get("overlap"))
+        return load(*args, **options)
+
+    monkeypatch.setattr(pair, "load", spy)
+    assert invoke("run", "hello", *models_of(tiny), "-n", "2", *flags).exit_code == 0
+    assert seen == [expected]

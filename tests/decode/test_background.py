@@ -1,0 +1,104 @@
+"""An expert on a thread of its own: the same text, and nothing evaluated twice."""
+
+from __future__ import annotations
+
+import threading
+from array import array
+
+import pytest
+
+from colm_edge.decode.background import MIN_GAP, Background
+from colm_edge.errors import ModelError
+from colm_edge.llama.context import ContextOptions
+from colm_edge.llama.model import Model
+from colm_edge.llama.session import Session
+from colm_edge.pair import load
+
+PROMPT = "hello world, this is a prompt of more tokens than a gap"
+
+
+def answers(tiny, **options):
+    with load(tiny["base"], tiny["expert"], "margin", n_threads=1, n_ctx=256, **options) as pair:
+        settings = {"temperature": 0.0, "max_tokens": 60, "threshold": 0.6}
+        return [
+            [(s.token, s.source) for s in pair.generate(prompt, **settings).steps]
+            for prompt in (PROMPT, "another " + PROMPT, PROMPT)
+        ]
+
+
+def test_the_text_is_the_same(tiny):
+    assert answers(tiny, overlap=True) == answers(tiny, overlap=False)
+
+
+@pytest.fixture
+def session(tiny):
+    model = Model(tiny["expert"])
+    session = Session(model, ContextOptions(n_ctx=256, n_threads=1))
+    yield session
+    session.close()
+    model.close()
+
+
+def test_it_catches_up_once_loaded_and_only_with_long_gaps(session):
+    expert = Background(session)
+    tokens = session.model.tokenize(PROMPT * 3)
+    assert len(tokens) > 3 * MIN_GAP
+    expert.follow(array("i", tokens))
+    expert.wait()
+    assert not session.created  # nobody has asked it yet
+    expert.sync(tokens[:5])
+    expert.follow(array("i", tokens[: 5 + MIN_GAP - 1]))
+    expert.wait()
+    assert session.n_evaluated == 5
+    expert.follow(array("i", tokens[: 5 + MIN_GAP]))
+    expert.wait()
+    assert session.n_evaluated == 5 + MIN_GAP
+    assert expert.n_evaluated == 5  # it counts when it is made use of
+    expert.sync(tokens)
+    assert expert.n_evaluated == session.n_evaluated == len(tokens)
+    assert session.n_calls == expert.n_calls == 3
+    expert.close()
+
+
+def test_the_base_goes_on_meanwhile(session, monkeypatch):
+    """`follow` returns while the catch-up is under way; a second one waits for its turn."""
+    expert = Background(session)
+    expert.sync([1])
+    begun, may_end = threading.Event(), threading.Event()
+    sync = session.sync
+
+    def slow(tokens):
+        begun.set()
+        assert may_end.wait(30)
+        return sync(tokens)
+
+    monkeypatch.setattr(session, "sync", slow)
+    expert.follow(array("i", range(1, 40)))
+    assert begun.wait(30)
+    expert.follow(array("i", range(1, 60)))  # returns at once, begins nothing
+    monkeypatch.undo()
+    may_end.set()
+    expert.wait()
+    assert session.n_evaluated == 39
+    expert.close()
+
+
+def test_what_goes_wrong_there_is_raised_here(session, monkeypatch):
+    expert = Background(session)
+    expert.sync([1])
+
+    def broken(tokens):
+        raise ModelError("out of order")
+
+    monkeypatch.setattr(session, "sync", broken)
+    expert.follow(array("i", range(1, 40)))
+    with pytest.raises(ModelError, match="out of order"):
+        expert.sync([1, 2])
+    monkeypatch.undo()
+    assert expert.sync([1, 2]) == 1
+    expert.close()
+
+
+def test_it_is_off_where_both_want_the_same_cores(tiny):
+    with load(tiny["base"], tiny["expert"], "margin") as pair:
+        assert pair.background is None

@@ -1,0 +1,365 @@
+"""The fast schedule writes the sequential loop's text, whatever its planner bets on."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+from conftest import N_VOCAB, Scripted
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_loop import END, reader, writer
+
+from colm_edge.bench.replay import Process, replay
+from colm_edge.decode.fast import FastDecoder
+from colm_edge.decode.loop import Decoder
+from colm_edge.decode.planner import MAX_DRAFT, Planner
+from colm_edge.llama.costs import CostTable
+from colm_edge.llama.sampling import ChainSampler
+from colm_edge.options import Options
+from colm_edge.pair import load
+
+# Decodes cost the same whatever their size (a GPU), or in proportion to it (a small model).
+FLAT = CostTable((1, 64), (1.0, 1.0))
+STEEP = CostTable((1, 64), (1.0, 64.0))
+
+
+class Bold(Planner):
+    """Bets at random, far more often than a sensible planner."""
+
+    def __init__(self, seed: int, drafts: float, runs: int, along: float = 0.5) -> None:
+        super().__init__(lambda: (FLAT, FLAT))
+        self._draw, self._drafts, self._runs = random.Random(seed), drafts, runs
+        self._along = along
+
+    def goes_on(self, all_agree: float, n_choices: int, n_pending: int, n_beyond: int) -> bool:
+        assert 0 <= all_agree <= 1
+        assert n_choices > 0
+        assert n_pending >= 0
+        assert n_beyond in (0, 1)
+        return self._draw.random() < self._drafts
+
+    def saved_along(self, *seen: float) -> float:
+        return float(self._draw.random() < self._along)
+
+    def run_ahead(self) -> int:
+        return self._draw.randint(0, self._runs)
+
+
+class Sometimes:
+    """A sampler whose picks depend on all its picks before, as a seeded one's do."""
+
+    def __init__(self, seed: int) -> None:
+        self.state = seed
+
+    def __call__(self, logits) -> int:
+        self.state = hash((self.state, 17)) % 2**32
+        best = int(logits.argmax())
+        return best if self.state % 3 else (best + self.state) % (len(logits) - 1) + 1
+
+    def copy(self) -> Sometimes:
+        return Sometimes(self.state)
+
+
+def agreeing(seed: int, other, agree: float):
+    """A writer that mostly repeats another."""
+    own = writer(seed)
+
+    def choose(prefix):
+        same = random.Random(hash((seed, 99, prefix))).random() < agree
+        return other(prefix) if same else own(prefix)
+
+    return choose
+
+
+@settings(max_examples=300)
+@given(
+    seed=st.integers(0, 10_000),
+    rate=st.floats(0, 1),
+    agree=st.floats(0, 1),
+    threshold=st.sampled_from([0.0, 0.5, 0.9, 1.0]),
+    n_prompt=st.integers(1, 20),
+    n_ctx=st.integers(20, 90),
+    max_tokens=st.integers(-1, 60),
+    end_every=st.sampled_from([0, 5, 20]),
+    drafts=st.floats(0, 1),
+    runs=st.integers(0, 6),
+    along=st.floats(0, 1),
+    sampled=st.booleans(),
+    compose=st.booleans(),
+)
+def test_bets_never_change_the_text(
+    seed, rate, agree, threshold, n_prompt, n_ctx, max_tokens, end_every, drafts, runs, along,
+    sampled, compose,
+):  # fmt: skip
+    base_choose = writer(seed, end_every)
+    expert_choose = agreeing(seed + 1, base_choose, agree)
+    read, _ = reader(seed, rate)
+    prompt = [1 + i % (N_VOCAB - 1) for i in range(n_prompt)]
+
+    def answer(kind, **more):
+        run = kind(
+            Scripted(base_choose, n_ctx), Scripted(expert_choose, n_ctx), read, prompt,
+            threshold=threshold, n_choose=N_VOCAB, end_tokens=frozenset({END}),
+            max_tokens=max_tokens, sample=Sometimes(seed) if sampled else None, compose=compose,
+            **more,
+        )  # fmt: skip
+        steps = list(run)
+        assert list(run.tokens) == prompt + [step.token for step in steps]
+        assert run.stats.n_deferred == sum(step.source == "expert" for step in steps)
+        return steps, run.finish_reason
+
+    assert answer(FastDecoder, planner=Bold(seed, drafts, runs, along)) == answer(Decoder)
+
+
+def fast(base, expert, read, planner, **kwargs):
+    options = {"threshold": 0.5, "n_choose": N_VOCAB, "end_tokens": frozenset({END})} | kwargs
+    return FastDecoder(base, expert, read, [1, 2, 3], planner=planner, **options)
+
+
+def test_without_a_bet_both_evaluate_what_the_sequential_loop_does():
+    read, _ = reader(3, 0.4)
+    sessions = [(Scripted(writer(1)), Scripted(writer(2))) for _ in range(2)]
+    list(fast(*sessions[0], read, Bold(0, 0.0, 0, 0.0), max_tokens=40))
+    options = {"threshold": 0.5, "n_choose": N_VOCAB, "end_tokens": frozenset({END})}
+    list(Decoder(*sessions[1], read, [1, 2, 3], max_tokens=40, **options))
+    for ours, theirs in zip(*sessions, strict=True):
+        assert ours.batches == theirs.batches
+
+
+def test_an_expert_that_always_agrees_is_asked_once_a_draft():
+    """Deferrals at every token, batches that cost nothing more: one expert call for many."""
+    choose = writer(1)
+    base, expert = Scripted(choose, 200), Scripted(choose, 200)
+    planner = Planner(lambda: (CostTable((1, 64), (0.01, 0.01)), FLAT))
+    read = lambda logits, hidden: (0.9, int(logits.argmax()), 0.0)  # noqa: E731
+    planner.run_ahead = lambda: 0
+    steps = list(fast(base, expert, read, planner, max_tokens=150))
+    assert {s.source for s in steps} == {"expert"}
+    assert planner.agreement.cautious > 0.8
+    assert expert.n_calls < 20
+    assert max(map(len, expert.batches)) > 8
+    assert all(len(batch) <= MAX_DRAFT + 3 for batch in expert.batches)
+
+
+def test_a_deferral_after_a_repeated_choice_takes_no_call():
+    """The expert evaluated that choice in the batch before: of two deferrals in a row it is asked
+    once, and every token is evaluated once."""
+
+    class Along(Planner):
+        def goes_on(self, *seen):
+            return False
+
+        def run_ahead(self):
+            return 0
+
+        def saved_along(self, all_agree, n_choices, n_pending, n_beyond):
+            return float(n_pending > 0)
+
+    choose = writer(1)
+    base, expert = Scripted(choose, 200), Scripted(choose, 200)
+    read = lambda logits, hidden: (0.9, int(logits.argmax()), 0.0)  # noqa: E731
+    run = fast(base, expert, read, Along(lambda: (FLAT, FLAT)), max_tokens=100)
+    assert {s.source for s in run} == {"expert"}
+    assert run.stats.expert_calls == expert.n_calls == 50
+    assert expert.n_evaluated == 3 + 99
+
+
+def test_what_several_states_cost_is_weighed():
+    def planner(several, deferrals):
+        expert = CostTable((1, 64), (1.0, 1.1), several)
+        found = Planner(lambda: (CostTable((1, 64), (0.1, 6.4)), expert))
+        found.prepare()
+        for i in range(100):
+            found.saw_agreement(0.9, True)
+            found.saw_deferral(deferrals[i % 3], deferrals[i % 3 - 1])
+        return found
+
+    apart, in_a_row = (True, False, False), (True, True, False)
+    assert planner(0.0, apart).goes_on(0.9, 1, 4, 0)
+    assert not planner(9.0, apart).goes_on(0.9, 1, 4, 0)
+    assert planner(9.0, apart).goes_on(0.9, 2, 4, 0)  # there it is paid anyway
+    assert planner(0.0, in_a_row).saved_along(0.9, 1, 4, 0) > 0
+    assert planner(9.0, in_a_row).saved_along(0.9, 1, 4, 0) == 0
+    assert planner(9.0, in_a_row).saved_along(0.9, 2, 4, 0) > 0
+
+
+def test_a_base_checks_a_run_of_deferrals_at_once():
+    choose = writer(1)
+    base, expert = Scripted(choose, 200), Scripted(writer(2), 200)
+    planner = Planner(lambda: (FLAT, CostTable((1, 64), (0.1, 6.4))))
+    read = lambda logits, hidden: (0.9, int(logits.argmax()), 0.0)  # noqa: E731
+    run = fast(base, expert, read, planner, max_tokens=120)
+    assert {s.source for s in run} == {"expert"}
+    assert planner.run.value > 0.9
+    assert expert.n_calls == 120  # one token each: nothing it wrote was dropped
+    assert base.n_calls < 60
+
+
+@pytest.mark.parametrize("tables", [(STEEP, STEEP), (STEEP, FLAT), (FLAT, FLAT)])
+def test_a_planner_that_never_agreed_does_not_bet(tables):
+    planner = Planner(lambda: tables)
+    planner.prepare()
+    for _ in range(200):
+        planner.saw_agreement(0.4, False)
+        planner.saw_deferral(True, False)
+        planner.saw_deferral(False, True)
+    assert not planner.goes_on(planner.agrees(0.4), 1, 2, 0)
+    assert planner.run_ahead() == 0
+
+
+def test_a_planner_bets_where_it_pays():
+    planner = Planner(lambda: (CostTable((1, 64), (0.1, 6.4)), FLAT))
+    assert not planner.goes_on(1.0, 1, 5, 0)  # nothing measured yet
+    planner.prepare()
+    for _ in range(300):
+        planner.saw_agreement(0.9, True)
+        planner.saw_agreement(0.1, False)
+        planner.saw_deferral(True, False)
+        planner.saw_deferral(False, True)
+        for _ in range(2):
+            planner.saw_deferral(False, False)
+    assert planner.agrees(0.9) > 0.8
+    assert planner.agrees(0.1) < 0.2
+    assert planner.goes_on(planner.agrees(0.9), 1, 4, 0)
+    assert not planner.goes_on(planner.agrees(0.1), 1, 4, 0)
+    assert not planner.goes_on(1.0, 1, MAX_DRAFT, 0)
+    # An expert whose batches cost in proportion gains nothing by them.
+    proportional = Planner(lambda: (FLAT, STEEP))
+    proportional.prepare()
+    assert not proportional.goes_on(1.0, 1, 5, 0)
+
+
+# Milliseconds of decodes of a small and a larger model: CPUs whose larger batches are hardly
+# cheaper, are cheaper in fours, or take as long for five tokens as for two; and a GPU.
+BASE = CostTable((1, 2, 4, 8, 16, 32), (6.2, 9, 12.5, 20, 32, 60))
+SIZES = (1, 2, 3, 4, 5, 7, 8, 12, 16, 32)
+MACHINES = {
+    "steep": (BASE, CostTable(SIZES, (22, 38, 50, 55, 67, 80, 85, 110, 130, 250))),
+    "fours": (BASE, CostTable(SIZES, (19, 30, 40, 28, 41, 63, 57, 73, 78, 158))),
+    "amx": (
+        CostTable((1, 2, 5, 8, 16, 32), (7, 10, 12, 15, 20, 34)),
+        CostTable((1, 2, 5, 8, 16, 32, 33, 64), (30, 53, 58, 71, 93, 155, 255, 315), several=3.5),
+    ),
+    "gpu": (CostTable((1, 64), (2, 2.6)), CostTable((1, 8, 64), (10, 10.5, 13))),
+}  # fmt: skip
+
+
+class Priced(Scripted):
+    """A scripted session whose decodes cost what a table says, cut and filled up by it or not."""
+
+    def __init__(self, table: CostTable, cuts: bool) -> None:
+        super().__init__(lambda prefix: 1, n_ctx=10**6)
+        self.table, self.cuts, self.cost = table, cuts, 0.0
+
+    def sync(self, tokens, outputs=()):
+        n = super().sync(tokens, outputs)
+        pieces = self.table.pieces(n, n + 64, whole=len(outputs) > 1) if self.cuts else [(n, n)]
+        self.cost += sum(self.table(size) for _, size in pieces if n)
+        self.cost += self.table.several if len(outputs) > 1 else 0.0
+        return n
+
+
+@pytest.mark.parametrize("machine", MACHINES)
+@pytest.mark.parametrize("agree", [0.3, 0.6, 0.9])
+@pytest.mark.parametrize(("rate", "run"), [(0.05, 0), (0.2, 0), (0.4, 0), (0.2, 3), (0.8, 0)])
+def test_the_fast_schedule_never_costs_more(machine, rate, agree, run):
+    """In prices by a table, not in time: learning included, 2 % more at the worst, and less where
+    the expert agrees and defers often."""
+    tables = MACHINES[machine]
+    read = lambda logits, hidden: (0.0, 1, 0.0)  # noqa: E731
+
+    def cost(kind, seed, **more):
+        trace = Process(rate, agree, run).draw(256, N_VOCAB, seed)
+        base, expert = Priced(tables[0], False), Priced(tables[1], kind is FastDecoder)
+        run_ = replay(kind, base, expert, read, trace, 0.5, n_choose=N_VOCAB, **more)
+        assert [step.token for step in run_] == trace.tokens
+        return base.cost + expert.cost
+
+    seeds = range(10 if rate == 0.05 else 5)  # luck evens out over about as many deferrals
+    fast = sum(cost(FastDecoder, seed, planner=Planner(lambda: tables)) for seed in seeds)
+    plain = sum(cost(Decoder, seed) for seed in seeds)
+    assert fast <= 1.02 * plain
+    if agree == 0.9 and rate >= 0.4:
+        assert fast < 0.95 * plain
+
+
+def test_models_too_quick_to_plan_for_run_one_by_one():
+    read, _ = reader(3, 0.4)
+    quick = CostTable((1, 64), (1e-4, 1e-4))
+    planner = Planner(lambda: (quick, quick))
+    sessions = [(Scripted(writer(1)), Scripted(writer(1))) for _ in range(2)]
+    list(fast(*sessions[0], read, planner, max_tokens=40))
+    options = {"threshold": 0.5, "n_choose": N_VOCAB, "end_tokens": frozenset({END})}
+    list(Decoder(*sessions[1], read, [1, 2, 3], max_tokens=40, **options))
+    assert planner.rests
+    for ours, theirs in zip(*sessions, strict=True):
+        assert ours.batches == theirs.batches
+
+
+def test_an_abandoned_draft_leaves_the_sessions_usable():
+    read, _ = reader(5, 0.6)
+    base, expert = Scripted(writer(1)), Scripted(writer(2))
+    planner = Bold(1, 0.8, 3)
+    whole = [s.token for s in fast(base, expert, read, planner, max_tokens=20)]
+    for n in range(1, 6):
+        partial = fast(base, expert, read, planner, max_tokens=20)
+        for _ in range(n):
+            next(partial)
+    assert [s.token for s in fast(base, expert, read, planner, max_tokens=20)] == whole
+
+
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        {},
+        {"temperature": 0.9, "repeat_penalty": 1.2},
+        {"temperature": 0.9, "presence_penalty": 1.0, "frequency_penalty": 0.5},
+    ],
+)
+@pytest.mark.parametrize("threshold", [0.0, 0.3, 0.6])
+def test_real_models_write_the_same_text(tiny, threshold, sampling):
+    """Tiny models in float32, and decided, so that near-ties are rare; the model with itself, so
+    that bets are won, and with another, so that they are lost."""
+    for expert in ("base", "expert"):
+        with load(tiny["base"], tiny[expert], "margin", n_threads=1, n_ctx=256) as pair:
+            options = {"temperature": 0.0, "seed": 5, "threshold": threshold, "max_tokens": 60}
+            options |= sampling
+            plain = pair.generate("hello", schedule="sequential", **options)
+            for seed in range(3):
+                pair.planner = Bold(seed, 0.7, 4)
+                answer = pair.generate("hello", **options)
+                assert [(s.token, s.source) for s in answer.steps] == [
+                    (s.token, s.source) for s in plain.steps
+                ]
+                assert [s.p_defer for s in answer.steps] == pytest.approx(
+                    [s.p_defer for s in plain.steps], abs=1e-3
+                )
+                if threshold < 0.6 and expert == "base":
+                    assert answer.stats.expert_calls < plain.stats.expert_calls
+
+
+def test_stop_texts_and_bets(tiny):
+    """A stop text inside a draft ends the answer where the sequential loop's ends."""
+    with load(tiny["base"], tiny["base"], "margin", n_threads=1, n_ctx=256) as pair:
+        options = {"temperature": 0.0, "threshold": 0.3, "max_tokens": 60}
+        text = pair.generate("hello", schedule="sequential", **options).text
+        for at in (5, 12, 30):
+            options["stop"] = text[at : at + 2]
+            plain = pair.generate("hello", schedule="sequential", **options)
+            pair.planner = Bold(at, 0.9, 4)
+            answer = pair.generate("hello", **options)
+            assert answer.text == plain.text == text[: text.index(options["stop"])]
+            assert answer.stats.n_generated == plain.stats.n_generated
+            assert answer.finish_reason == plain.finish_reason == "stop"
+
+
+def test_a_sampler_and_its_copy_pick_alike(tiny_pair):
+    logits = tiny_pair.base_session
+    logits.sync([1, 2, 3])
+    row = logits.logits.copy()
+    sampler = ChainSampler(Options(seed=3, repeat_penalty=1.3), len(row), [5, 6])
+    for _ in range(5):
+        sampler(row)
+    twin = sampler.copy()
+    assert [sampler(row) for _ in range(20)] == [twin(row) for _ in range(20)]

@@ -1,0 +1,231 @@
+"""The laws of the collaborative loop, on scripted sessions."""
+
+from __future__ import annotations
+
+import math
+import random
+
+import numpy as np
+import pytest
+from conftest import N_VOCAB, Scripted
+from hypothesis import given
+from hypothesis import strategies as st
+
+from colm_edge.decode.loop import Decoder, mixture
+from colm_edge.errors import ColmError
+from colm_edge.options import Options
+
+END = 0
+
+
+def writer(seed: int, end_every: int = 0):
+    """A next-token function: pseudo-random in the prefix, the end token now and then."""
+
+    def choose(prefix: tuple[int, ...]) -> int:
+        draw = random.Random(hash((seed, prefix)))
+        if end_every and draw.random() < 1 / end_every:
+            return END
+        return draw.randrange(1, N_VOCAB)
+
+    return choose
+
+
+def reader(seed: int, rate: float):
+    """A switch that draws p_defer in (0, 1) from the length of the base's prefix."""
+
+    def p_of(n: int) -> float:
+        draw = random.Random(hash((seed, n)))
+        above = draw.random() < rate
+        return 0.5 + 0.5 * draw.random() if above else 0.5 * draw.random()
+
+    def read(logits, hidden):
+        peak = logits.max()
+        lse = float(peak + np.log(np.exp(logits - peak).sum()))
+        return p_of(int(hidden[0])), int(logits.argmax()), lse
+
+    return read, p_of
+
+
+def decoder(base, expert, read, prompt, **kwargs):
+    options = {"threshold": 0.5, "n_choose": N_VOCAB, "end_tokens": frozenset({END})} | kwargs
+    return Decoder(base, expert, read, prompt, **options)
+
+
+def reference(base_choose, expert_choose, p_of, prompt, threshold, end, max_tokens, n_ctx):
+    """Co-LLM's loop in its plainest form: no caches, both models asked for whole prefixes."""
+    tokens, steps = list(prompt), []
+    while True:
+        if len(tokens) > n_ctx or len(steps) == max_tokens:
+            return steps, "length"
+        p = p_of(len(tokens))
+        deferred = threshold <= 0 or p > threshold
+        token = (expert_choose if deferred else base_choose)(tuple(tokens))
+        if token in end:
+            return steps, "stop"
+        steps.append((token, "expert" if deferred else "base", p))
+        tokens.append(token)
+
+
+@given(
+    seed=st.integers(0, 10_000),
+    rate=st.floats(0, 1),
+    threshold=st.sampled_from([0.0, 0.25, 0.5, 0.9, 1.0]),
+    n_prompt=st.integers(1, 20),
+    n_ctx=st.integers(20, 40),
+    max_tokens=st.integers(-1, 30),
+    end_every=st.sampled_from([0, 5, 20]),
+)
+def test_loop_is_the_plain_loop(seed, rate, threshold, n_prompt, n_ctx, max_tokens, end_every):
+    base_choose, expert_choose = writer(seed, end_every), writer(seed + 1, end_every)
+    read, p_of = reader(seed, rate)
+    prompt = [1 + i % (N_VOCAB - 1) for i in range(n_prompt)]
+    base, expert = Scripted(base_choose, n_ctx), Scripted(expert_choose, n_ctx)
+    run = decoder(base, expert, read, prompt, threshold=threshold, max_tokens=max_tokens)
+    steps = [(s.token, s.source, s.p_defer) for s in run]
+    expected, reason = reference(
+        base_choose, expert_choose, p_of, prompt, threshold, {END}, max_tokens, n_ctx
+    )
+    assert steps == expected
+    assert run.finish_reason == reason
+
+
+@given(seed=st.integers(0, 10_000), rate=st.floats(0, 1))
+def test_every_token_is_evaluated_once(seed, rate):
+    """The base takes one token a step; the expert catches up in one batch a deferral."""
+    read, _ = reader(seed, rate)
+    base, expert = Scripted(writer(seed)), Scripted(writer(seed + 1))
+    run = decoder(base, expert, read, [1, 2, 3], max_tokens=40)
+    steps = list(run)
+    assert [len(b) for b in base.batches] == [3] + [1] * 39
+    assert run.stats.base_tokens == 42
+    deferrals = [i for i, s in enumerate(steps) if s.source == "expert"]
+    assert expert.n_calls == run.stats.expert_calls == len(deferrals)
+    if deferrals:
+        assert expert.n_evaluated == run.stats.expert_tokens == 3 + deferrals[-1]
+    assert run.stats.n_deferred == len(deferrals)
+
+
+def test_threshold_one_never_asks_the_expert():
+    read, _ = reader(1, 1.0)
+    expert = Scripted(writer(2))
+    steps = list(decoder(Scripted(writer(1)), expert, read, [1], threshold=1.0, max_tokens=9))
+    assert expert.n_calls == 0
+    assert {s.source for s in steps} == {"base"}
+
+
+def test_threshold_is_strict():
+    read = lambda logits, hidden: (0.5, 1, 0.0)  # noqa: E731
+    steps = list(decoder(Scripted(writer(1)), Scripted(writer(2)), read, [1], max_tokens=3))
+    assert {s.source for s in steps} == {"base"}
+
+
+def test_threshold_zero_always_defers_even_where_p_underflows():
+    read = lambda logits, hidden: (0.0, 1, 0.0)  # noqa: E731
+    run = decoder(Scripted(writer(1)), Scripted(writer(2)), read, [1], threshold=0.0, max_tokens=3)
+    assert {s.source for s in run} == {"expert"}
+
+
+def test_self_collaboration_is_the_model_itself():
+    choose = writer(7, 30)
+    alone = [s.token for s in decoder(Scripted(choose), Scripted(choose), reader(0, 0)[0], [1, 2])]
+    for rate in (0.2, 0.7, 1.0):
+        read, _ = reader(3, rate)
+        run = decoder(Scripted(choose), Scripted(choose), read, [1, 2])
+        assert [s.token for s in run] == alone
+
+
+def test_ids_the_expert_lacks_are_never_written():
+    """A base whose favourite id the expert lacks writes its best shared one instead."""
+
+    def read(logits, hidden):
+        return 0.0, int(logits[: N_VOCAB - 2].argmax()), 0.0
+
+    base = Scripted(lambda prefix: N_VOCAB - 1)
+    expert = Scripted(lambda prefix: N_VOCAB - 1)
+    for threshold in (0.5, 0.0):
+        steps = decoder(
+            base, expert, read, [1], n_choose=N_VOCAB - 2, threshold=threshold, max_tokens=5
+        )
+        assert all(s.token < N_VOCAB - 2 for s in steps)
+
+
+def test_an_abandoned_answer_leaves_the_sessions_usable():
+    read, _ = reader(5, 0.5)
+    base, expert = Scripted(writer(1)), Scripted(writer(2))
+    whole = [s.token for s in decoder(base, expert, read, [1, 2], max_tokens=12)]
+    partial = decoder(base, expert, read, [3, 4, 5], max_tokens=12)
+    next(partial)
+    assert [s.token for s in decoder(base, expert, read, [1, 2], max_tokens=12)] == whole
+
+
+def test_two_answers_may_interleave():
+    read, _ = reader(5, 0.5)
+    fresh = lambda: (Scripted(writer(1)), Scripted(writer(2)))  # noqa: E731
+    apart = [[s.token for s in decoder(*fresh(), read, p, max_tokens=8)] for p in ([1], [2, 3])]
+    shared = fresh()
+    one, two = (decoder(*shared, read, p, max_tokens=8) for p in ([1], [2, 3]))
+    together = list(zip(one, two, strict=True))
+    assert [[s.token for s in steps] for steps in zip(*together, strict=True)] == apart
+
+
+def test_compose_takes_the_mixture():
+    """Where both give a token some probability, the mixture may choose a third."""
+    base_p = np.array([0.5, 0.0, 0.45, 0.05])
+    expert_p = np.array([0.0, 0.5, 0.45, 0.05])
+    with np.errstate(divide="ignore"):
+        logits = [np.log(p).astype(np.float32) for p in (base_p, expert_p)]
+    mixed = np.exp(mixture(*logits, 0.5, 4))
+    assert np.allclose(mixed, (base_p + expert_p) / 2, atol=1e-6)
+    assert mixed.argmax() == 2
+    assert np.allclose(np.exp(mixture(*logits, 0.0, 3)), base_p[:3], atol=1e-6)
+
+
+def test_compose_differs_from_defer_only_at_deferrals():
+    read, _ = reader(11, 0.5)
+    base, expert = Scripted(writer(1)), Scripted(writer(2))
+    steps = list(decoder(base, expert, read, [1], compose=True, max_tokens=10))
+    sure = [s for s in steps if s.source == "base"]
+    assert sure
+    assert all(s.logprob > -0.05 for s in sure)
+    assert all(s.logprob < -0.2 for s in steps if s.source == "expert" and 0.3 < s.p_defer < 0.7)
+
+
+def test_logprob_is_the_writers_own():
+    read, _ = reader(1, 0.5)
+    for s in decoder(Scripted(writer(1)), Scripted(writer(2)), read, [1], max_tokens=5):
+        assert math.isclose(s.logprob, -math.log(1 + 31 * math.exp(-8)), rel_tol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"threshold": 1.5}, "threshold is 1.5; expected a number from 0 to 1"),
+        ({"defer_rate": -0.1}, "defer_rate is -0.1"),
+        ({"temperature": -1}, "expected a number from 0 to"),
+        ({"temperature": "1"}, "temperature is '1'; expected a number"),
+        ({"seed": 2**32 - 1}, "seed is 4294967295"),
+        ({"top_k": 2**40}, "top_k is"),
+        ({"repeat_penalty": math.nan}, "repeat_penalty is nan"),
+        ({"threshold": 0.5, "defer_rate": 0.5}, "give one"),
+        ({"strategy": "both"}, "expected 'defer' or 'compose'"),
+        ({"stop": ("",)}, "a stop text is empty"),
+        ({"repeat_penalty": 0}, "expected a number from 1e-06"),
+        ({"colour": 1}, "unknown option 'colour'"),
+    ],
+)
+def test_options_say_what_is_wrong(change, words):
+    with pytest.raises(ColmError, match=words):
+        Options().with_changes(**change)
+
+
+def test_the_later_of_two_rivals_counts():
+    options = Options(threshold=0.5).with_changes(defer_rate=0.2)
+    assert (options.threshold, options.defer_rate) == (None, 0.2)
+    assert options.with_changes(threshold=0.1).defer_rate is None
+
+
+def test_the_mixture_leaves_a_defer_row_out():
+    """P_base is normalised without the row that is the switch, however large its logit."""
+    base = np.array([0.0, 0.0, 9.0], np.float32)
+    expert = np.array([0.0, 0.0], np.float32)
+    assert np.allclose(np.exp(mixture(base, expert, 0.3, 2, defer_row=2)), [0.5, 0.5], atol=1e-6)

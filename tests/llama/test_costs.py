@@ -1,0 +1,140 @@
+"""What decodes cost: the table, and the batches it makes of a catch-up."""
+
+from __future__ import annotations
+
+import json
+import random
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from colm_edge.llama import measure as costs
+from colm_edge.llama.context import ContextOptions
+from colm_edge.llama.costs import CostTable
+from colm_edge.llama.measure import cost_table, kept_table
+from colm_edge.llama.model import Model
+from colm_edge.llama.session import Session
+
+# As in a CPU whose kernels like multiples of four, in milliseconds.
+FOURS = CostTable((1, 2, 3, 4, 5, 7, 8, 12, 16), (19.3, 29.9, 40.4, 28.2, 40.7, 63.5, 56.6, 73, 78))
+
+
+def test_costs_between_and_beyond_the_measured_sizes():
+    table = CostTable((1, 2, 4), (1.0, 3.0, 2.0))
+    assert [table(n) for n in (1, 2, 3, 4, 8)] == [1.0, 3.0, 2.5, 2.0, 4.0]
+
+
+def test_a_batch_is_filled_up_where_a_larger_one_costs_less():
+    assert FOURS.pieces(3, 100) == [(3, 4)]
+    assert FOURS.pieces(3, 3) == [(3, 3)]  # no room left
+    assert FOURS.pieces(7, 100, whole=True) == [(7, 8)]
+    assert FOURS.pieces(7, 100) in ([(7, 8)], [(4, 4), (3, 4)])
+    assert FOURS.pieces(500, 512) == [(500, 500)]
+
+
+@given(
+    seconds=st.lists(st.floats(0.1, 100), min_size=6, max_size=6),
+    n=st.integers(1, 40),
+    room=st.integers(40, 60),
+    whole=st.booleans(),
+)
+def test_pieces_add_up_and_cost_no_more_than_one(seconds, n, room, whole):
+    table = CostTable((1, 2, 4, 8, 16, 32), tuple(seconds))
+    pieces = table.pieces(n, room, whole=whole)
+    assert sum(size for size, _ in pieces) == n
+    assert all(size <= padded for size, padded in pieces)
+    done = 0
+    for size, padded in pieces:
+        assert done + padded <= room
+        done += size
+    if whole:
+        assert len(pieces) == 1
+    cost = sum(table(padded) for _, padded in pieces)
+    assert cost <= table(n) * (1 + 1e-9) or padded > n - done
+    if n <= 32:
+        assert table.best(n) <= table(n) * (1 + 1e-9)
+
+
+@pytest.fixture
+def session(tiny):
+    model = Model(tiny["base"])
+    session = Session(model, ContextOptions(n_ctx=128, n_threads=1, n_batch=64))
+    yield session
+    session.close()
+    model.close()
+
+
+@pytest.mark.parametrize("hidden", [True, False])
+def test_cut_and_filled_batches_change_no_state(tiny, session, hidden):
+    """Random walks through prefixes, with and without a table that cuts and fills at will."""
+    odd = CostTable((1, 2, 3, 4, 6, 8, 64), (1.0, 9.0, 5.0, 2.0, 9.0, 3.0, 60.0))
+    other = Session(session.model, session.options, hidden=hidden)
+    session.want_hidden(hidden)
+    session.costs, draw, tokens = odd, random.Random(4), [3]
+    filled = 0
+    for _ in range(60):
+        tokens = tokens[: draw.randint(1, len(tokens))]
+        tokens += [draw.randrange(1, 400) for _ in range(draw.randint(0, 12))]
+        tokens = tokens[:128]
+        n = draw.randint(1, min(len(tokens), 10))
+        outputs = sorted(draw.sample(range(len(tokens) - n, len(tokens)), draw.randint(1, n)))
+        outputs = [*outputs, len(tokens) - 1] if outputs[-1] < len(tokens) - 1 else outputs
+        if draw.random() < 0.5:
+            outputs = []
+        filled += session.sync(tokens, outputs) - other.sync(tokens, outputs)
+        for i in outputs or [len(tokens) - 1]:
+            for ours, theirs in zip(session.state(i), other.state(i), strict=True):
+                assert np.allclose(ours, theirs, atol=2e-2)
+    assert filled > 0
+    other.close()
+
+
+def test_more_outputs_than_a_batch_are_refused(session):
+    with pytest.raises(ValueError, match="65 outputs, but a batch of at most 64"):
+        session.sync([1] * 70, range(5, 70))
+
+
+def test_costs_are_measured_once_for_a_model_and_its_settings(tiny, session):
+    said: list[str] = []
+    assert kept_table(session) is None
+    table = cost_table(session, note=said.append)
+    assert table.sizes[0] == 1
+    assert len(said) == 1
+    assert "base.gguf" in said[0]
+    assert not session.created  # its own timeline is left alone
+    assert cost_table(session, note=said.append).seconds == table.seconds
+    assert kept_table(session).sizes == table.sizes
+    assert kept_table(session).several == table.several >= 0
+    assert len(said) == 1
+    other = Session(session.model, ContextOptions(n_ctx=128, n_threads=2, n_batch=64))
+    assert kept_table(other) is None
+    file = costs._cache_file(session)
+    file.write_text("{")
+    assert kept_table(session) is None
+    cost_table(session, note=said.append)
+    assert json.loads(file.read_text())["sizes"] == list(table.sizes)
+    assert len(said) == 2
+
+
+def test_a_slow_model_is_measured_in_bounded_time(session, monkeypatch):
+    monkeypatch.setattr(costs, "SECONDS", 0.0)
+    assert costs.measure(session).sizes == (1,)
+
+
+def test_what_took_longer_than_a_larger_batch_is_measured_again():
+    times = {(n, False): [1.0 * n] for n in (1, 8, 17, 20, 24, 32, 64)}
+    small = [(1, False), (8, False)]
+    assert costs._again(times) == small
+    times[24, False] = [40.0]  # more than 32 tokens took
+    assert costs._again(times) == [*small, (24, False)]
+    times[24, False] += [24.0]
+    assert costs._again(times) == small
+    assert costs._table(times)(24) == 24.0
+
+
+def test_a_table_that_cannot_be_kept_is_measured_all_the_same(session, monkeypatch, tmp_path):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    assert cost_table(session).sizes[0] == 1

@@ -1,0 +1,41 @@
+"""A real server on a free port, for tests."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import uvicorn
+
+from colm_edge.options import Options, ServerOptions
+from colm_edge.pair import Pair
+from colm_edge.serve.answers import Server
+from colm_edge.serve.app import create_app
+
+GREEDY = Options(temperature=0.0, threshold=0.4)
+
+
+@contextmanager
+def serving(pair: Pair, **settings) -> Iterator[tuple[str, Server]]:
+    """Run a real server on a free port."""
+    server = Server(pair, ServerOptions(port=0, **settings), "tiny")
+    config = uvicorn.Config(create_app(server), port=0, log_level="warning", lifespan="on")
+    running = uvicorn.Server(config)
+    thread = threading.Thread(target=running.run)
+    thread.start()
+    wait_for(lambda: running.started)
+    port = running.servers[0].sockets[0].getsockname()[1]
+    try:
+        yield f"http://127.0.0.1:{port}", server
+    finally:
+        running.should_exit = True
+        thread.join(60)
+
+
+def wait_for(condition, seconds: float = 30) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.01)

@@ -1,0 +1,61 @@
+"""References, pairs and models.txt."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from colm_edge import references as models
+from colm_edge.errors import ModelError
+
+
+def test_with_nothing_named_it_is_the_shipped_pair():
+    files = models.choose_pair(None, None, None)
+    assert files.is_demo
+    for path in (files.base, files.expert, files.switch):
+        assert Path(path).is_file()
+        assert Path(path).parent.name == "data"
+    assert models.choose_pair(None, None, "entropy").switch == "entropy"
+    assert models.choose_pair(None, None, None, "demo") == files
+
+
+def test_two_models_without_a_switch_use_margin():
+    assert models.choose_pair("a", "b", None) == models.PairFiles("a", "b", "margin")
+    assert models.choose_pair("a", "b", "c").switch == "c"
+
+
+@pytest.mark.parametrize(
+    ("choice", "words"),
+    [
+        (("a", None, None, None), "-m without -me"),
+        ((None, "b", None, None), "-me without -m"),
+        (("a", "b", None, "demo"), "leave out -m and -me"),
+        ((None, None, None, "nobody"), r"no pair named 'nobody' in .*models.txt; known: demo"),
+    ],
+)
+def test_contradictions_are_named(choice, words):
+    with pytest.raises(ModelError, match=words):
+        models.choose_pair(*choice)
+
+
+def test_a_bad_line_of_models_txt_is_named(tmp_path, monkeypatch):
+    listing = tmp_path / "models.txt"
+    listing.write_text("# fine\nmine base /a.gguf MIT\nmine uncle /b.gguf MIT\n")
+    monkeypatch.setattr(models, "_models_txt", lambda: listing)
+    with pytest.raises(ModelError, match="line 3: expected 'alias role reference licence note'"):
+        models.find_pair("mine")
+
+
+def test_a_pair_without_a_switch_uses_margin(tmp_path, monkeypatch):
+    listing = tmp_path / "models.txt"
+    listing.write_text("mine base /a.gguf MIT x y z\nmine expert /b.gguf MIT\n")
+    monkeypatch.setattr(models, "_models_txt", lambda: listing)
+    assert models.find_pair("mine") == models.PairFiles("/a.gguf", "/b.gguf", "margin")
+
+
+def test_offline_a_server_elsewhere_is_not_asked():
+    with pytest.raises(ModelError, match="not asked with --offline"):
+        models.resolve("http://10.1.2.3:8080", offline=True)
+    for url in ("http://127.0.0.1:8080", "http://localhost:1/v1", "http://[::1]:80"):
+        assert models.resolve(url, offline=True) == url
