@@ -12,7 +12,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from colm_edge.decode.loop import Stats, Step
+    from colm_edge.decode.step import Stats, Step
     from colm_edge.errors import ColmError
     from colm_edge.options import Options
     from colm_edge.pair import Pair, load
@@ -33,8 +33,8 @@ _HOMES = {
     "ColmError": "errors",
     "Options": "options",
     "Pair": "pair",
-    "Stats": "decode.loop",
-    "Step": "decode.loop",
+    "Stats": "decode.step",
+    "Step": "decode.step",
     "Stream": "stream",
     "Switch": "switch.file",
     "load": "pair",

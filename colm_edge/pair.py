@@ -11,13 +11,17 @@ from dataclasses import replace
 from functools import partial
 from typing import Any, Literal, Self
 
+from colm_edge.cancel import Cancel
 from colm_edge.decode.background import Background
-from colm_edge.decode.fast import FastDecoder
-from colm_edge.decode.loop import Decoder, Timeline
+from colm_edge.decode.fast import Fast
+from colm_edge.decode.loop import Decoder, Schedule, Sequential
+from colm_edge.decode.picker import Picker
 from colm_edge.decode.planner import Planner
+from colm_edge.decode.policy import Policy
+from colm_edge.decode.timeline import Expert, Timeline
 from colm_edge.errors import ColmError, ContextError, ModelError, PromptError
 from colm_edge.llama.backend import supports_gpu
-from colm_edge.llama.context import SMALL_MODEL_BYTES, ContextOptions, n_cores
+from colm_edge.llama.context import ContextOptions, is_small, n_cores
 from colm_edge.llama.costs import CostTable
 from colm_edge.llama.measure import cost_table
 from colm_edge.llama.model import Model, shared_vocab
@@ -32,8 +36,10 @@ from colm_edge.switch.load import AnySwitch, load_switch
 from colm_edge.switch.rules import DEFER_TOKEN, DeferRow
 
 log = logging.getLogger("colm_edge")
+
 # Contexts cost memory: unless asked for more, no more than this.
 DEFAULT_N_CTX = 4096
+
 Message = Mapping[str, str]
 Progress = Callable[[str, float], None]
 
@@ -68,9 +74,9 @@ class Pair:
         """
         self.base, self.switch, self.is_demo = base, switch, is_demo
         self.defaults = defaults or Options()
-        self.remote = expert if isinstance(expert, RemoteExpert) else None
-        self._remote_session = self.remote.session() if self.remote else None
-        self._expert = None if isinstance(expert, RemoteExpert) else expert
+        self._note = note or log.info
+        self._lock = threading.RLock()
+        self._template: Any = None
         if isinstance(expert, RemoteExpert):
             self.n_shared, longest = expert.n_shared, expert.n_ctx
         else:
@@ -79,24 +85,23 @@ class Pair:
         switch.reader(base, self.n_shared)
         context = context or ContextOptions()
         trained = [n for n in (base.n_ctx_train, longest) if n > 0]
-        n_ctx = context.n_ctx or min([DEFAULT_N_CTX, *trained])
-        self.n_ctx = n_ctx
-        context = replace(context, n_ctx=n_ctx)
+        self.n_ctx = context.n_ctx or min([DEFAULT_N_CTX, *trained])
+        context = replace(context, n_ctx=self.n_ctx)
         self.base_session = Session(base, context, hidden=switch.needs_hidden)
-        self._expert_session = Session(self._expert, context) if self._expert else None
-        if progress is not None:
-            self.base_session.progress = partial(progress, "base prompt")
-            if self._expert_session is not None:
-                self._expert_session.progress = partial(progress, "expert prompt")
+        self.base_session.progress = _share(progress, "base prompt")
+        self._here: Session | None = None  # the expert's session, where it is in this process
+        self._owned: list[Model] = [base]
+        self.expert: Expert
+        if isinstance(expert, RemoteExpert):
+            self.expert = expert.session()
+        else:
+            self._owned.append(expert)
+            self._here = Session(expert, context)
+            self._here.progress = _share(progress, "expert prompt")
+            beside = self._overlaps(self._here) if overlap is None else overlap
+            self.expert = Background(self._here) if beside else self._here
+        self.planner = Planner(self._weigh)
         self.base_session.open()
-        self._lock = threading.RLock()
-        self._template: Any = None
-        self._note = note or log.info
-        self.planner = Planner(self.cost_tables)
-        # The expert on a thread of its own, where the two are not in each other's way.
-        self.background: Background | None = None
-        if self.remote is None and (self._overlaps() if overlap is None else overlap):
-            self.background = Background(self.expert_session)
 
     def __enter__(self) -> Self:
         return self
@@ -107,80 +112,77 @@ class Pair:
     def close(self) -> None:
         """Free both models and their contexts, after the token that is being written."""
         with self._lock:
-            if self.background is not None:
-                self.background.close()
-            for session in (self.base_session, self._expert_session):
-                if session is not None:
-                    session.close()
-            for model in (self.base, self._expert, self.remote):
-                if model is not None:
-                    model.close()
-
-    @property
-    def expert(self) -> Model:
-        """The expert's model. Raises ColmError where it is on a server."""
-        if self._expert is None:
-            raise ColmError(self._not_here())
-        return self._expert
-
-    def _sessions(self) -> tuple[Session, ...]:
-        """Return the timelines that are here."""
-        both = (self.base_session, self._expert_session)
-        return tuple(session for session in both if session is not None)
+            self.expert.close()
+            self.base_session.close()
+            for model in self._owned:
+                model.close()
 
     @property
     def expert_session(self) -> Session:
-        """The expert's own timeline. Raises ColmError where it is on a server."""
-        if self._expert_session is None:
+        """The expert's own session in this process, with nothing under way on it.
+
+        Raises ColmError where the expert is on a server.
+        """
+        if self._here is None:
             raise ColmError(self._not_here())
-        return self._expert_session
+        if isinstance(self.expert, Background):
+            self.expert.wait()
+        return self._here
 
     @property
-    def expert_name(self) -> str:
-        """The expert's file, or its server's address."""
-        return str(self.expert.path) if self.remote is None else self.remote.url
+    def expert_is_here(self) -> bool:
+        """Whether the expert runs in this process."""
+        return self._here is not None
 
     @property
-    def expert_fingerprint(self) -> str:
-        """What tells the expert from others."""
-        return (self.remote or self.expert).fingerprint
+    def expert_is_loaded(self) -> bool:
+        """Whether the expert takes memory in this process."""
+        return self._here is not None and self._here.model.loaded
+
+    def unload_expert(self) -> None:
+        """Give the memory of an expert in this process back; its next token reads it again."""
+        with self._lock:
+            session = self.expert_session
+            session.close()
+            session.model.unload()
 
     def _not_here(self) -> str:
         return (
-            f"this needs the expert's weights here, and they are at {self.expert_name}; "
+            f"this needs the expert's weights here, and they are at {self.expert.name}; "
             "give a GGUF file (-me)"
         )
 
-    def _overlaps(self) -> bool:
+    def _overlaps(self, expert: Session) -> bool:
         """Say whether both models can work at once without being in each other's way."""
-        base, expert = self.base_session, self.expert_session
+        base = self.base_session
         if expert.model.rpc:
             return True
         on_gpu = [s.model.n_gpu_layers != 0 and supports_gpu() for s in (base, expert)]
         if on_gpu[0] != on_gpu[1]:
             return True
         # A decode of a small model takes no longer than handing it to another thread.
-        small = expert.model.path.stat().st_size < SMALL_MODEL_BYTES
-        return not any(on_gpu) and not small and base.n_threads + expert.n_threads <= n_cores()
+        if any(on_gpu) or is_small(expert.model):
+            return False
+        return base.n_threads + expert.n_threads <= n_cores()
 
     def cost_tables(self, *, fresh: bool = False) -> tuple[CostTable, CostTable]:
-        """Return what decodes cost base and expert here: measured once, then kept on disk.
-
-        From then on the expert catches up in the batches that cost least.
-        """
+        """Return what decodes cost base and expert here: measured once, then kept on disk."""
         with self._lock:
-            session = self.expert_session
             base = cost_table(self.base_session, fresh=fresh, note=self._note)
-            expert = cost_table(session, fresh=fresh, note=self._note)
-            session.costs = None if base.is_quick else expert
-            return base, expert
+            return base, cost_table(self.expert_session, fresh=fresh, note=self._note)
+
+    def _weigh(self) -> tuple[CostTable, CostTable]:
+        """Have the costs of decodes, and the expert catch up in the batches that cost least."""
+        base, expert = self.cost_tables()
+        self.expert_session.costs = None if base.is_quick else expert
+        return base, expert
 
     def save_prompts(self, path: str | os.PathLike[str]) -> None:
         """Keep what both models have evaluated in a file, for `load_prompts` of such a pair.
 
         Raises ColmError when it cannot be written.
         """
-        with self._idle():
+        with self._lock:
             save_prompts(path, self.base_session, self.expert_session)
 
     def load_prompts(self, path: str | os.PathLike[str]) -> None:
@@ -188,15 +190,8 @@ class Pair:
 
         Raises ColmError when the file is broken or of other models or settings.
         """
-        with self._idle():
-            load_prompts(path, self.base_session, self.expert_session)
-
-    @contextmanager
-    def _idle(self) -> Iterator[None]:
         with self._lock:
-            if self.background is not None:
-                self.background.wait()
-            yield
+            load_prompts(path, self.base_session, self.expert_session)
 
     def generate(self, prompt: str, **options: Any) -> Answer:
         """Answer a prompt (one user turn, where the base has a chat template).
@@ -300,38 +295,42 @@ class Pair:
         self.check_prompt(tokens, threshold)
         # The base alone may write whatever it has.
         n_choose = self.n_shared if threshold < 1 else self.base.n_vocab
-        row = self.base.token_id(DEFER_TOKEN) if isinstance(self.switch, DeferRow) else None
-        sample = None
-        if options.temperature > 0 or options.penalises:
-            sample = ChainSampler(options, n_choose, tokens, [] if row is None else [row])
-        make: Callable[..., Decoder] = Decoder
-        # A bet is weighed by what decodes cost, of which a server tells nothing.
-        if options.schedule == "fast" and self.remote is None:
-            make = partial(FastDecoder, planner=self.planner)
-        background = self.background if timelines is None else None
-        base, expert = timelines or (
-            self.base_session, self._remote_session or background or self.expert_session
-        )  # fmt: skip
-        expert_model = self.remote or self.expert
-        decoder = make(
+        base, expert = timelines or (self.base_session, self.expert)
+        cancel = Cancel()
+        decoder = Decoder(
             base,
-            expert,
-            self.switch.reader(self.base, n_choose),
+            [expert],
+            Policy(self.switch.reader(self.base, n_choose), threshold),
+            self._picker(options, n_choose, tokens),
             tokens,
-            threshold=threshold,
-            n_choose=n_choose,
-            end_tokens=self.base.end_tokens | expert_model.end_tokens,
+            end_tokens=self.base.end_tokens | self.expert.end_tokens,
             max_tokens=options.max_tokens,
-            compose=options.strategy == "compose",
-            n_probs=options.n_probs,
-            defer_row=-1 if row is None else row,
-            sample=sample,
-            follow=background.follow if background is not None and threshold < 1 else None,
+            schedule=self._schedule(options, follows=timelines is None and threshold < 1),
+            cancel=cancel,
             lock=self._lock if timelines is None else None,
-            sessions=() if timelines else self._sessions(),
         )
-        unreadable = self._not_here() if self.remote is not None and threshold < 1 else ""
-        return Stream(decoder, self.base, options.stop, threshold, unreadable)
+        unreadable = "" if threshold >= 1 or self.expert_is_here else self._not_here()
+        return Stream(decoder, self.base, options.stop, threshold, cancel, unreadable)
+
+    def _picker(self, options: Options, n_choose: int, tokens: Sequence[int]) -> Picker:
+        row = self.base.token_id(DEFER_TOKEN) if isinstance(self.switch, DeferRow) else None
+        sampler = None
+        if options.temperature > 0 or options.penalises:
+            sampler = ChainSampler(options, n_choose, tokens, [] if row is None else [row])
+        return Picker(
+            n_choose,
+            sampler,
+            n_probs=options.n_probs,
+            composes=options.strategy == "compose",
+            defer_row=-1 if row is None else row,
+        )
+
+    def _schedule(self, options: Options, *, follows: bool) -> Schedule:
+        follow = self.expert.follow if follows else None
+        # A bet is weighed by what decodes cost, of which a server tells nothing.
+        if options.schedule == "fast" and self.expert_is_here:
+            return Fast(self.planner, follow)
+        return Sequential(follow)
 
     def _exhaust(self, stream: Stream) -> Answer:
         with self._lock:
@@ -357,6 +356,10 @@ class Pair:
         if options.defer_rate is not None:
             return self.switch.threshold_for(options.defer_rate)
         return self.switch.threshold
+
+
+def _share(progress: Progress | None, what: str) -> Callable[[float], None] | None:
+    return None if progress is None else partial(progress, what)
 
 
 def load(
@@ -421,9 +424,7 @@ def load(
             )
     files = choose_pair(refs[0], refs[1], refs[2], pair, offline=offline, note=told)
     head = load_switch(files.switch)
-    roles = ("base", "expert")
-    reports = [None if progress is None else partial(progress, role) for role in roles]
-    base = Model(files.base, n_gpu_layers, lora, reports[0])
+    base = Model(files.base, n_gpu_layers, lora, _share(progress, "base"))
     try:
         other: Model | RemoteExpert
         if is_url(files.expert):
@@ -434,16 +435,27 @@ def load(
             layers = -1 if rpc else n_gpu_layers
             if n_gpu_layers_expert is not None:
                 layers = n_gpu_layers_expert
-            other = Model(files.expert, layers, progress=reports[1], rpc=rpc)
+            other = Model(files.expert, layers, progress=_share(progress, "expert"), rpc=rpc)
         try:
             options = ContextOptions(
-                n_ctx=n_ctx, n_threads=n_threads, n_ubatch=n_ubatch, flash_attn=flash_attn,
-                cache_type_k=cache_type_k, cache_type_v=cache_type_v,
-            )  # fmt: skip
+                n_ctx=n_ctx,
+                n_threads=n_threads,
+                n_ubatch=n_ubatch,
+                flash_attn=flash_attn,
+                cache_type_k=cache_type_k,
+                cache_type_v=cache_type_v,
+            )
             return Pair(
-                base, other, head, options, defaults, is_demo=files.is_demo, overlap=overlap,
-                note=note, progress=progress,
-            )  # fmt: skip
+                base,
+                other,
+                head,
+                options,
+                defaults,
+                is_demo=files.is_demo,
+                overlap=overlap,
+                note=note,
+                progress=progress,
+            )
         except BaseException:
             other.close()
             raise

@@ -10,7 +10,9 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Self
 
-from colm_edge.decode.loop import Decoder, Stats, Step
+from colm_edge.cancel import Cancel
+from colm_edge.decode.loop import Decoder
+from colm_edge.decode.step import Stats, Step
 from colm_edge.errors import ColmError
 from colm_edge.llama.model import Model
 
@@ -41,16 +43,17 @@ class Stream:
         model: Model,
         stop: Sequence[str],
         threshold: float,
+        cancel: Cancel,
         unreadable: str = "",
     ) -> None:
-        """unreadable: why the prompt cannot be read back."""
+        """cancel: the decoder's own. unreadable: why the prompt cannot be read back."""
         self._decoder, self._model, self._stop = decoder, model, stop
+        self._cancel = cancel
         self._unreadable = unreadable
         self.threshold = threshold
         self.prompt_tokens = list(decoder.tokens)
         self.steps: list[Step] = []  # those already handed out
         self._finish: Literal["stop", "length"] | None = None
-        self._cancelled = False
         self._iterator = self._run()
 
     def __iter__(self) -> Iterator[Step]:
@@ -69,13 +72,12 @@ class Stream:
         An evaluation under way is not broken off: one token's, or one batch's of a prompt. The
         expert's load is.
         """
-        self._cancelled = True
-        self._decoder.cancel()
+        self._cancel.request()
 
     @property
     def end(self) -> Step | None:
         """The end token, if the answer came to one; it is no step of the answer."""
-        return self._decoder.end if self._finish is None else None
+        return self._decoder.ended_by if self._finish is None else None
 
     @property
     def finish_reason(self) -> Literal["stop", "length"]:
@@ -122,15 +124,15 @@ class Stream:
                 break
             if utf8.getstate()[0]:
                 continue  # inside a character
-            while held and not self._cancelled and not self._may_begin_stop(held):
+            while held and not self._cancel.requested and not self._may_begin_stop(held):
                 yield self._hand_out(held.pop(0))
-        if self._cancelled:
+        if self._cancel.requested:
             self._finish = "stop"
             return
         if held and self._finish is None:
             held[-1].text += utf8.decode(b"", final=True)  # the answer may end inside a character
         for step in held:
-            if self._cancelled:
+            if self._cancel.requested:
                 self._finish = "stop"
                 return
             yield self._hand_out(step)

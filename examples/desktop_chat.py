@@ -47,7 +47,7 @@ class Writer(QObject):
         except colm_edge.ColmError as e:
             self.failed.emit(str(e))
             return
-        names = f"{pair.base.path.name} with {os.path.basename(pair.expert_name)}"
+        names = f"{pair.base.path.name} with {os.path.basename(pair.expert.name)}"
         self.loaded.emit(pair.threshold(pair.defaults), names)
 
     def _tell(self, what: str, share: float) -> None:

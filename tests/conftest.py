@@ -40,7 +40,7 @@ class Scripted:
         self.batches: list[list[int]] = []
         self.outputs: set[int] = set()
 
-    def sync(self, tokens: Sequence[int], outputs: Sequence[int] = ()) -> int:
+    def sync(self, tokens: Sequence[int], outputs: Sequence[int] = (), cancel=None) -> int:
         assert 0 < len(tokens) <= self.n_ctx
         outputs = list(outputs) or [len(tokens) - 1]
         assert outputs == sorted(outputs)

@@ -90,7 +90,7 @@ def test_what_a_newcomer_asks_first(demo, question, fact):
 
 def test_the_shipped_pair_is_the_plain_loop(demo):
     """Token by token against both models evaluated from the whole prefix at each step."""
-    base, expert = PlainModel(str(demo.base.path)), PlainModel(str(demo.expert.path))
+    base, expert = PlainModel(str(demo.base.path)), PlainModel(str(demo.expert_session.model.path))
     switch = demo.switch
     for row in random.Random(0).sample(exam("demo_heldout"), 25):
         answer = demo.generate(row["prompt"], **GREEDY)

@@ -67,12 +67,14 @@ def endless_window(example, tiny):
     window = example.ChatWindow(writer)
     wait_for(window.ready)
     pair = writer._pair
-    pair.base.__dict__["end_tokens"] = pair.expert.__dict__["end_tokens"] = frozenset()
+    pair.base.__dict__["end_tokens"] = pair.expert_session.model.__dict__["end_tokens"] = (
+        frozenset()
+    )
     sync = pair.base_session.sync
 
-    def slow(tokens, outputs=()):
+    def slow(tokens, *rest):
         time.sleep(0.01)
-        return sync(tokens, outputs)
+        return sync(tokens, *rest)
 
     pair.base_session.sync = slow
     window.slider.setValue(100)

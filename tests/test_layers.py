@@ -13,7 +13,7 @@ import colm_edge
 ROOT = Path(colm_edge.__file__).parent
 # From the ground up: a module imports what stands before its own floor, and its own package.
 FLOORS = (
-    "errors", "files", "tables", "options", "readout", "hub", "references", "llama", "switch",
+    "errors", "cancel", "files", "tables", "options", "readout", "hub", "references", "llama", "switch",
     "remote", "decode", "stream", "pair", "info", "train", "evaluate", "bench", "serve", "cli",
 )  # fmt: skip
 # The public names, which stand for modules of every floor.

@@ -105,7 +105,7 @@ def test_threshold_one_is_the_base_alone_and_never_makes_the_expert(tiny, switch
     with load(tiny["base"], tiny["expert"], switch, n_threads=1) as pair:
         answer = pair.generate("hello", threshold=1.0, **GREEDY)
         assert not pair.expert_session.created
-        assert not pair.expert.loaded
+        assert not pair.expert_is_loaded
         assert answer.stats.expert_calls == answer.stats.expert_tokens == 0
     with load(tiny["base"], tiny["base"], "margin", n_threads=1) as alone:
         assert answer.text == alone.generate("hello", threshold=1.0, **GREEDY).text
@@ -243,16 +243,18 @@ class Letters:
 def stream_of(data: bytes, stop: tuple[str, ...] = ()):
     from conftest import Scripted
 
+    from colm_edge.cancel import Cancel
     from colm_edge.decode.loop import Decoder
+    from colm_edge.decode.picker import Picker
+    from colm_edge.decode.policy import Policy
     from colm_edge.stream import Stream
 
     choose = lambda prefix: data[len(prefix) - 1] if len(prefix) <= len(data) else 256  # noqa: E731
     base = Scripted(choose, n_vocab=257)
-    decoder = Decoder(
-        base, base, lambda x, h: (0.0, int(x.argmax()), 0.0), [1], threshold=0.5, n_choose=257,
-        end_tokens=frozenset({256}),
-    )  # fmt: skip
-    return Stream(decoder, Letters(), stop, 0.5)
+    policy, cancel = Policy(lambda x, h: (0.0, int(x.argmax()), 0.0), 0.5), Cancel()
+    ends = frozenset({256})
+    decoder = Decoder(base, [base], policy, Picker(257), [1], end_tokens=ends, cancel=cancel)
+    return Stream(decoder, Letters(), stop, 0.5, cancel)
 
 
 def test_characters_that_span_tokens_come_whole():
@@ -279,7 +281,9 @@ def test_stops_across_tokens(stop):
 
 def test_the_context_runs_full_with_a_reason(tiny):
     with load(tiny["base"], tiny["expert"], "margin", n_threads=1, n_ctx=32) as pair:
-        pair.base.__dict__["end_tokens"] = pair.expert.__dict__["end_tokens"] = frozenset()
+        pair.base.__dict__["end_tokens"] = pair.expert_session.model.__dict__["end_tokens"] = (
+            frozenset()
+        )
         answer = pair.generate("hello", temperature=0.0)
         assert answer.finish_reason == "length"
         assert len(answer.prompt_tokens) + len(answer.steps) == 33

@@ -16,7 +16,10 @@ import pytest
 from conftest import Scripted
 from test_pair import Letters, stream_of
 
+from colm_edge.cancel import Cancel
 from colm_edge.decode.loop import Decoder
+from colm_edge.decode.picker import Picker
+from colm_edge.decode.policy import Policy
 from colm_edge.errors import ModelError
 from colm_edge.llama.context import ContextOptions
 from colm_edge.llama.model import Model
@@ -33,7 +36,9 @@ PROMPT = "hello world, this is a prompt of more tokens than one small batch woul
 def endless_pair(tiny):
     """A pair that writes until it is stopped."""
     with load(tiny["endless"], tiny["expert"], "margin", n_threads=1, n_ctx=256) as pair:
-        pair.base.__dict__["end_tokens"] = pair.expert.__dict__["end_tokens"] = frozenset()
+        pair.base.__dict__["end_tokens"] = pair.expert_session.model.__dict__["end_tokens"] = (
+            frozenset()
+        )
         yield pair
 
 
@@ -51,20 +56,19 @@ class Gated:
     def __getattr__(self, name):
         return getattr(self.base, name)
 
-    def sync(self, tokens, outputs=()):
+    def sync(self, tokens, *rest):
         self.entered.release()
         assert self.gate.acquire(timeout=30)
-        return self.base.sync(tokens, outputs)
+        return self.base.sync(tokens, *rest)
 
 
 @pytest.mark.parametrize("stop", [(), ("aaaaaab",)])
 def test_cancel_from_another_thread_ends_within_one_token(stop):
     base = Gated(Scripted(lambda prefix: 97, n_ctx=1000, n_vocab=257))
-    decoder = Decoder(
-        base, base, lambda x, h: (0.0, int(x.argmax()), 0.0), [1], threshold=0.5, n_choose=257,
-        end_tokens=frozenset({256}),
-    )  # fmt: skip
-    stream = Stream(decoder, Letters(), stop, 0.5)
+    policy, cancel = Policy(lambda x, h: (0.0, int(x.argmax()), 0.0), 0.5), Cancel()
+    ends = frozenset({256})
+    decoder = Decoder(base, [base], policy, Picker(257), [1], end_tokens=ends, cancel=cancel)
+    stream = Stream(decoder, Letters(), stop, 0.5, cancel)
     seen: list[str] = []
     reader = threading.Thread(target=lambda: seen.extend(step.text for step in stream))
     reader.start()
@@ -214,9 +218,8 @@ def test_cancel_ends_the_load_of_the_expert(tiny, told, overlap):
         stream = pair.stream("hello", threshold=0.0, **GREEDY)
         streams.append(stream)
         assert list(stream) == []
-        assert not pair.expert.loaded
+        assert not pair.expert_is_loaded
         assert told.count("expert") < 3
-        assert pair.expert_session.check is None
         assert pair.generate("hello", threshold=0.0, **GREEDY).steps
 
 
@@ -231,10 +234,10 @@ def test_a_second_caller_waits(endless_pair):
     inside, go_on = threading.Event(), threading.Event()
     sync = pair.base_session.sync
 
-    def slow(tokens, outputs=()):
+    def slow(tokens, *rest):
         inside.set()
         assert go_on.wait(30)
-        return sync(tokens, outputs)
+        return sync(tokens, *rest)
 
     pair.base_session.sync = slow
 
@@ -317,10 +320,10 @@ class Slow:
         self.n, self._sync, self._seconds = 0, session.sync, seconds
         session.sync = self
 
-    def __call__(self, tokens, outputs=()):
+    def __call__(self, tokens, *rest):
         self.n += 1
         time.sleep(self._seconds)
-        return self._sync(tokens, outputs)
+        return self._sync(tokens, *rest)
 
 
 @pytest.mark.parametrize("leave", ["break", "async with", "cancel", "task", "raise"])

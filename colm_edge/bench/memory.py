@@ -14,17 +14,16 @@ from colm_edge.errors import ColmError
 
 if TYPE_CHECKING:
     from colm_edge.pair import Pair
-from colm_edge.bench.peers import HighLevel
 
 Note = Callable[[str], None]
-_CONTEXT = ("n_ctx", "n_threads", "n_ubatch", "flash_attn", "cache_type_k", "cache_type_v")
+CONTEXT = ("n_ctx", "n_threads", "n_ubatch", "flash_attn", "cache_type_k", "cache_type_v")
 
 
-def _peak_memory(pair: Pair, trace: Trace, name: str, note: Note) -> float | None:
+def memory_of(pair: Pair, trace: Trace, name: str, note: Note) -> float | None:
     """Return the MB that a process of its own has in memory at most when it runs a method once, or
     None where the system does not tell."""
     note(f"memory: {name}")
-    base, expert = pair.base, pair.expert
+    base, expert = pair.base, pair.expert_session.model
     if name in ("expert", "expert-llama-cpp-python"):  # the base is not to be loaded
         base = expert
     options = pair.base_session.options
@@ -32,13 +31,13 @@ def _peak_memory(pair: Pair, trace: Trace, name: str, note: Note) -> float | Non
         "model": str(base.path), "expert": str(expert.path), "switch": pair.switch.name,
         "lora": None if base.lora is None else str(base.lora), "n_gpu_layers": base.n_gpu_layers,
         "n_gpu_layers_expert": expert.n_gpu_layers,
-        **{name: getattr(options, name) for name in _CONTEXT},
+        **{name: getattr(options, name) for name in CONTEXT},
     }  # fmt: skip
     if base is expert:
         arguments["switch"] = "margin"
     task = {"arguments": arguments, "trace": trace.__dict__, "name": name}
     done = subprocess.run(
-        [sys.executable, "-P", "-m", "colm_edge.bench.memory"], input=json.dumps(task), text=True,
+        [sys.executable, "-P", "-m", "colm_edge.bench.child"], input=json.dumps(task), text=True,
         capture_output=True, check=False,
     )  # fmt: skip
     if done.returncode != 0:
@@ -46,27 +45,6 @@ def _peak_memory(pair: Pair, trace: Trace, name: str, note: Note) -> float | Non
         raise ColmError(f"the memory of {name} could not be measured: {last}")
     peak: float | None = json.loads(done.stdout)
     return peak
-
-
-def _measure_memory() -> None:
-    """Run one method once, as standard input says; print the MB of memory this process took."""
-    from colm_edge.bench.methods import Methods
-    from colm_edge.llama.context import ContextOptions
-    from colm_edge.llama.model import Model
-    from colm_edge.llama.session import Session
-    from colm_edge.pair import load
-
-    task = json.load(sys.stdin)
-    trace, name = Trace(**task["trace"]), task["name"]
-    arguments = task["arguments"]
-    if name == "expert-llama-cpp-python":
-        options = ContextOptions(**{name: arguments[name] for name in _CONTEXT})
-        HighLevel(Session(Model(arguments["expert"]), options)).run(trace)
-    else:
-        with load(**arguments) as pair, Methods(pair, trace) as methods:
-            # With itself as the expert, a model alone is the base alone.
-            methods.names["base" if name == "expert" else name]()
-    print(json.dumps(peak_memory()))
 
 
 def peak_memory() -> float | None:
@@ -81,7 +59,3 @@ def peak_memory() -> float | None:
         return None
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak * (1 if sys.platform == "darwin" else 1024) / 1e6
-
-
-if __name__ == "__main__":
-    _measure_memory()

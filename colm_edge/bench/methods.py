@@ -14,18 +14,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from colm_edge.bench.replay import Trace, replay
-from colm_edge.bench.speculative import DraftDecoder
-from colm_edge.decode.fast import FastDecoder
-from colm_edge.decode.loop import Decoder
+from colm_edge.bench.speculative import Speculative
+from colm_edge.decode.fast import Fast
+from colm_edge.decode.loop import Schedule
 from colm_edge.decode.planner import Planner
+from colm_edge.decode.timeline import Timeline
 from colm_edge.errors import ColmError
 from colm_edge.switch.rules import Untrained
 
 if TYPE_CHECKING:
     from colm_edge.llama.session import Session
     from colm_edge.pair import Pair
-from colm_edge.bench.memory import Note, _peak_memory
-from colm_edge.bench.peers import HighLevel, Sample, Tools, _timed
+from colm_edge.bench.memory import Note, memory_of
+from colm_edge.bench.peers import HighLevel, Sample, Tools, timed
 
 
 class Methods:
@@ -37,13 +38,13 @@ class Methods:
         self._read = pair.switch.reader(pair.base, pair.n_shared)
         self._high_level: HighLevel | None = None
         self.names: dict[str, Callable[[], Sample]] = {
-            "base": partial(self._loop, Decoder, 1.0),
+            "base": partial(self._sequential, 1.0),
             "expert": self._expert_alone,
             "expert-llama-cpp-python": self._llama,
-            "both": partial(self._loop, Decoder, 0.0),
-            "colm": partial(self._loop, Decoder, 0.5),
+            "both": partial(self._sequential, 0.0),
+            "colm": partial(self._sequential, 0.5),
             "colm-fast": self._fast,
-            "speculative": partial(self._loop, DraftDecoder, 0.0, tables=self.tables),
+            "speculative": self._speculative,
         }
 
     def __enter__(self) -> Self:
@@ -53,43 +54,56 @@ class Methods:
         if self._high_level is not None:
             self._high_level.close()
 
-    def _loop(self, kind: type[Decoder], threshold: float, **options: Any) -> Sample:
-        pair, expert = self._pair, self._pair.expert_session
-        for session in (pair.base_session, expert):
+    def _replay(
+        self,
+        expert: Timeline,
+        threshold: float,
+        schedule: Schedule | None = None,
+        *,
+        everywhere: bool = False,
+    ) -> Sample:
+        pair = self._pair
+        for session in (pair.base_session, pair.expert_session):
             session.forget()
-        # Batches are cut and filled up, and the expert works in the background, where there is
-        # room for it, in the fast schedule alone.
-        fast = kind is FastDecoder
-        cuts = fast and not self.tables[0].is_quick
-        costs, expert.costs = expert.costs, self.tables[1] if cuts else None
-        timeline = pair.background if fast and pair.background is not None else expert
-        try:
-            decoder = replay(
-                kind, pair.base_session, timeline, self._read, self._trace, threshold,
-                n_choose=pair.n_shared, **options,
-            )  # fmt: skip
-            return _timed(decoder)
-        finally:
-            expert.costs = costs
+        decoder = replay(
+            pair.base_session,
+            expert,
+            self._read,
+            self._trace,
+            threshold,
+            pair.n_shared,
+            schedule,
+            everywhere=everywhere,
+        )
+        return timed(decoder)
+
+    def _sequential(self, threshold: float) -> Sample:
+        return self._replay(self._pair.expert_session, threshold)
+
+    def _speculative(self) -> Sample:
+        schedule = Speculative(self.tables)
+        return self._replay(self._pair.expert_session, 0.0, schedule, everywhere=True)
 
     def _fast(self) -> Sample:
-        # A planner that has to learn anew in every round.
-        planner, background = Planner(lambda: self.tables), self._pair.background
-        follow = background.follow if background is not None else None
-        return self._loop(FastDecoder, 0.5, planner=planner, follow=follow)
+        expert, session = self._pair.expert, self._pair.expert_session
+        # A planner that has to learn anew in every round; batches cut by what they cost; and the
+        # expert in the background, where there is room for it.
+        schedule = Fast(Planner(lambda: self.tables), expert.follow)
+        session.costs = None if self.tables[0].is_quick else self.tables[1]
+        try:
+            return self._replay(expert, 0.5, schedule)
+        finally:
+            self._pair.expert_session.costs = None
 
     def _expert_alone(self) -> Sample:
-        pair = self._pair
+        expert, base = self._pair.expert_session, self._pair.base_session
         # It reads no switch, but its own likeliest token.
-        read = Untrained("margin").reader(pair.expert, pair.n_shared)
-        pair.expert_session.forget()
-        decoder = replay(
-            Decoder, pair.expert_session, pair.base_session, read, self._trace, 1.0,
-            n_choose=pair.n_shared,
-        )  # fmt: skip
+        read = Untrained("margin").reader(expert.model, self._pair.n_shared)
+        expert.forget()
+        sample = timed(replay(expert, base, read, self._trace, 1.0, self._pair.n_shared))
         n = len(self._trace.tokens)
         evaluated = len(self._trace.prompt) + n - 1
-        return replace(_timed(decoder), expert_calls=n, expert_tokens=evaluated)
+        return replace(sample, expert_calls=n, expert_tokens=evaluated)
 
     def decodes_alone(self, names: Collection[str]) -> dict[str, float]:
         """Return the seconds inside llama.cpp that the methods' decodes take when each model does
@@ -178,7 +192,7 @@ def bench(
             for before, after in pairwise(alone)
         ]
         measured = [name for name in ways if memory and name in methods.names]
-    peaks = {name: _peak_memory(pair, trace, name, note) for name in measured}
+    peaks = {name: memory_of(pair, trace, name, note) for name in measured}
     return [_row(name, samples, trace, limits, peaks.get(name)) for name in ways]
 
 

@@ -30,7 +30,7 @@ class Sample:
     expert_tokens: int | None = None
 
 
-def _timed(decoder: Decoder) -> Sample:
+def timed(decoder: Decoder) -> Sample:
     begun = perf_counter()
     next(decoder)
     first = perf_counter() - begun
@@ -87,9 +87,9 @@ class Tools:
         self._folder = folder
         expert, base = pair.expert_session, pair.base_session
         # A layer count of its own on the GPU for each model; on a CPU they mean nothing.
-        layers = ["-ngl", str(pair.expert.n_gpu_layers)]
+        layers = ["-ngl", str(expert.model.n_gpu_layers)]
         threads = ["-t", str(expert.n_threads)]
-        model = ["-m", str(pair.expert.path), *threads, *layers]
+        model = ["-m", str(expert.model.path), *threads, *layers]
         self._n = n
         self._bench = ["llama-bench", *model, "-p", "0", "-n", str(n), "-r", "1", "-o", "json"]
         self._speculative = [

@@ -12,9 +12,12 @@ import os
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from colm_edge.decode.loop import Decoder, Floats, Timeline
+from colm_edge.decode.loop import Decoder, Schedule
+from colm_edge.decode.picker import Picker
+from colm_edge.decode.policy import Policy, Reading
+from colm_edge.decode.timeline import Floats, Timeline
 from colm_edge.errors import DataError
 
 if TYPE_CHECKING:
@@ -121,40 +124,62 @@ def recorded(path: str | os.PathLike[str]) -> Trace:
     return trace
 
 
-def replaying(kind: type[Decoder], trace: Trace) -> type[Decoder]:
-    """Return a kind of Decoder whose choices are a trace's.
+class ReplayPolicy(Policy):
+    """The switch read as ever, and then what a trace says of the token.
 
     Where base and expert differ, the base chooses another token, and past it decides as the trace
     does there: deferrals belong to positions.
+
+    everywhere: they may differ at tokens that are not deferred too; else only at deferrals.
     """
-    start = len(trace.prompt)
 
-    class Replaying(kind):  # type: ignore[misc,valid-type]
-        def _judge(self, at: int, logits: Floats, hidden: Floats) -> tuple[float, int, float]:
-            _, _, logsumexp = super()._judge(at, logits, hidden)
-            i = at - start
-            deferred, token = trace.deferred[i], trace.tokens[i]
-            differs = not trace.agrees[i] and (deferred or self.checks_every_token)
-            return float(deferred), (token + 1) % self._n_choose if differs else token, logsumexp
+    def __init__(
+        self, read: Reader, threshold: float, trace: Trace, n_choose: int, *, everywhere: bool
+    ) -> None:
+        super().__init__(read, threshold)
+        self._trace, self._n_choose, self._everywhere = trace, n_choose, everywhere
 
-        def _likeliest(self, at: int, logits: Floats) -> tuple[int, float]:
-            _, logsumexp = super()._likeliest(at, logits)
-            return trace.tokens[at - start], logsumexp
+    def read(self, at: int, logits: Floats, hidden: Floats) -> Reading:
+        logsumexp = super().read(at, logits, hidden).logsumexp
+        trace, i = self._trace, at - len(self._trace.prompt)
+        deferred, token = trace.deferred[i], trace.tokens[i]
+        if not trace.agrees[i] and (deferred or self._everywhere):
+            token = (token + 1) % self._n_choose
+        p_defer = float(deferred)
+        return Reading(p_defer, token, logsumexp, self.writer(p_defer))
 
-    return Replaying
+
+class ReplayPicker(Picker):
+    """An expert whose likeliest tokens are a trace's."""
+
+    def __init__(self, n_choose: int, trace: Trace) -> None:
+        super().__init__(n_choose)
+        self._trace = trace
+
+    def likeliest(self, at: int, logits: Floats) -> tuple[int, float]:
+        _, logsumexp = super().likeliest(at, logits)
+        return self._trace.tokens[at - len(self._trace.prompt)], logsumexp
 
 
 def replay(
-    kind: type[Decoder],
     base: Timeline,
     expert: Timeline,
     read: Reader,
     trace: Trace,
     threshold: float,
-    **options: Any,
+    n_choose: int,
+    schedule: Schedule | None = None,
+    *,
+    everywhere: bool = False,
 ) -> Decoder:
-    """Return a Decoder of a kind that is about to write a trace's tokens."""
-    return replaying(kind, trace)(
-        base, expert, read, trace.prompt, threshold=threshold, end_tokens=frozenset(),
-        max_tokens=len(trace.tokens), **options,
-    )  # fmt: skip
+    """Return a Decoder that is about to write a trace's tokens; everywhere: of ReplayPolicy."""
+    return Decoder(
+        base,
+        [expert],
+        ReplayPolicy(read, threshold, trace, n_choose, everywhere=everywhere),
+        ReplayPicker(n_choose, trace),
+        trace.prompt,
+        end_tokens=frozenset(),
+        max_tokens=len(trace.tokens),
+        schedule=schedule,
+    )

@@ -93,7 +93,7 @@ def describe(pair: Pair, stream: Stream) -> dict[str, Any]:
     answer = stream.answer()
     return {
         "model": str(pair.base.path),
-        "expert": pair.expert_name,
+        "expert": pair.expert.name,
         "switch": pair.switch.name,
         "threshold": answer.threshold,
         "prompt_tokens": answer.prompt_tokens,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -64,6 +65,6 @@ def serve_command(models: dict[str, Any], decoding: dict[str, Any], **settings: 
             f"{e.name} is missing; install the extra: pip install 'colm-edge[server]'"
         ) from e
     with open_pair(models, defaults=Options(**decoding)) as loaded:
-        expert = "remote" if loaded.remote else loaded.expert.path.stem
+        expert = Path(loaded.expert.name).stem if loaded.expert_is_here else "remote"
         name = models.get("pair") or f"{loaded.base.path.stem}+{expert}"
         serve(loaded, ServerOptions(**settings), name, lambda text: click.echo(text, err=True))

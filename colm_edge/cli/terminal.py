@@ -14,7 +14,7 @@ import click
 from colm_edge.errors import ColmError
 
 if TYPE_CHECKING:
-    from colm_edge.decode.loop import Stats, Step
+    from colm_edge.decode.step import Stats, Step
     from colm_edge.pair import Pair
     from colm_edge.stream import Stream
 
@@ -189,7 +189,7 @@ class Chat:
                 click.echo("The conversation is forgotten.", err=True)
             case "/show":
                 click.echo(
-                    f"base    {self.pair.base.path}\nexpert  {self.pair.expert_name}\n"
+                    f"base    {self.pair.base.path}\nexpert  {self.pair.expert.name}\n"
                     f"switch  {self.pair.switch.name}, threshold "
                     f"{self.pair.threshold(self.pair.defaults):.3f}\n"
                     f"context {self.pair.n_ctx} tokens",

@@ -5,39 +5,67 @@ from __future__ import annotations
 from array import array
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 
-import numpy as np
-import numpy.typing as npt
-
+from colm_edge.cancel import Cancel
+from colm_edge.decode.timeline import Floats
 from colm_edge.llama.session import Session
 
-Floats = npt.NDArray[np.float32]
 # Shorter gaps are left for the deferral: several tokens cost less in one batch.
 MIN_GAP = 16
 
 
 class Background:
-    """A session's methods, and `follow`, which evaluates without being waited for.
+    """An expert around a session, whose `follow` evaluates without being waited for.
 
     What is evaluated so was written already, so a deferral that has to wait for it loses nothing.
     An expert that nobody has asked yet stays unloaded.
     """
 
     def __init__(self, session: Session) -> None:
-        self._session = session
+        self.session = session
+        self.name, self.n_ctx = session.name, session.n_ctx
         self._worker = ThreadPoolExecutor(1, "colm-edge-expert")
         self._job: Future[int] | None = None
-        self.n_ctx = session.n_ctx
-        self.n_evaluated = self.n_calls = 0
-        self.seconds = self.load_seconds = 0.0
-        self._account()
+        self._account = replace(session.account)
+
+    # A copy of the session's account, so that work in the background counts for the next call
+    # that needs it.
+
+    @property
+    def n_evaluated(self) -> int:
+        return self._account.n_evaluated
+
+    @property
+    def n_calls(self) -> int:
+        return self._account.n_calls
+
+    @property
+    def seconds(self) -> float:
+        return self._account.seconds
+
+    @property
+    def load_seconds(self) -> float:
+        return self._account.load_seconds
+
+    @property
+    def fingerprint(self) -> str:
+        return self.session.fingerprint
+
+    @property
+    def end_tokens(self) -> frozenset[int]:
+        return self.session.end_tokens
+
+    def open(self, cancel: Cancel | None = None) -> None:
+        self.wait()
+        self.session.open(cancel)
 
     def follow(self, tokens: array[int]) -> None:
         """Begin to catch up with `tokens`, unless a catch-up is under way or the gap is small."""
         if self._job is not None and not self._job.done():
             return
         self.wait()
-        session = self._session
+        session = self.session
         if session.created and len(tokens) - session.n_known(tokens) >= MIN_GAP:
             self._job = self._worker.submit(session.sync, tokens[:])
 
@@ -47,23 +75,20 @@ class Background:
         if job is not None:
             job.result()
 
-    def sync(self, tokens: Sequence[int], outputs: Sequence[int] = ()) -> int:
+    def sync(
+        self, tokens: Sequence[int], outputs: Sequence[int] = (), cancel: Cancel | None = None
+    ) -> int:
         """As a session's, after what is under way."""
         self.wait()
-        n = self._session.sync(tokens, outputs)
-        self._account()
+        n = self.session.sync(tokens, outputs, cancel)
+        self._account = replace(self.session.account)
         return n
 
     def state(self, i: int) -> tuple[Floats, Floats]:
-        return self._session.state(i)
-
-    def _account(self) -> None:
-        # Copied, so that work in the background counts for the next call that needs it.
-        session = self._session
-        self.n_evaluated, self.n_calls = session.n_evaluated, session.n_calls
-        self.seconds, self.load_seconds = session.seconds, session.load_seconds
+        return self.session.state(i)
 
     def close(self) -> None:
-        """End the thread; the session stays open."""
+        """End the thread and close the session."""
         self._worker.shutdown(wait=True)
         self._job = None
+        self.session.close()

@@ -1,24 +1,11 @@
-"""The fast twin of the sequential loop: the same text from fewer, larger batches.
-
-Three bets, none of which can change what is written:
-
-- *The expert will repeat the base's choice.* At a deferral the base goes on with its own choice,
-  and the expert checks several deferrals in one batch. At the first one where it writes something
-  else both models roll back to it.
-- Likewise, but the base does not go on. In the batch that verifies, the expert evaluates the base's
-  choice as well; if that is right and the next token is deferred too, its state is at hand.
-- *A run of deferrals goes on.* The expert writes several tokens by itself, and the base reads the
-  switch for all of them in one batch. At the first that is not deferred both roll back to it.
-
-The first two are speculative decoding at the deferred positions alone, the third its mirror image.
-A `Planner` places a bet only where the measured costs of batches and what it has seen of agreements
-and runs promise that it pays.
-"""
+"""Which bets the fast schedule places: what they would save, by the measured costs of batches and
+by what was seen of agreements and of runs of deferrals."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Literal, NamedTuple
 
 from colm_edge.llama.costs import CostTable
 
@@ -56,6 +43,15 @@ class Rate:
         """The rate less what it may be off by, while little was seen."""
         value = self.value
         return max(0.0, value - CAUTION * math.sqrt(value * (1 - value) / self.n))
+
+
+class Draft(NamedTuple):
+    """What was drafted since the last verification."""
+
+    all_agree: float  # the probability that the expert repeats every choice that is pending
+    n_choices: int  # the base's choices at deferrals, pending until the expert has verified them
+    n_pending: int  # tokens that the expert would evaluate now; none where its states are at hand
+    n_beyond: int  # tokens drafted after the last pending choice
 
 
 class Planner:
@@ -97,13 +93,21 @@ class Planner:
         seen = self._by_confidence[_bucket(confidence)]
         return (seen.hits + 8 * self.agreement.cautious) / (seen.n + 8)
 
-    def goes_on(self, all_agree: float, n_choices: int, n_pending: int, n_beyond: int) -> bool:
-        """Say whether to draft on, rather than verify, now that a choice is pending.
+    def decide(self, draft: Draft) -> Literal["draft on", "verify along", "verify"]:
+        """Return what promises to take the least time, now that the base's choices are pending.
 
-        all_agree: the probability that the expert repeats every choice that is pending.
-        n_choices: how many are.
-        n_pending: tokens that the expert would evaluate now; none where their states are at hand.
-        n_beyond: tokens drafted after the last pending choice.
+        "draft on": let the base go on to the next deferral before the expert verifies.
+        "verify along": verify, with what was drafted from the last pending choice on in the batch.
+        """
+        along = self.saved_along(draft)
+        # Once well on the way to the next deferral, a draft goes there.
+        if draft.n_beyond >= 2 or self.saved_on(draft) > along:
+            return "draft on"
+        return "verify along" if along > 0 else "verify"
+
+    def saved_on(self, draft: Draft) -> float:
+        """Return the seconds that drafting on promises to save against verifying now; negative or 0
+        where it does not pay.
 
         To verify now and again at the next deferral, g tokens on, takes c(n_pending) + c(n_beyond +
         g) of the expert, c being the cost of the cheapest batches. To draft on to it takes one of
@@ -111,7 +115,8 @@ class Planner:
         same, and g tokens of the base for nothing. Likewise for the deferrals after it.
         """
         if self._base is None or self.rests:
-            return False
+            return 0.0
+        all_agree, n_choices, n_pending, n_beyond = draft
         base, cost, each = self._base(1), self._expert.best, self.agreement.cautious
         now = self._verifying(n_choices, n_pending)
         lost = [0.0] * LOOK_AHEAD  # against verifying now, by the number of deferrals drafted to
@@ -127,17 +132,18 @@ class Planner:
                 paid = self._verifying(2, k) - now + wasted
                 lost[j] += share * (paid * (1 + MARGIN) - saved)
                 right *= each
-        return min(lost) < -self.saved_along(all_agree, n_choices, n_pending, n_beyond)
+        return -min(lost)
 
-    def saved_along(self, all_agree: float, n_choices: int, n_pending: int, n_beyond: int) -> float:
+    def saved_along(self, draft: Draft) -> float:
         """Return the seconds, or 0, that it promises to save if the batch that verifies holds what
-        was drafted from the last pending choice on as well; arguments as for `goes_on`.
+        was drafted from the last pending choice on as well.
 
         That makes it n_beyond + 1 tokens longer. If every choice is repeated, the call at the next
         deferral is by so many shorter, and there is none if that deferral comes at once.
         """
         if self._base is None or self.rests:
             return 0.0
+        all_agree, n_choices, n_pending, n_beyond = draft
         along = self._verifying(2, max(n_pending, 1) + n_beyond + 1)
         paid = along - self._verifying(n_choices, n_pending)
         key = (

@@ -136,7 +136,7 @@ def answers(
 
         what: list[Any] = []
         if journal is not None:
-            models = [pair.base.fingerprint, pair.expert_fingerprint]
+            models = [pair.base.fingerprint, pair.expert.fingerprint]
             what = [*models, pair.n_ctx, _switch_key(switch), asdict(options)]
         return judged(ask, rows, metric, progress, label=label, journal=journal, what=what)
 

@@ -16,7 +16,11 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 import numpy.typing as npt
 
-from colm_edge.decode.loop import Decoder, Timeline
+from colm_edge.cancel import Cancel
+from colm_edge.decode.loop import Decoder
+from colm_edge.decode.picker import Picker
+from colm_edge.decode.policy import Policy
+from colm_edge.decode.timeline import Timeline
 from colm_edge.errors import MismatchError, ModelError
 from colm_edge.evaluate.generate import Generated, Journal, judged, key_of
 from colm_edge.evaluate.metrics import Metric
@@ -54,8 +58,10 @@ class Contrast:
         self.seconds = self.load_seconds = 0.0
         self._account()
 
-    def sync(self, tokens: Sequence[int], outputs: Sequence[int] = ()) -> int:
-        n = sum(timeline.sync(tokens, outputs) for timeline in self._pair)
+    def sync(
+        self, tokens: Sequence[int], outputs: Sequence[int] = (), cancel: Cancel | None = None
+    ) -> int:
+        n = sum(timeline.sync(tokens, outputs, cancel) for timeline in self._pair)
         self._account()
         return n
 
@@ -195,26 +201,26 @@ class Proxy:
         a step's source is "expert", and `expert_tokens` counts the anti-expert's tokens too."""
         pair = self.pair
         base, expert = pair.base_session, pair.expert_session
-        sample = None
+        sampler = None
         if options.temperature > 0 or options.penalises:
-            sample = ChainSampler(options, self.n_shared, tokens)
+            sampler = ChainSampler(options, self.n_shared, tokens)
         ends = pair.base.end_tokens | pair.expert.end_tokens | self.model.end_tokens
+        cancel = Cancel()
         decoder = Decoder(
             base,
-            Contrast(base, expert, self.session, self.alpha, self.n_shared),
-            Untrained("margin").reader(pair.base, self.n_shared),
+            [Contrast(base, expert, self.session, self.alpha, self.n_shared)],
+            Policy(Untrained("margin").reader(pair.base, self.n_shared), 0.0),
+            Picker(self.n_shared, sampler),
             tokens,
-            threshold=0.0,
-            n_choose=self.n_shared,
             end_tokens=ends,
             max_tokens=options.max_tokens,
-            sample=sample,
+            cancel=cancel,
         )
-        return Stream(decoder, pair.base, options.stop, 0.0)
+        return Stream(decoder, pair.base, options.stop, 0.0, cancel)
 
     def _key(self) -> list[Any]:
         pair = self.pair
-        models = [pair.base.fingerprint, pair.expert_fingerprint, self.model.fingerprint]
+        models = [pair.base.fingerprint, pair.expert.fingerprint, self.model.fingerprint]
         return [NAME, *models, self.alpha, self.pair.n_ctx]
 
 

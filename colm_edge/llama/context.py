@@ -1,29 +1,43 @@
-"""How a model is evaluated, and the batches that llama.cpp is handed."""
+"""A llama.cpp context of one or more sequences: its batch, its KV cache, its outputs, its account.
+
+Everything that evaluates a model stands on it: a session (one sequence), the server's slots (one
+sequence each) and the scorer (a document each).
+"""
 
 from __future__ import annotations
 
 import ctypes
 import os
 from dataclasses import dataclass
+from time import perf_counter
 from typing import Any, Literal
 
 import llama_cpp as llama
 import numpy as np
 import numpy.typing as npt
 
-from colm_edge.errors import ColmError
+from colm_edge.cancel import Cancel
+from colm_edge.errors import ColmError, ModelError
+from colm_edge.llama.backend import last_errors, supports_gpu
+from colm_edge.llama.model import Model
 
 Floats = npt.NDArray[np.float32]
+Bytes = npt.NDArray[np.uint8]
+
 # Below this size a model is evaluated by one thread.
 SMALL_MODEL_BYTES = 32 << 20
 # Tokens of a batch that are evaluated at a time without flash attention; more than any draft has.
 SMALL_BATCH = 128
+# Views on llama.cpp's outputs that are kept; more than any batch of a draft has.
+MAX_VIEWS = 256
+
 CACHE_TYPES = {
     "f32": 0, "f16": 1, "bf16": 30, "q8_0": 8, "q5_1": 7, "q5_0": 6, "q4_1": 3, "q4_0": 2,
 }  # fmt: skip
 PLAIN_TYPES = ("f32", "f16", "bf16")
 _FLASH = {"auto": -1, "off": 0, "on": 1}
 _BATCH_FIELDS = dict(llama.llama_batch._fields_)
+_NOTHING = np.empty(0, np.float32)
 
 
 @dataclass(frozen=True)
@@ -40,8 +54,10 @@ class ContextOptions:
 
     def __post_init__(self) -> None:
         for name, known in (
-            ("flash_attn", _FLASH), ("cache_type_k", CACHE_TYPES), ("cache_type_v", CACHE_TYPES),
-        ):  # fmt: skip
+            ("flash_attn", _FLASH),
+            ("cache_type_k", CACHE_TYPES),
+            ("cache_type_v", CACHE_TYPES),
+        ):
             value = getattr(self, name)
             if value not in known:
                 raise ColmError(f"{name} is {value!r}; expected one of {', '.join(known)}")
@@ -51,9 +67,60 @@ class ContextOptions:
                 f"or take {', '.join(PLAIN_TYPES)}"
             )
 
+    def flash_attn_of(self, model: Model) -> Literal["auto", "on", "off"]:
+        """Return whether a model is evaluated with flash attention.
+
+        "auto" is off on a CPU, where it slows decodes of a few tokens down: by a third or more
+        behind 500 tokens, threefold behind 2,000 (docs/speed.md). Very small models keep it: with
+        it a token by itself and in a batch agree to the last bits.
+        """
+        on_cpu = model.n_gpu_layers == 0 or not supports_gpu()
+        # llama.cpp needs it for quantised values.
+        plain = self.cache_type_v in PLAIN_TYPES
+        if self.flash_attn == "auto" and on_cpu and plain and not is_small(model):
+            return "off"
+        return self.flash_attn
+
+    def n_threads_of(self, model: Model) -> int:
+        """Return how many threads evaluate a model: by default every core, or one for a very small
+        model.
+
+        There a decode takes less than threads need to meet, and where another program wants the
+        cores too, waiting for each other at every layer costs hundreds of times the work.
+        """
+        return self.n_threads or (1 if is_small(model) else n_cores())
+
+    def n_ubatch_of(self, model: Model) -> int:
+        """Return the most tokens that llama.cpp evaluates at a time. Without flash attention the
+        attention scores of that many are kept, so they are fewer there."""
+        default = SMALL_BATCH if self.flash_attn_of(model) == "off" else self.n_batch
+        return self.n_ubatch or default
+
+
+def is_small(model: Model) -> bool:
+    """Return whether a model is so small that threads and flash attention do not pay."""
+    return model.path.stat().st_size < SMALL_MODEL_BYTES
+
+
+def n_cores() -> int:
+    """Return how many cores this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+@dataclass
+class Account:
+    """What was evaluated: tokens, whatever became of them, and what that took."""
+
+    n_evaluated: int = 0  # tokens
+    n_calls: int = 0  # decodes
+    seconds: float = 0.0  # inside llama.cpp, load_seconds included
+    load_seconds: float = 0.0  # reading the weights and making contexts
+
 
 class Batch:
-    """A llama_batch whose fields are numpy arrays, (n,) each; `head` names its first so many."""
+    """A llama_batch whose fields are numpy arrays, (n,) each."""
 
     def __init__(self, n: int) -> None:
         self.token, self.position, self.sequence = np.zeros((3, n), np.int32)
@@ -64,27 +131,194 @@ class Batch:
         self._pointer = first + np.arange(n, dtype=np.uintp) * self.sequence.itemsize
         self._batch = llama.llama_batch()
         for name, values in (
-            ("token", self.token), ("pos", self.position), ("n_seq_id", self._one),
-            ("seq_id", self._pointer), ("logits", self.output),
-        ):  # fmt: skip
+            ("token", self.token),
+            ("pos", self.position),
+            ("n_seq_id", self._one),
+            ("seq_id", self._pointer),
+            ("logits", self.output),
+        ):
             setattr(self._batch, name, ctypes.cast(values.ctypes.data, _BATCH_FIELDS[name]))
 
+    def put(self, row: int, tokens: Any, positions: Any, sequences: Any, outputs: Any = 0) -> int:
+        """Write tokens (n,) into the rows from `row` on; return the row after them.
+
+        positions, sequences, outputs: arrays (n,), or one number for all. An output is 0 or 1:
+        whether the state after the token is wanted.
+        """
+        end = row + len(tokens)
+        self.token[row:end] = tokens
+        self.position[row:end] = positions
+        self.sequence[row:end] = sequences
+        self.output[row:end] = outputs
+        return end
+
     def head(self, n: int) -> Any:
+        """Return the llama_batch of the first n rows."""
         self._batch.n_tokens = n
         return self._batch
 
 
-def _threads_for(n_bytes: int) -> int:
-    """Return how many threads evaluate a model: every core, or one for a very small model.
+class Context:
+    """A context of a model. It is made, and the weights are read, at `open`; `close` frees it.
 
-    There a decode takes less than threads need to meet, and where another program wants the cores
-    too, waiting for each other at every layer costs hundreds of times the work.
+    n_ctx: tokens that the KV cache holds, of all sequences together. n_batch: the most tokens of
+    one decode. account: what the decodes are added to, where it is shared with other contexts.
     """
-    return 1 if n_bytes < SMALL_MODEL_BYTES else n_cores()
+
+    batch: Batch
+
+    def __init__(
+        self,
+        model: Model,
+        options: ContextOptions,
+        n_ctx: int,
+        n_batch: int,
+        n_sequences: int = 1,
+        account: Account | None = None,
+    ) -> None:
+        self.model, self.options = model, options
+        self.n_ctx, self.n_batch, self.n_sequences = n_ctx, n_batch, n_sequences
+        self.account = account or Account()
+        self._handle: Any = None
+        self._memory: Any = None
+        self._embeddings = False
+        self._views: dict[int, Floats] = {}
+
+    @property
+    def created(self) -> bool:
+        """Whether the context exists, that is, whether it takes memory."""
+        return self._handle is not None
+
+    def open(self, cancel: Cancel | None = None) -> None:
+        """Read the weights, if need be, and make the context, unless that is done.
+
+        Raises ModelError when llama.cpp refuses, CancelledError when `cancel` ends the load.
+        """
+        if self._handle is not None:
+            return
+        begun = perf_counter()
+        model = self.model.load(None if cancel is None else cancel.check)
+        last_errors.clear()
+        handle = llama.llama_init_from_model(model, self._params())
+        if not handle:
+            reason = last_errors[-1] if last_errors else "llama.cpp gave no reason"
+            raise ModelError(
+                f"{self.model.path}: no context of {self.n_ctx} tokens: {reason}; "
+                "try a smaller one (-c)"
+            )
+        self.model.adapt(handle)
+        self._handle, self._memory = handle, llama.llama_get_memory(handle)
+        self.batch = Batch(self.n_batch)
+        took = perf_counter() - begun
+        self.account.load_seconds += took
+        self.account.seconds += took
+
+    def _params(self) -> Any:
+        options, model = self.options, self.model
+        params = llama.llama_context_default_params()
+        params.n_ctx, params.n_batch = self.n_ctx, self.n_batch
+        params.n_ubatch = min(self.n_batch, options.n_ubatch_of(model))
+        params.n_threads = params.n_threads_batch = options.n_threads_of(model)
+        # The sequences share the cells: a long one may take what short ones leave.
+        params.n_seq_max, params.kv_unified = self.n_sequences, self.n_sequences > 1
+        params.flash_attn_type = _FLASH[options.flash_attn_of(model)]
+        params.type_k = CACHE_TYPES[options.cache_type_k]
+        params.type_v = CACHE_TYPES[options.cache_type_v]
+        params.no_perf = True
+        return params
+
+    def decode(self, n: int, *, hidden: bool = False) -> None:
+        """Evaluate the first n rows of the batch.
+
+        hidden: leave hidden states beside the logits; then every row is an output for llama.cpp,
+        whatever the batch says. Raises ModelError when llama.cpp cannot evaluate it.
+        """
+        if hidden != self._embeddings:
+            llama.llama_set_embeddings(self._handle, hidden)
+            self._embeddings = hidden
+        account, begun = self.account, perf_counter()
+        code = llama.llama_decode(self._handle, self.batch.head(n))
+        if self.model.n_gpu_layers:
+            llama.llama_synchronize(self._handle)  # a GPU is still at work
+        account.seconds += perf_counter() - begun
+        if code != 0:
+            raise ModelError(
+                f"{self.model.path}: llama.cpp could not evaluate {n} tokens "
+                f"(code {code}: {'the context is full' if code == 1 else 'see its log'})"
+            )
+        account.n_calls += 1
+        account.n_evaluated += n
+
+    def state(self, row: int, *, hidden: bool) -> tuple[Floats, Floats]:
+        """Return (logits (n_vocab,), hidden (n_embd,) or (0,)) after a row of the last batch; views
+        on llama.cpp's memory, valid until the next decode."""
+        logits = self._view(llama.llama_get_logits_ith(self._handle, row), self.model.n_vocab)
+        if not hidden:
+            return logits, _NOTHING
+        embeddings = llama.llama_get_embeddings_ith(self._handle, row)
+        return logits, self._view(embeddings, self.model.n_embd)
+
+    def states(self, n: int, *, hidden: bool) -> tuple[Floats, Floats]:
+        """Return (logits (n, n_vocab), hidden (n, n_embd) or (0,)) after the n rows of the last
+        batch, all of them outputs; views as of `state`."""
+        begun = perf_counter()
+        logits = llama.llama_get_logits(self._handle)  # waits for a GPU
+        self.account.seconds += perf_counter() - begun
+        states = np.ctypeslib.as_array(logits, (n, self.model.n_vocab))
+        if not hidden:
+            return states, _NOTHING
+        embeddings = llama.llama_get_embeddings(self._handle)
+        return states, np.ctypeslib.as_array(embeddings, (n, self.model.n_embd))
+
+    def settle(self) -> None:
+        """Have the outputs of the last batch ready for several threads to read.
+
+        llama.cpp puts them in order at the first reading, which is not safe from two at once.
+        """
+        llama.llama_get_logits(self._handle)
+
+    def _view(self, pointer: Any, n: int) -> Floats:
+        # Wrapping a pointer costs more than the switch itself, so views are kept by address.
+        at = ctypes.addressof(pointer.contents)
+        view = self._views.get(at)
+        if view is None or len(view) != n:
+            if len(self._views) >= MAX_VIEWS:
+                self._views.clear()  # llama.cpp has moved its buffers
+            view = self._views[at] = np.ctypeslib.as_array(pointer, (n,))
+        return view
+
+    def drop(self, sequence: int, keep: int) -> None:
+        """Forget every position of a sequence from `keep` on. Raises ModelError when it cannot."""
+        if not llama.llama_memory_seq_rm(self._memory, sequence, keep, -1):
+            raise ModelError(f"{self.model.path}: the model cannot drop the end of its state")
+
+    def clear(self) -> None:
+        """Forget every position of every sequence."""
+        llama.llama_memory_clear(self._memory, False)
+
+    def save(self, sequence: int) -> Bytes:
+        """Return llama.cpp's state of a sequence, for `restore`."""
+        state = np.empty(llama.llama_state_seq_get_size(self._handle, sequence), np.uint8)
+        n = llama.llama_state_seq_get_data(self._handle, _pointer_to(state), len(state), sequence)
+        return state[:n]
+
+    def restore(self, sequence: int, state: Bytes) -> bool:
+        """Take up the state of a sequence; return whether llama.cpp accepted it."""
+        state = np.ascontiguousarray(state)
+        n = llama.llama_state_seq_set_data(self._handle, _pointer_to(state), len(state), sequence)
+        return bool(n == len(state))
+
+    def close(self) -> None:
+        """Free the context; it can be opened again, empty."""
+        if self._handle is not None:
+            llama.llama_free(self._handle)
+            self._handle = self._memory = None
+        self._embeddings, self._views = False, {}
+
+    def __del__(self) -> None:
+        if getattr(self, "_handle", None) is not None:
+            self.close()
 
 
-def n_cores() -> int:
-    """Return how many cores this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+def _pointer_to(values: Bytes) -> Any:
+    return values.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8))

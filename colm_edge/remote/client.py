@@ -21,6 +21,7 @@ from typing import Any, TypeVar
 import numpy as np
 import numpy.typing as npt
 
+from colm_edge.cancel import Cancel
 from colm_edge.errors import (
     AbsentExpertError,
     ColmError,
@@ -310,16 +311,36 @@ class RemoteSession:
     """One timeline of a remote expert, with a session's `sync` and `state`."""
 
     def __init__(self, expert: RemoteExpert) -> None:
-        self._expert = expert
+        self.expert = expert
+        self.name = expert.url
         self.n_evaluated = self.n_calls = 0
         self.seconds = self.load_seconds = 0.0
         self._held, self._logits = array("i"), np.empty(0, np.float32)
 
     @property
     def n_ctx(self) -> int:
-        return self._expert.n_ctx
+        return self.expert.n_ctx
 
-    def sync(self, tokens: Sequence[int], outputs: Sequence[int] = ()) -> int:
+    @property
+    def fingerprint(self) -> str:
+        return self.expert.fingerprint
+
+    @property
+    def end_tokens(self) -> frozenset[int]:
+        return self.expert.end_tokens
+
+    def open(self, cancel: Cancel | None = None) -> None:
+        pass
+
+    def follow(self, tokens: array[int]) -> None:
+        pass
+
+    def close(self) -> None:
+        self.expert.close()
+
+    def sync(
+        self, tokens: Sequence[int], outputs: Sequence[int] = (), cancel: Cancel | None = None
+    ) -> int:
         """Ask for the successors of `tokens`; return how many of them the server evaluated.
 
         outputs: the last token alone can be one. Raises what `RemoteExpert.ask` does.
@@ -336,7 +357,7 @@ class RemoteSession:
             return 0
         begun = time.perf_counter()
         try:
-            self._logits, n_evaluated = self._expert.ask(wanted.tolist())
+            self._logits, n_evaluated = self.expert.ask(wanted.tolist())
         finally:
             self.seconds += time.perf_counter() - begun
         if n_evaluated is None:  # it has the last prefix cached

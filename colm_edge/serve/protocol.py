@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from colm_edge.options import Options
 
 if TYPE_CHECKING:
-    from colm_edge.decode.loop import Step
+    from colm_edge.decode.step import Step
     from colm_edge.stream import Stream
 
 

@@ -3,6 +3,8 @@
 Every answer runs the same loop as ever, on a thread of its own, over timelines whose `sync` waits.
 Once all answers under way wait, the worker, the one thread that touches llama.cpp, evaluates what
 they ask of one model in one batch, and they go on. So a batch is as large as it can be.
+
+A single slot is the pair's own sessions: nothing to share, and the fast schedule's batches.
 """
 
 from __future__ import annotations
@@ -12,24 +14,19 @@ from array import array
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import llama_cpp as llama
 import numpy as np
-import numpy.typing as npt
 
-from colm_edge.errors import ColmError, ModelError, PromptError
-from colm_edge.llama.context import Batch
+from colm_edge.cancel import Cancel
+from colm_edge.decode.timeline import Floats, Timeline
+from colm_edge.errors import ColmError, PromptError
 from colm_edge.llama.session import Session, common_prefix
-from colm_edge.remote.client import RemoteSession
+from colm_edge.remote.client import RemoteExpert, RemoteSession
 
 if TYPE_CHECKING:
-    from colm_edge.decode.loop import Timeline
     from colm_edge.pair import Pair
-    from colm_edge.remote.client import RemoteExpert
 
-
-Floats = npt.NDArray[np.float32]
 # Tokens of one request that a batch takes before it takes part of a longer one, a new prompt.
 SHORT = 64
 
@@ -45,143 +42,144 @@ class _Request:
     error: BaseException | None = None
 
 
+@dataclass
+class _Part:
+    """What of a request is still to be evaluated: its tokens from `start` on, which are prompt up
+    to the first output; and up to where a batch takes it."""
+
+    request: _Request
+    start: int
+    end: int
+
+    @property
+    def first_output(self) -> int:
+        return self.request.outputs[0]
+
+    @property
+    def in_prompt(self) -> bool:
+        return self.start < self.first_output
+
+    @property
+    def is_last(self) -> bool:
+        return self.end == len(self.request.tokens)
+
+
 class SharedContext:
     """One context of a model with a sequence for each slot. Only the worker calls its methods.
 
-    The context is made at the first evaluation; `close` gives its memory back.
+    The context is made at the first evaluation, or by `open`; `close` gives its memory back.
     """
 
     def __init__(self, session: Session, n_slots: int) -> None:
-        self.session, self._n_slots = session, n_slots
         self.n_ctx, self.n_batch = session.n_ctx, max(session.n_batch, 4 * SHORT)
-        self._context: Any = None
+        # The slots share the cells, so that a long answer may take what short ones leave.
+        self.context = session.new_context(self.n_ctx * n_slots, self.n_batch, n_slots)
         self.held = [array("i") for _ in range(n_slots)]
+        self._wants_hidden = session.wants_hidden
         self._rows: dict[tuple[int, int], int] = {}  # (slot, position) -> place in the last batch
+        self._prompts_next = False  # whose turn it is, of prompts and outputs
 
-    @property
-    def created(self) -> bool:
-        return self._context is not None
-
-    def _open(self) -> None:
-        if self._context is None:
-            # The slots share the cells, so that a long answer may take what short ones leave.
-            self._context = self.session.new_context(
-                self.n_ctx * self._n_slots, self.n_batch, self._n_slots
-            )
-            self._memory = llama.llama_get_memory(self._context)
-            self._batch = Batch(self.n_batch)
-            self._embeddings = self._early = False
+    def open(self) -> None:
+        self.context.open()
 
     def evaluate(self, requests: Sequence[_Request]) -> list[_Request]:
         """Evaluate one batch of what is asked for; return the requests that are done with it.
 
         Short requests go first and whole; what room is left takes the beginning of longer ones.
         """
-        self._open()
-        plans = []
-        for request in requests:
-            keep = min(common_prefix(self.held[request.slot], request.tokens), request.outputs[0])
-            self._drop(request.slot, keep)
-            plans.append((len(request.tokens) - keep, keep, request))
-        plans.sort(key=lambda plan: plan[0])
+        self.open()
+        parts = sorted(map(self._rest_of, requests), key=lambda part: part.end - part.start)
         # With embeddings on every token of a batch is an output, so where hidden states are wanted,
-        # what is no output is evaluated in batches of its own, which take turns with the others.
-        hidden = self.session.wants_hidden
-        ready = [plan for plan in plans if plan[1] == plan[2].outputs[0]]
-        self._early = hidden and (not ready or (len(ready) < len(plans) and not self._early))
-        if hidden:
-            plans = [plan for plan in plans if (plan in ready) is not self._early]
-        room, chosen, done = self.n_batch, [], []
-        for n, keep, request in plans:
-            first = request.outputs[0]
-            take = first - keep if self._early else n
-            if take > room:  # outputs are all of the batch that ends the request
-                take = min(room, first - keep)
-            if take > 0:
-                chosen.append((request, keep, keep + take))
-                room -= take
-            if take == n:
-                done.append(request)
-        self._decode(chosen, done, embeddings=hidden and not self._early)
-        return done
+        # prompts are evaluated in batches of their own, which take turns with the outputs'.
+        prompts_only = self._wants_hidden and self._are_prompts_next(parts)
+        if self._wants_hidden:
+            parts = [part for part in parts if part.in_prompt is prompts_only]
+        chosen, room = list[_Part](), self.n_batch
+        for part in parts:
+            if prompts_only:
+                part.end = part.first_output
+            if part.end - part.start > room:  # outputs are all of the batch that ends the request
+                part.end = min(part.start + room, part.first_output)
+            if part.end > part.start:
+                chosen.append(part)
+                room -= part.end - part.start
+        self._decode(chosen, hidden=self._wants_hidden and not prompts_only)
+        return [part.request for part in parts if part.is_last]
 
-    def _decode(
-        self, chosen: Sequence[tuple[_Request, int, int]], done: Sequence[_Request],
-        *, embeddings: bool,
-    ) -> None:  # fmt: skip
-        batch, at = self._batch, 0
+    def _rest_of(self, request: _Request) -> _Part:
+        """Drop what a slot holds beyond the common prefix; return what is left to evaluate."""
+        held = self.held[request.slot]
+        keep = min(common_prefix(held, request.tokens), request.outputs[0])
+        if keep < len(held):
+            del held[keep:]
+            self.context.drop(request.slot, keep)
+        return _Part(request, keep, len(request.tokens))
+
+    def _are_prompts_next(self, parts: Sequence[_Part]) -> bool:
+        n_prompts = sum(part.in_prompt for part in parts)
+        turn = n_prompts == len(parts) or (n_prompts > 0 and not self._prompts_next)
+        self._prompts_next = turn
+        return turn
+
+    def _decode(self, chosen: Sequence[_Part], *, hidden: bool) -> None:
+        batch, row = self.context.batch, 0
         self._rows = {}
-        for request, start, end in chosen:
-            n = end - start
-            batch.token[at : at + n] = request.tokens[start:end]
-            batch.position[at : at + n] = np.arange(start, end, dtype=np.int32)
-            batch.sequence[at : at + n] = request.slot
-            batch.output[at : at + n] = 0
-            if request in done:
-                for i in request.outputs:
-                    batch.output[at + i - start] = 1
-                    self._rows[request.slot, i] = at + i - start
-            at += n
-        if embeddings != self._embeddings:
-            llama.llama_set_embeddings(self._context, embeddings)
-            self._embeddings = embeddings
-        for request, start, _ in chosen:
-            del self.held[request.slot][start:]
-        self.session.decode_batch(self._context, batch.head(at))
-        llama.llama_synchronize(self._context)
-        for request, start, end in chosen:
-            self.held[request.slot] += request.tokens[start:end]
-
-    def _drop(self, slot: int, keep: int) -> None:
-        if keep < len(self.held[slot]):
-            del self.held[slot][keep:]
-            if not llama.llama_memory_seq_rm(self._memory, slot, keep, -1):
-                raise ModelError(f"{self.session.model.path}: the end of a state cannot be dropped")
+        for part in chosen:
+            slot, start, end = part.request.slot, part.start, part.end
+            positions = np.arange(start, end, dtype=np.int32)
+            first, row = row, batch.put(row, part.request.tokens[start:end], positions, slot)
+            for i in part.request.outputs if part.is_last else ():
+                batch.output[first + i - start] = 1
+                self._rows[slot, i] = first + i - start
+        try:
+            self.context.decode(row, hidden=hidden)
+            self.context.settle()
+        except BaseException:  # what was evaluated of it is not known
+            for part in chosen:
+                self.context.drop(part.request.slot, part.start)
+            raise
+        for part in chosen:
+            self.held[part.request.slot] += part.request.tokens[part.start : part.end]
 
     def state(self, slot: int, i: int) -> tuple[Floats, Floats]:
-        row = self._rows[slot, i]
-        model, hidden = self.session.model, np.empty(0, np.float32)
-        logits = llama.llama_get_logits_ith(self._context, row)
-        if self.session.wants_hidden:
-            pointer = llama.llama_get_embeddings_ith(self._context, row)
-            hidden = np.ctypeslib.as_array(pointer, (model.n_embd,))
-        return np.ctypeslib.as_array(logits, (model.n_vocab,)), hidden
+        return self.context.state(self._rows[slot, i], hidden=self._wants_hidden)
 
     def close(self) -> None:
-        if self._context is not None:
-            llama.llama_free(self._context)
-            self._context = None
-            self.held = [array("i") for _ in self.held]
-            self._rows = {}
+        self.context.close()
+        self.held = [array("i") for _ in self.held]
+        self._rows = {}
 
 
 class SharedTimeline:
     """A slot's timeline of one model, with a session's methods; `sync` waits for the worker."""
 
-    def __init__(self, slots: Slots, context: SharedContext, slot: int) -> None:
-        self._slots, self._context, self._slot = slots, context, slot
-        self.n_ctx = context.n_ctx
+    def __init__(self, slots: Slots, shared: SharedContext, slot: int) -> None:
+        self._slots, self._shared, self._slot = slots, shared, slot
+        self.n_ctx = shared.n_ctx
         self.n_evaluated = self.n_calls = 0
         self.seconds = self.load_seconds = 0.0
 
-    def sync(self, tokens: Sequence[int], outputs: Sequence[int] = ()) -> int:
+    def sync(
+        self, tokens: Sequence[int], outputs: Sequence[int] = (), cancel: Cancel | None = None
+    ) -> int:
         if not tokens:
             raise PromptError("nothing to evaluate: the prompt has no tokens")
         if len(tokens) > self.n_ctx:
             raise PromptError(f"{len(tokens)} tokens do not fit the context of {self.n_ctx}")
         tokens = tokens if isinstance(tokens, array) else array("i", tokens)
         outputs = tuple(outputs) or (len(tokens) - 1,)
-        before = self._context.session.seconds
-        keep = min(common_prefix(self._context.held[self._slot], tokens), outputs[0])
-        self._slots.wait_for(self._context, _Request(self._slot, tokens, outputs))
-        self.seconds += self._context.session.seconds - before
+        account = self._shared.context.account
+        before = account.seconds
+        keep = min(common_prefix(self._shared.held[self._slot], tokens), outputs[0])
+        self._slots.wait_for(self._shared, _Request(self._slot, tokens, outputs))
+        self.seconds += account.seconds - before
         self.n_calls += 1
         self.n_evaluated += len(tokens) - keep
         return len(tokens) - keep
 
     def state(self, i: int) -> tuple[Floats, Floats]:
         # While this slot waits for its other model, the others' batches overwrite what stands here.
-        logits, hidden = self._context.state(self._slot, i)
+        logits, hidden = self._shared.state(self._slot, i)
         return logits.copy(), hidden.copy()
 
 
@@ -192,38 +190,51 @@ class AwayTimeline(RemoteSession):
         super().__init__(expert)
         self._slots = slots
 
-    def sync(self, tokens: Sequence[int], outputs: Sequence[int] = ()) -> int:
+    def sync(
+        self, tokens: Sequence[int], outputs: Sequence[int] = (), cancel: Cancel | None = None
+    ) -> int:
         with self._slots.away():
-            return super().sync(tokens, outputs)
+            return super().sync(tokens, outputs, cancel)
 
 
 class Slots:
     """A pair's models for several answers at once.
 
-    `take` hands out a slot, and waits for none: it raises BusyError when all are taken.
+    `take` hands out a slot without waiting: it raises BusyError when all are taken.
     """
 
     def __init__(self, pair: Pair, n_slots: int) -> None:
         self.pair, self.n_slots = pair, n_slots
-        self.base = SharedContext(pair.base_session, n_slots)
-        self.expert: SharedContext | None = None
-        self._remote: list[AwayTimeline] = []
-        if pair.remote is None:
-            self.expert = SharedContext(pair.expert_session, n_slots)
-        else:
-            self._remote = [AwayTimeline(self, pair.remote) for _ in range(n_slots)]
         self._changed = threading.Condition()
         self._taken: set[int] = set()
         self._n_away = 0  # of the slots taken, those whose expert's server is at work
-        contexts = [self.base] if self.expert is None else [self.base, self.expert]
-        self._waiting: dict[SharedContext, list[_Request]] = {c: [] for c in contexts}
         self._closed = False
+        self._waiting: dict[SharedContext, list[_Request]] = {}
+        self.base: SharedContext | None = None
+        self.expert: SharedContext | None = None
+        self._remote: list[AwayTimeline] = []
+        self._worker: threading.Thread | None = None
+        if n_slots > 1:
+            self._share()
+
+    def _share(self) -> None:
+        pair, n_slots = self.pair, self.n_slots
+        pair.base_session.close()  # the slots have a context of their own
+        self.base = SharedContext(pair.base_session, n_slots)
+        self._waiting[self.base] = []
+        if isinstance(pair.expert, RemoteSession):
+            self._remote = [AwayTimeline(self, pair.expert.expert) for _ in range(n_slots)]
+        else:
+            self.expert = SharedContext(pair.expert_session, n_slots)
+            self._waiting[self.expert] = []
+        self.base.open()
         self._worker = threading.Thread(target=self._work, name="colm-edge-slots", daemon=True)
         self._worker.start()
 
     @contextmanager
-    def take(self, tokens: Sequence[int]) -> Iterator[tuple[Timeline, Timeline]]:
-        """Have a free slot's timelines for a while: the one that knows most of these tokens."""
+    def take(self, tokens: Sequence[int]) -> Iterator[tuple[Timeline, Timeline] | None]:
+        """Have a free slot's timelines for a while, of base and expert: those of the slot that
+        knows most of these tokens. None stands for the pair's own sessions."""
         wanted = array("i", tokens)
         with self._changed:
             free = [slot for slot in range(self.n_slots) if slot not in self._taken]
@@ -232,19 +243,25 @@ class Slots:
             slot = max(free, key=lambda slot: self._worth(slot, wanted))
             self._taken.add(slot)
         try:
-            base = SharedTimeline(self, self.base, slot)
-            if self.expert is None:
-                yield base, self._remote[slot]
-            else:
-                yield base, SharedTimeline(self, self.expert, slot)
+            yield self._timelines(slot)
         finally:
             with self._changed:
                 self._taken.discard(slot)
                 self._changed.notify_all()
 
+    def _timelines(self, slot: int) -> tuple[Timeline, Timeline] | None:
+        if self.base is None:
+            return None
+        base = SharedTimeline(self, self.base, slot)
+        if self.expert is None:
+            return base, self._remote[slot]
+        return base, SharedTimeline(self, self.expert, slot)
+
     def _worth(self, slot: int, wanted: array[int]) -> tuple[int, int]:
         """Rank a free slot for a prompt: what it knows of it, if that is a good part; and of those
         that know little, the one with the least to lose."""
+        if self.base is None:
+            return 0, 0
         held = self.base.held[slot]
         known = common_prefix(held, wanted)
         return known if 2 * known >= len(wanted) else 0, -len(held)
@@ -266,7 +283,7 @@ class Slots:
         Once three quarters wait for the expert it is its turn: later the base's own batches are
         too small, sooner the expert's are.
         """
-        base = len(self._waiting[self.base])
+        base = len(self._waiting[self.base]) if self.base is not None else 0
         expert = len(self._waiting[self.expert]) if self.expert is not None else 0
         n = len(self._taken) - self._n_away
         if not base + expert or base + expert < n:
@@ -306,22 +323,28 @@ class Slots:
     @property
     def expert_loaded(self) -> bool:
         """Whether an expert takes memory here."""
-        return self.expert is not None and self.expert.created
+        if self.expert is not None:
+            return self.expert.context.created
+        return self.base is None and self.pair.expert_is_loaded
 
     def unload_expert(self) -> None:
         """Give the expert's memory back; it is read again when it is asked."""
         with self._changed:
-            if self.expert is not None and not self._waiting[self.expert]:
+            if not self.expert_loaded:
+                return
+            if self.expert is not None:
+                if self._waiting[self.expert]:
+                    return
                 self.expert.close()
-                self.pair.expert_session.close()
-                self.pair.expert.unload()
+            self.pair.unload_expert()
 
     def close(self) -> None:
         """End the worker and free the contexts; answers under way end with an error."""
         with self._changed:
             self._closed = True
             self._changed.notify_all()
-        self._worker.join()
+        if self._worker is not None:
+            self._worker.join()
         for context, requests in self._waiting.items():
             for request in requests:
                 request.error = ColmError("the models are closed")

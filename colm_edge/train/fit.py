@@ -123,7 +123,7 @@ def fit_switch(
         thresholds=thresholds,
         info={
             "base": pair.base.path.name,
-            "expert": Path(scored_by(expert_scores) or pair.expert_name).name,
+            "expert": Path(scored_by(expert_scores) or pair.expert.name).name,
             "objective": trial.objective,
         },
     )

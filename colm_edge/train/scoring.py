@@ -25,6 +25,7 @@ import numpy.typing as npt
 
 from colm_edge import readout
 from colm_edge.errors import ColmError, DataError
+from colm_edge.remote.client import RemoteSession
 from colm_edge.train.documents import Documents
 
 if TYPE_CHECKING:
@@ -161,7 +162,7 @@ def score_expert(
             temporary,
             tokens=documents.tokens, lengths=documents.lengths, starts=documents.starts,
             lines=documents.lines, logprob=columns["logprob"], right=columns["right"],
-            model=np.array(pair.expert_name),
+            model=np.array(pair.expert.name),
         )  # fmt: skip
         os.replace(temporary, path)
     except OSError as e:
@@ -169,7 +170,7 @@ def score_expert(
     finally:
         temporary.unlink(missing_ok=True)
     return {
-        "model": pair.expert_name,
+        "model": pair.expert.name,
         "n_documents": len(documents),
         "n_tokens": documents.n_scored,
         "n_cut": documents.n_cut,
@@ -235,8 +236,8 @@ def _pass(
         for group in _groups(documents, ledger.state):
             if (ledger.state[group] != TO_DO).all():
                 continue
-            if name == "expert" and pair.remote is not None:
-                found = _score_there(pair.remote, documents, group)
+            if name == "expert" and isinstance(pair.expert, RemoteSession):
+                found = _score_there(pair.expert.expert, documents, group)
             else:
                 scorer = scorer or stack.enter_context(_scorer(pair, name))
                 found = _score_here(scorer, documents, group, pair.n_shared)
@@ -330,8 +331,8 @@ def _folder(work: Path, name: str, pair: Pair, update: bool) -> Path:
     with _disk(work):
         work.mkdir(parents=True, exist_ok=True)
     is_base = name == "base"
-    model = str(pair.base.path) if is_base else pair.expert_name
-    mark = pair.base.fingerprint if is_base else pair.expert_fingerprint
+    model = str(pair.base.path) if is_base else pair.expert.name
+    mark = pair.base.fingerprint if is_base else pair.expert.fingerprint
     folder = work / f"{name}-{mark[:8]}"
     others = [p for p in work.glob(f"{name}-" + "[0-9a-f]" * 8) if p != folder]
     if folder.exists() or not others or (update and not is_base):

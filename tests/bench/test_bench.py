@@ -13,11 +13,13 @@ from colm_edge.bench import memory
 from colm_edge.bench.memory import peak_memory
 from colm_edge.bench.methods import Methods, bench
 from colm_edge.bench.replay import Process, recorded, replay
-from colm_edge.bench.speculative import DraftDecoder
+from colm_edge.bench.speculative import Speculative
 from colm_edge.cli import main
-from colm_edge.decode.fast import FastDecoder
+from colm_edge.decode.fast import Fast
 from colm_edge.decode.loop import Decoder
+from colm_edge.decode.picker import Picker
 from colm_edge.decode.planner import Planner
+from colm_edge.decode.policy import Policy
 from colm_edge.errors import ColmError, DataError
 from colm_edge.llama import costs
 from colm_edge.llama.costs import CostTable
@@ -125,12 +127,12 @@ def test_a_grid_of_replays_and_a_choice_of_methods(tiny):
     assert "no method 'fast'; expected some of base, expert" in result.stderr
 
 
-def written(pair, kind, trace, threshold, **options):
+def written(pair, trace, threshold, schedule=None, **options):
     read = pair.switch.reader(pair.base, pair.n_shared)
     sessions = pair.base_session, pair.expert_session
     for session in sessions:
         session.forget()
-    decoder = replay(kind, *sessions, read, trace, threshold, n_choose=pair.n_shared, **options)
+    decoder = replay(*sessions, read, trace, threshold, pair.n_shared, schedule, **options)
     return [(step.token, step.source) for step in decoder], decoder.stats
 
 
@@ -138,11 +140,10 @@ def written(pair, kind, trace, threshold, **options):
 @pytest.mark.parametrize("rate", [0.0, 0.3, 1.0])
 def test_every_schedule_writes_the_trace(tiny_pair, rate, agree):
     class Bold(Planner):
-        def goes_on(self, all_agree, n_choices, n_pending, n_beyond):
-            return n_pending % 3 != 0
-
-        def saved_along(self, all_agree, n_choices, n_pending, n_beyond):
-            return float(n_pending % 2)
+        def decide(self, draft):
+            if draft.n_pending % 3 != 0 or draft.n_beyond >= 2:
+                return "draft on"
+            return "verify along" if draft.n_pending % 2 else "verify"
 
         def run_ahead(self):
             return 3
@@ -151,14 +152,14 @@ def test_every_schedule_writes_the_trace(tiny_pair, rate, agree):
     trace = Process(rate, agree).draw(60, tiny_pair.n_shared)
     sources = ["expert" if deferred else "base" for deferred in trace.deferred]
     expected = list(zip(trace.tokens, sources, strict=True))
-    assert written(tiny_pair, Decoder, trace, 0.5)[0] == expected
+    assert written(tiny_pair, trace, 0.5)[0] == expected
     planner = Bold(lambda: (flat, flat))
-    assert written(tiny_pair, FastDecoder, trace, 0.5, planner=planner)[0] == expected
+    assert written(tiny_pair, trace, 0.5, Fast(planner))[0] == expected
     deferrals = sum(trace.deferred)
     if deferrals:
         assert planner.agreement.n > 4
     cheap = CostTable((1, 64), (0.01, 0.64))
-    draft, stats = written(tiny_pair, DraftDecoder, trace, 0.0, tables=(cheap, flat))
+    draft, stats = written(tiny_pair, trace, 0.0, Speculative((cheap, flat)), everywhere=True)
     assert [token for token, _ in draft] == trace.tokens
     # Batches cost nothing more here, so drafts are as long as agreements promise.
     assert (stats.expert_calls < 20) is (agree == 1.0)
@@ -169,10 +170,11 @@ def test_speculative_decoding_writes_the_experts_own_text(tiny):
     for expert in ("base", "expert"):
         with load(tiny["base"], tiny[expert], "margin", n_threads=1, n_ctx=256) as pair:
             alone = pair.generate("hello", temperature=0, threshold=0, max_tokens=50)
-            decoder = DraftDecoder(
-                pair.base_session, pair.expert_session, pair.switch.reader(pair.base, 400),
-                pair.base.tokenize("hello"), threshold=0.0, n_choose=400,
-                end_tokens=pair.base.end_tokens, max_tokens=50, tables=(cheap, flat),
+            decoder = Decoder(
+                pair.base_session, [pair.expert_session],
+                Policy(pair.switch.reader(pair.base, 400), 0.0), Picker(400),
+                pair.base.tokenize("hello"), end_tokens=pair.base.end_tokens, max_tokens=50,
+                schedule=Speculative((cheap, flat)),
             )  # fmt: skip
             assert [s.token for s in decoder] == [s.token for s in alone.steps]
             assert (decoder.stats.expert_calls < 20) is (expert == "base")

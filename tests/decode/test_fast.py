@@ -8,12 +8,11 @@ import pytest
 from conftest import N_VOCAB, Scripted
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_loop import END, reader, writer
+from test_loop import decoder, reader, writer
 
 from colm_edge.bench.replay import Process, replay
-from colm_edge.decode.fast import FastDecoder
-from colm_edge.decode.loop import Decoder
-from colm_edge.decode.planner import MAX_DRAFT, Planner
+from colm_edge.decode.fast import Fast
+from colm_edge.decode.planner import MAX_DRAFT, Draft, Planner
 from colm_edge.llama.costs import CostTable
 from colm_edge.llama.sampling import ChainSampler
 from colm_edge.options import Options
@@ -32,15 +31,13 @@ class Bold(Planner):
         self._draw, self._drafts, self._runs = random.Random(seed), drafts, runs
         self._along = along
 
-    def goes_on(self, all_agree: float, n_choices: int, n_pending: int, n_beyond: int) -> bool:
-        assert 0 <= all_agree <= 1
-        assert n_choices > 0
-        assert n_pending >= 0
-        assert n_beyond in (0, 1)
-        return self._draw.random() < self._drafts
-
-    def saved_along(self, *seen: float) -> float:
-        return float(self._draw.random() < self._along)
+    def decide(self, draft: Draft) -> str:
+        assert 0 <= draft.all_agree <= 1
+        assert draft.n_choices > 0
+        assert draft.n_pending >= 0
+        if draft.n_beyond >= 2 or self._draw.random() < self._drafts:
+            return "draft on"
+        return "verify along" if self._draw.random() < self._along else "verify"
 
     def run_ahead(self) -> int:
         return self._draw.randint(0, self._runs)
@@ -97,32 +94,29 @@ def test_bets_never_change_the_text(
     read, _ = reader(seed, rate)
     prompt = [1 + i % (N_VOCAB - 1) for i in range(n_prompt)]
 
-    def answer(kind, **more):
-        run = kind(
+    def answer(schedule=None):
+        run = decoder(
             Scripted(base_choose, n_ctx), Scripted(expert_choose, n_ctx), read, prompt,
-            threshold=threshold, n_choose=N_VOCAB, end_tokens=frozenset({END}),
-            max_tokens=max_tokens, sample=Sometimes(seed) if sampled else None, compose=compose,
-            **more,
+            threshold=threshold, max_tokens=max_tokens, sampler=Sometimes(seed) if sampled else None,
+            compose=compose, schedule=schedule,
         )  # fmt: skip
         steps = list(run)
         assert list(run.tokens) == prompt + [step.token for step in steps]
         assert run.stats.n_deferred == sum(step.source == "expert" for step in steps)
         return steps, run.finish_reason
 
-    assert answer(FastDecoder, planner=Bold(seed, drafts, runs, along)) == answer(Decoder)
+    assert answer(Fast(Bold(seed, drafts, runs, along))) == answer()
 
 
 def fast(base, expert, read, planner, **kwargs):
-    options = {"threshold": 0.5, "n_choose": N_VOCAB, "end_tokens": frozenset({END})} | kwargs
-    return FastDecoder(base, expert, read, [1, 2, 3], planner=planner, **options)
+    return decoder(base, expert, read, [1, 2, 3], schedule=Fast(planner), **kwargs)
 
 
 def test_without_a_bet_both_evaluate_what_the_sequential_loop_does():
     read, _ = reader(3, 0.4)
     sessions = [(Scripted(writer(1)), Scripted(writer(2))) for _ in range(2)]
     list(fast(*sessions[0], read, Bold(0, 0.0, 0, 0.0), max_tokens=40))
-    options = {"threshold": 0.5, "n_choose": N_VOCAB, "end_tokens": frozenset({END})}
-    list(Decoder(*sessions[1], read, [1, 2, 3], max_tokens=40, **options))
+    list(decoder(*sessions[1], read, [1, 2, 3], max_tokens=40))
     for ours, theirs in zip(*sessions, strict=True):
         assert ours.batches == theirs.batches
 
@@ -147,14 +141,11 @@ def test_a_deferral_after_a_repeated_choice_takes_no_call():
     once, and every token is evaluated once."""
 
     class Along(Planner):
-        def goes_on(self, *seen):
-            return False
+        def decide(self, draft):
+            return "verify along" if draft.n_pending > 0 else "verify"
 
         def run_ahead(self):
             return 0
-
-        def saved_along(self, all_agree, n_choices, n_pending, n_beyond):
-            return float(n_pending > 0)
 
     choose = writer(1)
     base, expert = Scripted(choose, 200), Scripted(choose, 200)
@@ -176,12 +167,12 @@ def test_what_several_states_cost_is_weighed():
         return found
 
     apart, in_a_row = (True, False, False), (True, True, False)
-    assert planner(0.0, apart).goes_on(0.9, 1, 4, 0)
-    assert not planner(9.0, apart).goes_on(0.9, 1, 4, 0)
-    assert planner(9.0, apart).goes_on(0.9, 2, 4, 0)  # there it is paid anyway
-    assert planner(0.0, in_a_row).saved_along(0.9, 1, 4, 0) > 0
-    assert planner(9.0, in_a_row).saved_along(0.9, 1, 4, 0) == 0
-    assert planner(9.0, in_a_row).saved_along(0.9, 2, 4, 0) > 0
+    assert planner(0.0, apart).decide(Draft(0.9, 1, 4, 0)) == "draft on"
+    assert planner(9.0, apart).decide(Draft(0.9, 1, 4, 0)) != "draft on"
+    assert planner(9.0, apart).decide(Draft(0.9, 2, 4, 0)) == "draft on"  # there it is paid anyway
+    assert planner(0.0, in_a_row).saved_along(Draft(0.9, 1, 4, 0)) > 0
+    assert planner(9.0, in_a_row).saved_along(Draft(0.9, 1, 4, 0)) == 0
+    assert planner(9.0, in_a_row).saved_along(Draft(0.9, 2, 4, 0)) > 0
 
 
 def test_a_base_checks_a_run_of_deferrals_at_once():
@@ -204,13 +195,13 @@ def test_a_planner_that_never_agreed_does_not_bet(tables):
         planner.saw_agreement(0.4, False)
         planner.saw_deferral(True, False)
         planner.saw_deferral(False, True)
-    assert not planner.goes_on(planner.agrees(0.4), 1, 2, 0)
+    assert planner.decide(Draft(planner.agrees(0.4), 1, 2, 0)) != "draft on"
     assert planner.run_ahead() == 0
 
 
 def test_a_planner_bets_where_it_pays():
     planner = Planner(lambda: (CostTable((1, 64), (0.1, 6.4)), FLAT))
-    assert not planner.goes_on(1.0, 1, 5, 0)  # nothing measured yet
+    assert planner.decide(Draft(1.0, 1, 5, 0)) != "draft on"  # nothing measured yet
     planner.prepare()
     for _ in range(300):
         planner.saw_agreement(0.9, True)
@@ -221,13 +212,13 @@ def test_a_planner_bets_where_it_pays():
             planner.saw_deferral(False, False)
     assert planner.agrees(0.9) > 0.8
     assert planner.agrees(0.1) < 0.2
-    assert planner.goes_on(planner.agrees(0.9), 1, 4, 0)
-    assert not planner.goes_on(planner.agrees(0.1), 1, 4, 0)
-    assert not planner.goes_on(1.0, 1, MAX_DRAFT, 0)
+    assert planner.decide(Draft(planner.agrees(0.9), 1, 4, 0)) == "draft on"
+    assert planner.decide(Draft(planner.agrees(0.1), 1, 4, 0)) != "draft on"
+    assert planner.decide(Draft(1.0, 1, MAX_DRAFT, 0)) != "draft on"
     # An expert whose batches cost in proportion gains nothing by them.
     proportional = Planner(lambda: (FLAT, STEEP))
     proportional.prepare()
-    assert not proportional.goes_on(1.0, 1, 5, 0)
+    assert proportional.decide(Draft(1.0, 1, 5, 0)) != "draft on"
 
 
 # Milliseconds of decodes of a small and a larger model: CPUs whose larger batches are hardly
@@ -252,7 +243,7 @@ class Priced(Scripted):
         super().__init__(lambda prefix: 1, n_ctx=10**6)
         self.table, self.cuts, self.cost = table, cuts, 0.0
 
-    def sync(self, tokens, outputs=()):
+    def sync(self, tokens, outputs=(), cancel=None):
         n = super().sync(tokens, outputs)
         pieces = self.table.pieces(n, n + 64, whole=len(outputs) > 1) if self.cuts else [(n, n)]
         self.cost += sum(self.table(size) for _, size in pieces if n)
@@ -269,16 +260,16 @@ def test_the_fast_schedule_never_costs_more(machine, rate, agree, run):
     tables = MACHINES[machine]
     read = lambda logits, hidden: (0.0, 1, 0.0)  # noqa: E731
 
-    def cost(kind, seed, **more):
+    def cost(seed, schedule=None):
         trace = Process(rate, agree, run).draw(256, N_VOCAB, seed)
-        base, expert = Priced(tables[0], False), Priced(tables[1], kind is FastDecoder)
-        run_ = replay(kind, base, expert, read, trace, 0.5, n_choose=N_VOCAB, **more)
-        assert [step.token for step in run_] == trace.tokens
+        base, expert = Priced(tables[0], False), Priced(tables[1], schedule is not None)
+        written = replay(base, expert, read, trace, 0.5, N_VOCAB, schedule)
+        assert [step.token for step in written] == trace.tokens
         return base.cost + expert.cost
 
     seeds = range(10 if rate == 0.05 else 5)  # luck evens out over about as many deferrals
-    fast = sum(cost(FastDecoder, seed, planner=Planner(lambda: tables)) for seed in seeds)
-    plain = sum(cost(Decoder, seed) for seed in seeds)
+    fast = sum(cost(seed, Fast(Planner(lambda: tables))) for seed in seeds)
+    plain = sum(cost(seed) for seed in seeds)
     assert fast <= 1.02 * plain
     if agree == 0.9 and rate >= 0.4:
         assert fast < 0.95 * plain
@@ -290,8 +281,7 @@ def test_models_too_quick_to_plan_for_run_one_by_one():
     planner = Planner(lambda: (quick, quick))
     sessions = [(Scripted(writer(1)), Scripted(writer(1))) for _ in range(2)]
     list(fast(*sessions[0], read, planner, max_tokens=40))
-    options = {"threshold": 0.5, "n_choose": N_VOCAB, "end_tokens": frozenset({END})}
-    list(Decoder(*sessions[1], read, [1, 2, 3], max_tokens=40, **options))
+    list(decoder(*sessions[1], read, [1, 2, 3], max_tokens=40))
     assert planner.rests
     for ours, theirs in zip(*sessions, strict=True):
         assert ours.batches == theirs.batches

@@ -11,7 +11,9 @@ from conftest import N_VOCAB, Scripted
 from hypothesis import given
 from hypothesis import strategies as st
 
-from colm_edge.decode.loop import Decoder, mixture
+from colm_edge.decode.loop import Decoder
+from colm_edge.decode.picker import Picker, mixture
+from colm_edge.decode.policy import Policy
 from colm_edge.errors import ColmError
 from colm_edge.options import Options
 
@@ -46,9 +48,12 @@ def reader(seed: int, rate: float):
     return read, p_of
 
 
-def decoder(base, expert, read, prompt, **kwargs):
-    options = {"threshold": 0.5, "n_choose": N_VOCAB, "end_tokens": frozenset({END})} | kwargs
-    return Decoder(base, expert, read, prompt, **options)
+def decoder(
+    base, expert, read, prompt, threshold=0.5, n_choose=N_VOCAB, sampler=None, compose=False, **more
+):
+    """A Decoder of the parts that most tests want."""
+    policy, picker = Policy(read, threshold), Picker(n_choose, sampler, composes=compose)
+    return Decoder(base, [expert], policy, picker, prompt, end_tokens=frozenset({END}), **more)
 
 
 def reference(base_choose, expert_choose, p_of, prompt, threshold, end, max_tokens, n_ctx):

@@ -196,7 +196,7 @@ def test_weak_is_colm_when_it_is_the_same_switch(demo):
     assert colm["accuracy"] > 0
     assert timeless([weak]) == timeless([colm | {"method": "weak", "threshold": weak["threshold"]}])
     # The hidden state that it reads is there beside a switch that reads none, too.
-    with load(demo.base.path, demo.expert.path, "margin", n_threads=1) as pair:
+    with load(demo.base.path, demo.expert_session.model.path, "margin", n_threads=1) as pair:
         options["defer_rates"] = [colm["defer_rate"]]
         _, beside = ev.evaluate(pair, HELD_OUT, WHOLE, weak=demo.switch, **options)
     assert timeless([beside]) == timeless([weak])

@@ -75,7 +75,8 @@ def test_it_is_the_plain_sum_of_three(tiny, third):
 @pytest.mark.parametrize(("anti", "twin"), [("base", "expert"), ("expert", "base")])
 def test_without_a_contrast_one_model_is_left(demo, anti, twin):
     """base + (expert − base) is the expert, base + (expert − expert) the base; answers too."""
-    with Proxy(demo, getattr(demo, anti).path, n_threads=1) as proxy:
+    models = {"base": demo.base, "expert": demo.expert_session.model}
+    with Proxy(demo, models[anti].path, n_threads=1) as proxy:
         proxied, alone = (
             evaluate(
                 demo, HELD_OUT, WHOLE, metric="contains", limit=6, methods=[name], proxy=proxy,

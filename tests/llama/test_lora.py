@@ -137,7 +137,7 @@ def test_run_answers_with_the_adapter(tiny, lora):
 def test_the_adapter_is_the_bases_alone(tiny, lora):
     with load(tiny["base"], tiny["base"], "margin", lora=lora["random"], n_threads=1) as pair:
         assert pair.base.files == (Path(tiny["base"]), Path(lora["random"]))
-        assert pair.expert.files == (Path(tiny["base"]),)
+        assert pair.expert_session.model.files == (Path(tiny["base"]),)
         for session in (pair.base_session, pair.expert_session):
             session.sync(TOKENS)
         assert np.abs(pair.base_session.logits - pair.expert_session.logits).max() > 1e-2

@@ -13,8 +13,8 @@ from reference import PlainModel
 
 from colm_edge.errors import ColmError, MismatchError, ModelError, PromptError
 from colm_edge.llama import backend
+from colm_edge.llama import context as context_module
 from colm_edge.llama import scorer as scorer_module
-from colm_edge.llama import session as session_module
 from colm_edge.llama.context import ContextOptions
 from colm_edge.llama.model import Model, shared_vocab
 from colm_edge.llama.scorer import Scorer
@@ -254,7 +254,7 @@ def test_amx_is_left_to_pytorch(monkeypatch, has_amx, has_torch, caplog):
 def test_flash_attention_is_off_where_it_slows(model, monkeypatch):
     auto = Session(model, CONTEXT)
     assert auto.flash_attn == "auto"  # a very small model
-    monkeypatch.setattr(session_module, "SMALL_MODEL_BYTES", 0)
+    monkeypatch.setattr(context_module, "SMALL_MODEL_BYTES", 0)
     assert auto.flash_attn == "off"
     fresh = Session(model, ContextOptions(n_ctx=128, n_threads=1, flash_attn="on"))
     assert fresh.flash_attn == "on"

@@ -74,7 +74,7 @@ def test_a_remote_expert_writes_what_a_local_one_writes(tiny, local, owner):
         answer = pair.generate(PROMPT)
         assert answer.text == expected.text
         assert [s.source for s in answer.steps] == [s.source for s in expected.steps]
-        assert pair.expert_name == url
+        assert pair.expert.name == url
         stats = answer.stats
         assert stats.expert_calls == len(fake.asked) == stats.n_deferred
         assert (stats.expert_failures, fake.n_connections) == (0, 1)
@@ -109,7 +109,7 @@ BODIES = {
 @pytest.mark.parametrize("owner", DIALECTS)
 def test_what_each_dialect_asks(tiny, owner):
     with faking(owner, tiny["expert"]) as (url, fake), remote_pair(tiny, url + "/v1") as pair:
-        expert = pair.remote.session()
+        expert = pair.expert.expert.session()
         for path, body in fake.requests:
             assert path == "/tokenize"
             if owner == "llamacpp":
@@ -204,10 +204,10 @@ def test_a_refusal_is_not_tried_again(tiny):
     with faking("vllm", tiny["expert"]) as (url, fake), remote_pair(tiny, url) as pair:
         fake.failures = ["400"]
         with pytest.raises(AbsentExpertError, match=r"the expert refuses: .*HTTP 400"):
-            pair.remote.session().sync([1, 2, 3])
+            pair.expert.expert.session().sync([1, 2, 3])
         assert len(fake.asked) == 1
         # And it says nothing of the next request.
-        assert pair.remote.session().sync([1, 2, 4]) == 3
+        assert pair.expert.expert.session().sync([1, 2, 4]) == 3
 
 
 def test_a_base_does_not_pass_for_the_expert(tiny, local):
@@ -275,7 +275,7 @@ def test_a_server_of_another_kind_is_named(tiny):
 def test_the_key_is_sent_and_no_password_shown(tiny, monkeypatch):
     with faking("vllm", tiny["expert"]) as (url, fake):
         with remote_pair(tiny, url.replace("//", "//me:secret@")) as pair:
-            assert pair.expert_name == url
+            assert pair.expert.name == url
         monkeypatch.setenv(remote.KEY_VARIABLE, "a key")
         with remote_pair(tiny, url):
             pass
@@ -321,7 +321,7 @@ def test_the_command_line(tiny):
 def test_what_needs_the_weights_says_so(tiny, tmp_path):
     with faking("llamacpp", tiny["expert"]) as (url, _), remote_pair(tiny, url) as pair:
         for use in (
-            lambda: pair.expert, lambda: pair.expert_session, pair.cost_tables,
+            lambda: pair.expert_session, pair.cost_tables, pair.unload_expert,
             lambda: pair.save_prompts(tmp_path / "prompts.npz"),
         ):  # fmt: skip
             with pytest.raises(ColmError, match="needs the expert's weights here"):
@@ -337,7 +337,7 @@ def test_our_own_server_is_an_expert(tiny, local):
         serving(served, n_slots=2) as (url, _),
         load(tiny["base"], url, "margin", n_threads=1, defaults=GREEDY) as pair,
     ):
-        assert pair.remote.n_ctx == 256
+        assert pair.expert.expert.n_ctx == 256
         for prompt in (PROMPT, "another one"):
             answer, expected = pair.generate(prompt), local.generate(prompt)
             assert answer.text == expected.text
@@ -407,7 +407,7 @@ def test_what_a_scoring_pass_asks(tiny, owner):
     }  # fmt: skip
     with faking(owner, tiny["expert"]) as (url, fake), remote_pair(tiny, url) as pair:
         documents = [np.array([5, 6, 7, 8], np.int32), np.array([9, 10], np.int32)]
-        scored = list(pair.remote.score(documents, [2, 1]))
+        scored = list(pair.expert.expert.score(documents, [2, 1]))
         assert [len(logprobs) for logprobs, _ in scored] == [2, 1]
         common = {"prompt": [[5, 6, 7, 8], [9, 10]], "prompt_logprobs": 1, "stream": False}
         assert fake.asked == [bodies[owner] | common]
@@ -573,7 +573,7 @@ def test_a_real_llama_server_is_an_expert(tmp_path):
             # Its scores of a document: those of the right text, and of an unlikely token.
             tokens = np.array([*expected.prompt_tokens, *[s.token for s in expected.steps], 7])
             start = len(expected.prompt_tokens)
-            ((logprobs, right),) = pair.remote.score([tokens], [start])
+            ((logprobs, right),) = pair.expert.expert.score([tokens], [start])
             for i, (logprob, is_likeliest) in enumerate(zip(logprobs, right, strict=True), start):
                 local.expert_session.sync(tokens[:i].tolist())
                 x = log_softmax(local.expert_session.logits)

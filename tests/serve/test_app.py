@@ -18,6 +18,7 @@ from schemathesis.specs.openapi.checks import positive_data_acceptance
 from serving import GREEDY, serving, wait_for
 
 from colm_edge.decode.loop import PROMPT_OUTPUTS
+from colm_edge.llama.context import Context
 from colm_edge.options import ServerOptions
 from colm_edge.pair import load
 from colm_edge.serve.answers import Server
@@ -45,13 +46,13 @@ def endless(tiny):
 @pytest.fixture
 def slow(endless, monkeypatch) -> None:
     """Let an answer of the endless pair take seconds, as a real model's does."""
-    decode = endless.base_session.decode_batch
+    decode = Context.decode
 
-    def slowly(*args) -> None:
+    def slowly(*args, **more) -> None:
         time.sleep(0.005)
-        decode(*args)
+        decode(*args, **more)
 
-    monkeypatch.setattr(endless.base_session, "decode_batch", slowly)
+    monkeypatch.setattr(Context, "decode", slowly)
 
 
 @pytest.fixture(scope="module")
@@ -532,7 +533,7 @@ def test_an_idle_experts_memory_is_given_back(tiny):
     ) as (url, _):  # fmt: skip
         body = {"prompt": "hello", "max_tokens": 3}
         first = httpx.post(f"{url}/v1/completions", json=body, timeout=60).json()
-        wait_for(lambda: not pair.expert.loaded)
+        wait_for(lambda: not pair.expert_is_loaded)
         again = httpx.post(f"{url}/v1/completions", json=body, timeout=60).json()
         assert again["choices"] == first["choices"]
 

@@ -10,6 +10,7 @@ import time
 import pytest
 from serving import GREEDY, serving, wait_for
 
+from colm_edge.llama.context import Context
 from colm_edge.pair import load
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
@@ -122,19 +123,19 @@ def test_copying_takes_the_whole_answer(browser, url):
     context.close()
 
 
-def test_an_answer_can_be_stopped(page, tiny):
+def test_an_answer_can_be_stopped(page, tiny, monkeypatch):
     with (
         load(tiny["endless"], tiny["endless"], "margin", n_threads=1, n_ctx=512,
              defaults=GREEDY.with_changes(threshold=0.9)) as pair,
         serving(pair, n_slots=1) as (url, server),
     ):  # fmt: skip
-        decode = pair.base_session.decode_batch
+        decode = Context.decode
 
-        def slowly(*args) -> None:
+        def slowly(*args, **more) -> None:
             time.sleep(0.02)  # as a real model: an answer takes ten seconds
-            decode(*args)
+            decode(*args, **more)
 
-        pair.base_session.decode_batch = slowly
+        monkeypatch.setattr(Context, "decode", slowly)
         page.goto(url)
         ask(page, "go on")
         page.get_by_role("button", name="Stop").click()

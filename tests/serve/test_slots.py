@@ -8,6 +8,7 @@ from array import array
 import pytest
 
 from colm_edge.errors import ColmError
+from colm_edge.llama.context import Context
 from colm_edge.llama.session import common_prefix
 from colm_edge.options import Options
 from colm_edge.pair import load
@@ -166,10 +167,10 @@ def test_a_prompt_longer_than_a_batch_lets_others_pass(pair):
 def test_what_goes_wrong_is_raised_where_it_was_asked_for(pair, monkeypatch):
     slots = Slots(pair, 2)
 
-    def broken(context, batch):
+    def broken(context, n, *, hidden=False):
         raise ColmError("out of order")
 
-    monkeypatch.setattr(pair.base_session, "decode_batch", broken)
+    monkeypatch.setattr(Context, "decode", broken)
     with pytest.raises(ColmError, match="out of order"):
         answer(pair, slots, "hello", Options(temperature=0.0, max_tokens=3))
     monkeypatch.undo()
@@ -183,9 +184,9 @@ def test_the_experts_memory_is_given_back_and_taken_again(pair):
     slots = Slots(pair, 2)
     options = Options(temperature=0.0, max_tokens=6, threshold=0.0)
     first, _ = answer(pair, slots, "hello", options)
-    assert pair.expert.loaded
+    assert pair.expert_is_loaded
     slots.unload_expert()
-    assert not pair.expert.loaded
+    assert not pair.expert_is_loaded
     assert not slots.expert_loaded
     assert answer(pair, slots, "hello", options)[0] == first
     slots.close()

@@ -1,0 +1,37 @@
+"""One method run once, in a process of its own, which prints the memory that it took.
+
+`memory.memory_of` starts it and writes what to run to its standard input.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+
+from colm_edge.bench.memory import CONTEXT, peak_memory
+from colm_edge.bench.methods import Methods
+from colm_edge.bench.peers import HighLevel
+from colm_edge.bench.replay import Trace
+from colm_edge.llama.context import ContextOptions
+from colm_edge.llama.model import Model
+from colm_edge.llama.session import Session
+from colm_edge.pair import load
+
+
+def main() -> None:
+    """Run one method once, as standard input says; print the MB of memory this process took."""
+    task = json.load(sys.stdin)
+    trace, name = Trace(**task["trace"]), task["name"]
+    arguments = task["arguments"]
+    if name == "expert-llama-cpp-python":
+        options = ContextOptions(**{name: arguments[name] for name in CONTEXT})
+        HighLevel(Session(Model(arguments["expert"]), options)).run(trace)
+    else:
+        with load(**arguments) as pair, Methods(pair, trace) as methods:
+            # With itself as the expert, a model alone is the base alone.
+            methods.names["base" if name == "expert" else name]()
+    print(json.dumps(peak_memory()))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,116 @@
+"""What is written: from the logits of whoever writes to one token and its record."""
+
+from __future__ import annotations
+
+import math
+from typing import Protocol, Self
+
+import numpy as np
+import numpy.typing as npt
+
+from colm_edge import readout
+from colm_edge.decode.step import Source, Step
+from colm_edge.decode.timeline import Floats
+from colm_edge.errors import ModelError
+
+
+class Sampler(Protocol):
+    """Picks a token from logits (n_choose,). `copy` is one that would pick the same from now on."""
+
+    def __call__(self, logits: Floats) -> int: ...
+    def copy(self) -> Self: ...
+
+
+class Picker:
+    """Pick the likeliest token, or let a sampler draw one.
+
+    n_choose: ids at or above it are never written.
+    sampler: None writes the likeliest token.
+    n_probs: how many of the likeliest tokens each step tells.
+    composes: at a deferral, pick from the mixture of both models instead of the expert's logits.
+    defer_row: the id in the base's vocabulary that is the switch and not a token, or -1.
+    """
+
+    def __init__(
+        self,
+        n_choose: int,
+        sampler: Sampler | None = None,
+        *,
+        n_probs: int = 0,
+        composes: bool = False,
+        defer_row: int = -1,
+    ) -> None:
+        self._n_choose, self._sampler, self._n_probs = n_choose, sampler, n_probs
+        self.composes, self._defer_row = composes, defer_row
+        self._features = np.empty(len(readout.FEATURES), np.float32)
+
+    def likeliest(self, at: int, logits: Floats) -> tuple[int, float]:
+        """Return the likeliest token and the log-sum-exp of an expert's logits, or a mixture's,
+        for position `at`. Raises ModelError for NaN and the like."""
+        n_choose = min(self._n_choose, len(logits))
+        try:
+            return readout.read(logits, None, None, None, None, self._features, n_choose, -1)
+        except ValueError as e:
+            raise ModelError(f"the expert is broken: {e}; use another file") from e
+
+    def deferred(self, base: Floats, expert: Floats, p_defer: float) -> Floats:
+        """Return the logits that a deferred token is picked from."""
+        if self.composes and p_defer < 1:
+            return mixture(base, expert, p_defer, self._n_choose, self._defer_row)
+        return expert
+
+    def write(
+        self, source: Source, p_defer: float, logits: Floats, choice: int, logsumexp: float
+    ) -> Step:
+        """Return the step that the writer's logits lead to. choice: the likeliest token."""
+        if self._sampler is not None:
+            choice = self._sampler(logits[: self._n_choose])
+        return self.tell(choice, source, p_defer, logits, logsumexp)
+
+    def tell(
+        self, token: int, source: Source, p_defer: float, logits: Floats, logsumexp: float
+    ) -> Step:
+        """Return the step of a token that is given."""
+        step = Step(token, source, p_defer, float(logits[token]) - logsumexp)
+        if self._n_probs:
+            step.top = likeliest(logits[: self._n_choose], logsumexp, self._n_probs)
+        return step
+
+    def mark(self) -> Sampler | None:
+        """Return what `rollback` needs to pick again as if nothing had been picked since."""
+        return self._sampler.copy() if self._sampler is not None else None
+
+    def rollback(self, mark: Sampler | None) -> Sampler | None:
+        """Pick from now on as after `mark`, which may be used once; return a mark of what was."""
+        replaced, self._sampler = self._sampler, mark
+        return replaced
+
+
+def likeliest(logits: Floats, logsumexp: float, n: int) -> tuple[tuple[int, float], ...]:
+    """Return the n likeliest ids, best first, and their log-probabilities; none that is -inf."""
+    n = min(n, len(logits))
+    best = np.argpartition(-logits, n - 1)[:n]
+    best = best[np.lexsort((best, -logits[best]))]
+    return tuple((int(i), float(logits[i]) - logsumexp) for i in best if logits[i] > -math.inf)
+
+
+def mixture(
+    base: Floats, expert: Floats, p_defer: float, n_choose: int, defer_row: int = -1
+) -> Floats:
+    """Return log((1−p)·P_base + p·P_expert), shape (n_choose,): Co-LLM's equation 1.
+
+    P_base is normalised without the defer row, if the base has one.
+    """
+    if defer_row >= 0:
+        base = base.copy()
+        base[defer_row] = -math.inf
+
+    def log_softmax(logits: Floats) -> npt.NDArray[np.float64]:
+        x = logits.astype(np.float64)
+        x -= x.max()
+        x -= math.log(np.exp(x).sum())
+        return x
+
+    ours = log_softmax(base)[:n_choose] + math.log1p(-p_defer)
+    theirs = log_softmax(expert)[:n_choose] + (math.log(p_defer) if p_defer > 0 else -math.inf)
+    return np.logaddexp(ours, theirs).astype(np.float32)

@@ -1,0 +1,48 @@
+"""The record of a written token, and what an answer took."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+Source = Literal["base", "expert"]
+
+
+@dataclass(slots=True)
+class Step:
+    """One written token: who wrote it, how sure the switch was, and how likely it was."""
+
+    token: int
+    source: Source
+    p_defer: float
+    logprob: float  # of the token, under the model (or mixture) that wrote it, unfiltered
+    text: str = ""  # whole characters only: a split one arrives with its last token
+    # The likeliest tokens, best first, and their log-probabilities, where they were asked for.
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(slots=True)
+class Stats:
+    """What an answer took; `base_tokens` and `expert_tokens` count every token that was evaluated,
+    the prompt and what was rolled back included. Where the expert works in the background, its
+    seconds are partly the base's as well."""
+
+    n_prompt: int = 0
+    n_generated: int = 0
+    n_deferred: int = 0
+    defer_rate: float = 0.0
+    base_tokens: int = 0
+    expert_calls: int = 0
+    expert_tokens: int = 0
+    expert_failures: int = 0  # deferrals that the base wrote, for a remote expert was absent
+    base_seconds: float = 0.0
+    expert_seconds: float = 0.0
+    expert_load_seconds: float = 0.0  # of expert_seconds: weights and context, at its first call
+    total_seconds: float = 0.0
+    tokens_per_second: float = 0.0
+
+    def finish(self) -> None:
+        if self.n_generated:
+            self.defer_rate = self.n_deferred / self.n_generated
+        if self.total_seconds > 0:
+            self.tokens_per_second = self.n_generated / self.total_seconds

@@ -1,0 +1,60 @@
+"""What the loop needs of a model: a timeline of token ids, wherever the model runs."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Sequence
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from colm_edge.cancel import Cancel
+
+Floats = npt.NDArray[np.float32]
+
+
+class Timeline(Protocol):
+    """One model's view of one answer: `llama.Session` is the model case, its docstrings count."""
+
+    @property
+    def n_ctx(self) -> int: ...
+    @property
+    def n_evaluated(self) -> int: ...
+    @property
+    def n_calls(self) -> int: ...
+    @property
+    def seconds(self) -> float: ...
+    @property
+    def load_seconds(self) -> float: ...
+
+    def sync(
+        self, tokens: Sequence[int], outputs: Sequence[int] = (), cancel: Cancel | None = None
+    ) -> int: ...
+
+    def state(self, i: int) -> tuple[Floats, Floats]: ...
+
+
+class Expert(Timeline, Protocol):
+    """The timeline of an expert, and what it is: in this process, on a thread, or on a server."""
+
+    @property
+    def name(self) -> str:
+        """Its file, or its server's address."""
+
+    @property
+    def fingerprint(self) -> str:
+        """What tells it from other models."""
+
+    @property
+    def end_tokens(self) -> frozenset[int]:
+        """Every token that ends a generation for it."""
+
+    def open(self, cancel: Cancel | None = None) -> None:
+        """Get ready now rather than at the first `sync`."""
+
+    def follow(self, tokens: array[int]) -> None:
+        """Catch up with written tokens beside the loop, if it can; return at once."""
+
+    def close(self) -> None:
+        """Give back what it holds."""
