@@ -140,13 +140,8 @@ def written(pair, trace, threshold, schedule=None, **options):
 @pytest.mark.parametrize("rate", [0.0, 0.3, 1.0])
 def test_every_schedule_writes_the_trace(tiny_pair, rate, agree):
     class Bold(Planner):
-        def decide(self, draft):
-            if draft.n_pending % 3 != 0 or draft.n_beyond >= 2:
-                return "draft on"
-            return "verify along" if draft.n_pending % 2 else "verify"
-
-        def run_ahead(self):
-            return 3
+        def saves(self, agrees, n_pending):
+            return float(n_pending % 2)
 
     flat = CostTable((1, 64), (1.0, 1.0))
     trace = Process(rate, agree).draw(60, tiny_pair.n_shared)

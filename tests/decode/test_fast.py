@@ -12,7 +12,7 @@ from test_loop import decoder, reader, writer
 
 from colm_edge.bench.replay import Process, replay
 from colm_edge.decode.fast import Fast
-from colm_edge.decode.planner import MAX_DRAFT, Draft, Planner
+from colm_edge.decode.planner import Planner
 from colm_edge.llama.costs import CostTable
 from colm_edge.llama.sampling import ChainSampler
 from colm_edge.options import Options
@@ -26,21 +26,14 @@ STEEP = CostTable((1, 64), (1.0, 64.0))
 class Bold(Planner):
     """Bets at random, far more often than a sensible planner."""
 
-    def __init__(self, seed: int, drafts: float, runs: int, along: float = 0.5) -> None:
+    def __init__(self, seed: int, share: float) -> None:
         super().__init__(lambda: (FLAT, FLAT))
-        self._draw, self._drafts, self._runs = random.Random(seed), drafts, runs
-        self._along = along
+        self._draw, self._share = random.Random(seed), share
 
-    def decide(self, draft: Draft) -> str:
-        assert 0 <= draft.all_agree <= 1
-        assert draft.n_choices > 0
-        assert draft.n_pending >= 0
-        if draft.n_beyond >= 2 or self._draw.random() < self._drafts:
-            return "draft on"
-        return "verify along" if self._draw.random() < self._along else "verify"
-
-    def run_ahead(self) -> int:
-        return self._draw.randint(0, self._runs)
+    def saves(self, agrees: float, n_pending: int) -> float:
+        assert 0 <= agrees <= 1
+        assert n_pending >= 0
+        return float(self._draw.random() < self._share)
 
 
 class Sometimes:
@@ -79,15 +72,12 @@ def agreeing(seed: int, other, agree: float):
     n_ctx=st.integers(20, 90),
     max_tokens=st.integers(-1, 60),
     end_every=st.sampled_from([0, 5, 20]),
-    drafts=st.floats(0, 1),
-    runs=st.integers(0, 6),
-    along=st.floats(0, 1),
+    bets=st.floats(0, 1),
     sampled=st.booleans(),
     compose=st.booleans(),
 )
 def test_bets_never_change_the_text(
-    seed, rate, agree, threshold, n_prompt, n_ctx, max_tokens, end_every, drafts, runs, along,
-    sampled, compose,
+    seed, rate, agree, threshold, n_prompt, n_ctx, max_tokens, end_every, bets, sampled, compose,
 ):  # fmt: skip
     base_choose = writer(seed, end_every)
     expert_choose = agreeing(seed + 1, base_choose, agree)
@@ -97,15 +87,15 @@ def test_bets_never_change_the_text(
     def answer(schedule=None):
         run = decoder(
             Scripted(base_choose, n_ctx), Scripted(expert_choose, n_ctx), read, prompt,
-            threshold=threshold, max_tokens=max_tokens, sampler=Sometimes(seed) if sampled else None,
-            compose=compose, schedule=schedule,
+            threshold=threshold, max_tokens=max_tokens, compose=compose, schedule=schedule,
+            sampler=Sometimes(seed) if sampled else None,
         )  # fmt: skip
         steps = list(run)
         assert list(run.tokens) == prompt + [step.token for step in steps]
         assert run.stats.n_deferred == sum(step.source == "expert" for step in steps)
         return steps, run.finish_reason
 
-    assert answer(Fast(Bold(seed, drafts, runs, along))) == answer()
+    assert answer(Fast(Bold(seed, bets))) == answer()
 
 
 def fast(base, expert, read, planner, **kwargs):
@@ -115,76 +105,41 @@ def fast(base, expert, read, planner, **kwargs):
 def test_without_a_bet_both_evaluate_what_the_sequential_loop_does():
     read, _ = reader(3, 0.4)
     sessions = [(Scripted(writer(1)), Scripted(writer(2))) for _ in range(2)]
-    list(fast(*sessions[0], read, Bold(0, 0.0, 0, 0.0), max_tokens=40))
+    list(fast(*sessions[0], read, Bold(0, 0.0), max_tokens=40))
     list(decoder(*sessions[1], read, [1, 2, 3], max_tokens=40))
     for ours, theirs in zip(*sessions, strict=True):
         assert ours.batches == theirs.batches
-
-
-def test_an_expert_that_always_agrees_is_asked_once_a_draft():
-    """Deferrals at every token, batches that cost nothing more: one expert call for many."""
-    choose = writer(1)
-    base, expert = Scripted(choose, 200), Scripted(choose, 200)
-    planner = Planner(lambda: (CostTable((1, 64), (0.01, 0.01)), FLAT))
-    read = lambda logits, hidden: (0.9, int(logits.argmax()), 0.0)  # noqa: E731
-    planner.run_ahead = lambda: 0
-    steps = list(fast(base, expert, read, planner, max_tokens=150))
-    assert {s.source for s in steps} == {"expert"}
-    assert planner.agreement.cautious > 0.8
-    assert expert.n_calls < 20
-    assert max(map(len, expert.batches)) > 8
-    assert all(len(batch) <= MAX_DRAFT + 3 for batch in expert.batches)
 
 
 def test_a_deferral_after_a_repeated_choice_takes_no_call():
     """The expert evaluated that choice in the batch before: of two deferrals in a row it is asked
     once, and every token is evaluated once."""
 
-    class Along(Planner):
-        def decide(self, draft):
-            return "verify along" if draft.n_pending > 0 else "verify"
-
-        def run_ahead(self):
-            return 0
+    class Eager(Planner):
+        def saves(self, agrees, n_pending):
+            return float(n_pending > 0)
 
     choose = writer(1)
     base, expert = Scripted(choose, 200), Scripted(choose, 200)
     read = lambda logits, hidden: (0.9, int(logits.argmax()), 0.0)  # noqa: E731
-    run = fast(base, expert, read, Along(lambda: (FLAT, FLAT)), max_tokens=100)
+    run = fast(base, expert, read, Eager(lambda: (FLAT, FLAT)), max_tokens=100)
     assert {s.source for s in run} == {"expert"}
     assert run.stats.expert_calls == expert.n_calls == 50
     assert expert.n_evaluated == 3 + 99
 
 
 def test_what_several_states_cost_is_weighed():
-    def planner(several, deferrals):
+    def planner(several):
         expert = CostTable((1, 64), (1.0, 1.1), several)
         found = Planner(lambda: (CostTable((1, 64), (0.1, 6.4)), expert))
         found.prepare()
         for i in range(100):
             found.saw_agreement(0.9, True)
-            found.saw_deferral(deferrals[i % 3], deferrals[i % 3 - 1])
+            found.saw_deferral(i % 3 < 2, 0 < i % 3)  # in pairs
         return found
 
-    apart, in_a_row = (True, False, False), (True, True, False)
-    assert planner(0.0, apart).decide(Draft(0.9, 1, 4, 0)) == "draft on"
-    assert planner(9.0, apart).decide(Draft(0.9, 1, 4, 0)) != "draft on"
-    assert planner(9.0, apart).decide(Draft(0.9, 2, 4, 0)) == "draft on"  # there it is paid anyway
-    assert planner(0.0, in_a_row).saved_along(Draft(0.9, 1, 4, 0)) > 0
-    assert planner(9.0, in_a_row).saved_along(Draft(0.9, 1, 4, 0)) == 0
-    assert planner(9.0, in_a_row).saved_along(Draft(0.9, 2, 4, 0)) > 0
-
-
-def test_a_base_checks_a_run_of_deferrals_at_once():
-    choose = writer(1)
-    base, expert = Scripted(choose, 200), Scripted(writer(2), 200)
-    planner = Planner(lambda: (FLAT, CostTable((1, 64), (0.1, 6.4))))
-    read = lambda logits, hidden: (0.9, int(logits.argmax()), 0.0)  # noqa: E731
-    run = fast(base, expert, read, planner, max_tokens=120)
-    assert {s.source for s in run} == {"expert"}
-    assert planner.run.value > 0.9
-    assert expert.n_calls == 120  # one token each: nothing it wrote was dropped
-    assert base.n_calls < 60
+    assert planner(0.0).saves(0.9, 4) > 0
+    assert planner(9.0).saves(0.9, 4) == 0
 
 
 @pytest.mark.parametrize("tables", [(STEEP, STEEP), (STEEP, FLAT), (FLAT, FLAT)])
@@ -195,30 +150,29 @@ def test_a_planner_that_never_agreed_does_not_bet(tables):
         planner.saw_agreement(0.4, False)
         planner.saw_deferral(True, False)
         planner.saw_deferral(False, True)
-    assert planner.decide(Draft(planner.agrees(0.4), 1, 2, 0)) != "draft on"
-    assert planner.run_ahead() == 0
+    assert planner.saves(planner.agrees(0.4), 2) == 0
 
 
 def test_a_planner_bets_where_it_pays():
     planner = Planner(lambda: (CostTable((1, 64), (0.1, 6.4)), FLAT))
-    assert planner.decide(Draft(1.0, 1, 5, 0)) != "draft on"  # nothing measured yet
+    assert planner.saves(1.0, 5) == 0  # nothing measured yet
     planner.prepare()
     for _ in range(300):
         planner.saw_agreement(0.9, True)
         planner.saw_agreement(0.1, False)
         planner.saw_deferral(True, False)
+        planner.saw_deferral(True, True)
         planner.saw_deferral(False, True)
-        for _ in range(2):
-            planner.saw_deferral(False, False)
+        planner.saw_deferral(False, False)
     assert planner.agrees(0.9) > 0.8
     assert planner.agrees(0.1) < 0.2
-    assert planner.decide(Draft(planner.agrees(0.9), 1, 4, 0)) == "draft on"
-    assert planner.decide(Draft(planner.agrees(0.1), 1, 4, 0)) != "draft on"
-    assert planner.decide(Draft(1.0, 1, MAX_DRAFT, 0)) != "draft on"
+    assert planner.saves(planner.agrees(0.9), 4) > 0
+    # Where the state is at hand the longer batch is a whole call more.
+    assert planner.saves(planner.agrees(0.9), 0) == 0
     # An expert whose batches cost in proportion gains nothing by them.
     proportional = Planner(lambda: (FLAT, STEEP))
     proportional.prepare()
-    assert proportional.decide(Draft(1.0, 1, 5, 0)) != "draft on"
+    assert proportional.saves(1.0, 5) == 0
 
 
 # Milliseconds of decodes of a small and a larger model: CPUs whose larger batches are hardly
@@ -271,7 +225,7 @@ def test_the_fast_schedule_never_costs_more(machine, rate, agree, run):
     fast = sum(cost(seed, Fast(Planner(lambda: tables))) for seed in seeds)
     plain = sum(cost(seed) for seed in seeds)
     assert fast <= 1.02 * plain
-    if agree == 0.9 and rate >= 0.4:
+    if agree == 0.9 and rate >= 0.4 and machine in ("fours", "gpu"):
         assert fast < 0.95 * plain
 
 
@@ -290,7 +244,7 @@ def test_models_too_quick_to_plan_for_run_one_by_one():
 def test_an_abandoned_draft_leaves_the_sessions_usable():
     read, _ = reader(5, 0.6)
     base, expert = Scripted(writer(1)), Scripted(writer(2))
-    planner = Bold(1, 0.8, 3)
+    planner = Bold(1, 0.8)
     whole = [s.token for s in fast(base, expert, read, planner, max_tokens=20)]
     for n in range(1, 6):
         partial = fast(base, expert, read, planner, max_tokens=20)
@@ -317,7 +271,7 @@ def test_real_models_write_the_same_text(tiny, threshold, sampling):
             options |= sampling
             plain = pair.generate("hello", schedule="sequential", **options)
             for seed in range(3):
-                pair.planner = Bold(seed, 0.7, 4)
+                pair.planner = Bold(seed, 0.7)
                 answer = pair.generate("hello", **options)
                 assert [(s.token, s.source) for s in answer.steps] == [
                     (s.token, s.source) for s in plain.steps
@@ -337,7 +291,7 @@ def test_stop_texts_and_bets(tiny):
         for at in (5, 12, 30):
             options["stop"] = text[at : at + 2]
             plain = pair.generate("hello", schedule="sequential", **options)
-            pair.planner = Bold(at, 0.9, 4)
+            pair.planner = Bold(at, 0.9)
             answer = pair.generate("hello", **options)
             assert answer.text == plain.text == text[: text.index(options["stop"])]
             assert answer.stats.n_generated == plain.stats.n_generated
