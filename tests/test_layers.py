@@ -14,7 +14,8 @@ ROOT = Path(colm_edge.__file__).parent
 # From the ground up: a module imports what stands before its own floor, and its own package.
 FLOORS = (
     "errors", "cancel", "files", "tables", "options", "readout", "hub", "references", "llama",
-    "switch", "remote", "decode", "stream", "pair", "info", "train", "evaluate", "bench", "serve", "cli",
+    "switch", "remote", "decode", "stream", "pair", "info", "train", "evaluate", "bench", "serve",
+    "cli",
 )  # fmt: skip
 # The public names, which stand for modules of every floor.
 FACES = ("__init__", "__main__", "_pyinstaller")
