@@ -9,6 +9,8 @@ from typing import Any, TypeVar, cast
 
 import click
 
+from colm_edge.options import OPTIONS, Option
+
 Command = TypeVar("Command", bound=Callable[..., Any])
 SWITCH = click.option(
     "-sw",
@@ -97,45 +99,36 @@ def _pair_options() -> list[Any]:
 
 
 def decoding_options(**other_defaults: Any) -> Callable[[Command], Command]:
-    """Add the fields of Options, gathered as `decoding`: what is given, and a command's own
-    defaults where it has other ones."""
-    from colm_edge.options import Options
-
-    defaults = Options(**other_defaults)
-
-    def option(field: str, *names: str, help: str, type: Any = None, **more: Any) -> Any:
-        value = getattr(defaults, field)
-        if _is_given(value):
-            help += f"  [default: {value}]"
-        return click.option(*names, field, type=type, default=None, help=help, **more)
-
+    """Add the options of `Options` that have flags, gathered as `decoding`: those that are given,
+    over the command's own defaults."""
     options = [
-        option("max_tokens", "-n", "--n-predict", type=click.IntRange(-1, 2**31 - 1),
-               help="Tokens to write at most; -1: until the end."),
-        option("threshold", "--threshold", type=click.FloatRange(0, 1),
-               help="Defer where p_defer is above it; 1: base alone, 0: expert alone."),
-        option("defer_rate", "--defer-rate", type=click.FloatRange(0, 1),
-               help="Share of tokens to defer, by the switch's calibration."),
-        option("strategy", "--strategy", type=click.Choice(["defer", "compose"]),
-               help="At a deferral: the expert's token, or that of the mixture."),
-        option("schedule", "--schedule", type=click.Choice(["fast", "sequential"]),
-               help="In which batches both models are evaluated; the text is the same."),
-        option("temperature", "--temp", type=click.FloatRange(0), help="0: greedy."),
-        option("top_k", "--top-k", type=click.IntRange(0, 2**31 - 1),
-               help="Keep the k likeliest; 0: all."),
-        option("top_p", "--top-p", type=click.FloatRange(0, 1), help="Keep this much probability."),
-        option("min_p", "--min-p", type=click.FloatRange(0, 1),
-               help="Drop what is less likely than this share of the likeliest."),
-        option("repeat_penalty", "--repeat-penalty", type=float, help="1: none."),
-        option("presence_penalty", "--presence-penalty", type=float, help="0: none."),
-        option("frequency_penalty", "--frequency-penalty", type=float, help="0: none."),
-        option("seed", "-s", "--seed", type=click.IntRange(-1, 2**32 - 2),
-               help="-1: another one each time."),
-        option("stop", "--stop", multiple=True, metavar="TEXT",
-               help="End the answer before this text; repeatable."),
-        option("raw", "--raw", is_flag=True, help="No chat template."),
-    ]  # fmt: skip
+        _click_option(option, other_defaults.get(name, option.default))
+        for name, option in OPTIONS.items()
+        if option.flags
+    ]
     return lambda command: _gather(command, options, "decoding", other_defaults)
+
+
+def _click_option(option: Option, default: Any) -> Any:
+    low: Any
+    high: Any
+    low, high = option.shown_limits
+    type: Any = None
+    if option.choices:
+        type = click.Choice(option.choices)
+    elif option.kind is int:
+        type = click.IntRange(low, high)
+    elif option.kind is float:
+        type = float if low is high is None else click.FloatRange(low, high)
+    return click.option(
+        *option.flags,
+        option.name,
+        type=type,
+        default=None,  # an option that isn't given leaves Options' own default
+        is_flag=option.kind is bool,
+        multiple=option.kind is tuple,
+        help=option.help + (f"  [default: {default}]" if _is_given(default) else ""),
+    )
 
 
 def _is_given(value: Any) -> bool:

@@ -6,12 +6,14 @@ import sys
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from textwrap import fill
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from colm_edge.errors import ColmError
+from colm_edge.options import OPTIONS
 
 if TYPE_CHECKING:
     from colm_edge.decode.loop import Stats, Step
@@ -19,12 +21,17 @@ if TYPE_CHECKING:
     from colm_edge.stream import Stream
 
 
-HELP = """\
+# What /set changes: the options of the command line that are a number or a word.
+SETTINGS = {
+    name: option.kind
+    for name, option in OPTIONS.items()
+    if option.flags and option.kind in (int, float, str)
+}
+HELP = f"""\
 /help, /?            this list
 /set                 the settings and their values
-/set NAME VALUE      change one: threshold, defer_rate, temperature, top_k, top_p, min_p,
-                     repeat_penalty, presence_penalty, frequency_penalty, seed, max_tokens,
-                     strategy; without VALUE: as at the start
+/set NAME VALUE      change one; without VALUE: as at the start
+{fill(", ".join(SETTINGS), 76, initial_indent=" " * 21, subsequent_indent=" " * 21)}
 /set system TEXT     the system prompt
 /show                the models and the switch
 /read FILE           ask with a file's text
@@ -33,11 +40,6 @@ HELP = """\
 /bye, /exit, /quit   leave (or Ctrl-D)
 \"\"\"                  begins and ends a prompt of several lines
 Ctrl-C stops an answer and keeps what was written."""
-SETTINGS = {
-    "threshold": float, "defer_rate": float, "temperature": float, "top_k": int, "top_p": float,
-    "min_p": float, "repeat_penalty": float, "presence_penalty": float,
-    "frequency_penalty": float, "seed": int, "max_tokens": int, "strategy": str,
-}  # fmt: skip
 _cursor = SimpleNamespace(inside=False)  # whether the terminal's stands inside an answer
 
 
