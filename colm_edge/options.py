@@ -1,15 +1,15 @@
 """How an answer is written and how it is served: each option is declared here, once.
 
-A field of `Options` carries its default, its limits, its help, its flags and what requests may do
-with it. The checks below, the command line, the chat's /set and the server's requests are derived
-from these declarations, so a new option is one field here and the code that uses it.
+A field of `Options` says its default, limits, help and flags, and whether requests can set it. The
+checks below, the command line, the chat's /set and the server's requests are derived from these
+fields, so a new option is one field here and the code that uses it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
-from types import MappingProxyType
+from types import MappingProxyType, NoneType
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from colm_edge.errors import ColmError
@@ -35,10 +35,11 @@ class Option:
     @property
     def kind(self) -> type:
         """The type of its values, other than None: int, float, bool, str or tuple."""
-        hint = next(t for t in (*get_args(self.type), self.type) if t is not type(None))
+        if self.choices:
+            return str
         if get_origin(self.type) is tuple:
             return tuple
-        return str if self.choices else hint
+        return next(t for t in get_args(self.type) or (self.type,) if t is not NoneType)
 
     @property
     def choices(self) -> tuple[str, ...]:
@@ -47,7 +48,7 @@ class Option:
 
     def check(self, value: Any) -> None:
         """Raise ColmError if the option does not accept this value."""
-        if value is None and type(None) in get_args(self.type):
+        if value is None and NoneType in get_args(self.type):
             return
         if self.choices and value not in self.choices:
             expected = " or ".join(map(repr, self.choices))
@@ -105,61 +106,71 @@ class Options:
         "-n",
         "--n-predict",
         limits=(-1, INT_MAX),
-        help="Tokens to write at most; -1: until the end.",
+        help="Maximum number of tokens to generate; -1: until the answer or context ends.",
     )
-    threshold: float | None = option(  # None: the switch's own
+    threshold: float | None = option(
         None,
         "--threshold",
         limits=(0, 1),
         request="colm",
-        help="Defer where p_defer is above it; 1: base alone, 0: expert alone.",
+        help="Use the expert if p_defer is above this; 1: base alone, 0: expert alone.  "
+        "[default: the switch's own]",
     )
     defer_rate: float | None = option(
         None,
         "--defer-rate",
         limits=(0, 1),
         request="colm",
-        help="Share of tokens to defer, by the switch's calibration.",
+        help="Share of tokens to defer; sets the threshold by the switch's calibration.",
     )
     strategy: Literal["defer", "compose"] = option(
         "defer",
         "--strategy",
         request="colm",
-        help="At a deferral: the expert's token, or that of the mixture.",
+        help="Where the switch defers, write the expert's token (defer) or one from the mixture of "
+        "both models (compose).",
     )
     schedule: Literal["fast", "sequential"] = option(
         "fast",
         "--schedule",
-        help="In which batches both models are evaluated; the text is the same.",
+        help="How the evaluations are batched; does not change the text.",
     )
     temperature: float = option(
         0.8,
         "--temp",
         limits=(0, 1e6),
         shown_limits=(0, None),
-        help="0: greedy.",
+        help="Temperature; 0: greedy.",
         request="body",
         request_limits={"ge": 0, "le": 100},
     )
     top_k: int = option(
-        40, "--top-k", limits=(0, INT_MAX), request="body", help="Keep the k likeliest; 0: all."
+        40,
+        "--top-k",
+        limits=(0, INT_MAX),
+        request="body",
+        help="Sample from the k most likely tokens; 0: all.",
     )
     top_p: float = option(
-        0.95, "--top-p", limits=(0, 1), request="body", help="Keep this much probability."
+        0.95,
+        "--top-p",
+        limits=(0, 1),
+        request="body",
+        help="Sample from the most likely tokens, up to this total probability; 1: all.",
     )
     min_p: float = option(
         0.05,
         "--min-p",
         limits=(0, 1),
         request="body",
-        help="Drop what is less likely than this share of the likeliest.",
+        help="Drop tokens less likely than this share of the most likely one; 0: none.",
     )
     repeat_penalty: float = option(
         1.0,
         "--repeat-penalty",
         limits=(1e-6, 1e6),
         shown_limits=(None, None),
-        help="1: none.",
+        help="Penalty on repeated tokens; 1: none.",
         request="body",
         request_limits={"gt": 1e-6, "le": 1e6},
     )
@@ -168,7 +179,7 @@ class Options:
         "--presence-penalty",
         limits=(-100, 100),
         shown_limits=(None, None),
-        help="0: none.",
+        help="Penalty on tokens that have occurred; 0: none.",
         request="body",
         request_limits={"ge": -2, "le": 2},
     )
@@ -177,18 +188,16 @@ class Options:
         "--frequency-penalty",
         limits=(-100, 100),
         shown_limits=(None, None),
-        help="0: none.",
+        help="Penalty on each occurrence of a token; 0: none.",
         request="body",
         request_limits={"ge": -2, "le": 2},
     )
     repeat_last_n: int = option(64, limits=(0, INT_MAX))  # tokens that the penalties look back
     seed: int = option(  # llama.cpp takes 2^32 - 1 for "draw one"
-        -1, "-s", "--seed", limits=(-1, 2**32 - 2), help="-1: another one each time."
+        -1, "-s", "--seed", limits=(-1, 2**32 - 2), help="Random seed; -1: a new one each time."
     )
-    stop: tuple[str, ...] = option(
-        (), "--stop", help="End the answer before this text; repeatable."
-    )
-    raw: bool = option(False, "--raw", help="No chat template.")
+    stop: tuple[str, ...] = option((), "--stop", help="Stop before this text; repeatable.")
+    raw: bool = option(False, "--raw", help="Use the prompt as it is, without the chat template.")
     n_probs: int = option(0, limits=(0, 1000))  # most likely tokens to report in Step.top
 
     def __post_init__(self) -> None:
