@@ -1,12 +1,98 @@
-"""How an answer is written, and how it is served: every default of the CLI and the Python API."""
+"""How an answer is written and how it is served: each option is declared here, once.
+
+A field of `Options` says its default, limits, help and flags, and whether requests can set it. The
+checks below, the command line, the chat's /set and the server's requests are derived from these
+fields, so a new option is one field here and the code that uses it.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass, replace
-from typing import Any, Literal
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, fields, replace
+from types import MappingProxyType, NoneType
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from colm_edge.errors import ColmError
+
+T = TypeVar("T")
+INT_MAX = 2**31 - 1
+
+
+@dataclass(frozen=True)
+class Option:
+    """What an option accepts, and where it can be set."""
+
+    name: str
+    type: Any  # as annotated: int, float, bool, tuple[str, ...] or a Literal, some with None
+    default: Any
+    flags: tuple[str, ...]
+    help: str
+    limits: tuple[float, float] | None
+    shown_limits: tuple[float | None, float | None]
+    request: Literal["body", "colm"] | None
+    request_limits: Mapping[str, Any]
+
+    @property
+    def kind(self) -> type:
+        """The type of its values, other than None: int, float, bool, str or tuple."""
+        if self.choices:
+            return str
+        if get_origin(self.type) is tuple:
+            return tuple
+        return next(t for t in get_args(self.type) or (self.type,) if t is not NoneType)
+
+    @property
+    def choices(self) -> tuple[str, ...]:
+        """The values of a Literal; empty for other types."""
+        return get_args(self.type) if get_origin(self.type) is Literal else ()
+
+    def check(self, value: Any) -> None:
+        """Raise ColmError if the option does not accept this value."""
+        if value is None and NoneType in get_args(self.type):
+            return
+        if self.choices and value not in self.choices:
+            expected = " or ".join(map(repr, self.choices))
+            raise ColmError(f"{self.name} is {value!r}; expected {expected}")
+        if self.limits is None:
+            return
+        low, high = self.limits
+        whole = self.kind is int
+        if not isinstance(value, int if whole else (int, float)) or not low <= value <= high:
+            what = "a whole number" if whole else "a number"
+            raise ColmError(f"{self.name} is {value!r}; expected {what} from {low:g} to {high:g}")
+
+
+def option(
+    default: T,
+    *flags: str,
+    help: str = "",
+    limits: tuple[float, float] | None = None,
+    shown_limits: tuple[float | None, float | None] | None = None,
+    request: Literal["body", "colm"] | None = None,
+    request_limits: Mapping[str, Any] | None = None,
+) -> T:
+    """Declare a field of `Options`.
+
+    flags: on the command line; without any, only the Python API sets the option. An option with
+    flags and a single value is also a setting of the chat, under the field's name.
+    limits: the smallest and the largest value.
+    shown_limits: those that the command line checks and shows, if some of the limits only keep
+    absurd numbers away from llama.cpp.
+    request: where a request sets the option: beside OpenAI's own fields or in its `colm` object.
+    Fields that a request gives in another form (max_tokens, seed, stop) are in serve/protocol.py.
+    request_limits: of requests, where they differ, by pydantic's names: ge, gt, le, lt.
+    """
+    if request_limits is None:
+        request_limits = dict(zip(("ge", "le"), limits, strict=True)) if limits else {}
+    declared = {
+        "flags": flags,
+        "help": help,
+        "limits": limits,
+        "shown_limits": shown_limits or limits or (None, None),
+        "request": request,
+        "request_limits": MappingProxyType(request_limits),
+    }
+    return field(default=default, metadata=declared)
 
 
 @dataclass(frozen=True)
@@ -15,23 +101,104 @@ class Options:
     a temperature of 0 is greedy.
     """
 
-    max_tokens: int = -1  # -1: until an end token or the end of the context
-    threshold: float | None = None  # None: the switch's own
-    defer_rate: float | None = None  # turned into a threshold by the switch's calibration
-    strategy: Literal["defer", "compose"] = "defer"
-    schedule: Literal["fast", "sequential"] = "fast"  # the same text, in other batches
-    temperature: float = 0.8
-    top_k: int = 40
-    top_p: float = 0.95
-    min_p: float = 0.05
-    repeat_penalty: float = 1.0
-    presence_penalty: float = 0.0
-    frequency_penalty: float = 0.0
-    repeat_last_n: int = 64
-    seed: int = -1  # -1: another one each time
-    stop: tuple[str, ...] = ()
-    raw: bool = False  # no chat template
-    n_probs: int = 0  # likeliest tokens that each step tells of, in Step.top
+    max_tokens: int = option(
+        -1,
+        "-n",
+        "--n-predict",
+        limits=(-1, INT_MAX),
+        help="Maximum number of tokens to generate; -1: until the answer or context ends.",
+    )
+    threshold: float | None = option(
+        None,
+        "--threshold",
+        limits=(0, 1),
+        request="colm",
+        help="Use the expert if p_defer is above this; 1: base alone, 0: expert alone.  "
+        "[default: the switch's own]",
+    )
+    defer_rate: float | None = option(
+        None,
+        "--defer-rate",
+        limits=(0, 1),
+        request="colm",
+        help="Share of tokens to defer; sets the threshold by the switch's calibration.",
+    )
+    strategy: Literal["defer", "compose"] = option(
+        "defer",
+        "--strategy",
+        request="colm",
+        help="Where the switch defers, write the expert's token (defer) or one from the mixture of "
+        "both models (compose).",
+    )
+    schedule: Literal["fast", "sequential"] = option(
+        "fast",
+        "--schedule",
+        help="How the evaluations are batched; does not change the text.",
+    )
+    temperature: float = option(
+        0.8,
+        "--temp",
+        limits=(0, 1e6),
+        shown_limits=(0, None),
+        help="Temperature; 0: greedy.",
+        request="body",
+        request_limits={"ge": 0, "le": 100},
+    )
+    top_k: int = option(
+        40,
+        "--top-k",
+        limits=(0, INT_MAX),
+        request="body",
+        help="Sample from the k most likely tokens; 0: all.",
+    )
+    top_p: float = option(
+        0.95,
+        "--top-p",
+        limits=(0, 1),
+        request="body",
+        help="Sample from the most likely tokens, up to this total probability; 1: all.",
+    )
+    min_p: float = option(
+        0.05,
+        "--min-p",
+        limits=(0, 1),
+        request="body",
+        help="Drop tokens less likely than this share of the most likely one; 0: none.",
+    )
+    repeat_penalty: float = option(
+        1.0,
+        "--repeat-penalty",
+        limits=(1e-6, 1e6),
+        shown_limits=(None, None),
+        help="Penalty on repeated tokens; 1: none.",
+        request="body",
+        request_limits={"gt": 1e-6, "le": 1e6},
+    )
+    presence_penalty: float = option(
+        0.0,
+        "--presence-penalty",
+        limits=(-100, 100),
+        shown_limits=(None, None),
+        help="Penalty on tokens that have occurred; 0: none.",
+        request="body",
+        request_limits={"ge": -2, "le": 2},
+    )
+    frequency_penalty: float = option(
+        0.0,
+        "--frequency-penalty",
+        limits=(-100, 100),
+        shown_limits=(None, None),
+        help="Penalty on each occurrence of a token; 0: none.",
+        request="body",
+        request_limits={"ge": -2, "le": 2},
+    )
+    repeat_last_n: int = option(64, limits=(0, INT_MAX))  # tokens that the penalties look back
+    seed: int = option(  # llama.cpp takes 2^32 - 1 for "draw one"
+        -1, "-s", "--seed", limits=(-1, 2**32 - 2), help="Random seed; -1: a new one each time."
+    )
+    stop: tuple[str, ...] = option((), "--stop", help="Stop before this text; repeatable.")
+    raw: bool = option(False, "--raw", help="Use the prompt as it is, without the chat template.")
+    n_probs: int = option(0, limits=(0, 1000))  # most likely tokens to report in Step.top
 
     def __post_init__(self) -> None:
         if isinstance(self.stop, str):
@@ -40,33 +207,8 @@ class Options:
         if not all(isinstance(text, str) for text in stop):
             raise ColmError(f"stop is {self.stop!r}; expected a text, or several")
         object.__setattr__(self, "stop", stop)
-        limits: tuple[tuple[str, float | None, float, float], ...] = (
-            ("max_tokens", self.max_tokens, -1, 2**31 - 1),
-            ("threshold", self.threshold, 0, 1),
-            ("defer_rate", self.defer_rate, 0, 1),
-            ("temperature", self.temperature, 0, 1e6),
-            ("top_k", self.top_k, 0, 2**31 - 1),
-            ("top_p", self.top_p, 0, 1),
-            ("min_p", self.min_p, 0, 1),
-            ("repeat_penalty", self.repeat_penalty, 1e-6, 1e6),
-            ("presence_penalty", self.presence_penalty, -100, 100),
-            ("frequency_penalty", self.frequency_penalty, -100, 100),
-            ("repeat_last_n", self.repeat_last_n, 0, 2**31 - 1),
-            ("n_probs", self.n_probs, 0, 1000),
-            ("seed", self.seed, -1, 2**32 - 2),  # llama.cpp takes 2^32 - 1 for "draw one"
-        )
-        for name, value, low, high in limits:
-            if value is None and name in ("threshold", "defer_rate"):
-                continue
-            whole = isinstance(getattr(Options, name), int)
-            kind: Any = int if whole else (int, float)
-            if not isinstance(value, kind) or not low <= value <= high:
-                what = "a whole number" if whole else "a number"
-                raise ColmError(f"{name} is {value!r}; expected {what} from {low:g} to {high:g}")
-        if self.strategy not in ("defer", "compose"):
-            raise ColmError(f"strategy is {self.strategy!r}; expected 'defer' or 'compose'")
-        if self.schedule not in ("fast", "sequential"):
-            raise ColmError(f"schedule is {self.schedule!r}; expected 'fast' or 'sequential'")
+        for name, declared in OPTIONS.items():
+            declared.check(getattr(self, name))
         if self.threshold is not None and self.defer_rate is not None:
             raise ColmError("threshold and defer_rate are two ways to say one thing; give one")
         if "" in self.stop:
@@ -74,31 +216,34 @@ class Options:
 
     @property
     def penalises(self) -> bool:
-        """Whether what was written makes the same token less likely."""
+        """Whether a token becomes less likely once it has been written."""
         return self.repeat_penalty != 1 or bool(self.presence_penalty or self.frequency_penalty)
 
     def with_changes(self, **changes: Any) -> Options:
-        """Return these options with others in their place; of threshold and defer_rate the one
-        that is changed counts. Raises ColmError for an unknown name or a value out of range."""
-        known = self.__dataclass_fields__
+        """Return a copy with some options changed. Setting threshold clears defer_rate, and the
+        other way round. Raises ColmError for an unknown name or a value out of range."""
         for name in changes:
-            if name not in known:
-                raise ColmError(f"unknown option {name!r}; known: {', '.join(known)}")
+            if name not in OPTIONS:
+                raise ColmError(f"unknown option {name!r}; known: {', '.join(OPTIONS)}")
         for name, rival in (("threshold", "defer_rate"), ("defer_rate", "threshold")):
             if changes.get(name) is not None:
                 changes.setdefault(rival, None)
         return replace(self, **changes)
 
 
+_hints = get_type_hints(Options)
+OPTIONS = {f.name: Option(f.name, _hints[f.name], f.default, **f.metadata) for f in fields(Options)}
+
+
 @dataclass(frozen=True)
 class ServerOptions:
-    """How a server behaves towards the outside."""
+    """Network, limits and access of the server."""
 
     host: str = "127.0.0.1"
     port: int = 8080
     n_slots: int = 4
     queue: int = 16  # requests that wait for a slot
     api_key: str | None = None
-    cors: tuple[str, ...] = ()  # origins whose pages may ask
+    cors: tuple[str, ...] = ()  # origins whose pages may send requests
     max_tokens: int = 2048  # of one answer
     expert_idle_unload: float = 0.0  # seconds; 0: never

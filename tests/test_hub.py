@@ -267,7 +267,7 @@ def test_a_pair_is_pulled_by_its_name_and_run(server, tiny, tmp_path, monkeypatc
     assert len(server.requests) == n
     result = CliRunner().invoke(main, ["pull", "yours"])
     assert result.exit_code == 1
-    assert "no name in models.txt and no reference" in result.stderr
+    assert "neither a name in models.txt nor a reference" in result.stderr
 
 
 def test_every_line_of_models_txt_can_be_asked_for():

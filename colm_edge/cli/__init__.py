@@ -1,4 +1,4 @@
-"""The command line: parse, call, print. A module for each group of commands."""
+"""The command line, a module for each group of commands: parse, call, print."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from colm_edge.errors import ColmError
 
 
 class OneLineErrors(click.Command):
-    """Turn what a user can mend into one line on stderr and exit code 1."""
+    """A command whose ColmErrors are one line on stderr and exit code 1."""
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
@@ -27,14 +27,18 @@ class OneLineErrors(click.Command):
 
 
 class Group(OneLineErrors, click.Group):
-    """The commands, all with the same errors."""
+    """A group whose commands report errors that way."""
 
 
 @click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"]})
 @click.option(
-    "--version", is_flag=True, is_eager=True, expose_value=False, help="Say what is installed.",
+    "--version",
+    is_flag=True,
+    is_eager=True,
+    expose_value=False,
     callback=lambda ctx, _, given: say_version(ctx) if given else None,
-)  # fmt: skip
+    help="Show the versions of colm-edge and llama.cpp, and the devices.",
+)
 @click.option("-v", "--verbose", is_flag=True, help="Show llama.cpp's log on stderr.")
 def main(verbose: bool) -> None:
     """A small language model that calls an expert only for the tokens it needs."""
@@ -42,12 +46,12 @@ def main(verbose: bool) -> None:
         logging.basicConfig(level=logging.DEBUG, format="%(name)s: %(message)s")
     else:
         logging.basicConfig(level=logging.WARNING, format="%(message)s")
-        # Its warnings of every try would come before the one line that says what is wrong.
+        # It warns at every retry; our one line about the error says enough.
         logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
 
 
 def say_version(ctx: click.Context) -> None:
-    """Print the versions of colm-edge and llama.cpp, how the latter was built, and the devices."""
+    """Print the versions of colm-edge and llama.cpp, llama.cpp's build and the devices."""
     from importlib.metadata import version
 
     from colm_edge.llama.backend import build_info, devices
@@ -61,7 +65,14 @@ def say_version(ctx: click.Context) -> None:
 
 
 for command in (
-    run, train, score_command, eval_command, bench_command, models_command, pull_command,
-    info_command, serve_command,
-):  # fmt: skip
+    run,
+    train,
+    score_command,
+    eval_command,
+    bench_command,
+    models_command,
+    pull_command,
+    info_command,
+    serve_command,
+):
     main.add_command(command)

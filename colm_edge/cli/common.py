@@ -1,4 +1,4 @@
-"""What commands share: their errors, opening a pair, a progress bar."""
+"""What commands share: loading a pair and a progress bar."""
 
 from __future__ import annotations
 
@@ -7,28 +7,24 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from colm_edge.cli.terminal import note
+from colm_edge.cli.terminal import note, say
 
 if TYPE_CHECKING:
     from colm_edge.pair import Pair
 
 
 def open_pair(models: dict[str, Any], **more: Any) -> Pair:
-    """Load what the model options name and say on stderr what a user should know of it."""
+    """Load the models that the options name, and say on stderr if a default was used."""
     from colm_edge.pair import load
 
     loaded = load(**models, **more, note=note)
     if loaded.is_demo:
-        click.echo(
+        say(
             "A demonstration pair (animals, elements, countries). "
-            "Real models: -m BASE.gguf -me EXPERT.gguf",
-            err=True,
+            "Real models: -m BASE.gguf -me EXPERT.gguf"
         )
     if "switch" not in models and loaded.switch.name == "margin":
-        click.echo(
-            "No switch given (-sw): using margin, an untrained rule; `colm-edge train` fits one.",
-            err=True,
-        )
+        say("No switch given (-sw): using margin, an untrained rule; `colm-edge train` fits one.")
     return loaded
 
 

@@ -1,130 +1,207 @@
-"""`colm-edge eval`."""
+"""`colm-edge eval`: score base, expert, their collaboration and simpler switches on data."""
 
 from __future__ import annotations
 
-from contextlib import ExitStack
+import math
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from colm_edge.cli.common import open_pair, progress
 from colm_edge.cli.options import (
+    DATA,
+    METRICS,
+    WORK_DIR,
     decoding_options,
-    finite,
+    gathered,
+    listed,
     model_options,
-    shares,
+    output_option,
 )
+from colm_edge.cli.terminal import say
 
 if TYPE_CHECKING:
-    pass
-from colm_edge.cli.common import open_pair, progress
+    from colm_edge.evaluate.proxy_tuning import Proxy
+    from colm_edge.pair import Pair
+
+
+def finite(_: click.Context, __: click.Parameter, value: float) -> float:
+    """Refuse NaN, which passes every range check."""
+    if math.isnan(value):
+        raise click.BadParameter("nan is not a number")
+    return value
+
+
+def shares(_: click.Context, __: click.Parameter, value: str | None) -> tuple[float, ...]:
+    """Return numbers from 0 to 1: a list, 0.1,0.2, or a range, 0:1:0.1, both ends included."""
+    numbers: list[float] = []
+    try:
+        for part in value.split(",") if value is not None else []:
+            first, *rest = (float(x) for x in part.split(":"))
+            last, step = rest or (first, 1.0)
+            if not (0 <= first <= last <= 1 and step > 0):
+                raise ValueError
+            count = int((last - first) / step + 1e-9) + 1
+            numbers += [round(first + i * step, 9) for i in range(count)]
+    except ValueError as e:
+        message = f"{value!r}: expected numbers from 0 to 1, as 0.1,0.2 or 0:1:0.1"
+        raise click.BadParameter(message) from e
+    return tuple(numbers)
+
+
+sweep_options = gathered(
+    "sweep",
+    click.option(
+        "--defer-rates",
+        metavar="LIST",
+        callback=shares,
+        help="Sweep over defer rates, as 0.1,0.2 or 0:1:0.1; every switch gets the threshold at "
+        "which it defers this share of this data.",
+    ),
+    click.option(
+        "--thresholds",
+        metavar="LIST",
+        callback=shares,
+        help="Sweep over thresholds of the switch; simpler switches defer as often as it does.",
+    ),
+)
+proxy_options = gathered(
+    "proxy",
+    click.option(
+        "--anti-expert",
+        metavar="GGUF",
+        help="Third model, for Proxy Tuning: base + alpha · (expert − anti-expert).",
+    ),
+    click.option(
+        "--alpha",
+        type=click.FloatRange(0, 100),
+        callback=finite,
+        default=1.0,
+        show_default=True,
+        help="Weight of Proxy Tuning.",
+    ),
+)
 
 
 @click.command("eval")
-@click.option("--data", required=True, metavar="FILE.jsonl", help="Prompts with completions.")
+@DATA
 @click.option(
-    "--metric", type=click.Choice(["nll", "exact", "contains", "gsm8k", "steps"]), default="nll",
-    show_default=True, help="nll scores the data alone; the others judge generated answers too.",
-)  # fmt: skip
-@click.option("--limit", type=click.IntRange(1), help="Use the first lines only.")
-@click.option(
-    "--methods", metavar="NAME,…", default="",
-    help="Rows of the table: base, expert, colm, compose, random, entropy, margin, weak, proxy "
-    "[all there are].",
-)  # fmt: skip
-@click.option(
-    "--defer-rates", metavar="LIST", callback=shares,
-    help="Sweep: 0.1,0.2 or 0:1:0.1. Every switch at each rate, by its own p_defer on this data.",
-)  # fmt: skip
-@click.option(
-    "--thresholds", metavar="LIST", callback=shares,
-    help="Sweep over the switch's thresholds; simpler switches defer as often.",
-)  # fmt: skip
-@click.option(
-    "--weak", metavar="SWITCH.gguf", help="A switch to compare with (`train --objective weak`)."
+    "--metric",
+    type=click.Choice(["nll", *METRICS]),
+    default="nll",
+    show_default=True,
+    help="nll scores the data only; the others also generate answers and judge them.",
 )
+@click.option("--limit", type=click.IntRange(1), help="Use only the first lines of the data.")
 @click.option(
-    "--anti-expert", metavar="GGUF",
-    help="A third model, for Proxy Tuning: base + alpha · (expert − anti-expert).",
-)  # fmt: skip
-@click.option(
-    "--alpha", type=click.FloatRange(0, 100), callback=finite, default=1.0, show_default=True,
-    help="The weight of Proxy Tuning.",
-)  # fmt: skip
-@click.option(
-    "--work-dir",
-    metavar="DIR",
-    type=click.Path(file_okay=False),
-    help="Keep scores and answers here as they come; a killed run goes on from them.",
+    "--methods",
+    metavar="NAME,…",
+    default="",
+    callback=listed,
+    help="Rows of the table: base, expert, colm, compose, random, entropy, margin, weak, proxy."
+    "  [default: all that are possible]",
 )
-@click.option("--plot", metavar="FILE.png", help="Draw the table.")
+@sweep_options
 @click.option(
-    "-o", "--output", type=click.Choice(["md", "csv", "json"]), default="md", show_default=True
+    "--weak",
+    metavar="SWITCH.gguf",
+    help="Switch to compare with, from `train --objective weak`.",
 )
+@proxy_options
+@WORK_DIR
+@click.option("--plot", metavar="FILE.png", help="Plot the table to this file.")
+@output_option("md", "csv", "json")
 @model_options
-# Which batches the fast schedule makes depends on what came before; a table is to be reproducible.
+# The batches of the fast schedule depend on earlier answers; a table should be reproducible.
 @decoding_options(temperature=0.0, schedule="sequential")
 def eval_command(
     data: str,
     metric: str,
     limit: int | None,
-    methods: str,
-    defer_rates: tuple[float, ...],
-    thresholds: tuple[float, ...],
+    methods: tuple[str, ...],
+    sweep: dict[str, tuple[float, ...]],
     weak: str | None,
-    anti_expert: str | None,
-    alpha: float,
+    proxy: dict[str, Any],
     work_dir: str | None,
     plot: str | None,
     output: str,
     models: dict[str, Any],
     decoding: dict[str, Any],
 ) -> None:
-    """Score base, expert and their collaboration on a JSONL file, beside simpler switches.
+    """Score base, expert and their collaboration on a JSONL file.
 
-    With a metric other than nll every method answers every prompt, greedily unless --temp is given.
+    Simpler switches are scored too, for comparison. With a metric other than nll every method also
+    answers every prompt, greedily unless --temp is given.
     """
-    from colm_edge.evaluate.methods import METHODS, evaluate
+    from colm_edge.evaluate.methods import evaluate
     from colm_edge.evaluate.plot import check_plot, write_plot
-    from colm_edge.evaluate.proxy_tuning import Proxy
     from colm_edge.options import Options
     from colm_edge.switch.file import Switch
     from colm_edge.tables import render
 
-    points = [defer_rates, thresholds, decoding.get("threshold"), decoding.get("defer_rate")]
-    if sum(point not in (None, ()) for point in points) > 1:
+    check_sweep(sweep, decoding)
+    check_methods(methods, weak, proxy.get("anti_expert"))
+    if plot is not None:
+        check_plot(plot)
+    options = Options(**decoding)
+    # A table in which the base silently replaces a missing expert would mislead.
+    models["expert_required"] = True
+    with open_pair(models, defaults=options) as loaded, proxy_of(loaded, models, **proxy) as third:
+        table = evaluate(
+            loaded,
+            data,
+            options,
+            metric=None if metric == "nll" else metric,
+            limit=limit,
+            methods=methods,
+            weak=Switch.load(weak) if weak else None,
+            proxy=third,
+            work=Path(work_dir) if work_dir else None,
+            note=say,
+            progress=progress,
+            **sweep,
+        )
+    click.echo(render(table, output))
+    if plot is not None:
+        write_plot(table, plot)
+        say(f"{plot}: written")
+
+
+def check_sweep(sweep: dict[str, tuple[float, ...]], decoding: dict[str, Any]) -> None:
+    """Refuse more than one way to say how much is deferred."""
+    points = [*sweep.values(), decoding.get("threshold"), decoding.get("defer_rate")]
+    if sum(point is not None for point in points) > 1:
         raise click.UsageError(
             "give one of --defer-rates, --thresholds, --defer-rate and --threshold"
         )
-    names = [name.strip() for name in methods.split(",")] if methods else []
+
+
+def check_methods(methods: tuple[str, ...], weak: str | None, anti_expert: str | None) -> None:
+    """Refuse methods that do not exist or lack the file that they need."""
+    from colm_edge.evaluate.methods import METHODS
+
     needs = {"weak": ("--weak", weak), "proxy": ("--anti-expert", anti_expert)}
-    for name in names:
+    for name in methods:
         if name not in METHODS:
             raise click.UsageError(f"no method {name!r}; known: {', '.join(METHODS)}")
         if name in needs and needs[name][1] is None:
             raise click.UsageError(f"the method {name} needs {needs[name][0]}")
-    if plot is not None:
-        check_plot(plot)
-    options = Options(**decoding)
-    with ExitStack() as stack:
-        # A table in which the base had to stand in for an absent expert would mislead.
-        models["expert_required"] = True
-        loaded = stack.enter_context(open_pair(models, defaults=options))
-        proxy = None
-        if anti_expert is not None:
-            third = Proxy(
-                loaded, Path(anti_expert).expanduser(), alpha=alpha,
-                n_threads=models.get("n_threads", 0), n_gpu_layers=models.get("n_gpu_layers", 0),
-            )  # fmt: skip
-            proxy = stack.enter_context(third)
-        table = evaluate(
-            loaded, data, options, metric=None if metric == "nll" else metric, limit=limit,
-            methods=names, thresholds=thresholds, defer_rates=defer_rates,
-            weak=Switch.load(weak) if weak else None, proxy=proxy,
-            work=Path(work_dir) if work_dir else None, note=lambda text: click.echo(text, err=True),
-            progress=progress,
-        )  # fmt: skip
-    click.echo(render(table, output))
-    if plot is not None:
-        write_plot(table, plot)
-        click.echo(f"{plot}: written", err=True)
+
+
+def proxy_of(
+    pair: Pair, models: dict[str, Any], *, anti_expert: str | None = None, alpha: float
+) -> AbstractContextManager[Proxy | None]:
+    """Load the third model of Proxy Tuning, if one is named."""
+    from colm_edge.evaluate.proxy_tuning import Proxy
+
+    if anti_expert is None:
+        return nullcontext()
+    return Proxy(
+        pair,
+        Path(anti_expert).expanduser(),
+        alpha=alpha,
+        n_threads=models.get("n_threads", 0),
+        n_gpu_layers=models.get("n_gpu_layers", 0),
+    )

@@ -1,36 +1,38 @@
-"""`colm-edge models`, `pull` and `info`."""
+"""`colm-edge models`, `pull` and `info`: list, download and describe models."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import click
 
+from colm_edge.cli.options import THREADS, output_option
+from colm_edge.cli.terminal import say
 from colm_edge.errors import ColmError
-
-if TYPE_CHECKING:
-    pass
 
 
 @click.command("models")
-@click.option("-o", "--output", type=click.Choice(["md", "json"]), default="md", show_default=True)
+@output_option("md", "json")
 def models_command(output: str) -> None:
-    """List the models that models.txt knows, and which of them are here."""
+    """List the models named in models.txt; * marks those already here."""
     from colm_edge.hub import pulled
     from colm_edge.references import known_pairs
 
     here = pulled()
     rows = [
         {
-            "alias": alias, "role": role, "reference": known.reference, "licence": known.licence,
+            "alias": alias,
+            "role": role,
+            "reference": known.reference,
+            "licence": known.licence,
             "note": known.note,
             "here": known.reference.startswith("package:")
             or Path(here.get(known.reference, {}).get("path", "\0")).exists(),
         }
-        for alias, roles in known_pairs().items() for role, known in roles.items()
-    ]  # fmt: skip
+        for alias, roles in known_pairs().items()
+        for role, known in roles.items()
+    ]
     if output == "json":
         click.echo(json.dumps(rows))
         return
@@ -38,17 +40,17 @@ def models_command(output: str) -> None:
         mark = "*" if row["here"] else " "
         click.echo(f"{mark} {row['alias']:13}{row['role']:7} {row['reference']}")
         click.echo(f"  {'':20} {row['licence']}; {row['note']}")
-    click.echo("* is here. The others: colm-edge pull ALIAS, or run --pair ALIAS.", err=True)
+    say("* is already here. To download others: colm-edge pull ALIAS, or run --pair ALIAS.")
 
 
 @click.command("pull")
 @click.argument("refs", nargs=-1, required=True, metavar="ALIAS|USER/REPO:FILE …")
-@click.option("--offline", is_flag=True, help="Look in the cache alone.")
+@click.option("--offline", is_flag=True, help="Look only in the cache.")
 def pull_command(refs: tuple[str, ...], offline: bool) -> None:
-    """Download models into the Hugging Face cache, checked; print where they are.
+    """Download models, verify them, and print their paths.
 
-    An alias of models.txt is a pair, both of its models. HF_HOME, HF_TOKEN and HF_ENDPOINT are
-    heeded; a download that breaks goes on where it was.
+    They are kept in the Hugging Face cache; HF_HOME, HF_TOKEN and HF_ENDPOINT are respected. An
+    alias in models.txt stands for all files of a pair. An interrupted download resumes.
     """
     from colm_edge.references import known_pairs, resolve
 
@@ -56,11 +58,12 @@ def pull_command(refs: tuple[str, ...], offline: bool) -> None:
     for ref in refs:
         wanted = [line.reference for line in known[ref].values()] if ref in known else [ref]
         for reference in wanted:
-            path = resolve(reference, offline=offline, note=lambda text: click.echo(text, err=True))
+            path = resolve(reference, offline=offline, note=say)
             if not Path(path).exists():
                 raise ColmError(
-                    f"{reference}: no name in models.txt and no reference; expected a name that "
-                    "`colm-edge models` lists, user/repo:file.gguf or user/repo:QUANTISATION"
+                    f"{reference}: neither a name in models.txt nor a reference; expected a "
+                    "name that `colm-edge models` lists, user/repo:file.gguf or "
+                    "user/repo:QUANTISATION"
                 )
             click.echo(path)
 
@@ -68,13 +71,14 @@ def pull_command(refs: tuple[str, ...], offline: bool) -> None:
 @click.command("info")
 @click.argument("refs", nargs=-1, required=True, metavar="REF [REF]")
 @click.option(
-    "--costs", is_flag=True,
-    help="Measure what decodes of 1, 2, 3 … tokens cost on this machine, unless it is known.",
-)  # fmt: skip
-@click.option("-t", "--threads", "n_threads", type=click.IntRange(0), default=0)
-@click.option("-o", "--output", type=click.Choice(["md", "json"]), default="md", show_default=True)
+    "--costs",
+    is_flag=True,
+    help="Measure how long decodes of 1, 2, 3 … tokens take on this machine, unless known.",
+)
+@THREADS
+@output_option("md", "json")
 def info_command(refs: tuple[str, ...], costs: bool, n_threads: int, output: str) -> None:
-    """Describe a model or a switch; of two models say whether they can collaborate."""
+    """Describe a model or a switch; of two, say if they fit together."""
     from colm_edge.info import as_text, describe_files
 
     if len(refs) > 2:

@@ -1,4 +1,4 @@
-"""`colm-edge run`."""
+"""`colm-edge run`: answer one prompt, or chat."""
 
 from __future__ import annotations
 
@@ -6,34 +6,37 @@ import io
 import json
 import sys
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from colm_edge.cli.options import (
-    decoding_options,
-    model_options,
-)
-from colm_edge.cli.terminal import Chat, drain, summary, write
+from colm_edge.cli.common import open_pair
+from colm_edge.cli.options import decoding_options, model_options
+from colm_edge.cli.terminal import Chat, drain, say, summary, write
 
 if TYPE_CHECKING:
     from colm_edge.pair import Pair
     from colm_edge.stream import Stream
-from colm_edge.cli.common import open_pair
 
 
 @click.command()
 @click.argument("words", metavar="[PROMPT]", nargs=-1)
-@click.option("-p", "--prompt", help="The prompt; without one, standard input or a chat.")
-@click.option("-sys", "--system-prompt", "system", help="A system prompt.")
+@click.option(
+    "-p",
+    "--prompt",
+    help="Prompt to answer; without it or PROMPT, standard input or a chat.",
+)
+@click.option("-sys", "--system-prompt", "system", help="System prompt.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object with every token.")
 @click.option(
-    "--prompt-cache", metavar="FILE", type=click.Path(dir_okay=False),
-    help="Keep what both models evaluated here, and begin with it the next time.",
-)  # fmt: skip
+    "--prompt-cache",
+    metavar="FILE",
+    type=click.Path(dir_okay=False),
+    help="Save what both models have evaluated to this file, and start from it next time.",
+)
 @model_options
 @decoding_options()
 def run(
@@ -51,37 +54,42 @@ def run(
     if words and prompt is not None:
         raise click.UsageError("give the prompt once: as PROMPT or with -p")
     prompt = " ".join(words) if words else prompt
-    # A process may be started without a standard input.
-    chatting = prompt is None and sys.stdin is not None and sys.stdin.isatty()
-    if chatting and as_json:
+    if prompt is None:
+        prompt = read_stdin()
+    if prompt is None and as_json:
         raise click.UsageError("--json needs a prompt")
-    if prompt is None and not chatting:
-        prompt = sys.stdin.buffer.read().decode("utf-8", "replace") if sys.stdin else ""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a console may lack a character of the answer
-    with ExitStack() as stack:
-        loaded = stack.enter_context(open_pair(models, defaults=Options(**decoding)))
-        if prompt_cache is not None:
-            stack.enter_context(kept_prompts(loaded, prompt_cache))
+    with open_pair(models, defaults=Options(**decoding)) as pair, kept_prompts(pair, prompt_cache):
         if prompt is None:
-            Chat(loaded, system).loop()
+            Chat(pair, system).loop()
             return
-        stream = loaded.stream(prompt, system=system)
+        stream = pair.stream(prompt, system=system)
         if as_json:
             interrupted = drain(stream)
-            click.echo(json.dumps(describe(loaded, stream), ensure_ascii=False))
+            click.echo(json.dumps(describe(pair, stream), ensure_ascii=False))
         else:
             interrupted = write(stream)
             click.echo()
-            click.echo(summary(stream.answer().stats), err=True)
+            say(summary(stream.answer().stats))
         if interrupted:
             raise SystemExit(130)
 
 
+def read_stdin() -> str | None:
+    """Return standard input, None if it is a terminal."""
+    if sys.stdin is None:  # a process can be started without one
+        return ""
+    return None if sys.stdin.isatty() else sys.stdin.buffer.read().decode("utf-8", "replace")
+
+
 @contextmanager
-def kept_prompts(pair: Pair, path: str) -> Iterator[None]:
-    """Begin with a prompt cache, if the file is there, and write it at the end."""
-    _ = pair.expert_session  # an expert on a server has nothing to keep: said before the answer
+def kept_prompts(pair: Pair, path: str | None) -> Iterator[None]:
+    """Start from a prompt cache, if the file exists, and write it at the end."""
+    if path is None:
+        yield
+        return
+    _ = pair.expert_session  # raises now, not after the answer, if the expert is on a server
     if Path(path).exists():
         pair.load_prompts(path)
     yield

@@ -1,60 +1,86 @@
-"""`colm-edge serve`."""
+"""`colm-edge serve`: the OpenAI-compatible server and its web page."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
-from colm_edge.cli.options import (
-    decoding_options,
-    model_options,
-)
+from colm_edge.cli.common import open_pair
+from colm_edge.cli.options import decoding_options, model_options
+from colm_edge.cli.terminal import say
 from colm_edge.errors import ColmError
 from colm_edge.options import ServerOptions
-
-if TYPE_CHECKING:
-    pass
-from colm_edge.cli.common import open_pair
 
 SERVER = ServerOptions()
 
 
 @click.command("serve")
-@click.option("--host", default=SERVER.host, show_default=True, help="0.0.0.0: every network.")
-@click.option("--port", type=click.IntRange(0, 65535), default=SERVER.port, show_default=True)
 @click.option(
-    "-np", "--parallel", "n_slots", type=click.IntRange(1, 64), default=SERVER.n_slots,
-    show_default=True, help="Answers written at once; each has a context of -c tokens.",
-)  # fmt: skip
+    "--host",
+    default=SERVER.host,
+    show_default=True,
+    help="Address to listen on; 0.0.0.0: all networks.",
+)
 @click.option(
-    "--queue", type=click.IntRange(0), default=SERVER.queue, show_default=True,
-    help="Requests that may wait for a slot; more are told to come again (503).",
-)  # fmt: skip
+    "--port",
+    type=click.IntRange(0, 65535),
+    default=SERVER.port,
+    show_default=True,
+    help="Port to listen on; 0: any free one.",
+)
 @click.option(
-    "--api-key", envvar="COLM_EDGE_API_KEY", metavar="KEY",
-    help="Answer only requests that carry it; better in the variable COLM_EDGE_API_KEY.",
-)  # fmt: skip
+    "-np",
+    "--parallel",
+    "n_slots",
+    type=click.IntRange(1, 64),
+    default=SERVER.n_slots,
+    show_default=True,
+    help="Answers generated at once; each has a context of -c tokens.",
+)
 @click.option(
-    "--cors-origin", "cors", multiple=True, metavar="ORIGIN",
-    help="A site whose pages may ask, such as http://localhost:3000; repeatable.  [none]",
-)  # fmt: skip
+    "--queue",
+    type=click.IntRange(0),
+    default=SERVER.queue,
+    show_default=True,
+    help="Requests that may wait for a slot; any more get status 503.",
+)
 @click.option(
-    "--max-tokens", type=click.IntRange(1), default=SERVER.max_tokens, show_default=True,
-    help="Of one answer, whatever a request asks for.",
-)  # fmt: skip
+    "--api-key",
+    envvar="COLM_EDGE_API_KEY",
+    metavar="KEY",
+    help="Require this key with every request; in the environment variable COLM_EDGE_API_KEY it "
+    "stays out of the process list.",
+)
 @click.option(
-    "--expert-idle-unload", type=click.FloatRange(0), default=SERVER.expert_idle_unload,
+    "--cors-origin",
+    "cors",
+    multiple=True,
+    metavar="ORIGIN",
+    help="Site whose pages may send requests, such as http://localhost:3000; repeatable.  "
+    "[default: none]",
+)
+@click.option(
+    "--max-tokens",
+    type=click.IntRange(1),
+    default=SERVER.max_tokens,
+    show_default=True,
+    help="Maximum number of tokens of an answer, whatever the request asks for.",
+)
+@click.option(
+    "--expert-idle-unload",
+    type=click.FloatRange(0),
+    default=SERVER.expert_idle_unload,
     metavar="SECONDS",
-    help="Free the expert's memory when nothing was asked for so long; 0: never.",
-)  # fmt: skip
+    help="Free the expert's memory after this long without a request; 0: never.",
+)
 @model_options
 @decoding_options()
 def serve_command(models: dict[str, Any], decoding: dict[str, Any], **settings: Any) -> None:
-    """Serve the pair: OpenAI's API at /v1, and a page to chat on at /.
+    """Serve the pair: OpenAI's API at /v1, and a chat page at /.
 
-    The decoding options are what requests that leave them out get.
+    The decoding options are the defaults for requests that do not set them.
     """
     from colm_edge.options import Options
 
@@ -67,4 +93,4 @@ def serve_command(models: dict[str, Any], decoding: dict[str, Any], **settings: 
     with open_pair(models, defaults=Options(**decoding)) as loaded:
         expert = Path(loaded.expert.name).stem if loaded.expert_is_here else "remote"
         name = models.get("pair") or f"{loaded.base.path.stem}+{expert}"
-        serve(loaded, ServerOptions(**settings), name, lambda text: click.echo(text, err=True))
+        serve(loaded, ServerOptions(**settings), name, say)

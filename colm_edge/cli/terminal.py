@@ -6,12 +6,14 @@ import sys
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from textwrap import fill
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from colm_edge.errors import ColmError
+from colm_edge.options import OPTIONS
 
 if TYPE_CHECKING:
     from colm_edge.decode.step import Stats, Step
@@ -19,30 +21,46 @@ if TYPE_CHECKING:
     from colm_edge.stream import Stream
 
 
-HELP = """\
-/help, /?            this list
-/set                 the settings and their values
-/set NAME VALUE      change one: threshold, defer_rate, temperature, top_k, top_p, min_p,
-                     repeat_penalty, presence_penalty, frequency_penalty, seed, max_tokens,
-                     strategy; without VALUE: as at the start
-/set system TEXT     the system prompt
-/show                the models and the switch
-/read FILE           ask with a file's text
-/regen               write the last answer again
-/clear               forget the conversation
-/bye, /exit, /quit   leave (or Ctrl-D)
-\"\"\"                  begins and ends a prompt of several lines
-Ctrl-C stops an answer and keeps what was written."""
+# What /set changes: the options of the command line that are a number or a word.
 SETTINGS = {
-    "threshold": float, "defer_rate": float, "temperature": float, "top_k": int, "top_p": float,
-    "min_p": float, "repeat_penalty": float, "presence_penalty": float,
-    "frequency_penalty": float, "seed": int, "max_tokens": int, "strategy": str,
-}  # fmt: skip
-_cursor = SimpleNamespace(inside=False)  # whether the terminal's stands inside an answer
+    name: option.kind
+    for name, option in OPTIONS.items()
+    if option.flags and option.kind in (int, float, str)
+}
+HELP = f"""\
+/help, /?            show this list
+/set                 show the settings and their values
+/set NAME VALUE      change a setting; without VALUE: back to its value at the start
+{fill(", ".join(SETTINGS), 76, initial_indent=" " * 21, subsequent_indent=" " * 21)}
+/set system TEXT     change the system prompt
+/show                show the models and the switch
+/read FILE           ask with the text of a file
+/regen               generate the last answer again
+/clear               clear the conversation
+/bye, /exit, /quit   leave (or Ctrl-D)
+\"\"\"                  begin and end a prompt of several lines
+Ctrl-C stops an answer and keeps what was generated."""
+# When a conversation grows, 1 / ANSWER_SHARE of the context is kept free for the answer.
+ANSWER_SHARE = 4
+_cursor = SimpleNamespace(inside=False)  # whether the terminal's cursor is inside an answer
+
+
+def say(text: str) -> None:
+    """Print a line on stderr; stdout is for results."""
+    click.echo(text, err=True)
+
+
+def note(text: str) -> None:
+    """Say that something takes a while, on a line of its own even inside an answer."""
+    say(("\n" if _cursor.inside else "") + f"{text} …")
+    _cursor.inside = False
 
 
 def write(stream: Stream) -> bool:
-    """Print steps as they come, the expert's marked on a terminal; say whether Ctrl-C ended it."""
+    """Print steps as they come, marking the expert's on a terminal.
+
+    Return whether Ctrl-C ended the stream.
+    """
     marked = sys.stdout.isatty()
 
     def show(step: Step) -> None:
@@ -55,14 +73,8 @@ def write(stream: Stream) -> bool:
         _cursor.inside = False
 
 
-def note(text: str) -> None:
-    """Print what takes a while on stderr, on a line of its own."""
-    click.echo(("\n" if _cursor.inside else "") + f"{text} …", err=True)
-    _cursor.inside = False
-
-
 def drain(stream: Stream, show: Callable[[Step], object] = lambda step: None) -> bool:
-    """Take a stream's steps to its end; say whether Ctrl-C ended it, which keeps what there is."""
+    """Run a stream to its end; return whether Ctrl-C ended it. The steps so far are kept."""
     try:
         for step in stream:
             show(step)
@@ -73,14 +85,14 @@ def drain(stream: Stream, show: Callable[[Step], object] = lambda step: None) ->
 
 
 def mark(step: Step) -> str:
-    """Return a step's text; the expert's in colour and underlined, to read without colour too."""
+    """Return a step's text; the expert's is coloured, and underlined to show without colour too."""
     if step.source == "base" or not step.text:
         return step.text
     return click.style(step.text, fg="cyan", underline=True)
 
 
 def summary(stats: Stats) -> str:
-    """Return the line that stands under an answer."""
+    """Return the line printed below an answer."""
 
     def rate(n: int, seconds: float) -> str:
         return f"{n / seconds:,.0f}" if n and seconds > 0 else "-"
@@ -96,10 +108,6 @@ def summary(stats: Stats) -> str:
     )
 
 
-# This part of the context is kept for the answer when a conversation grows.
-ANSWER_SHARE = 4
-
-
 class Chat:
     """One conversation with a pair, typed at a terminal."""
 
@@ -112,7 +120,7 @@ class Chat:
     def loop(self) -> None:
         """Read lines until /bye or the end of input."""
         self._edit_lines()
-        click.echo("Ask something, or /help for the commands.", err=True)
+        say("Type a message, or /help for the commands.")
         while (line := self._read()) is not None:
             try:
                 if not line.strip():
@@ -122,7 +130,7 @@ class Chat:
                 elif not self.command(line):
                     return
             except ColmError as e:
-                click.echo(f"Error: {e}", err=True)
+                say(f"Error: {e}")
 
     @staticmethod
     def _edit_lines() -> None:
@@ -141,7 +149,7 @@ class Chat:
                 return None
             except KeyboardInterrupt:
                 lines = []
-                click.echo("\nUse Ctrl-D or /bye to leave.", err=True)
+                say("\nUse Ctrl-D or /bye to leave.")
                 continue
             if not lines and not line.startswith('"""'):
                 return line
@@ -151,17 +159,17 @@ class Chat:
                 return text[3:-3].strip("\n")
 
     def ask(self, text: str) -> None:
-        """Add a turn, write the answer, keep both; a prompt that fails leaves no trace."""
+        """Answer a message and keep both as a turn; a message that fails is not kept."""
         user = {"role": "user", "content": text}
         stream = self.pair.stream_chat(self._messages(user))
         stopped = write(stream)
         answer = stream.answer()
         click.echo(" (stopped)" if stopped else "")
-        click.echo(summary(answer.stats), err=True)
+        say(summary(answer.stats))
         self.turns += [user, {"role": "assistant", "content": answer.text}]
 
     def _messages(self, user: dict[str, str]) -> list[dict[str, str]]:
-        """Return the conversation with a new turn, the oldest turns forgotten if it must fit."""
+        """Return the conversation and a new message; the oldest turns go if they do not fit."""
         system = [{"role": "system", "content": self.system}] if self.system else []
         room = self.pair.n_ctx - self.pair.n_ctx // ANSWER_SHARE
         forgotten = 0
@@ -172,75 +180,86 @@ class Chat:
             del self.turns[:2]
             forgotten += 1
         if forgotten:
-            click.echo(f"(the context is full: {forgotten} old turn(s) forgotten)", err=True)
+            say(f"(the context is full: {forgotten} old turn(s) forgotten)")
         return [*system, *self.turns, user]
 
     def command(self, line: str) -> bool:
-        """Carry out a /command; False means leave."""
+        """Run a /command; return False to leave."""
         name, _, rest = line.strip().partition(" ")
         rest = rest.strip()
         match name:
             case "/bye" | "/exit" | "/quit":
                 return False
             case "/help" | "/?":
-                click.echo(HELP, err=True)
+                say(HELP)
             case "/clear":
                 self.turns.clear()
-                click.echo("The conversation is forgotten.", err=True)
+                say("The conversation is cleared.")
             case "/show":
-                click.echo(
-                    f"base    {self.pair.base.path}\nexpert  {self.pair.expert.name}\n"
-                    f"switch  {self.pair.switch.name}, threshold "
-                    f"{self.pair.threshold(self.pair.defaults):.3f}\n"
-                    f"context {self.pair.n_ctx} tokens",
-                    err=True,
-                )
+                self._show()
             case "/set":
-                self._set(rest)
+                self._set(rest.removeprefix("parameter "))
             case "/regen":
-                if not self.turns:
-                    raise ColmError("there is no answer yet; ask something first")
-                last = self.turns[-2:]
-                del self.turns[-2:]
-                try:
-                    self.ask(last[0]["content"])
-                except ColmError:
-                    self.turns += last
-                    raise
+                self._regenerate()
             case "/read":
-                if not rest:
-                    raise ColmError("/read needs a file's name")
-                try:
-                    text = Path(rest).expanduser().read_text(encoding="utf-8")
-                except (OSError, RuntimeError, UnicodeDecodeError) as e:
-                    raise ColmError(f"cannot read {rest!r} ({e}); give a text file") from e
-                self.ask(text)
+                self.ask(self._text_of(rest))
             case _:
                 raise ColmError(f"no command {name}; /help lists them")
         return True
 
-    def _set(self, rest: str) -> None:
-        name, _, value = rest.removeprefix("parameter ").partition(" ")
-        if not name:
-            defaults = self.pair.defaults
-            values = {key: getattr(defaults, key) for key in SETTINGS}
-            # The one in force, wherever it comes from.
-            values["threshold"] = f"{self.pair.threshold(defaults):.3f}"
-            values["system"] = self.system
-            lines = [f"{key:15} {'' if v is None else v}" for key, v in values.items()]
-            click.echo("\n".join(lines), err=True)
-            return
-        if name == "system":
-            self.system = value.strip().strip('"') or None
-            click.echo(f"system {self.system or 'prompt removed'}", err=True)
-            return
-        if name not in SETTINGS:
-            raise ColmError(f"no setting {name}; known: {', '.join(SETTINGS)}, system")
+    def _show(self) -> None:
+        pair = self.pair
+        say(f"base    {pair.base.path}\nexpert  {pair.expert.name}")
+        say(f"switch  {pair.switch.name}, threshold {pair.threshold(pair.defaults):.3f}")
+        say(f"context {pair.n_ctx} tokens")
+
+    def _regenerate(self) -> None:
+        if not self.turns:
+            raise ColmError("there is no answer yet; ask something first")
+        last = self.turns[-2:]
+        del self.turns[-2:]
         try:
-            converted: Any = SETTINGS[name](value) if value else getattr(self._at_start, name)
+            self.ask(last[0]["content"])
+        except ColmError:
+            self.turns += last
+            raise
+
+    @staticmethod
+    def _text_of(file: str) -> str:
+        if not file:
+            raise ColmError("/read needs the name of a file")
+        try:
+            return Path(file).expanduser().read_text(encoding="utf-8")
+        except (OSError, RuntimeError, UnicodeDecodeError) as e:
+            raise ColmError(f"cannot read {file!r} ({e}); give a text file") from e
+
+    def _set(self, change: str) -> None:
+        """Show the settings, or change one: NAME VALUE; NAME alone resets it."""
+        name, _, value = change.partition(" ")
+        if not name:
+            self._show_settings()
+        elif name == "system":
+            self.system = value.strip().strip('"') or None
+            say(f"system {self.system or 'prompt removed'}")
+        elif name not in SETTINGS:
+            raise ColmError(f"no setting {name}; known: {', '.join(SETTINGS)}, system")
+        else:
+            self._change(name, value)
+
+    def _show_settings(self) -> None:
+        defaults = self.pair.defaults
+        values = {name: getattr(defaults, name) for name in SETTINGS}
+        values["threshold"] = f"{self.pair.threshold(defaults):.3f}"  # also if it isn't set
+        values["system"] = self.system
+        for name, value in values.items():
+            say(f"{name:17} {'' if value is None else value}".rstrip())
+
+    def _change(self, name: str, text: str) -> None:
+        try:
+            value: Any = SETTINGS[name](text) if text else getattr(self._at_start, name)
         except ValueError as e:
             kind = "whole number" if SETTINGS[name] is int else "number"
-            raise ColmError(f"{name} is {value!r}; expected a {kind}") from e
-        self.pair.defaults = self.pair.defaults.with_changes(**{name: converted})
-        shown = self.pair.threshold(self.pair.defaults) if name == "threshold" else converted
-        click.echo(f"{name} {shown}", err=True)
+            raise ColmError(f"{name} is {text!r}; expected a {kind}") from e
+        self.pair.defaults = self.pair.defaults.with_changes(**{name: value})
+        shown = self.pair.threshold(self.pair.defaults) if name == "threshold" else value
+        say(f"{name} {shown}")

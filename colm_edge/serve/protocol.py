@@ -7,9 +7,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, create_model, model_validator
 
-from colm_edge.options import Options
+from colm_edge.options import OPTIONS, Options
 
 if TYPE_CHECKING:
     from colm_edge.decode.step import Step
@@ -26,14 +26,31 @@ class Body(BaseModel):
     model_config = ConfigDict(extra="ignore")
 
 
-class ColmFields(BaseModel):
+def options_in(place: Literal["body", "colm"]) -> dict[str, Any]:
+    """Return the fields of `Options` that requests set there, all optional, for create_model."""
+    return {
+        name: (option.type | None, Field(default=None, **option.request_limits))
+        for name, option in OPTIONS.items()
+        if option.request == place
+    }
+
+
+if TYPE_CHECKING:  # mypy does not follow create_model
+
+    class BodyOptions(Body): ...
+
+    class ColmOptions(Body): ...
+
+else:
+    BodyOptions = create_model("BodyOptions", __base__=Body, **options_in("body"))
+    ColmOptions = create_model("ColmOptions", __base__=Body, **options_in("colm"))
+
+
+class ColmFields(ColmOptions):
     """What this server adds to a request."""
 
     model_config = ConfigDict(extra="forbid")
 
-    threshold: float | None = Field(default=None, ge=0, le=1)
-    defer_rate: float | None = Field(default=None, ge=0, le=1)
-    strategy: Literal["defer", "compose"] | None = None
     trace: bool = False
 
 
@@ -44,41 +61,24 @@ class StreamOptions(Body):
 Stop = Annotated[str, Field(min_length=1, max_length=200)]
 
 
-class Sampling(Body):
+class Sampling(BodyOptions):
+    """What both kinds of completion accept, besides the options that are copied as they are."""
+
     model: str | None = None
     max_tokens: int | None = Field(default=None, ge=0)
-    temperature: float | None = Field(default=None, ge=0, le=100)
-    top_p: float | None = Field(default=None, ge=0, le=1)
-    top_k: int | None = Field(default=None, ge=0, le=2**31 - 1)
-    min_p: float | None = Field(default=None, ge=0, le=1)
-    repeat_penalty: float | None = Field(default=None, gt=1e-6, le=1e6)
-    presence_penalty: float | None = Field(default=None, ge=-2, le=2)
-    frequency_penalty: float | None = Field(default=None, ge=-2, le=2)
     seed: int | None = Field(default=None, ge=-(2**63), le=2**63 - 1)
     stop: Stop | list[Stop] | None = Field(default=None)
     n: int = Field(default=1, ge=1, le=MAX_CHOICES)
     stream: bool = False
     stream_options: StreamOptions | None = None
     colm: ColmFields = ColmFields()
-    # What would change an answer and is not to be had here: whoever asks for it is told.
+    # Not supported, and ignoring it would change the answer: a request that sets it is refused.
     logit_bias: dict[str, float] | None = Field(default=None, max_length=0)
 
     def options(self, defaults: Options, choice: int, limit: int) -> Options:
         """Return the decoding options of one choice; each has a seed of its own."""
-        given = {
-            name: getattr(self, name)
-            for name in (
-                "temperature",
-                "top_p",
-                "top_k",
-                "min_p",
-                "repeat_penalty",
-                "presence_penalty",
-                "frequency_penalty",
-            )
-        }
-        given |= self.colm.model_dump(exclude={"trace"})
-        given = {name: value for name, value in given.items() if value is not None}
+        given = self.model_dump(include=set(BodyOptions.model_fields), exclude_none=True)
+        given |= self.colm.model_dump(exclude={"trace"}, exclude_none=True)
         if self.seed is not None:
             given["seed"] = (self.seed + choice) % (2**32 - 1)
         if self.stop is not None:
@@ -92,12 +92,12 @@ class Sampling(Body):
         return self.max_tokens
 
     def n_probs(self) -> int:
-        """How many of the likeliest tokens are told of each."""
+        """Return how many of the most likely tokens to report for each token."""
         return 0
 
     @property
     def tells_prompt(self) -> bool:
-        """Whether the prompt's tokens are to be told as well."""
+        """Whether to report the prompt's tokens too."""
         return False
 
 

@@ -128,8 +128,8 @@ def test_errors_are_one_line_and_exit_1(tiny, tmp_path):
 
 
 def test_odd_surroundings_are_no_traceback(tiny):
-    """No standard input, bytes that are no text, an encoding that lacks the answer's characters,
-    an implementation that does not exist."""
+    """No standard input, input that is not UTF-8, an output encoding that lacks the answer's
+    characters, an implementation that does not exist."""
     command = [sys.executable, "-P", "-m", "colm_edge", "run", *models_of(tiny), "-n", "20"]
     cases = [
         ({"stdin": subprocess.DEVNULL}, {}, 1, "Error: the prompt is empty"),
@@ -158,6 +158,22 @@ def test_every_command_has_help():
         result = invoke(name, "-h")
         assert result.exit_code == 0
         assert main.commands[name].help
+
+
+def test_choices_are_what_the_code_knows():
+    """They are written out in the command line, which must not import numpy for its help."""
+    from colm_edge.evaluate.metrics import METRICS
+    from colm_edge.switch.file import FEATURE_SETS
+    from colm_edge.train.fit import OBJECTIVES
+
+    def choices(command: str, flag: str) -> list[str]:
+        parameters = (p for p in main.commands[command].params if flag in p.opts)
+        return list(next(parameters).type.choices)
+
+    assert choices("train", "--threshold-by") == list(METRICS)
+    assert choices("eval", "--metric") == ["nll", *METRICS]
+    assert choices("train", "--features") == list(FEATURE_SETS)
+    assert choices("train", "--objective") == ["best", *OBJECTIVES]
 
 
 def test_train_writes_a_switch_that_runs(tiny, tmp_path):
@@ -196,11 +212,13 @@ def test_expert_scores_come_from_elsewhere(tiny, tmp_path):
 
 
 def test_help_and_import_load_nothing_heavy():
-    heavy = ["numpy", "llama_cpp", "onnxruntime", "matplotlib", "torch", "starlette"]
+    heavy = ["numpy", "llama_cpp", "onnxruntime", "matplotlib", "torch", "starlette", "fastapi",
+             "pydantic", "gguf", "huggingface_hub"]  # fmt: skip
     code = (
         "import sys, colm_edge\nfrom click.testing import CliRunner\n"
         "from colm_edge.cli import main\n"
-        "assert CliRunner().invoke(main, ['run', '-h']).exit_code == 0\n"
+        "for command in ([], *([name] for name in main.commands)):\n"
+        "    assert CliRunner().invoke(main, [*command, '-h']).exit_code == 0\n"
         f"print([m for m in {heavy!r} if m in sys.modules])"
     )
     result = subprocess.run(

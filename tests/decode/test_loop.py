@@ -6,7 +6,6 @@ import math
 import random
 
 import numpy as np
-import pytest
 from conftest import N_VOCAB, Scripted
 from hypothesis import given
 from hypothesis import strategies as st
@@ -14,8 +13,6 @@ from hypothesis import strategies as st
 from colm_edge.decode.loop import Decoder
 from colm_edge.decode.picker import Picker, mixture
 from colm_edge.decode.policy import Policy
-from colm_edge.errors import ColmError
-from colm_edge.options import Options
 
 END = 0
 
@@ -199,34 +196,6 @@ def test_logprob_is_the_writers_own():
     read, _ = reader(1, 0.5)
     for s in decoder(Scripted(writer(1)), Scripted(writer(2)), read, [1], max_tokens=5):
         assert math.isclose(s.logprob, -math.log(1 + 31 * math.exp(-8)), rel_tol=1e-4)
-
-
-@pytest.mark.parametrize(
-    ("change", "words"),
-    [
-        ({"threshold": 1.5}, "threshold is 1.5; expected a number from 0 to 1"),
-        ({"defer_rate": -0.1}, "defer_rate is -0.1"),
-        ({"temperature": -1}, "expected a number from 0 to"),
-        ({"temperature": "1"}, "temperature is '1'; expected a number"),
-        ({"seed": 2**32 - 1}, "seed is 4294967295"),
-        ({"top_k": 2**40}, "top_k is"),
-        ({"repeat_penalty": math.nan}, "repeat_penalty is nan"),
-        ({"threshold": 0.5, "defer_rate": 0.5}, "give one"),
-        ({"strategy": "both"}, "expected 'defer' or 'compose'"),
-        ({"stop": ("",)}, "a stop text is empty"),
-        ({"repeat_penalty": 0}, "expected a number from 1e-06"),
-        ({"colour": 1}, "unknown option 'colour'"),
-    ],
-)
-def test_options_say_what_is_wrong(change, words):
-    with pytest.raises(ColmError, match=words):
-        Options().with_changes(**change)
-
-
-def test_the_later_of_two_rivals_counts():
-    options = Options(threshold=0.5).with_changes(defer_rate=0.2)
-    assert (options.threshold, options.defer_rate) == (None, 0.2)
-    assert options.with_changes(threshold=0.1).defer_rate is None
 
 
 def test_the_mixture_leaves_a_defer_row_out():

@@ -1,0 +1,90 @@
+"""Options: what they refuse, and that one declaration is enough for every place that sets them."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+from click.testing import CliRunner
+
+from colm_edge.cli import main
+from colm_edge.cli.terminal import HELP, SETTINGS
+from colm_edge.errors import ColmError
+from colm_edge.options import OPTIONS, Options
+from colm_edge.serve.protocol import ChatRequest, ColmFields, CompletionRequest
+
+FLAGGED = {name: option for name, option in OPTIONS.items() if option.flags}
+REQUESTED = {name: option for name, option in OPTIONS.items() if option.request}
+# Requests give these in a form of their own; serve/protocol.py converts them.
+CONVERTED = {"max_tokens", "seed", "stop"}
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"threshold": 1.5}, "threshold is 1.5; expected a number from 0 to 1"),
+        ({"defer_rate": -0.1}, "defer_rate is -0.1"),
+        ({"temperature": -1}, "expected a number from 0 to"),
+        ({"temperature": "1"}, "temperature is '1'; expected a number"),
+        ({"seed": 2**32 - 1}, "seed is 4294967295"),
+        ({"top_k": 2**40}, "top_k is"),
+        ({"repeat_penalty": math.nan}, "repeat_penalty is nan"),
+        ({"threshold": 0.5, "defer_rate": 0.5}, "give one"),
+        ({"strategy": "both"}, "expected 'defer' or 'compose'"),
+        ({"stop": ("",)}, "a stop text is empty"),
+        ({"repeat_penalty": 0}, "expected a number from 1e-06"),
+        ({"colour": 1}, "unknown option 'colour'"),
+    ],
+)
+def test_options_say_what_is_wrong(change, words):
+    with pytest.raises(ColmError, match=words):
+        Options().with_changes(**change)
+
+
+def test_the_later_of_two_rivals_counts():
+    options = Options(threshold=0.5).with_changes(defer_rate=0.2)
+    assert (options.threshold, options.defer_rate) == (None, 0.2)
+    assert options.with_changes(threshold=0.1).defer_rate is None
+
+
+def test_an_option_is_declared_once():
+    assert Options() == Options(**{name: option.default for name, option in OPTIONS.items()})
+    for option in OPTIONS.values():
+        option.check(option.default)
+
+
+@pytest.mark.parametrize("command", ["run", "eval", "serve"])
+def test_every_flag_is_an_option_of_the_command_line(command):
+    text = CliRunner().invoke(main, [command, "-h"], terminal_width=200).stdout
+    parameters = {parameter.name: parameter for parameter in main.commands[command].params}
+    for name, option in FLAGGED.items():
+        assert parameters[name].opts == list(option.flags)
+        assert f"{', '.join(option.flags)} " in text
+        assert option.help
+        assert option.help in text
+
+
+def test_every_flag_with_one_value_is_a_setting_of_the_chat():
+    assert set(SETTINGS) == {n for n, o in FLAGGED.items() if o.kind not in (bool, tuple)}
+    for name, kind in SETTINGS.items():
+        assert f"{name}," in HELP or f"{name}\n" in HELP
+        assert kind(OPTIONS[name].default or 0) is not None
+
+
+@pytest.mark.parametrize("body", [ChatRequest, CompletionRequest])
+def test_a_request_has_every_option_that_it_may_set(body):
+    named = {name for name, option in REQUESTED.items() if option.request == "body"}
+    assert set(body.model_fields) & set(OPTIONS) == named | CONVERTED
+    assert set(ColmFields.model_fields) - {"trace"} == set(REQUESTED) - named
+
+
+@pytest.mark.parametrize("name", REQUESTED)
+def test_what_a_request_sets_arrives(name):
+    option = REQUESTED[name]
+    values = option.choices or [option.request_limits.get("ge", 1e-3), option.request_limits["le"]]
+    for value in values:
+        given = {name: value} if option.request == "body" else {"colm": {name: value}}
+        request = CompletionRequest(prompt="hello", **given)
+        assert getattr(request.options(Options(), choice=0, limit=9), name) == value
+    unset = CompletionRequest(prompt="hello").options(Options(), choice=0, limit=9)
+    assert getattr(unset, name) == option.default
