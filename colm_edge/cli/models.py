@@ -4,33 +4,30 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import click
 
-from colm_edge.errors import ColmError
-
-if TYPE_CHECKING:
-    pass
+from colm_edge.errors import ColmError, MismatchError
 
 
 @click.command("models")
 @click.option("-o", "--output", type=click.Choice(["md", "json"]), default="md", show_default=True)
 def models_command(output: str) -> None:
     """List the models that models.txt knows, and which of them are here."""
-    from colm_edge.hub import pulled
-    from colm_edge.references import known_pairs
+    from colm_edge.references import is_here, known_pairs
 
-    here = pulled()
     rows = [
         {
-            "alias": alias, "role": role, "reference": known.reference, "licence": known.licence,
-            "note": known.note,
-            "here": known.reference.startswith("package:")
-            or Path(here.get(known.reference, {}).get("path", "\0")).exists(),
+            "alias": alias,
+            "role": role,
+            "reference": model.reference,
+            "licence": model.licence,
+            "note": model.note,
+            "here": is_here(model.reference),
         }
-        for alias, roles in known_pairs().items() for role, known in roles.items()
-    ]  # fmt: skip
+        for alias, roles in known_pairs().items()
+        for role, model in roles.items()
+    ]
     if output == "json":
         click.echo(json.dumps(rows))
         return
@@ -74,10 +71,15 @@ def pull_command(refs: tuple[str, ...], offline: bool) -> None:
 @click.option("-t", "--threads", "n_threads", type=click.IntRange(0), default=0)
 @click.option("-o", "--output", type=click.Choice(["md", "json"]), default="md", show_default=True)
 def info_command(refs: tuple[str, ...], costs: bool, n_threads: int, output: str) -> None:
-    """Describe a model or a switch; of two models say whether they can collaborate."""
+    """Describe a model or a switch, or two models and whether they can collaborate.
+
+    The exit code is 1 if they cannot.
+    """
     from colm_edge.info import as_text, describe_files
 
     if len(refs) > 2:
         raise click.UsageError("give one REF or two")
-    facts = describe_files(refs, costs=costs, n_threads=n_threads)
+    facts, obstacle = describe_files(refs, costs=costs, n_threads=n_threads)
     click.echo(json.dumps(facts) if output == "json" else as_text(facts))
+    if obstacle:
+        raise MismatchError(obstacle)

@@ -229,7 +229,7 @@ def test_what_is_no_address_is_said_at_the_start(tiny):
     for address in ("http://", "http://127.0.0.1:99999", "http://:80"):
         with pytest.raises(ModelError, match="expected http://host:port"):
             load(tiny["base"], address, "margin")
-    with pytest.raises(ModelError, match=r"a server is given as http://127.0.0.1:8080"):
+    with pytest.raises(ModelError, match=r"write a server as http://127.0.0.1:8080"):
         load(tiny["base"], "127.0.0.1:8080", "margin")
     with pytest.raises(ModelError, match="does not answer"):
         load(tiny["base"], "http://a..b:1", "margin", expert_required=True)
@@ -268,7 +268,7 @@ def test_a_server_of_another_kind_is_named(tiny):
         pytest.raises(ModelError, match="a server of 'somebody'; expected one of llamacpp, vllm"),
     ):
         load(tiny["base"], url, "margin")
-    with pytest.raises(ModelError, match="the base runs here"):
+    with pytest.raises(ModelError, match="the base runs on this machine"):
         load("http://127.0.0.1:1", tiny["expert"], "margin")
 
 
