@@ -97,8 +97,8 @@ class Handler(BaseHTTPRequestHandler):
             ]
             if "tree" not in parts:
                 siblings = [{"rfilename": name} for name, _ in files]
-                body = {"id": repo, "sha": COMMIT, "siblings": siblings, "private": False,
-                        "downloads": 0, "likes": 0, "tags": []}  # fmt: skip
+                body = {"id": repo, "sha": COMMIT, "siblings": siblings, "private": False}
+                body |= {"downloads": 0, "likes": 0, "tags": []}
             self.send(200, {"Content-Type": "application/json"}, json.dumps(body).encode())
         elif "/".join(parts[4:]) not in hub.repos[repo]:
             self.fail(404, "EntryNotFound")
@@ -107,9 +107,12 @@ class Handler(BaseHTTPRequestHandler):
             content = hub.repos[repo][name]
             digest = hashlib.sha256(content + (b"x" if hub.wrong_hash else b"")).hexdigest()
             headers = {
-                "X-Repo-Commit": COMMIT, "X-Linked-Etag": f'"{digest}"', "ETag": '"other"',
-                "X-Linked-Size": str(len(content)), "Location": f"http://localhost:{hub.server_address[1]}/cdn/{repo}/{name}",
-            }  # fmt: skip
+                "X-Repo-Commit": COMMIT,
+                "X-Linked-Etag": f'"{digest}"',
+                "ETag": '"other"',
+                "X-Linked-Size": str(len(content)),
+                "Location": f"http://localhost:{hub.server_address[1]}/cdn/{repo}/{name}",
+            }
             self.send(302, headers)
 
     def content(self, content: bytes) -> None:
@@ -239,10 +242,13 @@ hub.fetch("them/model:m.gguf")
 @pytest.mark.parametrize(
     ("where", "is_right", "n_hashed"),
     [
-        ("_sha256", True, 1), ("_sha256", False, 1), ("os.replace", True, 1),
-        ("shutil.rmtree", True, 0), ("_add_to_snapshot", True, 0),
+        ("_sha256", True, 1),
+        ("_sha256", False, 1),
+        ("os.replace", True, 1),
+        ("shutil.rmtree", True, 0),
+        ("_add_to_snapshot", True, 0),
     ],
-)  # fmt: skip
+)
 def test_a_file_that_nobody_hashed_is_not_trusted(
     server, tmp_path, monkeypatch, where, is_right, n_hashed
 ):
@@ -325,9 +331,11 @@ def test_a_hub_that_fails_or_is_not_there(server, monkeypatch):
 
 def test_a_quantisation_names_a_file_and_parts_come_together(server):
     server.repos["them/model"] = {
-        "m-Q4_0.gguf": b"GGUF4", "m-Q4_K_M-00001-of-00002.gguf": b"GGUF1",
-        "m-Q4_K_M-00002-of-00002.gguf": b"GGUF2", "mmproj-f16.gguf": b"GGUF3",
-    }  # fmt: skip
+        "m-Q4_0.gguf": b"GGUF4",
+        "m-Q4_K_M-00001-of-00002.gguf": b"GGUF1",
+        "m-Q4_K_M-00002-of-00002.gguf": b"GGUF2",
+        "mmproj-f16.gguf": b"GGUF3",
+    }
     assert fetch("them/model:q4_0").read_bytes() == b"GGUF4"
     path = fetch("them/model:Q4_K_M")
     assert path.read_bytes() == b"GGUF1"
@@ -403,8 +411,8 @@ def test_a_pair_is_pulled_by_its_name_and_run(server, tiny, tmp_path, monkeypatc
     listed = CliRunner().invoke(main, ["models"]).stdout
     assert "* mine         base    them/tiny:base.gguf" in listed
     n = len(server.requests)
-    for choice in (["--pair", "mine"], ["-m", "mine", "-me", "mine"],
-                   ["-m", "them/tiny:base.gguf", "-me", "them/tiny:expert.gguf"]):  # fmt: skip
+    references_of_both = ["-m", "them/tiny:base.gguf", "-me", "them/tiny:expert.gguf"]
+    for choice in (["--pair", "mine"], ["-m", "mine", "-me", "mine"], references_of_both):
         args = ["run", *choice, "--offline", "-t", "1", "-n", "3", "--temp", "0", "hello"]
         result = CliRunner().invoke(main, args)
         assert result.exit_code == 0, result.output

@@ -192,9 +192,11 @@ class AwayTimeline(RemoteSession):
         super().__init__(expert)
         self._slots = slots
 
-    def sync(self, tokens: Sequence[int], outputs: Sequence[int] = ()) -> int:
+    def sync(
+        self, tokens: Sequence[int], outputs: Sequence[int] = (), cancel: object = None
+    ) -> int:
         with self._slots.away():
-            return super().sync(tokens, outputs)
+            return super().sync(tokens, outputs, cancel)
 
 
 class Slots:
