@@ -1,13 +1,11 @@
-"""Files from the Hugging Face Hub, through huggingface_hub and its cache, checked."""
+"""Files from the Hugging Face Hub, hashed before they are put into its own cache."""
 
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import re
 import shutil
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,112 +15,221 @@ from typing import Any
 
 from colm_edge.errors import ModelError
 
-# user/repo:file.gguf or user/repo:QUANT; a file may lie in a folder of the repository.
+# user/repo:file.gguf or user/repo:QUANT; a file may be in a folder of the repository.
 REFERENCE = re.compile(r"([\w.-]+/[\w.-]+):([\w./-]+)")
 _SHARD = re.compile(r"-(\d{5})-of-(\d{5})\.gguf$")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
-SPARE_BYTES = 1 << 30  # of the disk, that a download leaves free
-TRIES = 5  # of a connection that breaks
+SPARE_BYTES = 1 << 30  # of the disk, left free by a download
+TRIES = 5  # of a download whose connection is reset
 Note = Callable[[str], None]
 
 
 def is_reference(text: str) -> bool:
+    """Return whether a text has the form of a reference to the Hub."""
     return REFERENCE.fullmatch(text) is not None
 
 
 def fetch(reference: str, *, offline: bool = False, note: Note = lambda text: None) -> Path:
     """Return the file of a reference, downloaded if it is not in the Hub's cache yet.
 
-    Of a model in several files all are fetched and the first is returned. A download that breaks
-    goes on where it was; what arrives must have the SHA-256 that the Hub states.
+    Of a model in several files, all are fetched and the first is returned. A download must have
+    the SHA-256 that the Hub states.
 
-    offline: look in the cache alone, as with HF_HUB_OFFLINE. note: told what is about to begin.
+    offline: look only in the cache, as with HF_HUB_OFFLINE. note: told before a download begins.
 
     Raises ModelError: not found, gated, no space, a wrong checksum, no connection.
     """
-    match = REFERENCE.fullmatch(reference)
-    if match is None:
-        raise ModelError(f"{reference!r} is no reference; expected user/repo:file.gguf")
-    repo, name = match.groups()
+    repo, name = _parse(reference)
     offline = offline or os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
     with _explained(reference):
-        if not name.lower().endswith(".gguf"):
+        if not _is_gguf(name):
             name = _file_of(repo, name, offline)
-        shard = _SHARD.search(name)
-        count = int(shard.group(2)) if shard else 1
-        names = [name] if shard is None else [
-            f"{name[: shard.start()]}-{i:05d}-of-{count:05d}.gguf" for i in range(1, count + 1)
-        ]  # fmt: skip
-        paths = [_fetch_one(repo, name, offline, note) for name in names]
-        return paths[0]
+        first, *_ = [_fetch_file(repo, part, offline, note) for part in _parts(name)]
+        return first
 
 
-def _fetch_one(repo: str, name: str, offline: bool, note: Note) -> Path:
-    import huggingface_hub as hub
+def find_cached(reference: str) -> Path | None:
+    """Return the file of a reference if it is in the Hub's cache with all its parts, else None.
 
-    cached = hub.try_to_load_from_cache(repo, name)
-    if isinstance(cached, str):
-        return Path(cached)
-    if offline:
-        raise ModelError(
-            f"{repo}:{name} is not in the cache, and nothing is downloaded offline; "
-            f"`colm-edge pull {repo}:{name}` gets it where there is a network"
-        )
-    endpoint = os.environ.get("HF_ENDPOINT") or None
-    about = hub.get_hf_file_metadata(hub.hf_hub_url(repo, name, endpoint=endpoint))
-    _check_space(about.size or 0, f"{repo}:{name}")
-    note(f"downloading {repo}:{name} ({as_size(about.size or 0)})")
-    path = Path(_download(repo, name, endpoint))
-    stated = (about.etag or "").strip('"')
-    if _SHA256.fullmatch(stated) is not None:
-        found = _sha256(path)
-        if found != stated:
-            path.resolve().unlink()
-            path.unlink(missing_ok=True)
-            raise ModelError(
-                f"{repo}:{name}: its SHA-256 is {found[:12]}…, the Hub states {stated[:12]}…; "
-                "the file is removed, download it again"
-            )
-        _record(f"{repo}:{name}", path, found)
-    return path
+    Does not use the network.
+    """
+    repo, name = _parse(reference)
+    if not _is_gguf(name):
+        found = _of_quantisation(_cached_names(repo), name)
+        if found is None:
+            return None
+        name = found
+    first, *others = (_cached_file(repo, part) for part in _parts(name))
+    return None if None in others else first
 
 
-def _download(repo: str, name: str, endpoint: str | None) -> str:
-    """Download a file into the cache; begin again where a connection broke."""
-    import huggingface_hub as hub
+def _parse(reference: str) -> tuple[str, str]:
+    match = REFERENCE.fullmatch(reference)
+    if match is None:
+        raise ModelError(f"{reference!r} is not a reference; expected user/repo:file.gguf")
+    return match[1], match[2]
 
-    for attempt in range(TRIES):
-        try:
-            return str(hub.hf_hub_download(repo, name, endpoint=endpoint))
-        except (_http().TransportError, ConnectionError):
-            if attempt == TRIES - 1:
-                raise
-            time.sleep(min(0.5 * 2**attempt, 10))
-    raise AssertionError
+
+def _is_gguf(name: str) -> bool:
+    return name.lower().endswith(".gguf")
+
+
+def _parts(name: str) -> list[str]:
+    """Return the names of all files of a model, given that of any one."""
+    shard = _SHARD.search(name)
+    if shard is None:
+        return [name]
+    count = int(shard[2])
+    return [f"{name[: shard.start()]}-{i:05d}-of-{count:05d}.gguf" for i in range(1, count + 1)]
+
+
+def _cached_file(repo: str, name: str) -> Path | None:
+    from huggingface_hub import try_to_load_from_cache
+
+    found = try_to_load_from_cache(repo, name)
+    return Path(found) if isinstance(found, str) else None
+
+
+def _cached_names(repo: str) -> list[str]:
+    """Return the names of a repository's files in the cache, at its latest known revision."""
+    folder = _cache_of(repo)
+    try:
+        snapshot = folder / "snapshots" / (folder / "refs" / "main").read_text()
+    except OSError:
+        return []
+    return [path.relative_to(snapshot).as_posix() for path in snapshot.rglob("*")]
+
+
+def _cache_of(repo: str) -> Path:
+    """Return the folder of a repository in the Hub's cache."""
+    from huggingface_hub import constants
+    from huggingface_hub.file_download import repo_folder_name
+
+    return Path(constants.HF_HUB_CACHE, repo_folder_name(repo_id=repo, repo_type="model"))
 
 
 def _file_of(repo: str, quantisation: str, offline: bool) -> str:
-    """Return the name of a repository's file of a quantisation, the first where it has parts."""
-    import huggingface_hub as hub
+    """Return the name of a repository's file of a quantisation.
 
+    Asks the Hub, and the cache when offline or when the Hub cannot be reached.
+    """
+    from huggingface_hub import errors
+
+    cached = _of_quantisation(_cached_names(repo), quantisation)
     if offline:
-        found = [
-            str(Path(file.file_path).relative_to(revision.snapshot_path))
-            for r in hub.scan_cache_dir().repos if r.repo_id == repo
-            for revision in r.revisions for file in revision.files
-        ]  # fmt: skip
-    else:
-        endpoint = os.environ.get("HF_ENDPOINT") or None
-        found = hub.HfApi(endpoint=endpoint).list_repo_files(repo)
-    files = sorted(name for name in found if name.lower().endswith(".gguf"))
+        if cached is None:
+            raise _not_cached(f"{repo}:{quantisation}")
+        return cached
+    try:
+        names = _api().list_repo_files(repo)
+    except (_http().TransportError, errors.HfHubHTTPError) as e:
+        response = getattr(e, "response", None)
+        refused = response is not None and response.status_code < 500
+        if cached is None or refused:
+            raise
+        return cached
+    found = _of_quantisation(names, quantisation)
+    if found is None:
+        files = sorted(filter(_is_gguf, names))
+        has = ", ".join(files[:8]) + (" …" if len(files) > 8 else "") or "no GGUF files"
+        raise ModelError(f"{repo} has no file of {quantisation}; it has {has}")
+    return found
+
+
+def _of_quantisation(names: list[str], quantisation: str) -> str | None:
+    """Return the first GGUF file of a quantisation; of a model in parts, any part."""
     end = re.compile(
         rf"[-._/]{re.escape(quantisation)}(-\d{{5}}-of-\d{{5}})?\.gguf$", re.IGNORECASE
     )
-    match = next((name for name in files if end.search(name)), None)
-    if match is None:
-        has = ", ".join(files[:8]) + (" …" if len(files) > 8 else "") or "no GGUF files"
-        raise ModelError(f"{repo} has no file of {quantisation}; it has {has}")
-    return match
+    return next((name for name in sorted(names) if end.search(name)), None)
+
+
+def _not_cached(reference: str) -> ModelError:
+    return ModelError(
+        f"{reference} is not in the cache, and nothing is downloaded offline; "
+        f"run `colm-edge pull {reference}` with a network"
+    )
+
+
+def _fetch_file(repo: str, name: str, offline: bool, note: Note) -> Path:
+    cached = _cached_file(repo, name)
+    if cached is not None:
+        return cached
+    if offline:
+        raise _not_cached(f"{repo}:{name}")
+    import huggingface_hub as hub
+
+    api = _api()
+    about = api.get_hf_file_metadata(url=hub.hf_hub_url(repo, name, endpoint=api.endpoint))
+    if about.etag is None or about.commit_hash is None:
+        raise ModelError(
+            f"{repo}:{name}: {api.endpoint} does not answer as the Hub does; check HF_ENDPOINT"
+        )
+    folder = _cache_of(repo)
+    blob = folder / "blobs" / about.etag
+    # A process may be killed at any moment: a blob was hashed, and what is in `unchecked` will be
+    # hashed by the next run.
+    unchecked = blob.with_name(f"{blob.name}.unchecked")
+    lock = folder.parent / ".locks" / folder.name / f"{blob.name}.lock"  # huggingface_hub's own
+    for needed in (blob.parent, folder / "snapshots", lock.parent):
+        needed.mkdir(parents=True, exist_ok=True)
+    with hub.utils.WeakFileLock(lock):
+        if not blob.exists():
+            os.replace(_download(repo, name, about, unchecked, note), blob)
+        shutil.rmtree(unchecked, ignore_errors=True)
+        return _add_to_snapshot(blob, about.commit_hash, name)
+
+
+def _download(repo: str, name: str, about: Any, folder: Path, note: Note) -> Path:
+    """Download a file into a folder, hash it and return its path.
+
+    Raises ModelError, and removes the folder, when the checksum is wrong.
+    """
+    if not (folder / name).is_file():
+        _check_space(about.size or 0, f"{repo}:{name}")
+        note(f"downloading {repo}:{name} ({as_size(about.size or 0)})")
+    file = _download_to(folder, repo, name, about.commit_hash)
+    if _SHA256.fullmatch(about.etag) is not None:
+        found = _sha256(file)
+        if found != about.etag:
+            shutil.rmtree(folder)
+            raise ModelError(
+                f"{repo}:{name}: its SHA-256 is {found[:12]}…, the Hub states "
+                f"{about.etag[:12]}…; the file was removed, download it again"
+            )
+    return file
+
+
+def _download_to(folder: Path, repo: str, name: str, commit: str) -> Path:
+    # huggingface_hub resumes where a connection is closed or times out, but gives up where it is
+    # reset (1.0 to 2.4): then the file is downloaded again.
+    for attempt in range(1, TRIES + 1):
+        try:
+            return Path(_api().hf_hub_download(repo, name, revision=commit, local_dir=folder))
+        except _http().ReadError:
+            if attempt == TRIES:
+                raise
+            time.sleep(0.5 * 2**attempt)
+    raise AssertionError
+
+
+def _add_to_snapshot(blob: Path, commit: str, name: str) -> Path:
+    """Return the path of a blob under its name in the repository, made as huggingface_hub does."""
+    from huggingface_hub.file_download import are_symlinks_supported
+
+    folder = blob.parents[1]
+    path, main = folder / "snapshots" / commit / name, folder / "refs" / "main"
+    for needed in (path.parent, main.parent):
+        needed.mkdir(parents=True, exist_ok=True)
+    path.unlink(missing_ok=True)
+    if are_symlinks_supported(folder):
+        path.symlink_to(os.path.relpath(blob, path.parent))
+    else:
+        os.replace(blob, path)
+    whole = blob.with_name(f"{blob.name}.main")
+    whole.write_text(commit)
+    os.replace(whole, main)
+    return path
 
 
 def _check_space(size: int, what: str) -> None:
@@ -141,7 +248,7 @@ def _check_space(size: int, what: str) -> None:
 
 @contextmanager
 def _explained(reference: str) -> Iterator[None]:
-    """Turn what huggingface_hub raises into a line that says what to do."""
+    """Turn what huggingface_hub raises into one line that says what to do."""
     from huggingface_hub import errors
 
     try:
@@ -155,15 +262,21 @@ def _explained(reference: str) -> Iterator[None]:
         raise ModelError(
             f"{reference}: no such repository, or a private one; check the name, or set HF_TOKEN"
         ) from e
-    except errors.EntryNotFoundError as e:
+    except errors.RemoteEntryNotFoundError as e:
         raise ModelError(f"{reference}: the repository has no such file; check the name") from e
     except errors.HfHubHTTPError as e:
         status = e.response.status_code if e.response is not None else "no status"
         hint = "set HF_TOKEN" if status == 401 else "try again later"
         raise ModelError(f"{reference}: the Hub answers {status}; {hint}") from e
-    except (_http().HTTPError, OSError, ValueError) as e:
+    except (_http().HTTPError, OSError, ValueError, RuntimeError) as e:  # the last: hf_xet's
         told = " ".join(str(e).split())[:200] or type(e).__name__
         raise ModelError(f"{reference}: cannot be downloaded: {told}; try again") from e
+
+
+def _api() -> Any:
+    from huggingface_hub import HfApi
+
+    return HfApi(endpoint=os.environ.get("HF_ENDPOINT") or None)
 
 
 def _http() -> Any:
@@ -176,30 +289,6 @@ def _http() -> Any:
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _records() -> Path:
-    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(home) / "colm-edge" / "pulled.json"
-
-
-def pulled() -> dict[str, Any]:
-    """Return what was downloaded and checked: reference -> {"path", "sha256", "bytes"}."""
-    try:
-        records: dict[str, Any] = json.loads(_records().read_text())
-    except (OSError, ValueError):
-        return {}
-    return records
-
-
-def _record(reference: str, path: Path, sha256: str) -> None:
-    records = pulled()
-    records[reference] = {"path": str(path), "sha256": sha256, "bytes": path.stat().st_size}
-    target = _records()
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", dir=target.parent, delete=False) as file:
-        json.dump(records, file, indent=1)
-    os.replace(file.name, target)
 
 
 def as_size(n: int) -> str:

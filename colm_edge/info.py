@@ -1,4 +1,4 @@
-"""What a model or a switch file is, and whether two models can collaborate."""
+"""Describe a model or a switch file, and whether two models can collaborate."""
 
 from __future__ import annotations
 
@@ -11,24 +11,25 @@ import llama_cpp as llama
 
 from colm_edge.errors import MismatchError, SwitchError
 from colm_edge.llama.context import ContextOptions
+from colm_edge.llama.costs import CostTable
 from colm_edge.llama.measure import cost_table, kept_table
 from colm_edge.llama.model import Model, shared_vocab
 from colm_edge.llama.session import Session
 from colm_edge.references import resolve
 from colm_edge.switch.file import ARCHITECTURE, Switch
 
-N_CTX = 4096  # what memory is stated for, where a model was trained for as much
+N_CTX = 4096  # tokens that the memory is stated for, or fewer if the model was trained for fewer
 
 
 def describe_files(
     refs: Sequence[str], *, costs: bool = False, n_threads: int = 0
-) -> list[dict[str, Any]]:
-    """Return the facts of each file and, of two models, whether they can collaborate.
+) -> tuple[list[dict[str, Any]], str]:
+    """Return the facts of each file, and why two models cannot collaborate ("" if they can).
 
     costs: measure what decodes cost, if that is not known yet.
     Raises ModelError or SwitchError for a file that is neither.
     """
-    facts, models = [], []
+    facts, models, obstacle = [], [], ""
     try:
         for ref in refs:
             path = resolve(ref)
@@ -40,15 +41,16 @@ def describe_files(
             models.append(model)
             facts.append(_model_facts(model, costs, n_threads))
         if len(models) == 2:
-            facts.append(_together(*models))
+            pair, obstacle = _pair_facts(*models)
+            facts.append(pair)
     finally:
         for model in models:
             model.close()
-    return facts
+    return facts, obstacle
 
 
 def _as_switch(path: str) -> Switch | None:
-    """Read a switch, or return None for another file."""
+    """Return the switch in a file, or None for a file of another kind."""
     try:
         return Switch.load(path)
     except SwitchError:
@@ -62,7 +64,7 @@ def _architecture(path: str) -> str:
 
     try:
         field = GGUFReader(path).fields.get("general.architecture")
-    except Exception:  # gguf raises whatever it stumbles over; a model's own errors say more
+    except Exception:  # gguf raises many types; reading the file as a model says more
         return ""
     return str(field.contents()) if field is not None else ""
 
@@ -83,31 +85,41 @@ def _model_facts(model: Model, costs: bool, n_threads: int) -> dict[str, Any]:
     n_ctx = min(N_CTX, model.n_ctx_train) or N_CTX
     session = Session(model, ContextOptions(n_ctx=n_ctx, n_threads=n_threads))
     table = cost_table(session) if costs else kept_table(session)
-    description = llama.llama_model_desc
     weights = model.load()
-    buffer = llama.ctypes.create_string_buffer(128)
-    description(weights, buffer, 128)
-    heads, kv_heads = model.number("attention.head_count"), model.number("attention.head_count_kv")
-    width = model.number("attention.key_length") or model.n_embd // max(1, heads)
-    cache = 2 * 2 * model.number("block_count") * (kv_heads or heads) * width * n_ctx
-    size = int(llama.llama_model_size(weights))
+    kind = llama.ctypes.create_string_buffer(128)
+    llama.llama_model_desc(weights, kind, len(kind))
+    size, n_params = (f(weights) for f in (llama.llama_model_size, llama.llama_model_n_params))
+    cache = _cache_bytes(model, n_ctx)
     return {
         "model": str(model.path),
         "name": model.metadata("general.name") or "–",
         "architecture": model.metadata("general.architecture") or "–",
-        "kind": buffer.value.decode("utf-8", "replace"),
-        "parameters": f"{llama.llama_model_n_params(weights):,}",
-        "bits_per_weight": round(8 * size / max(1, llama.llama_model_n_params(weights)), 2),
+        "kind": kind.value.decode("utf-8", "replace"),
+        "parameters": f"{n_params:,}",
+        "bits_per_weight": round(8 * size / max(1, n_params), 2),
         "trained_context": model.n_ctx_train,
         "vocabulary": f"{model.n_vocab:,} tokens, {vocabulary_hash(model)}",
         "chat_template": "yes" if model.chat_template else "none",
         "memory": f"{size / 1e6:,.0f} MB of weights, {cache / 1e6:,.0f} MB of cache at {n_ctx:,} "
         "tokens in f16",
-        "decode_costs_in_ms": "not measured (--costs)" if table is None else ", ".join(
-            [f"{n}: {1e3 * s:.3g}" for n, s in zip(table.sizes, table.seconds, strict=True)]
-            + [f"several states: {1e3 * table.several:.2g} more"] * (table.several > 0)
-        ),
-    }  # fmt: skip
+        "decode_costs_in_ms": "not measured (--costs)" if table is None else _as_line(table),
+    }
+
+
+def _cache_bytes(model: Model, n_ctx: int) -> int:
+    """Return the size of a KV cache of n_ctx tokens in f16."""
+    n_head = model.number("attention.head_count")
+    n_head_kv = model.number("attention.head_count_kv") or n_head
+    width = model.number("attention.key_length") or model.n_embd // max(1, n_head)
+    keys_and_values, bytes_each = 2, 2
+    return keys_and_values * bytes_each * model.number("block_count") * n_head_kv * width * n_ctx
+
+
+def _as_line(table: CostTable) -> str:
+    costs = [f"{n}: {1e3 * s:.3g}" for n, s in zip(table.sizes, table.seconds, strict=True)]
+    if table.several > 0:
+        costs.append(f"several states: {1e3 * table.several:.2g} more")
+    return ", ".join(costs)
 
 
 def vocabulary_hash(model: Model) -> str:
@@ -118,13 +130,16 @@ def vocabulary_hash(model: Model) -> str:
     return digest.hexdigest()[:12]
 
 
-def _together(base: Model, expert: Model) -> dict[str, Any]:
-    names = f"{Path(base.path).name} with {Path(expert.path).name}"
+def _pair_facts(base: Model, expert: Model) -> tuple[dict[str, Any], str]:
+    """Return the facts of two models together, and why they cannot collaborate ("" if they can)."""
+    obstacle = ""
     try:
-        n = shared_vocab(base, expert)
+        can = f"yes, over {shared_vocab(base, expert):,} shared tokens"
     except MismatchError as e:
-        return {"pair": names, "can_collaborate": f"no: {e}"}
-    return {"pair": names, "can_collaborate": f"yes, over {n:,} shared tokens"}
+        obstacle = str(e)
+        can = f"no: {obstacle}"
+    names = f"{Path(base.path).name} with {Path(expert.path).name}"
+    return {"pair": names, "can_collaborate": can}, obstacle
 
 
 def as_text(facts: list[dict[str, Any]]) -> str:

@@ -1,4 +1,4 @@
-"""From a reference to a file: paths, what models.txt names, files on the Hub."""
+"""From a reference to a file: a path, a name in models.txt, or a file on the Hub."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from colm_edge.errors import ModelError
-from colm_edge.hub import Note, fetch, is_reference
+from colm_edge.hub import Note, fetch, find_cached, is_reference
 
 DEMO_PAIR = "demo"
 _ADDRESS = re.compile(r"[\w.-]+:\d{1,5}")
-# With --offline a server may still be asked that is this machine.
+# Servers on this machine, which --offline allows.
 LOCAL_HOSTS = ("127.0.0.1", "::1", "localhost")
 _PACKAGE = Path(__file__).parent
 _ROLES = ("base", "expert", "switch")
@@ -21,7 +21,9 @@ _ROLES = ("base", "expert", "switch")
 @dataclass(frozen=True)
 class PairFiles:
     """What makes a pair: two GGUF models, and a switch file or the name of an untrained switch.
-    The expert may be a server's address."""
+
+    The expert may be a server's address.
+    """
 
     base: str
     expert: str
@@ -30,23 +32,23 @@ class PairFiles:
 
 
 def _models_txt() -> Path:
-    # In an installed package the list lies beside the code, in a checkout at the top.
+    # An installed package has the list beside the code, a checkout has it at the top.
     installed = _PACKAGE / "models.txt"
     return installed if installed.exists() else _PACKAGE.parent / "models.txt"
 
 
 @dataclass(frozen=True)
-class Known:
-    """A line of models.txt."""
+class ListedModel:
+    """A line of models.txt: a model or a switch."""
 
     reference: str
     licence: str
     note: str
 
 
-def known_pairs() -> dict[str, dict[str, Known]]:
-    """Return models.txt as alias -> role -> line."""
-    pairs: dict[str, dict[str, Known]] = {}
+def known_pairs() -> dict[str, dict[str, ListedModel]]:
+    """Return models.txt as alias -> role -> line. Raises ModelError for a bad line."""
+    pairs: dict[str, dict[str, ListedModel]] = {}
     path = _models_txt()
     for number, line in enumerate(path.read_text().splitlines(), 1):
         fields = line.split("#")[0].split(maxsplit=4)
@@ -57,18 +59,21 @@ def known_pairs() -> dict[str, dict[str, Known]]:
                 f"{path}, line {number}: expected 'alias role reference licence note' with a role "
                 f"of {', '.join(_ROLES)}"
             )
-        known = Known(fields[2], fields[3], fields[4] if len(fields) > 4 else "")
-        pairs.setdefault(fields[0], {})[fields[1]] = known
+        alias, role, reference, licence, *note = fields
+        pairs.setdefault(alias, {})[role] = ListedModel(reference, licence, "".join(note))
     return pairs
 
 
 def find_pair(name: str, *, offline: bool = False, note: Note = lambda text: None) -> PairFiles:
-    """Return the files of a pair in models.txt. Raises ModelError when there is none."""
+    """Return the files of a pair in models.txt, downloaded if need be.
+
+    Raises ModelError when models.txt has no pair of that name, and what `resolve` raises.
+    """
     pairs = known_pairs()
     roles = pairs.get(name, {})
     if "base" not in roles or "expert" not in roles:
-        whole = sorted(n for n, r in pairs.items() if "base" in r and "expert" in r)
-        raise ModelError(f"no pair named {name!r} in {_models_txt()}; known: {', '.join(whole)}")
+        complete = sorted(n for n, r in pairs.items() if "base" in r and "expert" in r)
+        raise ModelError(f"no pair named {name!r} in {_models_txt()}; known: {', '.join(complete)}")
 
     def file_of(role: str) -> str:
         return resolve(roles[role].reference, offline=offline, note=note)
@@ -78,33 +83,38 @@ def find_pair(name: str, *, offline: bool = False, note: Note = lambda text: Non
 
 
 def is_url(reference: str) -> bool:
-    """Say whether a reference is a server's address, and no file."""
+    """Return whether a reference is a server's address rather than a file."""
     return reference.lower().startswith(("http://", "https://"))
 
 
 def resolve(
     reference: str, role: str = "base", *, offline: bool = False, note: Note = lambda text: None
 ) -> str:
-    """Return the path of a reference: a path, an alias in models.txt, or user/repo:FILE on the Hub,
-    in this order; `package:` stands for the files that ship with colm-edge. A server's address
-    stays as it is.
+    """Return the path of a reference, downloaded if need be.
+
+    It is a path, an alias in models.txt, or user/repo:FILE on the Hub, in this order; `package:`
+    stands for the files that ship with colm-edge. A server's address is returned as it is, and so
+    is what is none of these: whoever opens it says what is wrong.
 
     role: which of a pair's models an alias means. offline, note: as for `hub.fetch`; offline, a
-        server must be this machine's own.
+        server must be on this machine.
+
+    Raises ModelError: an address that is incomplete or not allowed offline, a failed download.
     """
     if is_url(reference):
         if offline and urlsplit(reference).hostname not in LOCAL_HOSTS:
             raise ModelError(
-                f"{reference}: not asked with --offline; leave that out, or give a GGUF file"
+                f"{reference}: --offline allows only servers on this machine; leave it out, or "
+                "give a GGUF file"
             )
         return reference
     if _ADDRESS.fullmatch(reference) and not Path(reference).exists():
-        raise ModelError(f"{reference}: no such file; a server is given as http://{reference}")
+        raise ModelError(f"{reference}: no such file; write a server as http://{reference}")
     if reference.startswith("package:"):
         return str(_PACKAGE / "data" / reference.removeprefix("package:"))
     try:
         path = Path(reference).expanduser()
-    except RuntimeError as e:  # ~somebody who does not exist
+    except RuntimeError as e:  # ~user, of a user who does not exist
         raise ModelError(f"{reference}: {e}; give a path that exists") from e
     if path.exists():
         return str(path)
@@ -113,7 +123,14 @@ def resolve(
         return resolve(known[role].reference, offline=offline, note=note)
     if is_reference(reference):
         return str(fetch(reference, offline=offline, note=note))
-    return str(path)  # whoever opens it says what is wrong
+    return str(path)
+
+
+def is_here(reference: str) -> bool:
+    """Return whether the file of a reference in models.txt is on this machine."""
+    if is_reference(reference):
+        return find_cached(reference) is not None
+    return Path(resolve(reference, offline=True)).exists()
 
 
 def choose_pair(
@@ -125,9 +142,10 @@ def choose_pair(
     offline: bool = False,
     note: Note = lambda text: None,
 ) -> PairFiles:
-    """Return the pair that a user's choices name; with none of them, the shipped one.
+    """Return the pair that a user chose; without a choice, the one that ships with colm-edge.
 
-    Raises ModelError when the choices contradict each other or are incomplete.
+    Raises ModelError when the choices contradict each other or are incomplete, and what `resolve`
+    raises.
     """
     if pair is not None and (model or expert):
         raise ModelError("--pair names both models; leave out -m and -me")
@@ -135,7 +153,9 @@ def choose_pair(
         given, missing = ("-m", "-me") if model else ("-me", "-m")
         raise ModelError(f"{given} without {missing}: give both models, or neither")
     if model is not None and is_url(model):
-        raise ModelError(f"-m {model}: the base runs here, at every token; give a GGUF file")
+        raise ModelError(
+            f"-m {model}: the base runs on this machine, at every token; give a GGUF file"
+        )
     if model is not None and expert is not None:
         return PairFiles(
             resolve(model, "base", offline=offline, note=note),

@@ -1,4 +1,4 @@
-"""Servers that play those an expert may be on, each kind with a real model behind it."""
+"""Stand-ins for the servers that an expert may run on, each kind with a real model behind it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from colm_edge.llama.session import Session
 
 
 class Fake:
-    """A server of one dialect over a real model; `failures` come before its right answers."""
+    """A server of one dialect and a real model; it answers with `failures` first, one each."""
 
     def __init__(self, owner: str, model: str) -> None:
         self.owner, self.model = owner, Model(model)
@@ -58,9 +58,10 @@ class Fake:
             assert path == "/completion"
             top = [{"id": int(i), "logprob": float(x[i])} for i in best[: body["n_probs"]]]
             return {
-                "tokens": [top[0]["id"]], "timings": {"prompt_n": n},
+                "tokens": [top[0]["id"]],
+                "timings": {"prompt_n": n},
                 "completion_probabilities": [{**top[0], "top_logprobs": top}],
-            }  # fmt: skip
+            }
         assert path == "/v1/completions"
         told = {f"token_id:{i}": float(x[i]) for i in best[: body["logprobs"]]}
         answer: dict = {"choices": [{"logprobs": {"top_logprobs": [told]}}]}

@@ -4,7 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import signal
+import socket
+import struct
+import subprocess
+import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -12,8 +18,7 @@ from urllib.parse import urlsplit
 import pytest
 from click.testing import CliRunner
 
-from colm_edge import hub
-from colm_edge import references as models
+from colm_edge import hub, references
 from colm_edge.cli import main
 from colm_edge.errors import ModelError
 from colm_edge.hub import fetch
@@ -33,6 +38,7 @@ class Hub(ThreadingHTTPServer):
         self.gated: set[str] = set()
         self.token: str | None = None
         self.break_after: list[int] = []  # bytes after which a transfer is cut, once each
+        self.reset = False  # it is cut by a reset, and not by an orderly end
         self.wrong_hash = False
         self.status = 0  # answered to everything
 
@@ -91,8 +97,8 @@ class Handler(BaseHTTPRequestHandler):
             ]
             if "tree" not in parts:
                 siblings = [{"rfilename": name} for name, _ in files]
-                body = {"id": repo, "sha": COMMIT, "siblings": siblings, "private": False,
-                        "downloads": 0, "likes": 0, "tags": []}  # fmt: skip
+                body = {"id": repo, "sha": COMMIT, "siblings": siblings, "private": False}
+                body |= {"downloads": 0, "likes": 0, "tags": []}
             self.send(200, {"Content-Type": "application/json"}, json.dumps(body).encode())
         elif "/".join(parts[4:]) not in hub.repos[repo]:
             self.fail(404, "EntryNotFound")
@@ -101,9 +107,12 @@ class Handler(BaseHTTPRequestHandler):
             content = hub.repos[repo][name]
             digest = hashlib.sha256(content + (b"x" if hub.wrong_hash else b"")).hexdigest()
             headers = {
-                "X-Repo-Commit": COMMIT, "X-Linked-Etag": f'"{digest}"', "ETag": '"other"',
-                "X-Linked-Size": str(len(content)), "Location": f"http://localhost:{hub.server_address[1]}/cdn/{repo}/{name}",
-            }  # fmt: skip
+                "X-Repo-Commit": COMMIT,
+                "X-Linked-Etag": f'"{digest}"',
+                "ETag": '"other"',
+                "X-Linked-Size": str(len(content)),
+                "Location": f"http://localhost:{hub.server_address[1]}/cdn/{repo}/{name}",
+            }
             self.send(302, headers)
 
     def content(self, content: bytes) -> None:
@@ -112,10 +121,14 @@ class Handler(BaseHTTPRequestHandler):
         headers = {"Content-Length": str(len(rest)), "Accept-Ranges": "bytes"}
         if begin:
             headers["Content-Range"] = f"bytes {begin}-{len(content) - 1}/{len(content)}"
-        if self.command == "GET" and self.server.break_after:
+        is_cut = self.command == "GET" and bool(self.server.break_after)
+        if is_cut:
             rest = rest[: self.server.break_after.pop(0)]
             self.close_connection = True
         self.send(206 if begin else 200, headers, rest)
+        if is_cut and self.server.reset:
+            self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            self.connection.close()
 
 
 @pytest.fixture
@@ -123,12 +136,11 @@ def server(tmp_path, monkeypatch):
     from huggingface_hub import constants
 
     hub_server = Hub()
-    threading.Thread(target=hub_server.serve_forever, daemon=True).start()
+    threading.Thread(target=hub_server.serve_forever, args=(0.01,), daemon=True).start()
     monkeypatch.setenv("HF_ENDPOINT", hub_server.url)
     monkeypatch.setenv("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "own"))
     monkeypatch.setattr(hub.time, "sleep", lambda seconds: None)
     for name in ("HF_TOKEN", "HF_HUB_OFFLINE"):
         monkeypatch.delenv(name, raising=False)
@@ -149,8 +161,7 @@ def test_a_file_is_downloaded_checked_and_kept(server, tmp_path):
     assert path.read_bytes() == content
     assert path.is_relative_to(tmp_path / "hub")
     assert len(said) == 1
-    record = hub.pulled()["them/model:model-Q4_0.gguf"]
-    assert record["sha256"] == hashlib.sha256(content).hexdigest()
+    assert path.resolve().name == hashlib.sha256(content).hexdigest()
     n = len(server.requests)
     assert fetch("them/model:model-Q4_0.gguf", note=said.append) == path
     assert len(server.requests) == n  # not asked again
@@ -168,12 +179,118 @@ def test_a_broken_download_goes_on_where_it_was(server):
     assert [int(range_.removeprefix("bytes=").split("-")[0]) for range_ in later] == [10485760] * 2
 
 
-def test_a_wrong_checksum_is_no_model(server, tmp_path):
+def test_a_download_whose_connection_is_reset_begins_again(server):
+    content = b"GGUF" + bytes(range(251)) * 10_000
+    server.repos["them/model"] = {"m.gguf": content}
+    server.break_after, server.reset = [1_000_000] * (hub.TRIES - 1), True
+    assert fetch("them/model:m.gguf").read_bytes() == content
+    assert downloads(server) == [None] * hub.TRIES
+    server.repos["them/model"]["other.gguf"] = content + b"other"
+    server.break_after = [1_000_000] * hub.TRIES
+    with pytest.raises(ModelError, match="cannot be downloaded"):
+        fetch("them/model:other.gguf")
+
+
+def test_the_cache_is_laid_out_as_other_programs_expect(server, tmp_path):
+    import huggingface_hub
+
+    server.repos["them/model"] = {"a/m.gguf": b"GGUF1", "n.gguf": b"GGUF2"}
+    paths = [fetch("them/model:a/m.gguf"), fetch("them/model:n.gguf")]
+    for name, path in zip(("a/m.gguf", "n.gguf"), paths, strict=True):
+        found = huggingface_hub.hf_hub_download("them/model", name, local_files_only=True)
+        assert found == str(path)
+    scanned = huggingface_hub.scan_cache_dir()
+    assert scanned.warnings == []
+    (repo,) = scanned.repos
+    (revision,) = repo.revisions
+    assert (repo.repo_id, revision.commit_hash, revision.refs) == ("them/model", COMMIT, {"main"})
+    assert {str(file.file_path) for file in revision.files} == set(map(str, paths))
+    blobs = tmp_path / "hub" / "models--them--model" / "blobs"
+    assert {path.resolve() for path in paths} == set(blobs.iterdir())  # and nothing is left over
+
+
+def test_what_another_program_has_downloaded_is_used(server):
+    import huggingface_hub
+
+    server.repos["them/model"] = {"m.gguf": b"GGUF"}
+    path = huggingface_hub.hf_hub_download("them/model", "m.gguf", endpoint=server.url)
+    n = len(server.requests)
+    assert str(fetch("them/model:m.gguf")) == path
+    assert len(server.requests) == n
+
+
+def test_a_cache_without_links_has_the_files_themselves(server, monkeypatch):
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_SYMLINKS", True)
+    server.repos["them/model"] = {"m.gguf": b"GGUF"}
+    path = fetch("them/model:m.gguf")
+    assert not path.is_symlink()
+    assert path.read_bytes() == b"GGUF"
+    assert fetch("them/model:m.gguf", offline=True) == path
+
+
+# The body of a run that is killed where a function is called.
+KILLED = """
+import os, signal, sys
+from colm_edge import hub
+hub.{} = lambda *args, **more: os.kill(os.getpid(), signal.SIGKILL)
+hub.fetch("them/model:m.gguf")
+"""
+
+
+@pytest.mark.parametrize(
+    ("where", "is_right", "n_hashed"),
+    [
+        ("_sha256", True, 1),
+        ("_sha256", False, 1),
+        ("os.replace", True, 1),
+        ("shutil.rmtree", True, 0),
+        ("_add_to_snapshot", True, 0),
+    ],
+)
+def test_a_file_that_nobody_hashed_is_not_trusted(
+    server, tmp_path, monkeypatch, where, is_right, n_hashed
+):
+    server.repos["them/model"] = {"m.gguf": b"GGUF something"}
+    server.wrong_hash = not is_right
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setenv("HF_HUB_DISABLE_XET", "1")
+    killed = subprocess.run([sys.executable, "-c", KILLED.format(where)], check=False)
+    assert killed.returncode == -signal.SIGKILL
+    assert hub.find_cached("them/model:m.gguf") is None
+    with pytest.raises(ModelError, match="not in the cache"):
+        fetch("them/model:m.gguf", offline=True)
+    hashed: list[Path] = []
+    sha256 = hub._sha256
+    monkeypatch.setattr(hub, "_sha256", lambda path: hashed.append(path) or sha256(path))
+    if not is_right:
+        with pytest.raises(ModelError, match="the Hub states"):
+            fetch("them/model:m.gguf")
+        assert hub.find_cached("them/model:m.gguf") is None
+        server.wrong_hash = False
+    path = fetch("them/model:m.gguf")
+    assert path.read_bytes() == b"GGUF something"
+    if is_right:
+        assert len(downloads(server)) == 1  # what was there is used
+        assert len(hashed) == n_hashed
+    assert list(path.resolve().parent.iterdir()) == [path.resolve()]
+
+
+def test_a_file_asked_for_twice_at_once_is_downloaded_once(server):
+    server.repos["them/model"] = {"m.gguf": bytes(3_000_000)}
+    with ThreadPoolExecutor(4) as pool:
+        paths = set(pool.map(fetch, ["them/model:m.gguf"] * 4))
+    assert len(paths) == 1
+    assert len(downloads(server)) == 1
+
+
+def test_a_wrong_checksum_is_not_kept(server, tmp_path):
     server.repos["them/model"] = {"m.gguf": b"GGUF something"}
     server.wrong_hash = True
     with pytest.raises(ModelError, match="the Hub states"):
         fetch("them/model:m.gguf")
-    assert hub.pulled() == {}
+    assert hub.find_cached("them/model:m.gguf") is None
     assert not [p for p in (tmp_path / "hub").rglob("*") if p.is_file() and p.stat().st_size == 14]
     server.wrong_hash = False
     assert fetch("them/model:m.gguf").read_bytes() == b"GGUF something"
@@ -194,7 +311,7 @@ def test_a_gated_model_names_the_token(server, monkeypatch):
         ("nobody/model:m.gguf", "no such repository, or a private one"),
         ("them/model:other.gguf", "has no such file"),
         ("them/model:Q9_Z", "has no file of Q9_Z; it has a-Q4_0.gguf"),
-        ("model", "is no reference"),
+        ("model", "is not a reference"),
     ],
 )
 def test_what_is_not_there_is_said(server, reference, words):
@@ -214,14 +331,49 @@ def test_a_hub_that_fails_or_is_not_there(server, monkeypatch):
 
 def test_a_quantisation_names_a_file_and_parts_come_together(server):
     server.repos["them/model"] = {
-        "m-Q4_0.gguf": b"GGUF4", "m-Q4_K_M-00001-of-00002.gguf": b"GGUF1",
-        "m-Q4_K_M-00002-of-00002.gguf": b"GGUF2", "mmproj-f16.gguf": b"GGUF3",
-    }  # fmt: skip
+        "m-Q4_0.gguf": b"GGUF4",
+        "m-Q4_K_M-00001-of-00002.gguf": b"GGUF1",
+        "m-Q4_K_M-00002-of-00002.gguf": b"GGUF2",
+        "mmproj-f16.gguf": b"GGUF3",
+    }
     assert fetch("them/model:q4_0").read_bytes() == b"GGUF4"
     path = fetch("them/model:Q4_K_M")
     assert path.read_bytes() == b"GGUF1"
     assert (path.parent / "m-Q4_K_M-00002-of-00002.gguf").read_bytes() == b"GGUF2"
     assert fetch("them/model:Q4_K_M", offline=True) == path
+    with pytest.raises(ModelError, match="them/model:Q8_0 is not in the cache"):
+        fetch("them/model:Q8_0", offline=True)
+
+
+def test_a_cached_quantisation_needs_no_hub(server, monkeypatch):
+    server.repos["them/model"] = {"m-Q4_0.gguf": b"GGUF"}
+    path = fetch("them/model:Q4_0")
+    n = len(server.requests)
+    assert fetch("them/model:Q4_0", offline=True) == path
+    assert hub.find_cached("them/model:Q4_0") == path
+    assert hub.find_cached("them/model:Q8_0") is None
+    assert len(server.requests) == n
+    server.status = 503
+    assert fetch("them/model:Q4_0") == path
+    with pytest.raises(ModelError, match="the Hub answers 503"):
+        fetch("them/model:Q8_0")
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:1")
+    assert fetch("them/model:Q4_0") == path
+    with pytest.raises(ModelError, match="cannot be downloaded"):
+        fetch("them/model:Q8_0")
+
+
+def test_a_model_in_parts_is_here_when_all_its_parts_are(server):
+    names = ["m-Q4_0-00001-of-00002.gguf", "m-Q4_0-00002-of-00002.gguf"]
+    server.repos["them/model"] = {names[0]: b"GGUF1"}
+    with pytest.raises(ModelError, match="has no such file"):
+        fetch("them/model:Q4_0")
+    assert hub.find_cached("them/model:Q4_0") is None
+    server.repos["them/model"][names[1]] = b"GGUF2"
+    assert hub.find_cached(f"them/model:{names[1]}") is None
+    path = fetch(f"them/model:{names[1]}")
+    assert path.name == names[0]
+    assert hub.find_cached("them/model:Q4_0") == path
 
 
 def test_offline_nothing_is_asked(server, monkeypatch):
@@ -251,7 +403,7 @@ def test_a_pair_is_pulled_by_its_name_and_run(server, tiny, tmp_path, monkeypatc
     listing.write_text(
         "mine base them/tiny:base.gguf MIT small\nmine expert them/tiny:expert.gguf MIT large\n"
     )
-    monkeypatch.setattr(models, "_models_txt", lambda: listing)
+    monkeypatch.setattr(references, "_models_txt", lambda: listing)
     result = CliRunner().invoke(main, ["pull", "mine"])
     assert result.exit_code == 0, result.output
     paths = result.stdout.split()
@@ -259,8 +411,8 @@ def test_a_pair_is_pulled_by_its_name_and_run(server, tiny, tmp_path, monkeypatc
     listed = CliRunner().invoke(main, ["models"]).stdout
     assert "* mine         base    them/tiny:base.gguf" in listed
     n = len(server.requests)
-    for choice in (["--pair", "mine"], ["-m", "mine", "-me", "mine"],
-                   ["-m", "them/tiny:base.gguf", "-me", "them/tiny:expert.gguf"]):  # fmt: skip
+    references_of_both = ["-m", "them/tiny:base.gguf", "-me", "them/tiny:expert.gguf"]
+    for choice in (["--pair", "mine"], ["-m", "mine", "-me", "mine"], references_of_both):
         args = ["run", *choice, "--offline", "-t", "1", "-n", "3", "--temp", "0", "hello"]
         result = CliRunner().invoke(main, args)
         assert result.exit_code == 0, result.output
@@ -272,7 +424,7 @@ def test_a_pair_is_pulled_by_its_name_and_run(server, tiny, tmp_path, monkeypatc
 
 def test_every_line_of_models_txt_can_be_asked_for():
     """Each is a reference, each pair has a base and an expert."""
-    for alias, roles in models.known_pairs().items():
+    for alias, roles in references.known_pairs().items():
         assert {"base", "expert"} <= set(roles), alias
         for known in roles.values():
             assert known.reference.startswith("package:") or hub.is_reference(known.reference)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import pytest
 from click.testing import CliRunner
 from lib.random_model import SHAPES, shape_of
 
@@ -41,8 +42,21 @@ def test_two_models_are_compared(tiny):
     base, expert, pair = info(tiny["base"], tiny["expert"])
     assert base["vocabulary"] == expert["vocabulary"]
     assert pair["can_collaborate"] == "yes, over 400 shared tokens"
-    *_, pair = info(tiny["base"], tiny["foreign"])
-    assert pair["can_collaborate"].startswith("no: the vocabularies of base.gguf and foreign.gguf")
+
+
+@pytest.mark.parametrize("output", ["md", "json"])
+def test_models_that_cannot_collaborate_are_described_and_fail(tiny, output):
+    args = ["info", tiny["base"], tiny["foreign"], "-o", output]
+    result = CliRunner().invoke(main, args)
+    assert result.exit_code == 1
+    reason = "the vocabularies of base.gguf and foreign.gguf"
+    assert result.stderr.startswith(f"Error: {reason}")
+    assert result.stderr.count("\n") == 1
+    if output == "json":
+        *_, pair = json.loads(result.stdout)
+        assert pair["can_collaborate"].startswith(f"no: {reason}")
+    else:
+        assert f"can collaborate  no: {reason}" in result.stdout
 
 
 def test_a_switch_is_described():

@@ -6,23 +6,23 @@ from pathlib import Path
 
 import pytest
 
-from colm_edge import references as models
+from colm_edge import references
 from colm_edge.errors import ModelError
 
 
 def test_with_nothing_named_it_is_the_shipped_pair():
-    files = models.choose_pair(None, None, None)
+    files = references.choose_pair(None, None, None)
     assert files.is_demo
     for path in (files.base, files.expert, files.switch):
         assert Path(path).is_file()
         assert Path(path).parent.name == "data"
-    assert models.choose_pair(None, None, "entropy").switch == "entropy"
-    assert models.choose_pair(None, None, None, "demo") == files
+    assert references.choose_pair(None, None, "entropy").switch == "entropy"
+    assert references.choose_pair(None, None, None, "demo") == files
 
 
 def test_two_models_without_a_switch_use_margin():
-    assert models.choose_pair("a", "b", None) == models.PairFiles("a", "b", "margin")
-    assert models.choose_pair("a", "b", "c").switch == "c"
+    assert references.choose_pair("a", "b", None) == references.PairFiles("a", "b", "margin")
+    assert references.choose_pair("a", "b", "c").switch == "c"
 
 
 @pytest.mark.parametrize(
@@ -36,26 +36,37 @@ def test_two_models_without_a_switch_use_margin():
 )
 def test_contradictions_are_named(choice, words):
     with pytest.raises(ModelError, match=words):
-        models.choose_pair(*choice)
+        references.choose_pair(*choice)
 
 
 def test_a_bad_line_of_models_txt_is_named(tmp_path, monkeypatch):
     listing = tmp_path / "models.txt"
     listing.write_text("# fine\nmine base /a.gguf MIT\nmine uncle /b.gguf MIT\n")
-    monkeypatch.setattr(models, "_models_txt", lambda: listing)
+    monkeypatch.setattr(references, "_models_txt", lambda: listing)
     with pytest.raises(ModelError, match="line 3: expected 'alias role reference licence note'"):
-        models.find_pair("mine")
+        references.find_pair("mine")
 
 
 def test_a_pair_without_a_switch_uses_margin(tmp_path, monkeypatch):
     listing = tmp_path / "models.txt"
     listing.write_text("mine base /a.gguf MIT x y z\nmine expert /b.gguf MIT\n")
-    monkeypatch.setattr(models, "_models_txt", lambda: listing)
-    assert models.find_pair("mine") == models.PairFiles("/a.gguf", "/b.gguf", "margin")
+    monkeypatch.setattr(references, "_models_txt", lambda: listing)
+    assert references.find_pair("mine") == references.PairFiles("/a.gguf", "/b.gguf", "margin")
 
 
 def test_offline_a_server_elsewhere_is_not_asked():
-    with pytest.raises(ModelError, match="not asked with --offline"):
-        models.resolve("http://10.1.2.3:8080", offline=True)
+    with pytest.raises(ModelError, match="--offline allows only servers on this machine"):
+        references.resolve("http://10.1.2.3:8080", offline=True)
     for url in ("http://127.0.0.1:8080", "http://localhost:1/v1", "http://[::1]:80"):
-        assert models.resolve(url, offline=True) == url
+        assert references.resolve(url, offline=True) == url
+
+
+def test_what_is_here_is_known_without_a_network(tmp_path, monkeypatch):
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    assert references.is_here("package:base.gguf")
+    assert not references.is_here("package:nothing.gguf")
+    assert references.is_here(str(tmp_path))
+    assert not references.is_here("them/model:m.gguf")
+    assert not references.is_here("them/model:Q4_0")

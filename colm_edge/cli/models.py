@@ -9,29 +9,26 @@ import click
 
 from colm_edge.cli.options import THREADS, output_option
 from colm_edge.cli.terminal import say
-from colm_edge.errors import ColmError
+from colm_edge.errors import ColmError, MismatchError
 
 
 @click.command("models")
 @output_option("md", "json")
 def models_command(output: str) -> None:
     """List the models named in models.txt; * marks those already here."""
-    from colm_edge.hub import pulled
-    from colm_edge.references import known_pairs
+    from colm_edge.references import is_here, known_pairs
 
-    here = pulled()
     rows = [
         {
             "alias": alias,
             "role": role,
-            "reference": known.reference,
-            "licence": known.licence,
-            "note": known.note,
-            "here": known.reference.startswith("package:")
-            or Path(here.get(known.reference, {}).get("path", "\0")).exists(),
+            "reference": model.reference,
+            "licence": model.licence,
+            "note": model.note,
+            "here": is_here(model.reference),
         }
         for alias, roles in known_pairs().items()
-        for role, known in roles.items()
+        for role, model in roles.items()
     ]
     if output == "json":
         click.echo(json.dumps(rows))
@@ -78,10 +75,15 @@ def pull_command(refs: tuple[str, ...], offline: bool) -> None:
 @THREADS
 @output_option("md", "json")
 def info_command(refs: tuple[str, ...], costs: bool, n_threads: int, output: str) -> None:
-    """Describe a model or a switch; of two, say if they fit together."""
+    """Describe a model or a switch; of two, say if they fit together.
+
+    The exit code is 1 if they do not.
+    """
     from colm_edge.info import as_text, describe_files
 
     if len(refs) > 2:
         raise click.UsageError("give one REF or two")
-    facts = describe_files(refs, costs=costs, n_threads=n_threads)
+    facts, obstacle = describe_files(refs, costs=costs, n_threads=n_threads)
     click.echo(json.dumps(facts) if output == "json" else as_text(facts))
+    if obstacle:
+        raise MismatchError(obstacle)

@@ -1,7 +1,7 @@
-"""Weights on other machines, by llama.cpp's RPC backend.
+"""Weights on other machines, through llama.cpp's RPC backend.
 
-Each of them runs llama.cpp's own ggml-rpc-server, of the version that is here; a model's layers are
-sent there when its weights are loaded, and only activations travel after that.
+Each machine runs llama.cpp's own ggml-rpc-server, of the same version as here. A model's layers
+are sent there when its weights are loaded; after that only activations are sent.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from colm_edge.errors import ModelError
 from colm_edge.llama import ggml
 
 CONNECT_TIMEOUT = 5.0  # seconds
-HELLO, HELLO_BYTES = 14, 24  # the command's number, which never changes, and its argument's length
-_known: set[str] = set()  # servers that have answered this process
+HELLO, HELLO_BYTES = 14, 24  # the number of the command, in all versions, and its argument's size
+_greeted: set[str] = set()  # servers that have answered this process
 
 
 def check_servers(servers: Sequence[str]) -> None:
-    """Raise ModelError where this llama.cpp cannot use RPC, or a server is not there.
+    """Raise ModelError if this llama.cpp has no RPC, or a server does not answer.
 
     llama.cpp itself ends the process when it cannot connect.
     """
@@ -35,13 +35,13 @@ def check_servers(servers: Sequence[str]) -> None:
     for server in servers:
         host, _, port = server.rpartition(":")
         if not host or not (port.isascii() and port.isdigit()):
-            raise ModelError(f"{server!r} is no RPC server; expected HOST:PORT")
-        if server in _known:  # it serves one client at a time, and that is this process
+            raise ModelError(f"{server!r} is not the address of an RPC server; expected HOST:PORT")
+        if server in _greeted:  # it serves one client at a time, now this process
             continue
         try:
             with socket.create_connection((host, int(port)), CONNECT_TIMEOUT) as connection:
                 _greet(connection)
-            _known.add(server)
+            _greeted.add(server)
         except (OSError, OverflowError, ValueError) as e:
             reason = getattr(e, "strerror", None) or e
             raise ModelError(
@@ -51,19 +51,24 @@ def check_servers(servers: Sequence[str]) -> None:
 
 
 def _greet(connection: socket.socket) -> None:
-    """Say hello in llama.cpp's protocol (ggml-rpc.cpp). Raises ValueError for another answer."""
+    """Send the greeting of llama.cpp's protocol (ggml-rpc.cpp).
+
+    Raises ValueError for no answer, or an unexpected one.
+    """
     connection.sendall(struct.pack("<BQ", HELLO, HELLO_BYTES) + bytes(HELLO_BYTES))
     try:
         answer = connection.recv(64)
     except TimeoutError as e:
-        raise ValueError("it is silent: another client has it, or it is none") from e
-    # The length of what follows, 8 bytes, and the version with as many bytes of capabilities.
+        raise ValueError(
+            "it does not answer: it may be serving another client, or is not an RPC server"
+        ) from e
+    # 8 bytes with the length of the rest: 4 of the version, and HELLO_BYTES of capabilities.
     if answer[:8] != struct.pack("<Q", 4 + HELLO_BYTES):
-        raise ValueError("its greeting is not that of this llama.cpp's version")
+        raise ValueError("its answer is not the one of this llama.cpp's version")
 
 
 def device_list(servers: Sequence[str]) -> Any:
-    """Return all devices of the servers as llama.cpp's model parameters take them, a C array.
+    """Return all devices of the servers as a C array, for llama.cpp's model parameters.
 
     Raises ModelError as `check_servers` does.
     """

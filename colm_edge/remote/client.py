@@ -1,8 +1,8 @@
 """An expert behind HTTP: a llama.cpp server, a vLLM server or another colm-edge.
 
-It is asked with the token ids of the whole prefix for the last token's most likely successors, one
-request for each deferral; the server's own prefix cache makes that cheap. A scoring pass asks how
-likely each token of a document was. docs/remote.md has what is sent and read.
+At each deferral it is sent the token ids of the whole prefix and tells the likeliest next tokens;
+the server's own prefix cache makes that cheap. A scoring pass asks how likely each token of a
+document is. docs/remote.md lists what is sent and read.
 """
 
 from __future__ import annotations
@@ -22,16 +22,15 @@ import numpy as np
 import numpy.typing as npt
 
 from colm_edge.cancel import Cancel
-from colm_edge.errors import (
-    AbsentExpertError,
-    ColmError,
-    MismatchError,
-    ModelError,
-    PromptError,
-)  # fmt: skip
+from colm_edge.errors import AbsentExpertError, ColmError, MismatchError, ModelError, PromptError
 from colm_edge.llama.model import MAX_VOCAB_DIFFERENCE, Model
 from colm_edge.llama.session import common_prefix
-from colm_edge.remote.dialects import DIALECTS, N_PROBS, Dialect, Reply, Scored, _read_scores
+from colm_edge.remote import colm_edge, llama_cpp, vllm
+from colm_edge.remote.dialect import Body, Dialect, Reply, Scored
+
+DIALECTS = {
+    dialect.owner: dialect for dialect in (llama_cpp.DIALECT, vllm.DIALECT, colm_edge.DIALECT)
+}
 
 Floats = npt.NDArray[np.float32]
 T = TypeVar("T")
@@ -43,19 +42,19 @@ BACK_OFF = 0.2  # seconds before the second try, twice as many before the third
 PAUSE = 30.0  # seconds that an expert which failed is left alone
 SCORE_TOGETHER = 8  # documents in one request of a scoring pass
 KEY_VARIABLE = "COLM_EDGE_EXPERT_KEY"
-# Tokenised on both sides, besides words of the base's vocabulary.
+# Texts that both sides tokenize, besides words of the base's vocabulary.
 PROBES = (
     "The quick brown fox jumps over the lazy dog.",
     "In 1969, 3.14159 and 1,000,000; (a+b)^2 = a^2 + 2ab + b^2!",
     "def f(x):\n    return [i ** 2 for i in range(x)]\n\n\tprint(f(10))",
     "Größe, señor, déjà vu — naïve “quotes” … 中文 русский العربية 😀",
 )
-# What reading an answer of another shape raises.
-_GARBAGE = (KeyError, IndexError, TypeError, ValueError, AttributeError)
+# What is raised by reading an answer of another shape.
+_MALFORMED = (KeyError, IndexError, TypeError, ValueError, AttributeError)
 
 
-class _TryError(Exception):
-    """A request came to nothing; `final` where another try would as well."""
+class _RequestError(Exception):
+    """A request failed; `final` if another try would fail too."""
 
     def __init__(self, message: str, *, final: bool = False) -> None:
         super().__init__(message)
@@ -63,14 +62,14 @@ class _TryError(Exception):
 
 
 class RemoteExpert:
-    """A model behind HTTP: `session` asks it token by token, `score` about documents. Any thread
-    may use it.
+    """A model behind HTTP. Any thread may use it.
 
-    required: raise ModelError when the server fails; otherwise AbsentExpertError, which a decoder
-        answers by letting the base go on alone, after one warning to `note` (the log, if None).
+    required: raise ModelError when the server fails. Otherwise AbsentExpertError is raised, and
+        the base goes on alone, after one warning to `note` (the log, if None).
+    timeout: seconds that an answer may take. pause: seconds without requests after a failure.
 
-    Raises ModelError for a server of an unknown kind and MismatchError for another vocabulary,
-    when it is made, or at the first request where nobody answers until then.
+    Raises ModelError for a server of an unknown kind and MismatchError for another vocabulary:
+    when it is created, or at the first request that is answered if nobody answers then.
     """
 
     def __init__(
@@ -89,27 +88,30 @@ class RemoteExpert:
         except httpx.InvalidURL as e:
             raise ModelError(f"{url}: {e}; expected http://host:port") from e
         if not parsed.host or not 0 < (parsed.port or 80) < 1 << 16:
-            raise ModelError(f"{url}: no address; expected http://host:port")
+            raise ModelError(f"{url} is not an address; expected http://host:port")
         self.url = str(parsed.copy_with(userinfo=b"")).rstrip("/").removesuffix("/v1")
         self.base, self.required, self.end_tokens = base, required, base.end_tokens
-        self.n_ctx, self.n_shared = 2**31 - 1, base.n_vocab  # until the server tells
+        self.n_ctx, self.n_shared = 2**31 - 1, base.n_vocab  # until the server tells its own
         self._note, self._pause = note or log.warning, pause
         self._dialect: Dialect | None = None
         self._model = ""
-        self._lock = threading.RLock()  # around what follows
+        self._lock = threading.RLock()  # held where the dialect or the next two are set
         self._absent_until, self._warned = -math.inf, False
         key = os.environ.get(KEY_VARIABLE, "")
         if not (key.isascii() and key.isprintable()):
-            raise ModelError(f"the variable {KEY_VARIABLE} holds what no key has: {key!r}")
+            raise ModelError(
+                f"the variable {KEY_VARIABLE} has characters that a key cannot have; expected "
+                "printable ASCII"
+            )
         self._client = httpx.Client(
             timeout=httpx.Timeout(timeout, connect=min(timeout, CONNECT_TIMEOUT)),
             headers={"Authorization": f"Bearer {key}"} if key else {},
             auth=(parsed.username, parsed.password) if parsed.userinfo else None,
         )
         try:
-            self._with_patience(self._dialect_of)
+            self._with_retries(self._connected)
         except AbsentExpertError:
-            pass  # it was said; perhaps it comes up later
+            pass  # the user was warned; it may come up later
         except BaseException:
             self.close()
             raise
@@ -120,8 +122,8 @@ class RemoteExpert:
 
     @property
     def fingerprint(self) -> str:
-        """What tells this model from others: its server's address and its name there."""
-        self._with_patience(self._dialect_of, required=True)
+        """A hash that identifies the model: of its server's address and its name there."""
+        self._with_retries(self._connected, required=True)
         return hashlib.sha256(f"{self.url} {self._model}".encode()).hexdigest()
 
     def close(self) -> None:
@@ -129,72 +131,69 @@ class RemoteExpert:
         self._client.close()
 
     def ask(self, tokens: list[int]) -> tuple[Floats, int | None]:
-        """Return what follows `tokens` as log-probabilities (n_vocab,), and how many of them were
-        evaluated, if told.
+        """Return the log-probabilities (n_vocab,) of the token after `tokens`, and how many tokens
+        the server evaluated, if it tells.
 
-        Raises AbsentExpertError when the server fails, or ModelError where it is required.
+        Raises AbsentExpertError when the server fails, or ModelError if it is required.
         """
 
         def work() -> tuple[Floats, int | None]:
-            top, n_evaluated = self._ask(tokens, N_PROBS)
+            top, n_evaluated = self._ask(tokens, self._connected().n_probs)
             try:
                 return logits_of(top, self.base.n_vocab), n_evaluated
             except ValueError as e:
-                raise _TryError(str(e)) from e
+                raise _RequestError(str(e)) from e
 
-        return self._with_patience(work)
+        return self._with_retries(work)
 
     def _ask(self, tokens: list[int], n_probs: int) -> Reply:
-        dialect = self._dialect_of()
+        dialect = self._connected()
         self._check_length(tokens)
         answer = self._request(dialect.path, dialect.ask(self._model, tokens, n_probs))
         try:
             return dialect.read(answer)
-        except _GARBAGE as e:
-            raise _TryError(f"its answer is not {dialect.name}'s ({e!r})") from e
+        except _MALFORMED as e:
+            raise _RequestError(f"its answer is not {dialect.name}'s ({e!r})") from e
 
     def score(
         self, documents: Sequence[npt.NDArray[np.int32]], starts: Sequence[int]
     ) -> Iterator[Scored]:
-        """Yield for each document what the model says of its tokens from `start`, at least 1, on.
+        """Yield how likely the tokens of each document are to the model, from token `start` on.
 
-        Raises ModelError when the server fails.
+        starts: at least 1 each. Raises ModelError when the server fails.
         """
-        dialect = self._with_patience(self._dialect_of, required=True)
+        dialect = self._with_retries(self._connected, required=True)
         spans = [document.tolist() for document in documents]
-        if dialect.ask_scores is None:
+        if dialect.scoring is None:
             for span, start in zip(spans, starts, strict=True):
                 yield self._score_by_token(span, start)
             return
         for i in range(0, len(spans), SCORE_TOGETHER):
             some = slice(i, i + SCORE_TOGETHER)
-            yield from self._with_patience(
+            yield from self._with_retries(
                 partial(self._score, spans[some], starts[some]), required=True
             )
 
     def _score(self, documents: list[list[int]], starts: Sequence[int]) -> list[Scored]:
-        dialect = self._dialect_of()
-        assert dialect.ask_scores is not None
+        dialect = self._connected()
+        assert dialect.scoring is not None
         for document in documents:
             self._check_length(document)
-        answer = self._request(dialect.path, dialect.ask_scores(self._model, documents))
+        answer = self._request(dialect.path, dialect.scoring.ask(self._model, documents))
         try:
-            told = {int(choice["index"]): choice["prompt_logprobs"] for choice in answer["choices"]}
-            return [
-                _read_scores(told[i], document, start)
-                for i, (document, start) in enumerate(zip(documents, starts, strict=True))
-            ]
-        except _GARBAGE as e:
-            raise _TryError(f"its answer is not {dialect.name}'s ({e!r})") from e
+            return dialect.scoring.read(answer, documents, starts)
+        except _MALFORMED as e:
+            raise _RequestError(f"its answer is not {dialect.name}'s ({e!r})") from e
 
     def _score_by_token(self, document: list[int], start: int) -> Scored:
-        """Ask for the successors of every prefix: one evaluated token each, with a prefix cache."""
+        """Ask what follows every prefix; the server's cache makes that one token each."""
+        few = self._connected().n_probs
         logprobs, right = list[float](), list[bool]()
         for at in range(start, len(document)):
             token, prefix = document[at], document[:at]
-            for n_probs in (N_PROBS, self.n_shared):  # if not among the likeliest, among all
+            for n_probs in (few, self.n_shared):  # all, if the few likeliest lack the token
                 ask = partial(self._ask, prefix, n_probs)
-                top, _ = self._with_patience(ask, required=True)
+                top, _ = self._with_retries(ask, required=True)
                 if token in top:
                     break
             logprobs.append(top.get(token, -math.inf))
@@ -203,26 +202,28 @@ class RemoteExpert:
 
     def _check_length(self, tokens: list[int]) -> None:
         if len(tokens) > self.n_ctx:
-            raise _TryError(f"{len(tokens)} tokens do not fit its {self.n_ctx}", final=True)
+            raise _RequestError(f"{len(tokens)} tokens do not fit its {self.n_ctx}", final=True)
 
-    def _dialect_of(self) -> Dialect:
+    def _connected(self) -> Dialect:
+        """Return the server's dialect, learnt at the first request that it answers."""
         with self._lock:
             return self._dialect or self._connect()
 
     def _connect(self) -> Dialect:
-        """Learn what kind of server it is and whether it has the base's vocabulary."""
+        """Find out the server's dialect, and check that it has the base's vocabulary."""
         listed = self._request("/v1/models")
         try:
             entry = listed["data"][0]
             owner, model, meta = entry.get("owned_by"), str(entry["id"]), entry.get("meta") or {}
             n_vocab = int(meta.get("n_vocab") or self.base.n_vocab)
             n_ctx = int(entry.get("max_model_len") or meta.get("n_ctx") or self.n_ctx)
-        except _GARBAGE as e:
-            raise _TryError(f"its list of models is garbage ({e!r})") from e
+        except _MALFORMED as e:
+            raise _RequestError(f"its list of models is malformed ({e!r})") from e
         dialect = DIALECTS.get(owner)
         if dialect is None:
             raise ModelError(
-                f"{self.url}: a server of {owner!r}; expected one of {', '.join(DIALECTS)}"
+                f"{self.url}: an unknown kind of server, {owner!r}; expected one of "
+                f"{', '.join(DIALECTS)}"
             )
         self._model = model
         difference = self._difference(dialect, n_vocab)
@@ -232,13 +233,12 @@ class RemoteExpert:
                 "the two must come from one model family"
             )
         self.n_shared = min(n_vocab, self.base.n_vocab)
-        # The token that is asked for needs room too.
-        self.n_ctx = n_ctx if dialect.name == "colm-edge" else n_ctx - 1
+        self.n_ctx = n_ctx - dialect.n_answer
         self._dialect = dialect
         return dialect
 
     def _difference(self, dialect: Dialect, n_vocab: int) -> str:
-        """Say where the two vocabularies differ; "" where they do not."""
+        """Return where the two vocabularies differ, "" if they do not."""
         base = self.base
         if abs(base.n_vocab - n_vocab) > MAX_VOCAB_DIFFERENCE:
             most = f"at most {MAX_VOCAB_DIFFERENCE} more or fewer"
@@ -248,8 +248,8 @@ class RemoteExpert:
             answer = self._request("/tokenize", dialect.tokenize(self._model, text))
             try:
                 theirs = [int(token) for token in answer["tokens"]]
-            except _GARBAGE as e:
-                raise _TryError(f"its /tokenize answers garbage ({e!r})") from e
+            except _MALFORMED as e:
+                raise _RequestError(f"its answer to /tokenize is malformed ({e!r})") from e
             if ours != theirs:
                 at = common_prefix(array("i", ours), array("i", theirs))
                 cut = text if len(text) < 60 else text[:57] + "…"
@@ -257,69 +257,79 @@ class RemoteExpert:
                 return f"token {at} of {cut!r} is {one} in the base, {other} in the expert"
         return ""
 
-    def _with_patience(self, work: Callable[[], T], *, required: bool = False) -> T:
-        """Try up to three times, waiting longer each time; then leave the server alone a while,
-        or, where it is required, raise ModelError."""
+    def _with_retries(self, work: Callable[[], T], *, required: bool = False) -> T:
+        """Return the result of `work`, tried again after a pause where that may help.
+
+        Raises what `ask` raises; after AbsentExpertError the server is left alone for a while.
+        """
         required = required or self.required
         if not required and time.monotonic() < self._absent_until:
-            raise AbsentExpertError(f"{self.url}: the expert was absent a moment ago")
-        for n in range(TRIES):
+            raise AbsentExpertError(f"{self.url}: the expert did not answer a moment ago")
+        for n in range(1, TRIES + 1):
             try:
                 done = work()
-                break
-            except _TryError as e:
-                if not e.final and n + 1 < TRIES:
-                    time.sleep(BACK_OFF * 2**n)
-                    continue
-                if e.final:
-                    what, cure = f"{self.url}: the expert refuses: {e}", ""
-                else:
-                    what = f"{self.url}: the expert does not answer: {e}"
-                    cure = "; start it, or check the address"
-                if required:
-                    raise ModelError(what + cure) from e
-                with self._lock:
-                    if not e.final:  # what it refuses one request says nothing of the next
-                        self._absent_until = time.monotonic() + self._pause
-                    warned, self._warned = self._warned, True
-                if not warned:
-                    self._note(f"{what}; the base goes on alone")
-                raise AbsentExpertError(what) from e
-        self._warned = False
-        return done
+            except _RequestError as e:
+                if e.final or n == TRIES:
+                    raise self._failed(e, required) from e
+                time.sleep(BACK_OFF * 2 ** (n - 1))
+            else:
+                self._warned = False
+                return done
+        raise AssertionError
 
-    def _request(self, path: str, body: dict[str, Any] | None = None) -> Any:
-        """Return the JSON that a GET, or a POST of a body, is answered with."""
+    def _failed(self, e: _RequestError, required: bool) -> ColmError:
+        """Return what to raise for the last try; warn, once in an outage, if it is not required."""
+        if e.final:
+            what, cure = f"{self.url}: the expert refuses: {e}", ""
+        else:
+            what = f"{self.url}: the expert does not answer: {e}"
+            cure = "; start it, or check the address"
+        if required:
+            return ModelError(what + cure)
+        with self._lock:
+            if not e.final:  # a refusal says nothing about the next request
+                self._absent_until = time.monotonic() + self._pause
+            warned, self._warned = self._warned, True
+        if not warned:
+            self._note(f"{what}; the base goes on alone")
+        return AbsentExpertError(what)
+
+    def _request(self, path: str, body: Body | None = None) -> Any:
+        """Return the JSON that answers a GET, or a POST if there is a body."""
         method = "GET" if body is None else "POST"
         try:
             response = self._client.request(method, self.url + path, json=body)
         except (self._httpx.HTTPError, UnicodeError) as e:
-            raise _TryError(f"{path}: {str(e) or type(e).__name__}") from e
+            raise _RequestError(f"{path}: {str(e) or type(e).__name__}") from e
         if response.status_code != 200:
             busy = response.status_code >= 500 or response.status_code in (408, 429)
             told = " ".join(response.text[:200].split())
             if response.status_code in (401, 403):
-                told += f" (the variable {KEY_VARIABLE} is to hold its key)"
-            raise _TryError(f"{path}: HTTP {response.status_code}: {told}", final=not busy)
+                told += f" (set the variable {KEY_VARIABLE} to its key)"
+            raise _RequestError(f"{path}: HTTP {response.status_code}: {told}", final=not busy)
         try:
             return response.json()
         except ValueError as e:
-            raise _TryError(f"{path}: its answer is no JSON") from e
+            raise _RequestError(f"{path}: its answer is not valid JSON") from e
 
 
 class RemoteSession:
-    """One timeline of a remote expert, with a session's `sync` and `state`."""
+    """One timeline of a remote expert, with the methods of a local one.
+
+    The server keeps what it has evaluated in its own cache; nothing is held here but the last
+    answer.
+    """
 
     def __init__(self, expert: RemoteExpert) -> None:
         self.expert = expert
-        self.name = expert.url
         self.n_evaluated = self.n_calls = 0
         self.seconds = self.load_seconds = 0.0
         self._held, self._logits = array("i"), np.empty(0, np.float32)
 
     @property
-    def n_ctx(self) -> int:
-        return self.expert.n_ctx
+    def name(self) -> str:
+        """The server's address."""
+        return self.expert.url
 
     @property
     def fingerprint(self) -> str:
@@ -329,28 +339,40 @@ class RemoteSession:
     def end_tokens(self) -> frozenset[int]:
         return self.expert.end_tokens
 
-    def open(self, cancel: Cancel | None = None) -> None:
-        pass
+    @property
+    def n_ctx(self) -> int:
+        return self.expert.n_ctx
 
-    def follow(self, tokens: array[int]) -> None:
-        pass
+    @property
+    def n_shared(self) -> int:
+        """Tokens that both vocabularies have."""
+        return self.expert.n_shared
+
+    def open(self, cancel: Cancel | None = None) -> None:
+        """Do nothing: the client connects when it is created, or at the first request."""
+
+    def follow(self, tokens: Sequence[int]) -> None:
+        """Do nothing: a server is asked only for what is needed."""
 
     def close(self) -> None:
+        """Close the client, and with it the other timelines of the expert."""
         self.expert.close()
 
     def sync(
         self, tokens: Sequence[int], outputs: Sequence[int] = (), cancel: Cancel | None = None
     ) -> int:
-        """Ask for the successors of `tokens`; return how many of them the server evaluated.
+        """Ask what follows `tokens`; return how many of them the server evaluated.
 
-        outputs: the last token alone can be one. Raises what `RemoteExpert.ask` does.
+        outputs: nothing, or the last token's position. cancel: ignored; a request is not
+            interrupted.
+        Raises what `RemoteExpert.ask` raises.
         """
         if not tokens:
             raise PromptError("nothing to evaluate: the prompt has no tokens")
         if list(outputs) not in ([], [len(tokens) - 1]):
             raise ColmError(
-                "an expert on a server tells what follows the last token, and not what it says of "
-                "earlier ones; give a GGUF file (-me)"
+                "an expert on a server tells only what follows the last token, and outputs of "
+                "earlier ones are wanted; give a GGUF file (-me)"
             )
         wanted = array("i", tokens)
         if wanted == self._held:
@@ -360,7 +382,7 @@ class RemoteSession:
             self._logits, n_evaluated = self.expert.ask(wanted.tolist())
         finally:
             self.seconds += time.perf_counter() - begun
-        if n_evaluated is None:  # it has the last prefix cached
+        if n_evaluated is None:  # the server has the last prefix in its cache
             n_evaluated = len(wanted) - common_prefix(self._held, wanted)
         self._held = wanted
         self.n_calls += 1
@@ -374,13 +396,16 @@ class RemoteSession:
 
 
 def logits_of(top: Mapping[int, float], n_vocab: int) -> Floats:
-    """Return log-probabilities (n_vocab,): those given, and what is left shared evenly."""
+    """Return log-probabilities (n_vocab,): those given; the others share the rest evenly.
+
+    Raises ValueError where there are none, or one is not a log-probability.
+    """
     known = {token: x for token, x in top.items() if 0 <= token < n_vocab}
     if not known or any(math.isnan(x) or x > 1e-3 for x in known.values()):
         raise ValueError(f"no log-probabilities of tokens below {n_vocab}: {top}")
     left = 1 - math.fsum(math.exp(x) for x in known.values())
     n_others = n_vocab - len(known)
-    # Rounded sums are off by about 1e-6: less than that is nothing left.
+    # Sums of rounded numbers are off by about 1e-6, so less than that is nothing.
     rest = math.log(left / n_others) if left > 1e-6 and n_others else -math.inf
     logits = np.full(n_vocab, rest, np.float32)
     logits[list(known)] = list(known.values())
@@ -388,7 +413,7 @@ def logits_of(top: Mapping[int, float], n_vocab: int) -> Floats:
 
 
 def probe_words(base: Model) -> str:
-    """Return plain words from all over the base's vocabulary, which no two vocabularies share."""
+    """Return plain words from all over the base's vocabulary; other vocabularies lack some."""
     tokens = range(0, base.n_vocab, max(1, base.n_vocab // 1000))
     pieces = [base.piece(token).decode("utf-8", "replace").strip() for token in tokens]
     return " ".join(piece for piece in pieces if piece.isascii() and piece.isalpha())

@@ -16,6 +16,7 @@ from expert_servers import free_port
 
 from colm_edge.cli import main
 from colm_edge.errors import ModelError
+from colm_edge.llama import rpc
 from colm_edge.llama.rpc import check_servers
 from colm_edge.options import Options
 from colm_edge.pair import load
@@ -35,9 +36,9 @@ def test_a_build_without_rpc_says_so(tiny, monkeypatch):
 @pytest.mark.parametrize(
     ("server", "told"),
     [
-        ("nonsense", "'nonsense' is no RPC server; expected HOST:PORT"),
-        ("host:", "'host:' is no RPC server"),
-        ("127.0.0.1:²", "is no RPC server"),
+        ("nonsense", "'nonsense' is not the address of an RPC server; expected HOST:PORT"),
+        ("host:", "'host:' is not the address of an RPC server"),
+        ("127.0.0.1:²", "is not the address of an RPC server"),
         ("a..b:1", "a..b:1: no RPC server answers there"),
         ("127.0.0.1:99999", "127.0.0.1:99999: no RPC server answers there"),
         ("127.0.0.1:{port}", r"no RPC server answers there \(Connection refused\)"),
@@ -63,9 +64,18 @@ def test_a_server_of_another_kind_is_told_from_one(monkeypatch):
 
         thread = threading.Thread(target=answer)
         thread.start()
-        with pytest.raises(ModelError, match=r"its greeting is not that of this llama.cpp"):
+        with pytest.raises(ModelError, match=r"its answer is not the one of this llama.cpp"):
             check_servers([f"127.0.0.1:{listening.getsockname()[1]}"])
         thread.join(10)
+
+
+def test_a_server_that_does_not_answer_is_named(monkeypatch):
+    monkeypatch.setattr(llama_cpp, "llama_supports_rpc", lambda: True)
+    monkeypatch.setattr(rpc, "CONNECT_TIMEOUT", 0.1)
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        server = f"127.0.0.1:{listening.getsockname()[1]}"
+        with pytest.raises(ModelError, match="it may be serving another client, or is not an RPC"):
+            check_servers([server])
 
 
 def test_what_does_not_go_together(tiny):

@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import httpx
@@ -45,8 +46,9 @@ def no_back_off(monkeypatch):
 
 @pytest.fixture
 def local(tiny) -> Iterator[Pair]:
-    with load(tiny["base"], tiny["expert"], "margin", n_threads=1, n_ctx=256,
-              defaults=GREEDY) as pair:  # fmt: skip
+    with load(
+        tiny["base"], tiny["expert"], "margin", n_threads=1, n_ctx=256, defaults=GREEDY
+    ) as pair:
         yield pair
 
 
@@ -134,6 +136,23 @@ def test_what_each_dialect_asks(tiny, owner):
             expert.sync(tokens, [0, len(tokens) - 1])
 
 
+def test_a_timeline_there_has_what_one_here_has(tiny):
+    with faking("vllm", tiny["expert"]) as (url, fake), remote_pair(tiny, url) as pair:
+        expert, n_connections = pair.remote.session(), fake.n_connections
+        assert expert.name == url
+        assert expert.fingerprint == pair.remote.fingerprint
+        assert expert.end_tokens == pair.base.end_tokens
+        assert expert.n_shared == pair.base.n_vocab
+        assert expert.n_ctx == 255  # of 256 tokens, one is for the answer
+        expert.open()
+        expert.follow([1, 2, 3])
+        assert fake.asked == []
+        assert expert.sync([1, 2, 3], (), lambda: True) == 3
+        assert fake.n_connections == n_connections
+        expert.close()
+        assert pair.remote._client.is_closed
+
+
 def test_logits_are_the_told_ones_and_the_rest_shares_what_is_left():
     logits = logits_of({3: math.log(0.5), 1: math.log(0.3), 99: -1.0}, 6)
     assert np.exp(logits) == pytest.approx([0.05, 0.3, 0.05, 0.5, 0.05, 0.05])
@@ -187,9 +206,12 @@ def test_one_failure_is_tried_again(tiny, local, caplog, failure):
 
 
 def test_a_required_expert_that_fails_is_an_error(tiny):
-    with faking("vllm", tiny["expert"]) as (url, fake), load(
-        tiny["base"], url, "margin", n_threads=1, defaults=GREEDY, expert_required=True
-    ) as pair:  # fmt: skip
+    with (
+        faking("vllm", tiny["expert"]) as (url, fake),
+        load(
+            tiny["base"], url, "margin", n_threads=1, defaults=GREEDY, expert_required=True
+        ) as pair,
+    ):
         fake.always = "500"
         with pytest.raises(ModelError, match=r"does not answer: /v1/completions: HTTP 500"):
             pair.generate(PROMPT)
@@ -221,15 +243,15 @@ def test_a_base_does_not_pass_for_the_expert(tiny, local):
 
 def test_a_key_that_no_header_may_have_is_named(tiny, monkeypatch):
     monkeypatch.setenv(remote.KEY_VARIABLE, "schlüssel")
-    with pytest.raises(ModelError, match="COLM_EDGE_EXPERT_KEY holds what no key has"):
+    with pytest.raises(ModelError, match="COLM_EDGE_EXPERT_KEY has characters that a key cannot"):
         load(tiny["base"], "http://127.0.0.1:1", "margin")
 
 
-def test_what_is_no_address_is_said_at_the_start(tiny):
+def test_what_is_not_an_address_is_said_at_the_start(tiny):
     for address in ("http://", "http://127.0.0.1:99999", "http://:80"):
         with pytest.raises(ModelError, match="expected http://host:port"):
             load(tiny["base"], address, "margin")
-    with pytest.raises(ModelError, match=r"a server is given as http://127.0.0.1:8080"):
+    with pytest.raises(ModelError, match=r"write a server as http://127.0.0.1:8080"):
         load(tiny["base"], "127.0.0.1:8080", "margin")
     with pytest.raises(ModelError, match="does not answer"):
         load(tiny["base"], "http://a..b:1", "margin", expert_required=True)
@@ -265,10 +287,13 @@ def test_another_vocabulary_is_refused(tiny, owner):
 def test_a_server_of_another_kind_is_named(tiny):
     with (
         faking("somebody", tiny["expert"]) as (url, _),
-        pytest.raises(ModelError, match="a server of 'somebody'; expected one of llamacpp, vllm"),
+        pytest.raises(
+            ModelError,
+            match="kind of server, 'somebody'; expected one of llamacpp, vllm, colm-edge",
+        ),
     ):
         load(tiny["base"], url, "margin")
-    with pytest.raises(ModelError, match="the base runs here"):
+    with pytest.raises(ModelError, match="the base runs on this machine"):
         load("http://127.0.0.1:1", tiny["expert"], "margin")
 
 
@@ -372,7 +397,8 @@ def npz(path) -> dict:
 
 @pytest.mark.parametrize("owner", DIALECTS)
 def test_a_remote_expert_is_scored_as_a_local_one(tiny, tmp_path, data, owner, monkeypatch):
-    monkeypatch.setattr(remote, "N_PROBS", 2)  # most tokens are not among them
+    few = replace(remote.DIALECTS[owner], n_probs=2)  # most tokens are not among them
+    monkeypatch.setitem(remote.DIALECTS, owner, few)
     score = ["score", "--data", data, "-m", tiny["base"], "--outfile"]
     assert run(*score, str(tmp_path / "here.npz"), "-me", tiny["expert"]).exit_code == 0
     with faking(owner, tiny["expert"]) as (url, fake):
@@ -397,28 +423,21 @@ def test_a_remote_expert_is_scored_as_a_local_one(tiny, tmp_path, data, owner, m
 
 @pytest.mark.parametrize("owner", ["vllm", "colm-edge"])
 def test_what_a_scoring_pass_asks(tiny, owner):
-    bodies = {
-        "vllm": {"model": "the model", "max_tokens": 1, "temperature": 0},
-        "colm-edge": {
-            "model": "the model", "max_tokens": 0, "temperature": 0, "repeat_penalty": 1,
-        "presence_penalty": 0, "frequency_penalty": 0,
-            "colm": {"threshold": 0, "strategy": "defer"},
-        },
-    }  # fmt: skip
+    expert_alone = {"colm": {"threshold": 0, "strategy": "defer"}, "repeat_penalty": 1}
+    expert_alone |= {"presence_penalty": 0, "frequency_penalty": 0}
+    common = {"model": "the model", "temperature": 0, "prompt_logprobs": 1, "stream": False}
+    bodies = {"vllm": {"max_tokens": 1}, "colm-edge": {"max_tokens": 0} | expert_alone}
     with faking(owner, tiny["expert"]) as (url, fake), remote_pair(tiny, url) as pair:
         documents = [np.array([5, 6, 7, 8], np.int32), np.array([9, 10], np.int32)]
         scored = list(pair.expert.expert.score(documents, [2, 1]))
         assert [len(logprobs) for logprobs, _ in scored] == [2, 1]
-        common = {"prompt": [[5, 6, 7, 8], [9, 10]], "prompt_logprobs": 1, "stream": False}
-        assert fake.asked == [bodies[owner] | common]
+        assert fake.asked == [bodies[owner] | common | {"prompt": [[5, 6, 7, 8], [9, 10]]}]
 
 
 def test_a_scoring_pass_that_fails_goes_on_later(tiny, tmp_path, data, monkeypatch):
     monkeypatch.setattr("colm_edge.train.scoring.PACK_TOKENS", 40)
-    score = [
-        "score", "--data", data, "-m", tiny["base"], "--outfile", str(tmp_path / "scores.npz"),
-        "--work-dir", str(tmp_path / "work"),
-    ]  # fmt: skip
+    score = ["score", "--data", data, "-m", tiny["base"], "--outfile", str(tmp_path / "scores.npz")]
+    score += ["--work-dir", str(tmp_path / "work")]
     with faking("vllm", tiny["expert"]) as (url, fake):
         fake.failures = [""] * 4 + ["500"] * remote.TRIES
         failed = run(*score, "-me", url)
@@ -466,10 +485,12 @@ def test_a_server_may_have_its_expert_elsewhere(tiny, local):
         load(tiny["base"], url, "margin", n_threads=1, n_ctx=256, defaults=GREEDY) as pair,
         serving(pair, n_slots=3) as (address, server),
     ):
-        ask = lambda **more: httpx.post(  # noqa: E731
-            f"{address}/v1/chat/completions", timeout=60,
-            json={"messages": [{"role": "user", "content": PROMPT}], "max_tokens": 24, **more},
-        ).json()  # fmt: skip
+
+        def ask(**more) -> dict:
+            messages = [{"role": "user", "content": PROMPT}]
+            body = {"messages": messages, "max_tokens": 24, **more}
+            return httpx.post(f"{address}/v1/chat/completions", timeout=60, json=body).json()
+
         answer = ask(n=3)
         expected = local.generate(PROMPT)
         assert [choice["message"]["content"] for choice in answer["choices"]] == [expected.text] * 3
@@ -506,9 +527,10 @@ def test_answers_together_whose_expert_fails_are_each_the_base_alone(tiny, local
     """What a slot reads of the base it still has after the others went on meanwhile."""
     prompts = ["hello", "what is this about, and why", "one two three four five six", "so"]
     options = GREEDY.with_changes(threshold=0.0)
-    with faking("llamacpp", tiny["expert"]) as (url, fake), remote_pair(
-        tiny, url, pause=0.0
-    ) as pair:  # fmt: skip
+    with (
+        faking("llamacpp", tiny["expert"]) as (url, fake),
+        remote_pair(tiny, url, pause=0.0) as pair,
+    ):
         fake.always = "400"
         slots, results = Slots(pair, 4), {}
 
@@ -533,9 +555,10 @@ def test_answers_together_whose_expert_fails_are_each_the_base_alone(tiny, local
 
 
 QUESTIONS = (
-    "What is the symbol of tungsten?", "What is the capital of France?",
+    "What is the symbol of tungsten?",
+    "What is the capital of France?",
     "When did the last Caspian tiger die?",
-)  # fmt: skip
+)
 
 
 @pytest.mark.skipif(
@@ -545,10 +568,8 @@ QUESTIONS = (
 def test_a_real_llama_server_is_an_expert(tmp_path):
     data, port = Path(colm_edge.__file__).parent / "data", free_port()
     url = f"http://127.0.0.1:{port}"
-    command = [
-        os.environ["COLM_EDGE_LLAMA_SERVER"], "-m", str(data / "expert.gguf"), "-t", "1",
-        "-np", "1", "--host", "127.0.0.1", "--port", str(port),
-    ]  # fmt: skip
+    flags = f"-m {data}/expert.gguf -t 1 -np 1 --host 127.0.0.1 --port {port}".split()
+    command = [os.environ["COLM_EDGE_LLAMA_SERVER"], *flags]
     greedy = Options(temperature=0.0)
     with (tmp_path / "log").open("wb") as out:
         server = subprocess.Popen(command, stdout=out, stderr=out)
@@ -563,9 +584,15 @@ def test_a_real_llama_server_is_an_expert(tmp_path):
             time.sleep(0.1)
         with (
             load(n_threads=1, defaults=greedy) as local,
-            load(data / "base.gguf", url, data / "switch.gguf", n_threads=1, defaults=greedy,
-                 expert_required=True) as pair,
-        ):  # fmt: skip
+            load(
+                data / "base.gguf",
+                url,
+                data / "switch.gguf",
+                n_threads=1,
+                defaults=greedy,
+                expert_required=True,
+            ) as pair,
+        ):
             for question in QUESTIONS:
                 answer, expected = pair.generate(question), local.generate(question)
                 assert answer.text == expected.text
