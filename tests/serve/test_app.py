@@ -23,7 +23,7 @@ from colm_edge.pair import load
 from colm_edge.serve.answers import Server
 from colm_edge.serve.app import create_app, listen
 from colm_edge.serve.guard import MAX_BODY
-from colm_edge.serve.protocol import ChatRequest
+from colm_edge.serve.requests import ChatRequest
 
 CHAT = [{"role": "user", "content": "hello"}]
 
@@ -242,7 +242,7 @@ def test_alike_spellings_keep_the_likeliest(client, pair):
 
 
 def test_a_stream_has_no_place_for_prompt_logprobs(client):
-    with pytest.raises(openai.BadRequestError, match="no stream tells prompt_logprobs"):
+    with pytest.raises(openai.BadRequestError, match="prompt_logprobs cannot be streamed"):
         client.completions.create(
             model="tiny", prompt="hello", stream=True, extra_body={"prompt_logprobs": 1}
         )
@@ -369,7 +369,7 @@ def test_models_and_health(client, url):
         ({"messages": CHAT, "stop": ""}, 400, "stop"),
         ({"messages": CHAT, "colm": {"threshold": 2}}, 400, "threshold"),
         ({"messages": CHAT, "colm": {"treshold": 0}}, 400, "colm.treshold: Extra inputs"),
-        ({"messages": CHAT, "tools": [{"type": "function"}]}, 400, "tools: this server has none"),
+        ({"messages": CHAT, "tools": [{"type": "function"}]}, 400, "tools: not supported"),
         ({"messages": CHAT, "response_format": {"type": "json_object"}}, 400, "response_format:"),
         ({"messages": [{"role": "user"}]}, 400, "messages.0: content is missing"),
         ({"messages": [{"role": "user", "content": 5}]}, 400, "messages.0.content: expected a"),
@@ -378,7 +378,7 @@ def test_models_and_health(client, url):
             400,
             "tool_calls: this server has no tools",
         ),
-        ({"messages": CHAT, "logit_bias": {"5": 3}}, 400, "logit_bias: this server has none"),
+        ({"messages": CHAT, "logit_bias": {"5": 3}}, 400, "logit_bias: not supported"),
         (
             {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
             400,
@@ -511,6 +511,63 @@ def test_a_client_that_goes_away_frees_its_slot(endless, slow):
             assert endless.base_session.n_evaluated - evaluated < 470
 
 
+def metrics_of(url: str) -> dict[str, float]:
+    lines = httpx.get(f"{url}/metrics").text.splitlines()
+    samples = (line.rsplit(" ", 1) for line in lines if line and not line.startswith("#"))
+    return {name: float(value) for name, value in samples}
+
+
+def test_the_expert_calls_of_a_client_that_goes_away_are_counted(endless, slow):
+    body = {"prompt": "hello", "max_tokens": 480, "colm": {"threshold": 0}}
+    with serving(endless, n_slots=1) as (url, server):
+        for n in (1, 2):
+            streamed = body | {"stream": True}
+            with httpx.stream("POST", f"{url}/v1/completions", json=streamed, timeout=60) as r:
+                next(r.iter_lines())
+            wait_for(lambda: server.n_busy == 0)
+            values = metrics_of(url)
+            written = values['colm_tokens_total{source="expert"}']
+            assert written >= n
+            # Each time the expert may evaluate one token more, which nobody reads.
+            assert written <= values["colm_expert_calls_total"] <= written + n
+        with pytest.raises(httpx.ReadTimeout):
+            httpx.post(f"{url}/v1/completions", json=body, timeout=0.2)
+        wait_for(lambda: server.n_busy == 0)
+        assert metrics_of(url)["colm_expert_calls_total"] > values["colm_expert_calls_total"]
+
+
+def test_requests_are_counted_by_the_path_of_their_route(pair):
+    with serving(pair) as (url, _):
+        for path in ("/", "/health", "/v1/models", "/v1/models/a", "/v1/models/b", "/c", "/d/e"):
+            httpx.get(url + path)
+        httpx.post(f"{url}/tokenize", json={"prompt": "hello"})
+        httpx.get(f"{url}/tokenize")
+        httpx.get(f"{url}/health", headers={"Host": "evil.example"})
+        values = metrics_of(url)
+    counted = {
+        (name.split('"')[1], name.split('"')[3]): n
+        for name, n in values.items()
+        if name.startswith("colm_requests_total")
+    }
+    assert counted == {
+        ("/", "200"): 1, ("/health", "200"): 1, ("/v1/models", "200"): 1,
+        ("/v1/models/{model}", "404"): 2, ("/tokenize", "200"): 1, ("/tokenize", "405"): 1,
+        ("other", "404"): 2, ("other", "400"): 1,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("host", "status"),
+    [
+        ("127.0.0.1", 200), ("localhost:1234", 200), ("[::1]:8080", 200), ("testserver", 400),
+        ("evil.example", 400), ("[::1", 400), ("", 400),
+    ],
+)  # fmt: skip
+def test_a_local_server_answers_to_local_names_alone(url, host, status):
+    response = httpx.get(f"{url}/health", headers={"Host": host})
+    assert response.status_code == status
+
+
 def test_metrics_are_prometheus_own(pair):
     with serving(pair) as (url, _):
         httpx.post(f"{url}/v1/completions", json={"prompt": "hello", "max_tokens": 6}, timeout=60)
@@ -558,7 +615,7 @@ def test_the_document_holds(pair):
     """Whatever the server's own OpenAPI document allows is answered as it says."""
     server = Server(pair, ServerOptions(max_tokens=4), "tiny")
     app = create_app(server)
-    schema = schemathesis.openapi.from_asgi("/openapi.json", app)
+    schema = schemathesis.openapi.from_asgi("/openapi.json", app, headers={"Host": "127.0.0.1"})
     n_seen = 0
     for operation in schema.get_all_operations():
 
@@ -567,7 +624,7 @@ def test_the_document_holds(pair):
         def check(case):
             nonlocal n_seen
             n_seen += 1
-            response = case.call()
+            response = case.call(base_url="http://127.0.0.1")
             # A schema cannot say what fits a context, or that a switch has no calibration.
             case.validate_response(response, excluded_checks=[positive_data_acceptance])
             if response.status_code >= 400:
