@@ -18,8 +18,14 @@ from colm_edge.serve.errors import RefusalError
 
 @pytest.fixture(scope="module")
 def pair(tiny):
-    with load(tiny["endless"], tiny["endless"], "margin", n_threads=1, n_ctx=256,
-              defaults=GREEDY.with_changes(threshold=0.0)) as pair:  # fmt: skip
+    with load(
+        tiny["endless"],
+        tiny["endless"],
+        "margin",
+        n_threads=1,
+        n_ctx=256,
+        defaults=GREEDY.with_changes(threshold=0.0),
+    ) as pair:
         yield pair
 
 

@@ -30,15 +30,17 @@ CHAT = [{"role": "user", "content": "hello"}]
 
 @pytest.fixture(scope="module")
 def pair(tiny):
-    with load(tiny["template"], tiny["expert"], "margin", n_threads=1, n_ctx=256,
-              defaults=GREEDY) as pair:  # fmt: skip
+    with load(
+        tiny["template"], tiny["expert"], "margin", n_threads=1, n_ctx=256, defaults=GREEDY
+    ) as pair:
         yield pair
 
 
 @pytest.fixture(scope="module")
 def endless(tiny):
-    with load(tiny["endless"], tiny["endless"], "margin", n_threads=1, n_ctx=512,
-              defaults=GREEDY) as pair:  # fmt: skip
+    with load(
+        tiny["endless"], tiny["endless"], "margin", n_threads=1, n_ctx=512, defaults=GREEDY
+    ) as pair:
         yield pair
 
 
@@ -85,9 +87,12 @@ def test_a_chat_is_answered_as_the_pair_answers(client, pair):
 def test_streamed_pieces_are_the_answer(client, pair):
     expected = pair.chat(CHAT, max_tokens=20)
     stream = client.chat.completions.create(
-        model="tiny", messages=CHAT, max_tokens=20, stream=True,
+        model="tiny",
+        messages=CHAT,
+        max_tokens=20,
+        stream=True,
         stream_options={"include_usage": True},
-    )  # fmt: skip
+    )
     chunks = list(stream)
     assert chunks[0].choices[0].delta.role == "assistant"
     deltas = [c.choices[0].delta.content or "" for c in chunks if c.choices]
@@ -114,12 +119,14 @@ def test_events_end_as_openais_do(url):
     assert [set(r) for r in records] == [{"id", "text", "source", "p_defer"}] * 3
 
 
-def test_the_switch_is_the_requests_to_set(client):
+def test_requests_can_set_the_threshold(client):
     for threshold, source in ((1, "base"), (0, "expert")):
         answer = client.chat.completions.create(
-            model="tiny", messages=CHAT, max_tokens=8,
+            model="tiny",
+            messages=CHAT,
+            max_tokens=8,
             extra_body={"colm": {"threshold": threshold, "trace": True}},
-        )  # fmt: skip
+        )
         assert {record["source"] for record in answer.colm["trace"]} == {source}
         assert answer.colm["defer_rate"] == (source == "expert")
         text = "".join(record["text"] for record in answer.colm["trace"])
@@ -178,8 +185,8 @@ def truth(pair, tokens, threshold):
 
 @pytest.mark.parametrize("threshold", [0.0, 0.4, 1.0])
 @pytest.mark.parametrize("n_words", [3, 150])
-def test_echoed_prompts_tell_their_own_probabilities(client, pair, threshold, n_words):
-    """As evaluation harnesses ask for them: no token written, the prompt's log-probabilities."""
+def test_echoed_prompts_report_their_own_probabilities(client, pair, threshold, n_words):
+    """As evaluation harnesses use them: no token is written, the prompt's log-probabilities are."""
     prompt = " ".join(f"word{i}" for i in range(n_words))
     tokens = pair.base.tokenize(prompt)[:250]
     prompt = b"".join(map(pair.base.piece, tokens)).decode()
@@ -207,16 +214,22 @@ def test_echoed_prompts_tell_their_own_probabilities(client, pair, threshold, n_
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_an_end_token_has_its_probability_told(demo, stream):
-    """Evaluation harnesses ask for one token after the text and count on it being told."""
+def test_an_end_token_has_its_probability_reported(demo, stream):
+    """Evaluation harnesses ask for one token after the text and expect it to be reported."""
     written = demo.generate("What is the symbol of tungsten?", temperature=0)
     tokens = written.prompt_tokens + [step.token for step in written.steps]
     with serving(demo, n_slots=1) as (url, _):
         client = openai.OpenAI(base_url=f"{url}/v1", api_key="any")
         answer = client.completions.create(
-            model="any", prompt=tokens, max_tokens=1, temperature=0, logprobs=1, echo=True,
-            stream=stream, extra_body={"return_tokens_as_token_ids": True},
-        )  # fmt: skip
+            model="any",
+            prompt=tokens,
+            max_tokens=1,
+            temperature=0,
+            logprobs=1,
+            echo=True,
+            stream=stream,
+            extra_body={"return_tokens_as_token_ids": True},
+        )
         choices = [e.choices[0] for e in answer if e.choices] if stream else answer.choices
     assert choices[-1].finish_reason == "stop"
     told = [choice.logprobs for choice in choices if choice.logprobs]
@@ -228,8 +241,8 @@ def test_an_end_token_has_its_probability_told(demo, stream):
     assert told[-1].top_logprobs[-1][names[-1]] == logprobs[-1]
 
 
-def test_alike_spellings_keep_the_likeliest(client, pair):
-    """Parts of characters are all spelled alike."""
+def test_of_tokens_with_the_same_text_the_most_likely_is_kept(client, pair):
+    """Parts of characters all have the same text."""
     answer = client.completions.create(model="tiny", prompt="hello", max_tokens=8, logprobs=20)
     stream = pair.stream("hello", **vars(GREEDY.with_changes(max_tokens=8, n_probs=20, raw=True)))
     for step, top in zip(stream, answer.choices[0].logprobs.top_logprobs, strict=True):
@@ -241,7 +254,7 @@ def test_alike_spellings_keep_the_likeliest(client, pair):
         assert len(top) < 20
 
 
-def test_a_stream_has_no_place_for_prompt_logprobs(client):
+def test_prompt_logprobs_cannot_be_streamed(client):
     with pytest.raises(openai.BadRequestError, match="prompt_logprobs cannot be streamed"):
         client.completions.create(
             model="tiny", prompt="hello", stream=True, extra_body={"prompt_logprobs": 1}
@@ -266,7 +279,7 @@ def test_an_echo_comes_first_in_a_stream(client):
         assert parts == getattr(whole.choices[0].logprobs, name)
 
 
-def test_the_likeliest_tokens_are_told(client, pair):
+def test_the_most_likely_tokens_are_reported(client, pair):
     answer = client.chat.completions.create(
         model="tiny", messages=CHAT, max_tokens=5, logprobs=True, top_logprobs=3
     )
@@ -287,7 +300,7 @@ def test_the_likeliest_tokens_are_told(client, pair):
 
 @pytest.mark.parametrize("n", [1, 3])
 def test_every_chunk_has_a_choice_unless_usage_is_asked_for(client, n):
-    """The loop of OpenAI's own examples looks at the first choice of every chunk."""
+    """The loop in OpenAI's own examples reads the first choice of every chunk."""
     for chunks in (
         client.chat.completions.create(model="tiny", messages=CHAT, max_tokens=3, n=n, stream=True),
         client.completions.create(model="tiny", prompt="hello", max_tokens=3, n=n, stream=True),
@@ -309,7 +322,7 @@ def test_what_a_request_sets_reaches_the_options():
 
 
 def test_small_answers_leave_at_once():
-    """asyncio sets TCP_NODELAY on the connections of a socket whose protocol is told."""
+    """asyncio sets TCP_NODELAY on the connections of a socket whose protocol is given."""
     with listen("127.0.0.1", 0) as listening:
         assert listening.proto == socket.IPPROTO_TCP
 
@@ -397,7 +410,7 @@ def test_errors_have_openais_shape(url, body, status, words):
     assert response.status_code == status
 
 
-def test_what_is_no_request_is_refused(url):
+def test_invalid_requests_are_refused(url):
     for response, status in (
         (httpx.get(f"{url}/v1/nothing"), 404),
         (httpx.get(f"{url}/v1/completions"), 405),
@@ -476,7 +489,7 @@ def test_answers_at_once_share_batches(endless):
         assert endless.base_session.n_calls - before < 0.8 * calls_alone
 
 
-def test_a_full_queue_says_come_again(endless, slow):
+def test_a_full_queue_refuses_with_retry_after(endless, slow):
     with serving(endless, n_slots=1, queue=0) as (url, server):
         body = {"prompt": "hello", "max_tokens": 400, "stream": True}
         with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=60) as response:
@@ -583,10 +596,12 @@ def test_metrics_are_prometheus_own(pair):
 
 
 def test_an_idle_experts_memory_is_given_back(tiny):
-    with load(tiny["template"], tiny["expert"], "margin", n_threads=1, n_ctx=128,
-              defaults=replace(GREEDY, threshold=0.0)) as pair, serving(
-        pair, expert_idle_unload=0.2
-    ) as (url, _):  # fmt: skip
+    always = replace(GREEDY, threshold=0.0)
+    files = tiny["template"], tiny["expert"]
+    with (
+        load(*files, "margin", n_threads=1, n_ctx=128, defaults=always) as pair,
+        serving(pair, expert_idle_unload=0.2) as (url, _),
+    ):
         body = {"prompt": "hello", "max_tokens": 3}
         first = httpx.post(f"{url}/v1/completions", json=body, timeout=60).json()
         wait_for(lambda: not pair.expert.loaded)
@@ -595,7 +610,7 @@ def test_an_idle_experts_memory_is_given_back(tiny):
 
 
 def test_a_stream_under_way_ends_before_the_server_does(endless, slow):
-    """The server is told to stop while a stream is being written, and writes it to its end."""
+    """A server that is stopped while a stream is being written completes the stream."""
     body = {"prompt": "hello", "max_tokens": 300, "stream": True}
     rest: list[str] = []
     with httpx.Client(timeout=60) as client:
