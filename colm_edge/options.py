@@ -79,7 +79,7 @@ def option(
     shown_limits: those that the command line checks and shows, if some of the limits only keep
     absurd numbers away from llama.cpp.
     request: where a request sets the option: beside OpenAI's own fields or in its `colm` object.
-    Fields that a request gives in another form (max_tokens, seed, stop) are in serve/protocol.py.
+    Fields that a request gives in another form (max_tokens, seed, stop) are in serve/requests.py.
     request_limits: of requests, where they differ, by pydantic's names: ge, gt, le, lt.
     """
     if request_limits is None:

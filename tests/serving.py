@@ -37,5 +37,5 @@ def serving(pair: Pair, **settings) -> Iterator[tuple[str, Server]]:
 def wait_for(condition, seconds: float = 30) -> None:
     end = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < end, "waited in vain"
+        assert time.monotonic() < end, f"the condition did not hold within {seconds} s"
         time.sleep(0.01)

@@ -11,11 +11,11 @@ from colm_edge.cli import main
 from colm_edge.cli.terminal import HELP, SETTINGS
 from colm_edge.errors import ColmError
 from colm_edge.options import OPTIONS, Options
-from colm_edge.serve.protocol import ChatRequest, ColmFields, CompletionRequest
+from colm_edge.serve.requests import ChatRequest, ColmFields, CompletionRequest
 
 FLAGGED = {name: option for name, option in OPTIONS.items() if option.flags}
 REQUESTED = {name: option for name, option in OPTIONS.items() if option.request}
-# Requests give these in a form of their own; serve/protocol.py converts them.
+# Requests give these in a form of their own; serve/requests.py converts them.
 CONVERTED = {"max_tokens", "seed", "stop"}
 
 

@@ -1,159 +1,205 @@
-"""Answers under way: one thread and one slot each, read by the event loop."""
+"""A pair that answers requests: each answer runs on a thread and reports events.
+
+The events of an answer are one `Began`, a `Step` for each token, and one `Ended`. Every endpoint
+reads them, whether it sends tokens as they come or one body at the end.
+"""
 
 from __future__ import annotations
 
 import asyncio
-import threading
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import aclosing, suppress
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
-
+from colm_edge.decode.step import Step
 from colm_edge.options import Options, ServerOptions
-from colm_edge.serve.protocol import (
-    RefusalError,
-    Written,
-)
+from colm_edge.serve.errors import RefusalError
+from colm_edge.serve.metrics import Metrics
 from colm_edge.serve.slots import Slots
+from colm_edge.stream import Answer
 
 if TYPE_CHECKING:
     from colm_edge.pair import Pair
     from colm_edge.stream import Stream
 
 
-class Metrics:
-    """What /metrics tells, in Prometheus' own format."""
+@dataclass(frozen=True)
+class Job:
+    """One answer to write."""
 
-    def __init__(self, server: Server) -> None:
-        self.registry = CollectorRegistry()
-        made: dict[str, Any] = {"registry": self.registry}
-        self.requests = Counter(
-            "colm_requests", "Requests by path and status.", ["path", "status"], **made
-        )
-        self.tokens = Counter("colm_tokens", "Tokens written, by their writer.", ["source"], **made)
-        self.expert_calls = Counter("colm_expert_calls", "Decodes of the expert.", **made)
-        self.first = Histogram("colm_first_token_seconds", "Until an answer's first token.", **made)
-        busy = Gauge("colm_busy_slots", "Answers under way.", **made)
-        busy.set_function(lambda: server.n_busy)
-        waiting = Gauge("colm_waiting_requests", "Requests that wait for a slot.", **made)
-        waiting.set_function(lambda: server.n_waiting)
-        loaded = Gauge("colm_expert_loaded", "Whether the expert is in memory.", **made)
-        loaded.set_function(lambda: server.slots.expert_loaded)
+    tokens: list[int]  # of the prompt
+    options: Options
+    reads_prompt: bool = False  # whether Began reports a step for each token of the prompt
+
+
+@dataclass(frozen=True)
+class Began:
+    """An answer has its slot, and its prompt is read if the job asks for that."""
+
+    prompt_tokens: list[int]
+    prompt_steps: list[Step]  # of the tokens after the first, if the job asks for them
+    at: float  # when it got its slot, by time.monotonic()
+
+
+@dataclass(frozen=True)
+class Ended:
+    """An answer is complete."""
+
+    began: Began
+    answer: Answer
+    end: Step | None  # the end token, if it wrote one; not a step of the answer
+
+
+Event = Began | Step | Ended
 
 
 class Server:
-    """A pair behind HTTP. `app` is the ASGI application; `close` ends the worker."""
+    """A pair behind HTTP: what all requests share."""
 
     def __init__(self, pair: Pair, settings: ServerOptions, name: str) -> None:
         self.pair, self.settings, self.name = pair, settings, name
         self.slots = Slots(pair, settings.n_slots)
-        # A bet is weighed for an answer alone; several share their batches.
+        # The fast schedule prices its bets for an answer alone; with more slots, several answers
+        # share each batch.
         schedule = "fast" if settings.n_slots == 1 else "sequential"
         self.defaults = pair.defaults.with_changes(schedule=schedule)
         self.created = int(time.time())
-        self.n_busy = self.n_waiting = 0
-        self._free = asyncio.Semaphore(settings.n_slots)
+        # One thread for each slot, so a thread that runs finds a slot free; jobs wait in the
+        # pool's queue.
+        self._threads = ThreadPoolExecutor(settings.n_slots, "colm-edge-answer")
+        self._n_open = 0  # answers that are written or wait; changed by the event loop alone
         self._last_use = time.monotonic()
-        self.metrics = Metrics(self)
+        self.metrics = Metrics()
+        self.metrics.busy.set_function(lambda: self.n_busy)
+        self.metrics.waiting.set_function(lambda: self.n_waiting)
+        self.metrics.expert_loaded.set_function(lambda: self.slots.expert_loaded)
 
-    # Answers
+    @property
+    def n_busy(self) -> int:
+        """How many answers are being written."""
+        return min(self._n_open, self.settings.n_slots)
 
-    def tokens_of(self, prompt: str | list[Any], options: Options) -> list[int]:
-        """Return a prompt's tokens, once it is sure that it can be answered."""
-        if isinstance(prompt, str):
-            tokens = self.pair.base.tokenize(prompt)
-        elif prompt and isinstance(prompt[0], dict):
-            tokens = self.pair.prompt_tokens(prompt)
-        else:
-            tokens = list(prompt)
-        self.pair.check_prompt(tokens, self.pair.threshold(options))
-        return tokens
+    @property
+    def n_waiting(self) -> int:
+        """How many answers wait for a slot."""
+        return self._n_open - self.n_busy
 
-    def text_of(self, tokens: list[int]) -> str:
-        return b"".join(map(self.pair.base.piece, tokens)).decode("utf-8", "replace")
-
-    def admit(self) -> None:
-        """Refuse what would wait in a queue that is full already."""
-        if self._free.locked() and self.n_waiting >= self.settings.queue:
+    def check_queue(self) -> None:
+        """Raise RefusalError when another answer would have to wait and the queue is full."""
+        if self._n_open >= self.settings.n_slots + self.settings.queue:
             raise RefusalError(
-                503, f"{self.n_waiting} requests are waiting already; try again later",
-                "server_error", "overloaded", headers={"Retry-After": "1"},
-            )  # fmt: skip
-
-    async def write(
-        self, tokens: list[int], options: Options, tells_prompt: bool
-    ) -> AsyncIterator[Written]:
-        """Write an answer; yield it at the start and after each step. Leaving this early frees the
-        slot."""
-        self.n_waiting += 1
-        try:
-            await self._free.acquire()
-        finally:
-            self.n_waiting -= 1
-        loop, queue = asyncio.get_running_loop(), asyncio.Queue[Any]()
-        gone = threading.Event()
-        streams: list[Stream] = []
-
-        def work() -> None:
-            put: Callable[[Any], Any] = lambda item: loop.call_soon_threadsafe(  # noqa: E731
-                queue.put_nowait, item
+                503,
+                f"{self.n_waiting} requests are already waiting; try again later",
+                "server_error",
+                "overloaded",
+                headers={"Retry-After": "1"},
             )
+
+    async def stream(self, jobs: Sequence[Job]) -> AsyncGenerator[tuple[int, Event], None]:
+        """Write the answers of a request side by side; yield (index of the job, event).
+
+        Closing the generator cancels the answers: each frees its slot after the token that it is
+        writing. Raises what goes wrong in any of them.
+        """
+        loop = asyncio.get_running_loop()
+        queue = asyncio.Queue[tuple[int, Event | BaseException]]()
+
+        def call(function: Callable[..., Any], *arguments: Any) -> None:
+            with suppress(RuntimeError):  # the loop is closed: nothing reads the answer any more
+                loop.call_soon_threadsafe(function, *arguments)
+
+        def left() -> None:
+            self._n_open -= 1
+            self._last_use = time.monotonic()
+
+        def write(i: int, writer: _Writer) -> None:
+            last: Ended | BaseException
             try:
-                with self.slots.take(tokens) as timelines:
-                    stream = self.pair.stream_tokens(tokens, options, timelines)
-                    streams.append(stream)
-                    if gone.is_set():
-                        stream.cancel()
-                    since = time.monotonic()
-                    prompt = stream.read_prompt() if tells_prompt else []
-                    put(Written(stream, since, prompt))
-                    for step in stream:
-                        put(step)
-                put(None)
-            except BaseException as e:
-                put(e)
-            finally:
-                loop.call_soon_threadsafe(self._release)
+                last = writer.write(lambda event: call(queue.put_nowait, (i, event)))
+            except BaseException as e:  # raised below, in the event loop
+                last = e
+            call(left)
+            call(queue.put_nowait, (i, last))
 
-        self.n_busy += 1
-        begun = time.monotonic()
+        writers = [_Writer(self, job) for job in jobs]
+        futures: list[Future[None]] = []
         try:
-            threading.Thread(target=work, name="colm-edge-answer", daemon=True).start()
-        except RuntimeError:  # no more threads: else the slot would stay taken
-            self._release()
-            raise
-        try:
-            while (item := await queue.get()) is not None:
-                if isinstance(item, BaseException):
-                    raise item
-                if isinstance(item, Written):
-                    written = item
-                else:
-                    if not written.steps:
-                        self.metrics.first.observe(time.monotonic() - begun)
-                    written.steps.append(item)
-                    self.metrics.tokens.labels(item.source).inc()
-                yield written
-            self.metrics.expert_calls.inc(written.stats()["expert_calls"])
+            for i, writer in enumerate(writers):
+                self._n_open += 1
+                futures.append(self._threads.submit(write, i, writer))
+            n_left = len(jobs)
+            while n_left:
+                i, event = await queue.get()
+                if isinstance(event, BaseException):
+                    raise event
+                n_left -= isinstance(event, Ended)
+                yield i, event
         finally:
-            gone.set()
-            for stream in streams:
-                stream.cancel()
+            for writer in writers:
+                writer.cancel()
+            for future in futures:
+                if future.cancel():  # it was still waiting
+                    left()
 
-    def _release(self) -> None:
-        self.n_busy -= 1
-        self._last_use = time.monotonic()
-        self._free.release()
+    async def generate(self, jobs: Sequence[Job]) -> list[Ended]:
+        """Write the answers of a request side by side; return them once all are complete."""
+        ended: dict[int, Ended] = {}
+        async with aclosing(self.stream(jobs)) as events:
+            async for i, event in events:
+                if isinstance(event, Ended):
+                    ended[i] = event
+        return [ended[i] for i in range(len(jobs))]
 
     async def unload_when_idle(self) -> None:
-        """Free the expert's memory whenever nothing was asked for long enough."""
+        """Free the expert's memory whenever no answer was written for long enough; never return."""
         limit = self.settings.expert_idle_unload
         while True:
             await asyncio.sleep(min(1.0, limit / 4))
             idle = time.monotonic() - self._last_use
-            if not self.n_busy and idle >= limit and self.slots.expert_loaded:
+            if not self._n_open and idle >= limit and self.slots.expert_loaded:
                 await asyncio.to_thread(self.slots.unload_expert)
 
     def close(self) -> None:
+        """End every answer with an error, and free the slots' contexts."""
         self.slots.close()
+        self._threads.shutdown()
+
+
+class _Writer:
+    """Writes one answer on a thread of its own; any thread may cancel it."""
+
+    def __init__(self, server: Server, job: Job) -> None:
+        self._server, self._job = server, job
+        self._stream: Stream | None = None
+        self._cancelled = False
+
+    def cancel(self) -> None:
+        """End the answer after the token that is being written, or before it begins."""
+        self._cancelled = True
+        if self._stream is not None:
+            self._stream.cancel()
+
+    def write(self, put: Callable[[Event], None]) -> Ended:
+        """Take a slot and write; tell `put` of each event but the last, which is returned."""
+        pair, job, metrics = self._server.pair, self._job, self._server.metrics
+        since = time.monotonic()
+        with self._server.slots.take(job.tokens) as timelines:
+            stream = self._stream = pair.stream_tokens(job.tokens, job.options, timelines)
+            if self._cancelled:  # before the stream was there to be cancelled
+                stream.cancel()
+            try:
+                prompt_steps = stream.read_prompt() if job.reads_prompt else []
+                began = Began(job.tokens, prompt_steps, since)
+                put(began)
+                for n, step in enumerate(stream):
+                    if n == 0:
+                        metrics.first_token.observe(time.monotonic() - since)
+                    metrics.tokens.labels(step.source).inc()
+                    put(step)
+            finally:  # an answer that nobody waits for, or that fails, has cost its calls as well
+                answer = stream.answer()
+                metrics.expert_calls.inc(answer.stats.expert_calls)
+        return Ended(began, answer, stream.end)

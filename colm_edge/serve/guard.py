@@ -1,84 +1,112 @@
-"""What is checked before a request is read: its host and the size of its body."""
+"""What is checked before a request is answered: its host, the size of its body, and the key."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+import secrets
+from typing import Annotated
 
-from fastapi.responses import JSONResponse
+from fastapi import Depends, Request
+from starlette.datastructures import Headers
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from colm_edge.serve.protocol import (
-    RefusalError,
-)
-
-if TYPE_CHECKING:
-    pass
 from colm_edge.serve.answers import Server
+from colm_edge.serve.errors import RefusalError
 
 MAX_BODY = 4 << 20  # bytes of a request
+LOCAL = ("127.0.0.1", "localhost", "::1")
+
+
+def server_of(request: Request) -> Server:
+    server: Server = request.app.state.server
+    return server
+
+
+TheServer = Annotated[Server, Depends(server_of)]
+
+
+def check_key(request: Request, server: TheServer) -> None:
+    """Raise RefusalError unless the request carries the server's key, if it has one."""
+    key = server.settings.api_key
+    if key is None:
+        return
+    kind, _, given = request.headers.get("authorization", "").partition(" ")
+    sent = given.strip().encode() if kind.lower() == "bearer" else b""
+    if not secrets.compare_digest(sent, key.encode()):
+        raise RefusalError(
+            401,
+            "the API key is missing or wrong; send Authorization: Bearer KEY",
+            "authentication_error",
+            "invalid_api_key",
+            headers={"WWW-Authenticate": "Bearer"},
+        )
 
 
 class Guard:
-    """Count requests, and refuse bodies that are too large and hosts that are another's name."""
+    """Middleware that counts requests, and refuses foreign hosts and bodies that are too large."""
 
-    def __init__(self, app: Any, server: Server) -> None:
-        self._app, self._server = app, server
-        local = server.settings.host in ("127.0.0.1", "localhost", "::1")
-        # A page elsewhere could make its own name point here; a local server has but these.
-        self._hosts = {"127.0.0.1", "localhost", "[::1]", "testserver"} if local else None
+    def __init__(self, app: ASGIApp, server: Server) -> None:
+        self._app, self._metrics = app, server.metrics
+        # Any site can point its own name at 127.0.0.1, and its pages could then read what this
+        # server answers. So a local server answers only to local names.
+        local = server.settings.host in LOCAL
+        self._hosts = {f"[{name}]" if ":" in name else name for name in LOCAL} if local else None
 
-    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        headers = dict(scope["headers"])
-        path, metrics = scope["path"], self._server.metrics
-        known = path if path in KNOWN_PATHS else "other"
 
-        async def counting(message: Any) -> None:
+        async def counted(message: Message) -> None:
             if message["type"] == "http.response.start":
-                metrics.requests.labels(known, message["status"]).inc()
+                # The route's own path: one label for each endpoint, whatever clients make up.
+                path = getattr(scope.get("route"), "path", "other")
+                self._metrics.requests.labels(path, message["status"]).inc()
             await send(message)
 
-        async def refuse(e: RefusalError) -> None:
-            await JSONResponse(e.body, e.status, e.headers)(scope, receive, counting)
+        refusal = self._refusal(Headers(scope=scope))
+        if refusal is not None:
+            await refusal.response()(scope, receive, counted)
+        else:
+            await _bounded(self._app, scope, receive, counted)
 
-        host = headers.get(b"host", b"").decode("latin-1")
-        name = host[: host.index("]") + 1] if host.startswith("[") else host.partition(":")[0]
+    def _refusal(self, headers: Headers) -> RefusalError | None:
+        """Return why a request with these headers is not answered, or None."""
+        host = headers.get("host", "")
+        name = host[: host.find("]") + 1] if host.startswith("[") else host.partition(":")[0]
         if self._hosts is not None and name not in self._hosts:
-            await refuse(
-                RefusalError(400, f"this server is not {name!r}; ask 127.0.0.1 or localhost")
+            return RefusalError(
+                400, f"this server does not answer to the host {name!r}; use 127.0.0.1 or localhost"
             )
-            return
-        length = headers.get(b"content-length", b"0")
+        length = headers.get("content-length", "0")
         if not length.isdigit() or int(length) > MAX_BODY:
-            await refuse(
-                RefusalError(413, f"the body has {length.decode()} bytes, at most {MAX_BODY}")
-            )
-            return
-        read, answered = 0, False
-
-        async def bounded() -> Any:
-            nonlocal read
-            message = await receive()
-            read += len(message.get("body", b""))
-            if read > MAX_BODY:  # it comes in pieces, its length untold
-                return {"type": "http.disconnect"}
-            return message
-
-        async def answering(message: Any) -> None:
-            nonlocal answered
-            if read <= MAX_BODY:
-                await counting(message)
-            elif not answered:
-                answered = True
-                await refuse(RefusalError(413, f"the body has more than {MAX_BODY} bytes"))
-
-        await self._app(scope, bounded, answering)
-        if read > MAX_BODY and not answered:
-            await refuse(RefusalError(413, f"the body has more than {MAX_BODY} bytes"))
+            return _too_large(length)
+        return None
 
 
-KNOWN_PATHS = (
-    "/", "/health", "/metrics", "/v1/models", "/v1/chat/completions", "/v1/completions",
-    "/tokenize",
-)  # fmt: skip
+async def _bounded(app: ASGIApp, scope: Scope, receive: Receive, send: Send) -> None:
+    """Run an application on a body that comes in pieces, its length unknown: beyond MAX_BODY bytes
+    the application sees the client leave, and the client receives a 413."""
+    n_read, refused = 0, False
+
+    async def refuse() -> None:
+        nonlocal refused
+        if not refused:
+            refused = True
+            await _too_large(f"more than {MAX_BODY}").response()(scope, receive, send)
+
+    async def bounded_receive() -> Message:
+        nonlocal n_read
+        message = await receive()
+        n_read += len(message.get("body", b""))
+        return {"type": "http.disconnect"} if n_read > MAX_BODY else message
+
+    async def bounded_send(message: Message) -> None:
+        await (refuse() if n_read > MAX_BODY else send(message))
+
+    await app(scope, bounded_receive, bounded_send)
+    if n_read > MAX_BODY:
+        await refuse()
+
+
+def _too_large(length: str) -> RefusalError:
+    return RefusalError(413, f"the body has {length} bytes; at most {MAX_BODY} are allowed")

@@ -24,22 +24,24 @@ from colm_edge.pair import load
 from colm_edge.serve.answers import Server
 from colm_edge.serve.app import create_app, listen
 from colm_edge.serve.guard import MAX_BODY
-from colm_edge.serve.protocol import ChatRequest
+from colm_edge.serve.requests import ChatRequest
 
 CHAT = [{"role": "user", "content": "hello"}]
 
 
 @pytest.fixture(scope="module")
 def pair(tiny):
-    with load(tiny["template"], tiny["expert"], "margin", n_threads=1, n_ctx=256,
-              defaults=GREEDY) as pair:  # fmt: skip
+    with load(
+        tiny["template"], tiny["expert"], "margin", n_threads=1, n_ctx=256, defaults=GREEDY
+    ) as pair:
         yield pair
 
 
 @pytest.fixture(scope="module")
 def endless(tiny):
-    with load(tiny["endless"], tiny["endless"], "margin", n_threads=1, n_ctx=512,
-              defaults=GREEDY) as pair:  # fmt: skip
+    with load(
+        tiny["endless"], tiny["endless"], "margin", n_threads=1, n_ctx=512, defaults=GREEDY
+    ) as pair:
         yield pair
 
 
@@ -86,9 +88,12 @@ def test_a_chat_is_answered_as_the_pair_answers(client, pair):
 def test_streamed_pieces_are_the_answer(client, pair):
     expected = pair.chat(CHAT, max_tokens=20)
     stream = client.chat.completions.create(
-        model="tiny", messages=CHAT, max_tokens=20, stream=True,
+        model="tiny",
+        messages=CHAT,
+        max_tokens=20,
+        stream=True,
         stream_options={"include_usage": True},
-    )  # fmt: skip
+    )
     chunks = list(stream)
     assert chunks[0].choices[0].delta.role == "assistant"
     deltas = [c.choices[0].delta.content or "" for c in chunks if c.choices]
@@ -115,12 +120,14 @@ def test_events_end_as_openais_do(url):
     assert [set(r) for r in records] == [{"id", "text", "source", "p_defer"}] * 3
 
 
-def test_the_switch_is_the_requests_to_set(client):
+def test_requests_can_set_the_threshold(client):
     for threshold, source in ((1, "base"), (0, "expert")):
         answer = client.chat.completions.create(
-            model="tiny", messages=CHAT, max_tokens=8,
+            model="tiny",
+            messages=CHAT,
+            max_tokens=8,
             extra_body={"colm": {"threshold": threshold, "trace": True}},
-        )  # fmt: skip
+        )
         assert {record["source"] for record in answer.colm["trace"]} == {source}
         assert answer.colm["defer_rate"] == (source == "expert")
         text = "".join(record["text"] for record in answer.colm["trace"])
@@ -179,8 +186,8 @@ def truth(pair, tokens, threshold):
 
 @pytest.mark.parametrize("threshold", [0.0, 0.4, 1.0])
 @pytest.mark.parametrize("n_words", [3, 150])
-def test_echoed_prompts_tell_their_own_probabilities(client, pair, threshold, n_words):
-    """As evaluation harnesses ask for them: no token written, the prompt's log-probabilities."""
+def test_echoed_prompts_report_their_own_probabilities(client, pair, threshold, n_words):
+    """As evaluation harnesses use them: no token is written, the prompt's log-probabilities are."""
     prompt = " ".join(f"word{i}" for i in range(n_words))
     tokens = pair.base.tokenize(prompt)[:250]
     prompt = b"".join(map(pair.base.piece, tokens)).decode()
@@ -208,16 +215,22 @@ def test_echoed_prompts_tell_their_own_probabilities(client, pair, threshold, n_
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_an_end_token_has_its_probability_told(demo, stream):
-    """Evaluation harnesses ask for one token after the text and count on it being told."""
+def test_an_end_token_has_its_probability_reported(demo, stream):
+    """Evaluation harnesses ask for one token after the text and expect it to be reported."""
     written = demo.generate("What is the symbol of tungsten?", temperature=0)
     tokens = written.prompt_tokens + [step.token for step in written.steps]
     with serving(demo, n_slots=1) as (url, _):
         client = openai.OpenAI(base_url=f"{url}/v1", api_key="any")
         answer = client.completions.create(
-            model="any", prompt=tokens, max_tokens=1, temperature=0, logprobs=1, echo=True,
-            stream=stream, extra_body={"return_tokens_as_token_ids": True},
-        )  # fmt: skip
+            model="any",
+            prompt=tokens,
+            max_tokens=1,
+            temperature=0,
+            logprobs=1,
+            echo=True,
+            stream=stream,
+            extra_body={"return_tokens_as_token_ids": True},
+        )
         choices = [e.choices[0] for e in answer if e.choices] if stream else answer.choices
     assert choices[-1].finish_reason == "stop"
     told = [choice.logprobs for choice in choices if choice.logprobs]
@@ -229,8 +242,8 @@ def test_an_end_token_has_its_probability_told(demo, stream):
     assert told[-1].top_logprobs[-1][names[-1]] == logprobs[-1]
 
 
-def test_alike_spellings_keep_the_likeliest(client, pair):
-    """Parts of characters are all spelled alike."""
+def test_of_tokens_with_the_same_text_the_most_likely_is_kept(client, pair):
+    """Parts of characters all have the same text."""
     answer = client.completions.create(model="tiny", prompt="hello", max_tokens=8, logprobs=20)
     stream = pair.stream("hello", **vars(GREEDY.with_changes(max_tokens=8, n_probs=20, raw=True)))
     for step, top in zip(stream, answer.choices[0].logprobs.top_logprobs, strict=True):
@@ -242,8 +255,8 @@ def test_alike_spellings_keep_the_likeliest(client, pair):
         assert len(top) < 20
 
 
-def test_a_stream_has_no_place_for_prompt_logprobs(client):
-    with pytest.raises(openai.BadRequestError, match="no stream tells prompt_logprobs"):
+def test_prompt_logprobs_cannot_be_streamed(client):
+    with pytest.raises(openai.BadRequestError, match="prompt_logprobs cannot be streamed"):
         client.completions.create(
             model="tiny", prompt="hello", stream=True, extra_body={"prompt_logprobs": 1}
         )
@@ -267,7 +280,7 @@ def test_an_echo_comes_first_in_a_stream(client):
         assert parts == getattr(whole.choices[0].logprobs, name)
 
 
-def test_the_likeliest_tokens_are_told(client, pair):
+def test_the_most_likely_tokens_are_reported(client, pair):
     answer = client.chat.completions.create(
         model="tiny", messages=CHAT, max_tokens=5, logprobs=True, top_logprobs=3
     )
@@ -288,7 +301,7 @@ def test_the_likeliest_tokens_are_told(client, pair):
 
 @pytest.mark.parametrize("n", [1, 3])
 def test_every_chunk_has_a_choice_unless_usage_is_asked_for(client, n):
-    """The loop of OpenAI's own examples looks at the first choice of every chunk."""
+    """The loop in OpenAI's own examples reads the first choice of every chunk."""
     for chunks in (
         client.chat.completions.create(model="tiny", messages=CHAT, max_tokens=3, n=n, stream=True),
         client.completions.create(model="tiny", prompt="hello", max_tokens=3, n=n, stream=True),
@@ -310,7 +323,7 @@ def test_what_a_request_sets_reaches_the_options():
 
 
 def test_small_answers_leave_at_once():
-    """asyncio sets TCP_NODELAY on the connections of a socket whose protocol is told."""
+    """asyncio sets TCP_NODELAY on the connections of a socket whose protocol is given."""
     with listen("127.0.0.1", 0) as listening:
         assert listening.proto == socket.IPPROTO_TCP
 
@@ -370,7 +383,7 @@ def test_models_and_health(client, url):
         ({"messages": CHAT, "stop": ""}, 400, "stop"),
         ({"messages": CHAT, "colm": {"threshold": 2}}, 400, "threshold"),
         ({"messages": CHAT, "colm": {"treshold": 0}}, 400, "colm.treshold: Extra inputs"),
-        ({"messages": CHAT, "tools": [{"type": "function"}]}, 400, "tools: this server has none"),
+        ({"messages": CHAT, "tools": [{"type": "function"}]}, 400, "tools: not supported"),
         ({"messages": CHAT, "response_format": {"type": "json_object"}}, 400, "response_format:"),
         ({"messages": [{"role": "user"}]}, 400, "messages.0: content is missing"),
         ({"messages": [{"role": "user", "content": 5}]}, 400, "messages.0.content: expected a"),
@@ -379,7 +392,7 @@ def test_models_and_health(client, url):
             400,
             "tool_calls: this server has no tools",
         ),
-        ({"messages": CHAT, "logit_bias": {"5": 3}}, 400, "logit_bias: this server has none"),
+        ({"messages": CHAT, "logit_bias": {"5": 3}}, 400, "logit_bias: not supported"),
         (
             {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
             400,
@@ -398,7 +411,7 @@ def test_errors_have_openais_shape(url, body, status, words):
     assert response.status_code == status
 
 
-def test_what_is_no_request_is_refused(url):
+def test_invalid_requests_are_refused(url):
     for response, status in (
         (httpx.get(f"{url}/v1/nothing"), 404),
         (httpx.get(f"{url}/v1/completions"), 405),
@@ -477,7 +490,7 @@ def test_answers_at_once_share_batches(endless):
         assert endless.base_session.n_calls - before < 0.8 * calls_alone
 
 
-def test_a_full_queue_says_come_again(endless, slow):
+def test_a_full_queue_refuses_with_retry_after(endless, slow):
     with serving(endless, n_slots=1, queue=0) as (url, server):
         body = {"prompt": "hello", "max_tokens": 400, "stream": True}
         with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=60) as response:
@@ -512,6 +525,63 @@ def test_a_client_that_goes_away_frees_its_slot(endless, slow):
             assert endless.base_session.n_evaluated - evaluated < 470
 
 
+def metrics_of(url: str) -> dict[str, float]:
+    lines = httpx.get(f"{url}/metrics").text.splitlines()
+    samples = (line.rsplit(" ", 1) for line in lines if line and not line.startswith("#"))
+    return {name: float(value) for name, value in samples}
+
+
+def test_the_expert_calls_of_a_client_that_goes_away_are_counted(endless, slow):
+    body = {"prompt": "hello", "max_tokens": 480, "colm": {"threshold": 0}}
+    with serving(endless, n_slots=1) as (url, server):
+        for n in (1, 2):
+            streamed = body | {"stream": True}
+            with httpx.stream("POST", f"{url}/v1/completions", json=streamed, timeout=60) as r:
+                next(r.iter_lines())
+            wait_for(lambda: server.n_busy == 0)
+            values = metrics_of(url)
+            written = values['colm_tokens_total{source="expert"}']
+            assert written >= n
+            # Each time the expert may evaluate one token more, which nobody reads.
+            assert written <= values["colm_expert_calls_total"] <= written + n
+        with pytest.raises(httpx.ReadTimeout):
+            httpx.post(f"{url}/v1/completions", json=body, timeout=0.2)
+        wait_for(lambda: server.n_busy == 0)
+        assert metrics_of(url)["colm_expert_calls_total"] > values["colm_expert_calls_total"]
+
+
+def test_requests_are_counted_by_the_path_of_their_route(pair):
+    with serving(pair) as (url, _):
+        for path in ("/", "/health", "/v1/models", "/v1/models/a", "/v1/models/b", "/c", "/d/e"):
+            httpx.get(url + path)
+        httpx.post(f"{url}/tokenize", json={"prompt": "hello"})
+        httpx.get(f"{url}/tokenize")
+        httpx.get(f"{url}/health", headers={"Host": "evil.example"})
+        values = metrics_of(url)
+    counted = {
+        (name.split('"')[1], name.split('"')[3]): n
+        for name, n in values.items()
+        if name.startswith("colm_requests_total")
+    }
+    assert counted == {
+        ("/", "200"): 1, ("/health", "200"): 1, ("/v1/models", "200"): 1,
+        ("/v1/models/{model}", "404"): 2, ("/tokenize", "200"): 1, ("/tokenize", "405"): 1,
+        ("other", "404"): 2, ("other", "400"): 1,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("host", "status"),
+    [
+        ("127.0.0.1", 200), ("localhost:1234", 200), ("[::1]:8080", 200), ("testserver", 400),
+        ("evil.example", 400), ("[::1", 400), ("", 400),
+    ],
+)  # fmt: skip
+def test_a_local_server_answers_to_local_names_alone(url, host, status):
+    response = httpx.get(f"{url}/health", headers={"Host": host})
+    assert response.status_code == status
+
+
 def test_metrics_are_prometheus_own(pair):
     with serving(pair) as (url, _):
         httpx.post(f"{url}/v1/completions", json={"prompt": "hello", "max_tokens": 6}, timeout=60)
@@ -527,10 +597,12 @@ def test_metrics_are_prometheus_own(pair):
 
 
 def test_an_idle_experts_memory_is_given_back(tiny):
-    with load(tiny["template"], tiny["expert"], "margin", n_threads=1, n_ctx=128,
-              defaults=replace(GREEDY, threshold=0.0)) as pair, serving(
-        pair, expert_idle_unload=0.2
-    ) as (url, _):  # fmt: skip
+    always = replace(GREEDY, threshold=0.0)
+    files = tiny["template"], tiny["expert"]
+    with (
+        load(*files, "margin", n_threads=1, n_ctx=128, defaults=always) as pair,
+        serving(pair, expert_idle_unload=0.2) as (url, _),
+    ):
         body = {"prompt": "hello", "max_tokens": 3}
         first = httpx.post(f"{url}/v1/completions", json=body, timeout=60).json()
         wait_for(lambda: not pair.expert_is_loaded)
@@ -539,7 +611,7 @@ def test_an_idle_experts_memory_is_given_back(tiny):
 
 
 def test_a_stream_under_way_ends_before_the_server_does(endless, slow):
-    """The server is told to stop while a stream is being written, and writes it to its end."""
+    """A server that is stopped while a stream is being written completes the stream."""
     body = {"prompt": "hello", "max_tokens": 300, "stream": True}
     rest: list[str] = []
     with httpx.Client(timeout=60) as client:
@@ -559,7 +631,7 @@ def test_the_document_holds(pair):
     """Whatever the server's own OpenAPI document allows is answered as it says."""
     server = Server(pair, ServerOptions(max_tokens=4), "tiny")
     app = create_app(server)
-    schema = schemathesis.openapi.from_asgi("/openapi.json", app)
+    schema = schemathesis.openapi.from_asgi("/openapi.json", app, headers={"Host": "127.0.0.1"})
     n_seen = 0
     for operation in schema.get_all_operations():
 
@@ -568,7 +640,7 @@ def test_the_document_holds(pair):
         def check(case):
             nonlocal n_seen
             n_seen += 1
-            response = case.call()
+            response = case.call(base_url="http://127.0.0.1")
             # A schema cannot say what fits a context, or that a switch has no calibration.
             case.validate_response(response, excluded_checks=[positive_data_acceptance])
             if response.status_code >= 400:

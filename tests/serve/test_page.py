@@ -125,10 +125,16 @@ def test_copying_takes_the_whole_answer(browser, url):
 
 def test_an_answer_can_be_stopped(page, tiny, monkeypatch):
     with (
-        load(tiny["endless"], tiny["endless"], "margin", n_threads=1, n_ctx=512,
-             defaults=GREEDY.with_changes(threshold=0.9)) as pair,
+        load(
+            tiny["endless"],
+            tiny["endless"],
+            "margin",
+            n_threads=1,
+            n_ctx=512,
+            defaults=GREEDY.with_changes(threshold=0.9),
+        ) as pair,
         serving(pair, n_slots=1) as (url, server),
-    ):  # fmt: skip
+    ):
         decode = Context.decode
 
         def slowly(*args, **more) -> None:
@@ -154,7 +160,7 @@ def test_what_goes_wrong_is_shown(page, url):
     error.wait_for()
     assert "the context holds 192" in error.inner_text()
     picture(page, "error")
-    # And is no part of the conversation that goes on.
+    # And it does not become part of the conversation.
     ask(page, "What is the symbol of iron?")
     page.locator("article").nth(3).locator(".text span").first.wait_for()
     assert page.locator(".error").count() == 1

@@ -1,0 +1,96 @@
+"""Chat and plain completions, from the request to its response: one JSON body, or a stream."""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
+from typing import Any
+
+from fastapi import Request
+from fastapi.responses import JSONResponse, Response
+
+from colm_edge.decode.step import Step
+from colm_edge.serve.answers import Ended, Job, Server
+from colm_edge.serve.errors import RefusalError
+from colm_edge.serve.formats import Format, Json, colm_of, record_of, usage_of
+from colm_edge.serve.requests import MAX_CHOICES, ChatRequest, CompletionRequest, Sampling
+from colm_edge.serve.streaming import EventStream, sse, while_connected
+
+
+async def respond(
+    server: Server, form: Format, body: ChatRequest | CompletionRequest, request: Request
+) -> Response:
+    """Answer each prompt `n` times, in the manner of OpenAI's API."""
+    server.check_queue()
+    jobs = _jobs(server, body)
+    head = {
+        "id": form.prefix + secrets.token_hex(12),
+        "created": int(time.time()),
+        "model": server.name,
+    }
+    n_prompt = sum(len(job.tokens) for job in jobs[:: body.n])
+    if body.stream:
+        return EventStream(_chunks(server, form, body, jobs, head, n_prompt))
+    ended = await while_connected(request, server.generate(jobs))
+    if ended is None:
+        return Response(status_code=499)
+    colm = colm_of(ended)
+    if body.colm.trace:
+        colm["trace"] = [
+            {"choice": i, **record_of(step)} for i, e in enumerate(ended) for step in e.answer.steps
+        ]
+    return JSONResponse(
+        {
+            **head,
+            "object": form.kind,
+            "choices": [form.choice(i, e) for i, e in enumerate(ended)],
+            "usage": usage_of(n_prompt, ended),
+            "colm": colm,
+        }
+    )
+
+
+def _jobs(server: Server, body: ChatRequest | CompletionRequest) -> list[Job]:
+    """Return one job for each choice: `n` of each prompt, one prompt after the other."""
+    prompts, jobs = body.prompt_tokens(server.pair), list[Job]()
+    n = len(prompts) * body.n
+    if n > MAX_CHOICES:
+        raise RefusalError(
+            400, f"the request asks for {n} answers; at most {MAX_CHOICES} are allowed", param="n"
+        )
+    for tokens in prompts:
+        for _ in range(body.n):
+            options = body.options(server.defaults, len(jobs), server.settings.max_tokens)
+            server.pair.check_prompt(tokens, server.pair.threshold(options))
+            jobs.append(Job(tokens, options, body.tells_prompt))
+    return jobs
+
+
+async def _chunks(
+    server: Server, form: Format, body: Sampling, jobs: Sequence[Job], head: Json, n_prompt: int
+) -> AsyncGenerator[str, None]:
+    """Yield a stream of OpenAI's API: a chunk for each token, the choices interleaved."""
+    wants_usage = body.stream_options is not None and body.stream_options.include_usage
+
+    def chunk(choices: list[Json], **more: Any) -> str:
+        usage = {"usage": None} if wants_usage else {}
+        return sse({**head, "object": form.chunk_kind, "choices": choices, **usage, **more})
+
+    ended: dict[int, Ended] = {}
+    async with aclosing(server.stream(jobs)) as events:
+        async for i, event in events:
+            more = {}
+            if isinstance(event, Step) and body.colm.trace:
+                more["colm"] = record_of(event)
+            elif isinstance(event, Ended):
+                ended[i] = event
+                if len(ended) == len(jobs):
+                    more["colm"] = colm_of(list(ended.values()))
+            delta = form.delta(i, event)
+            if delta is not None:
+                yield chunk([delta], **more)
+    if wants_usage:  # OpenAI's clients expect a chunk without choices then, and only then
+        yield chunk([], usage=usage_of(n_prompt, list(ended.values())))
+    yield "data: [DONE]\n\n"

@@ -1,0 +1,108 @@
+"""Errors as OpenAI's API reports them: status, and an object that says what to change."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from fastapi import Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from pydantic import BaseModel
+from starlette.exceptions import HTTPException
+
+from colm_edge.errors import ColmError, ContextError, ModelError
+
+
+class RefusalError(Exception):
+    """A request is not answered. Holds what the client receives instead."""
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        kind: str = "invalid_request_error",
+        code: str | None = None,
+        param: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        """param: the field of the request that is wrong."""
+        super().__init__(message)
+        self.status, self.headers = status, headers
+        self.body = {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+    def response(self) -> JSONResponse:
+        return JSONResponse(self.body, self.status, self.headers)
+
+
+class ErrorDetail(BaseModel):
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorBody(BaseModel):
+    error: ErrorDetail
+
+
+REFUSALS: dict[int | str, dict[str, Any]] = {
+    status: {"description": text, "model": ErrorBody}
+    for status, text in {
+        400: "The request is wrong",
+        401: "The key is missing or wrong",
+        404: "The model does not exist",
+        413: "The body is too large",
+        415: "The body is not JSON",
+        503: "Too many requests are waiting",
+    }.items()
+}
+
+
+async def _refused(_: Request, e: RefusalError) -> JSONResponse:
+    return e.response()
+
+
+async def _failed(_: Request, e: ColmError) -> JSONResponse:
+    if isinstance(e, ModelError):
+        return RefusalError(500, str(e), "server_error").response()
+    code = "context_length_exceeded" if isinstance(e, ContextError) else None
+    return RefusalError(400, str(e), code=code).response()
+
+
+async def _invalid(request: Request, e: RequestValidationError) -> JSONResponse:
+    message, param = explain(e.errors()[0], request.headers.get("content-type", ""))
+    return RefusalError(400, message, param=param).response()
+
+
+async def _other(_: Request, e: HTTPException) -> JSONResponse:
+    return RefusalError(e.status_code, str(e.detail), headers=e.headers).response()
+
+
+# By class of exception: what turns it into a response.
+HANDLERS: dict[int | type[Exception], Any] = {
+    RefusalError: _refused,
+    ColmError: _failed,
+    RequestValidationError: _invalid,
+    HTTPException: _other,
+}
+
+UNSUPPORTED = ("tools", "tool_choice", "response_format", "logit_bias", "best_of", "suffix")
+
+
+def explain(error: Mapping[str, Any], content_type: str) -> tuple[str, str | None]:
+    """Say in one sentence what pydantic found wrong with a body; return also the field's name."""
+    where = ".".join(str(part) for part in error["loc"][1:])
+    field = str(error["loc"][1]) if len(error["loc"]) > 1 else ""
+    if error["type"] == "json_invalid":
+        return f"the body is not valid JSON: {error['ctx']['error']}", None
+    if not where and "json" not in content_type:
+        return "the body was not read as JSON; send Content-Type: application/json", None
+    if field in UNSUPPORTED:
+        return f"{field}: not supported by this server; leave it out", field
+    if field == "messages" and "content" in error["loc"]:
+        where = where[: where.index("content") + len("content")]  # without pydantic's own names
+        return f"{where}: expected a text, or parts of type text", where
+    if "tool_calls" in error["loc"]:
+        return f"{where}: this server has no tools; leave it out", where
+    return f"{where or 'the body'}: {error['msg'].removeprefix('Value error, ')}", where or None

@@ -1,0 +1,95 @@
+"""The paths of the server, one function each. To add an endpoint, add a function here, or a module
+with a router of its own to ROUTERS in `app`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from fastapi import APIRouter, Depends, Request
+from fastapi.responses import HTMLResponse, Response
+from prometheus_client import generate_latest
+
+from colm_edge.serve.completions import respond
+from colm_edge.serve.errors import REFUSALS, RefusalError
+from colm_edge.serve.formats import ChatFormat, CompletionFormat
+from colm_edge.serve.guard import TheServer, check_key
+from colm_edge.serve.requests import ChatRequest, CompletionRequest, TokenizeRequest
+
+PAGE = Path(__file__).parent.parent / "data" / "chat.html"
+PAGE_POLICY = (
+    "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; "
+    "connect-src 'self'; img-src data:; frame-ancestors 'none'; base-uri 'none'; form-action 'none'"
+)
+# In the API's document, of an endpoint that answers with a body or a stream.
+BODY_OR_STREAM: dict[int | str, dict[str, Any]] = {
+    200: {"content": {"application/json": {}, "text/event-stream": {}}}
+}
+
+# Paths that anyone may ask for, and those that need the key where the server has one.
+public = APIRouter()
+private = APIRouter(dependencies=[Depends(check_key)], responses=REFUSALS)
+
+
+@public.get("/", include_in_schema=False)
+def page() -> HTMLResponse:
+    text = PAGE.read_text(encoding="utf-8")
+    headers = {"Content-Security-Policy": PAGE_POLICY, "X-Frame-Options": "DENY"}
+    return HTMLResponse(text, headers=headers)
+
+
+@public.get("/health")
+def health() -> dict[str, str]:
+    return {"status": "ok"}
+
+
+@private.get("/metrics", include_in_schema=False)
+def metrics(server: TheServer) -> Response:
+    text = generate_latest(server.metrics.registry)
+    return Response(text, media_type="text/plain; version=0.0.4")
+
+
+@private.get("/v1/models")
+def models(server: TheServer) -> dict[str, Any]:
+    model = {
+        "id": server.name,
+        "object": "model",
+        "created": server.created,
+        "owned_by": "colm-edge",
+        "max_model_len": server.pair.n_ctx,
+        "meta": {"n_vocab": server.pair.n_shared},
+    }
+    return {"object": "list", "data": [model]}
+
+
+@private.get("/v1/models/{model}")
+def one_model(model: str, server: TheServer) -> dict[str, Any]:
+    if model != server.name:
+        message = f"no model {model!r}; this server has {server.name!r}"
+        raise RefusalError(404, message, code="model_not_found", param="model")
+    return dict(models(server)["data"][0])
+
+
+@private.post("/v1/chat/completions", responses=BODY_OR_STREAM)
+async def chat(body: ChatRequest, server: TheServer, request: Request) -> Response:
+    form = ChatFormat(body, server.pair.base.piece)
+    return await respond(server, form, body, request)
+
+
+@private.post("/v1/completions", responses=BODY_OR_STREAM)
+async def completions(body: CompletionRequest, server: TheServer, request: Request) -> Response:
+    if body.stream and body.prompt_logprobs is not None:
+        raise RefusalError(
+            400,
+            "prompt_logprobs cannot be streamed; leave out stream or prompt_logprobs, or use echo "
+            "with logprobs",
+            param="prompt_logprobs",
+        )
+    form = CompletionFormat(body, server.pair.base.piece)
+    return await respond(server, form, body, request)
+
+
+@private.post("/tokenize")
+def tokenize(body: TokenizeRequest, server: TheServer) -> dict[str, Any]:
+    tokens = server.pair.base.tokenize(body.prompt, bos=body.add_special_tokens)
+    return {"tokens": tokens, "count": len(tokens), "max_model_len": server.pair.n_ctx}

@@ -1,0 +1,155 @@
+"""The events of answers, and how they are counted, with no HTTP between."""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import aclosing
+
+import pytest
+from serving import GREEDY, wait_for
+
+from colm_edge.decode.loop import Step
+from colm_edge.errors import ColmError
+from colm_edge.llama.context import Context
+from colm_edge.options import ServerOptions
+from colm_edge.pair import load
+from colm_edge.serve.answers import Began, Ended, Job, Server
+from colm_edge.serve.errors import RefusalError
+
+
+@pytest.fixture(scope="module")
+def pair(tiny):
+    with load(
+        tiny["endless"],
+        tiny["endless"],
+        "margin",
+        n_threads=1,
+        n_ctx=256,
+        defaults=GREEDY.with_changes(threshold=0.0),
+    ) as pair:
+        yield pair
+
+
+@pytest.fixture
+def server(pair):
+    server = Server(pair, ServerOptions(n_slots=2, queue=1), "tiny")
+    yield server
+    server.close()
+
+
+def job(server: Server, prompt: str = "hello", max_tokens: int = 5, **more) -> Job:
+    tokens = server.pair.base.tokenize(prompt)
+    return Job(tokens, server.defaults.with_changes(max_tokens=max_tokens), **more)
+
+
+def value(server: Server, name: str, **labels: str) -> float:
+    return server.metrics.registry.get_sample_value(name, labels) or 0.0
+
+
+async def until(condition) -> None:
+    await asyncio.to_thread(wait_for, condition)
+
+
+async def read(server: Server, jobs: list[Job]) -> list[tuple[int, object]]:
+    async with aclosing(server.stream(jobs)) as events:
+        return [event async for event in events]
+
+
+def test_each_answer_begins_takes_steps_and_ends(server):
+    jobs = [job(server, "hello"), job(server, "other", 8, reads_prompt=True), job(server, "x", 3)]
+    events = asyncio.run(read(server, jobs))
+    for i, expected in enumerate(jobs):
+        began, *steps, ended = [event for j, event in events if j == i]
+        assert isinstance(began, Began)
+        assert all(isinstance(step, Step) for step in steps)
+        assert isinstance(ended, Ended)
+        assert began.prompt_tokens == expected.tokens
+        assert len(began.prompt_steps) == (len(expected.tokens) - 1 if i == 1 else 0)
+        assert (ended.began, ended.answer.steps) == (began, steps)
+        assert ended.answer.finish_reason == "length"
+        alone = list(server.pair.stream_tokens(expected.tokens, expected.options))
+        assert [step.token for step in steps] == [step.token for step in alone]
+    assert server.n_busy == server.n_waiting == 0
+
+
+def test_whole_answers_come_in_the_order_of_their_jobs(server):
+    jobs = [job(server, "hello", 9), job(server, "other", 1)]
+    ended = asyncio.run(server.generate(jobs))
+    assert [e.answer.prompt_tokens for e in ended] == [j.tokens for j in jobs]
+    assert [len(e.answer.steps) for e in ended] == [9, 1]
+
+
+def test_an_abandoned_answer_has_its_expert_calls_counted(server):
+    async def leave() -> None:
+        async with aclosing(server.stream([job(server, max_tokens=200)])) as events:
+            async for _, event in events:
+                if isinstance(event, Step):
+                    break
+        await until(lambda: server.n_busy == 0)
+
+    asyncio.run(leave())
+    n_tokens = value(server, "colm_tokens_total", source="expert")
+    # The expert writes every token here; the last one may have been evaluated for nobody.
+    assert 1 <= n_tokens <= value(server, "colm_expert_calls_total") <= n_tokens + 1 < 200
+
+
+def test_an_answer_that_fails_is_counted_and_raised(server, pair, monkeypatch):
+    decode, n_decoded = Context.decode, 0
+
+    def broken(*args, **more) -> None:
+        nonlocal n_decoded
+        n_decoded += 1
+        if n_decoded > 4:
+            raise ColmError("out of order")
+        decode(*args, **more)
+
+    monkeypatch.setattr(Context, "decode", broken)
+    with pytest.raises(ColmError, match="out of order"):
+        asyncio.run(server.generate([job(server, max_tokens=50)]))
+    assert value(server, "colm_expert_calls_total") == 4
+    assert server.n_busy == 0
+
+
+def test_answers_wait_for_slots_and_are_counted_once(server):
+    async def fill() -> None:
+        jobs = [job(server, text, 100) for text in ("one", "two", "three")]
+        async with aclosing(server.stream(jobs)) as events:
+            await anext(events)
+            assert (server.n_busy, server.n_waiting) == (2, 1)
+            assert value(server, "colm_busy_slots") == 2
+            assert value(server, "colm_waiting_requests") == 1
+            with pytest.raises(RefusalError, match="1 requests are already waiting"):
+                server.check_queue()
+        assert server.n_waiting == 0  # the one that waited is gone at once
+        server.check_queue()
+        await until(lambda: server.n_busy == 0)
+
+    asyncio.run(fill())
+    assert len(asyncio.run(server.generate([job(server)]))[0].answer.steps) == 5
+
+
+def test_an_answer_that_is_cancelled_while_it_waits_never_begins(server, pair, monkeypatch):
+    begun: list[list[int]] = []
+    stream_tokens = pair.stream_tokens
+
+    def noted(tokens, *more):
+        begun.append(tokens)
+        return stream_tokens(tokens, *more)
+
+    monkeypatch.setattr(pair, "stream_tokens", noted)
+
+    async def go() -> None:
+        under_way, waits = [job(server, "one", 200), job(server, "two", 200)], job(server, "three")
+        async with aclosing(server.stream(under_way)) as events:
+            await anext(events)
+            waiting = asyncio.ensure_future(server.generate([waits]))
+            await until(lambda: server.n_waiting == 1)
+            waiting.cancel()
+            await asyncio.wait([waiting])
+            assert server.n_waiting == 0
+        await until(lambda: server.n_busy == 0)
+        await server.generate([job(server, "last", 1)])
+        assert waits.tokens not in begun
+        assert len(begun) == 3
+
+    asyncio.run(go())
