@@ -28,7 +28,7 @@ from typing import Any
 
 import click
 import numpy as np
-from checkpoint_files import Tensor, Weights, copy_weights, read_file, read_json
+from lib.checkpoint_files import Tensor, Weights, copy_weights, read_file, read_json
 
 from colm_edge import readout
 from colm_edge.cli import OneLineErrors

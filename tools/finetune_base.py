@@ -137,7 +137,7 @@ def finetune(
 ) -> dict[str, Any]:  # fmt: skip
     """Run the training to its end and return what it did, with losses on `valid` if given."""
     try:
-        import tuning
+        from lib import tuning
     except ImportError as e:
         raise ColmError(f"{e}; fine-tuning needs: pip install 'colm-edge[finetune]'") from e
 

@@ -12,7 +12,6 @@ import sys
 import zipfile
 from pathlib import Path
 
-import checkpoint_files
 import convert_switch
 import numpy as np
 import pytest
@@ -27,6 +26,7 @@ from checkpoints import (
     write_safetensors,
     write_tokenizer,
 )
+from lib import checkpoint_files
 
 from colm_edge.errors import ModelError
 from colm_edge.switch.file import Switch

@@ -23,7 +23,7 @@ from colm_edge.train.fit import marginal_loss
 torch = pytest.importorskip("torch", reason="needs the extra finetune")
 transformers = pytest.importorskip("transformers", reason="needs the extra finetune")
 pytest.importorskip("peft", reason="needs the extra finetune")
-gguf_base, tuning = (pytest.importorskip(name) for name in ("gguf_base", "tuning"))
+gguf_base, tuning = (pytest.importorskip(f"lib.{name}") for name in ("gguf_base", "tuning"))
 
 # PEFT still calls what transformers is about to rename.
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
@@ -273,7 +273,7 @@ def decided(tmp_path) -> Path:
 def test_transformers_computes_what_llama_cpp_does(decided, monkeypatch):
     source = gguf_base.GgufBase(decided)
     assert source.check(source.load()) < 0.005
-    shipped = gguf_base.GgufBase(Path(tuning.__file__).parent.parent / "colm_edge/data/base.gguf")
+    shipped = gguf_base.GgufBase(Path(tuning.__file__).parents[2] / "colm_edge/data/base.gguf")
     assert shipped.check(shipped.load()) < 0.05
     monkeypatch.setattr(gguf_base, "INTERLEAVED", ())
     for path in (source.path, shipped.path):

@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import checkpoint_files
 import numpy as np
 import pytest
 from checkpoints import convert, need_torch, write_tokenizer
 from click.testing import CliRunner
 from gguf import GGUFWriter, TokenType
+from lib import checkpoint_files
 from lib.random_model import SHAPES, vocabulary
 
 from colm_edge.cli import main as colm_edge

@@ -6,8 +6,8 @@ demo_pair/text.py). Everything is seeded; each stage writes to the work folder
 and is skipped when its result is there; training resumes from its checkpoint.
 
     pip install -e '.[train-demo]'
-    python tools/train_demo_pair.py --work build/demo            # all stages
-    python tools/train_demo_pair.py --work build/demo --stage base
+    python tools/studies/train_demo_pair.py --work build/demo            # all stages
+    python tools/studies/train_demo_pair.py --work build/demo --stage base
 
 Stages: vocab, base, expert, export (GGUF, Q8_0), data (JSONL for `colm-edge
 train` and the exams in tests/), switch.
@@ -25,11 +25,12 @@ from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent))
-from demo_pair import text
-from small_llama import Shape, export, load_vocab, train_model, train_vocab
+sys.path.insert(0, str(Path(__file__).parents[1]))  # tools/, where imports begin
+from lib.small_llama import Shape, export, load_vocab, train_model, train_vocab
 
-ROOT = Path(__file__).parent.parent
+from studies.demo_pair import text
+
+ROOT = Path(__file__).parents[2]
 SEED = 20261123
 
 SHAPES = {

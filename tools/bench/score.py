@@ -1,8 +1,8 @@
 """Compare a scoring pass with a bare llama.cpp loop over the same tokens, base and expert.
 
-    python tools/bench_score.py -t 1                        # the pair that ships
+    python tools/bench/score.py -t 1                        # the pair that ships
     python tools/make_random_pair.py --out build/random
-    python tools/bench_score.py -m build/random/base.gguf -me build/random/expert.gguf -t 2 -n 24
+    python tools/bench/score.py -m build/random/base.gguf -me build/random/expert.gguf -t 2 -n 24
 
 The bare loop decodes the tokens as they follow each other, a full batch at a time from an empty
 cache, scored positions as outputs, and reads nothing. The pass evaluates each document as itself,
@@ -34,7 +34,7 @@ from colm_edge.pair import Pair, load
 from colm_edge.train import scoring
 from colm_edge.train.documents import Documents, read_rows, tokenized
 
-DATA = Path(__file__).parent.parent / "tests" / "data" / "demo_heldout.jsonl"
+DATA = Path(__file__).parents[2] / "tests" / "data" / "demo_heldout.jsonl"
 
 
 def random_documents(n: int, n_vocab: int, rng: np.random.Generator) -> Documents:

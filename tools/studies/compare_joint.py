@@ -4,8 +4,8 @@ On the shipped pair, at its own scale. The switch's training data is parted by f
 fine-tuned on one half, switches are fitted on the other, and everything is judged on questions
 about entities of neither half.
 
-    python tools/train_demo_pair.py --work build/demo --stage data
-    python tools/compare_joint.py --data build/demo/switch.jsonl --work build/joint
+    python tools/studies/train_demo_pair.py --work build/demo --stage data
+    python tools/studies/compare_joint.py --data build/demo/switch.jsonl --work build/joint
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ from typing import Any
 
 import click
 import numpy as np
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # tools/, where imports begin
 from finetune_base import finetune
 
 from colm_edge import Pair, load
@@ -30,7 +32,7 @@ from colm_edge.train.documents import Row, read_rows, tokenized
 from colm_edge.train.fit import fit_switch
 from colm_edge.train.scoring import Scores, score, score_expert
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 SHIPPED = ROOT / "colm_edge" / "data"
 LORA_RANK = 16
 COMMON = {
@@ -92,7 +94,7 @@ def judge(
     entry: Entry, fitting: list[Row], held_out: list[Row], work: Path, threads: int
 ) -> dict[str, Any]:
     """Fit the entry's switch if it is to be fitted; return its row of the table."""
-    import tuning
+    from lib import tuning
 
     path = Path(entry.switch)
     kept = work / "scores" / entry.of  # of one base: what it says is scored once

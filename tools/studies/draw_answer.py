@@ -1,6 +1,6 @@
 """Draw answers as the terminal shows them, as SVG: the expert's tokens coloured and underlined.
 
-python tools/draw_answer.py docs/answer.svg "When did the last Caspian tiger die?" ...
+python tools/studies/draw_answer.py docs/answer.svg "When did the last Caspian tiger die?" ...
 """
 
 from __future__ import annotations

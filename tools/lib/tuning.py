@@ -22,7 +22,6 @@ from typing import Any
 import numpy as np
 import torch
 from convert_switch import TOKENIZER_FILES, logit_scale
-from gguf_base import GgufBase
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -31,6 +30,7 @@ from colm_edge.switch.file import Switch
 from colm_edge.switch.reading import HIDDEN
 from colm_edge.switch.rules import DEFER_TOKEN
 from colm_edge.train.fit import calibrate, choose_threshold
+from lib.gguf_base import GgufBase
 
 CLIP = 1.0  # of the gradient's norm
 WARM_UP = 0.03  # of all steps

@@ -9,7 +9,7 @@ file, which names its sources. Every entity belongs to one part:
     test    nobody but the expert has met it
 
     pip install mendeleev==1.3.0 countryinfo==1.0.1 pycountry==26.2.16
-    python tools/demo_pair/facts.py
+    python tools/studies/demo_pair/facts.py
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Time the switch on one core, for each implementation that this CPU runs.
 
-    python tools/bench_switch.py [-o md|json]
+    python tools/bench/switch.py [-o md|json]
 
 head: a 4096-wide hidden state over a vocabulary of 8, so that the head is the cost.
 features: the eight features, argmax and logsumexp over 128256 logits, without a head.

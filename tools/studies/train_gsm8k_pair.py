@@ -1,7 +1,7 @@
 """Train a base and an expert on real text, grade-school word problems, to measure switches on.
 
     pip install -e '.[train-demo]'
-    python tools/train_gsm8k_pair.py --data DIR --work build/gsm8k      # DIR/train.jsonl of GSM8K
+    python tools/studies/train_gsm8k_pair.py --data DIR --work build/gsm8k  # DIR/train.jsonl of GSM8K
 
 The data is GSM8K's training part (Cobbe et al. 2021, MIT licence), one {"prompt", "completion"} a
 line. By a hash of each line it is cut into three parts:
@@ -27,8 +27,8 @@ from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent))
-from small_llama import Shape, export, load_vocab, train_model, train_vocab
+sys.path.insert(0, str(Path(__file__).parents[1]))  # tools/, where imports begin
+from lib.small_llama import Shape, export, load_vocab, train_model, train_vocab
 
 SEED = 20261124
 END = "<|end|>"

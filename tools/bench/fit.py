@@ -1,6 +1,6 @@
 """Time the fit of a switch on random features, scoring not included.
 
-    python tools/bench_fit.py [--tokens 1000000] [--width 1024] [--objective best]
+    python tools/bench/fit.py [--tokens 1000000] [--width 1024] [--objective best]
 
 A planted head decides which of two models knows each token; the fit must find it again.
 """

@@ -18,7 +18,7 @@ from collections.abc import Iterator, Set
 from dataclasses import dataclass
 from pathlib import Path
 
-from demo_pair.wordings import (
+from studies.demo_pair.wordings import (
     ATTRIBUTES,
     CLAUSE_FRAMES,
     NOUN_FRAMES,

@@ -1,6 +1,6 @@
 """Compare what a switch may read and what it is fitted to, on documents of their own.
 
-    python tools/compare_switches.py -m BASE.gguf -me EXPERT.gguf --data FIT.jsonl \
+    python tools/studies/compare_switches.py -m BASE.gguf -me EXPERT.gguf --data FIT.jsonl \
         --test TEST.jsonl --work DIR
 
 Heads are fitted on FIT.jsonl, four fifths of it, their regularisation chosen on the fifth, and

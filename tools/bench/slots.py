@@ -1,7 +1,7 @@
 """Measure how much several answers at once write together, against one alone.
 
     python tools/make_random_pair.py --out build/random
-    python tools/bench_slots.py -m build/random/base.gguf -me build/random/expert.gguf
+    python tools/bench/slots.py -m build/random/base.gguf -me build/random/expert.gguf
 
 Every answer replays a drawn trace of its own, as in `colm-edge bench`, on a slot of a server's.
 """
