@@ -10,6 +10,7 @@ import convert_switch
 import numpy as np
 import pytest
 from click.testing import CliRunner
+from lib.co_llm import TOKENIZER_FILES
 
 from colm_edge.switch.rules import DEFER_TOKEN
 
@@ -85,7 +86,7 @@ def write_weights(folder: Path, tensors, layout: str, dtype: str = "F32") -> Non
     (folder / f"{stem}.{kind}.index.json").write_text(json.dumps({"weight_map": weight_map}))
 
 
-def write_tokenizer(folder: Path, ids: dict[str, int], files=convert_switch.TOKENIZER_FILES):
+def write_tokenizer(folder: Path, ids: dict[str, int], files=TOKENIZER_FILES):
     """Write the added tokens as transformers does: slow tokenizers have the first two files."""
     entries = {str(i): {"content": text, "special": True} for text, i in ids.items()}
     contents = {
@@ -127,7 +128,7 @@ def make_checkpoint(folder: Path, layout="safetensors", dtype="F32", names="llam
         tensors[head] = rng.normal(size=(rows, N_EMBD)).astype(np.float32)
     tensors |= changes.get("tensors", {})
     write_weights(folder, tensors, layout, dtype)
-    write_tokenizer(folder, ids, changes.get("files", convert_switch.TOKENIZER_FILES))
+    write_tokenizer(folder, ids, changes.get("files", TOKENIZER_FILES))
     config = {"vocab_size": rows, "pad_token_id": N_BASE, "hidden_size": N_EMBD}
     (folder / "config.json").write_text(json.dumps(config | changes.get("config", {})))
     return tensors
