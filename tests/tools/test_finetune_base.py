@@ -191,7 +191,7 @@ def test_a_killed_run_goes_on_to_the_same_weights(tiny, scores, tmp_path, monkey
     assert ours.keys() == theirs.keys()
     assert all(np.array_equal(ours[name], theirs[name]) for name in ours)
     assert not (tmp_path / "killed" / "state.pt").exists()
-    assert "is there already" in tune(tiny["base"], scores, tmp_path / "whole", code=1)
+    assert "exists already" in tune(tiny["base"], scores, tmp_path / "whole", code=1)
 
 
 def test_joint_training_lowers_the_joint_loss_and_llama_cpp_runs_the_result(tiny, scores, tmp_path):
