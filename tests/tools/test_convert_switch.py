@@ -278,8 +278,10 @@ def test_a_checkpoint_of_gigabytes_takes_little_memory(tmp_path, kind):
         args += ["--strip-to", str(tmp_path / "base")]
     out = subprocess.run(
         [sys.executable, "-P", "-c", PEAK.format(tools=str(TOOL.parent)), *args],
-        capture_output=True, text=True, check=True,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     assert int(out.stdout) < 60_000  # kB
     assert np.array_equal(Switch.load(tmp_path / "s.gguf").weight[0], row.astype(np.float32))
 
@@ -345,9 +347,12 @@ def test_strip_handles_tensors_of_every_stride(tmp_path):
     matrix = torch.randn(N_BASE + 2, N_EMBD)
     turned = torch.randn(4, 3)
     state = {
-        "model.embed_tokens.weight": matrix, "lm_head.weight": matrix,
-        "a.weight": turned.T, "b.weight": torch.arange(5), "c.weight": torch.tensor(2.5),
-    }  # fmt: skip
+        "model.embed_tokens.weight": matrix,
+        "lm_head.weight": matrix,
+        "a.weight": turned.T,
+        "b.weight": torch.arange(5),
+        "c.weight": torch.tensor(2.5),
+    }
     torch.save(state, tmp_path / "c" / "pytorch_model.bin")
     convert(tmp_path / "c", "--outfile", tmp_path / "s.gguf", "--strip-to", tmp_path / "base")
     found = checkpoint_files.read_file(tmp_path / "base" / "model.safetensors")
@@ -380,9 +385,15 @@ def test_dry_run_prints_what_was_found_and_writes_nothing(tmp_path):
     tensors = make_checkpoint(tmp_path / "checkpoint", "safetensors-sharded", "BF16")
     norm = np.linalg.norm(rounded(tensors["lm_head.weight"][-1], "BF16").astype(float))
     result = convert(
-        tmp_path / "checkpoint", "--outfile", tmp_path / "s.gguf", "--onnx", tmp_path / "s.onnx",
-        "--strip-to", tmp_path / "base", "--dry-run",
-    )  # fmt: skip
+        tmp_path / "checkpoint",
+        "--outfile",
+        tmp_path / "s.gguf",
+        "--onnx",
+        tmp_path / "s.onnx",
+        "--strip-to",
+        tmp_path / "base",
+        "--dry-run",
+    )
     assert result.stdout == (
         "checkpoint  checkpoint\n"
         "layout      model.safetensors.index.json, 3 shards\n"
@@ -398,9 +409,11 @@ def test_wrong_usage_is_told(tmp_path):
     np.save(tmp_path / "row.npy", np.ones(4, np.float32))
     for args, words in (
         ([tmp_path / "row.npy"], "give --outfile"),
-        ([tmp_path / "row.npy", "--outfile", tmp_path / "s", "--strip-to", tmp_path / "b"],
-         "a bare row has no base"),
-    ):  # fmt: skip
+        (
+            [tmp_path / "row.npy", "--outfile", tmp_path / "s", "--strip-to", tmp_path / "b"],
+            "a bare row has no base",
+        ),
+    ):
         result = convert(*args)
         assert result.exit_code == 2
         assert words in result.stderr

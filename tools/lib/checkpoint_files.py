@@ -339,9 +339,12 @@ class Weights:
     def _refuse(self) -> NoReturn:
         for name, what in (
             ("adapter_config.json", "holds a LoRA adapter; merge it into its base model first"),
-            ("gperp_init.bin", "holds no weights, only gperp_init.bin, the row that the training "
-                "began with; give that file to convert it"),
-        ):  # fmt: skip
+            (
+                "gperp_init.bin",
+                "holds no weights, only gperp_init.bin, the row that the training "
+                "began with; give that file to convert it",
+            ),
+        ):
             if (self.folder / name).exists():
                 raise ModelError(f"{self.folder}: {what}")
         raise ModelError(

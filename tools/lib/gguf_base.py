@@ -140,7 +140,7 @@ class GgufBase:
         return np.ascontiguousarray(array)
 
     def arranged(self, name: str, array: Array) -> Array:
-        """Return transformers' rows in the order that GGUF keeps a tensor's in."""
+        """Return transformers' rows in the order of GGUF's tensor of this name."""
         heads = self._n_heads(name)
         if heads:
             array = (
@@ -149,7 +149,7 @@ class GgufBase:
         return np.ascontiguousarray(array, np.float32)
 
     def write(self, path: Path, parameters: Mapping[str, torch.Tensor]) -> list[str]:
-        """Write this file with other weights, all else as it is; return the tensors in Q8_0.
+        """Write this file with other weights, nothing else changed; return what became Q8_0.
 
         Each tensor keeps its type, or takes Q8_0 where gguf cannot quantise to it.
         """

@@ -1,16 +1,16 @@
 """Train the pair that ships with colm-edge, from its facts to its GGUF files.
 
-The base reads dialogue about the training entities and about invented ones; the
-expert reads statements about every entity and never a question (texts:
-demo_pair/text.py). Everything is seeded; each stage writes to the work folder
-and is skipped when its result is there; training resumes from its checkpoint.
+The base reads dialogue about the training entities and about invented ones; the expert reads
+statements about every entity and never a question (texts: demo_pair/text.py). Everything is seeded;
+each stage writes to the work folder and is skipped when its result exists; training resumes from
+its checkpoint.
 
     pip install -e '.[train-demo]'
     python tools/studies/train_demo_pair.py --work build/demo            # all stages
     python tools/studies/train_demo_pair.py --work build/demo --stage base
 
-Stages: vocab, base, expert, export (GGUF, Q8_0), data (JSONL for `colm-edge
-train` and the exams in tests/), switch.
+Stages: vocab, base, expert, export (GGUF, Q8_0), data (JSONL for `colm-edge train` and the exams in
+tests/), switch.
 """
 
 from __future__ import annotations
@@ -61,10 +61,10 @@ TRAININGS = {
 
 
 def vocabulary(work: Path) -> None:
-    """Train the byte-level BPE both models share, on the base's text and the statements' words.
+    """Train the byte-level BPE that both models share, on the base's text and on statements.
 
-    Held-out names are not in the base's text, so they break into pieces that the
-    base has met and can copy.
+    Held-out names are not in the base's text, so they are split into pieces that the base knows and
+    can copy.
     """
     facts = text.read_facts()
     known = [f for f in facts if f.part == "train"]
