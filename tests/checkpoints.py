@@ -1,4 +1,4 @@
-"""Small Co-LLM checkpoints, written by hand in every layout that the conversion must read."""
+"""Small files that the tools read: Co-LLM checkpoints in every layout, and scores."""
 
 from __future__ import annotations
 
@@ -10,10 +10,12 @@ import convert_switch
 import numpy as np
 import pytest
 from click.testing import CliRunner
+from lib.co_llm import TOKENIZER_FILES
 
 from colm_edge.switch.rules import DEFER_TOKEN
 
 N_EMBD, N_BASE = 6, 9  # a base of 9 tokens; <pad> is 9 and <|defer|> is 10
+N_SCORED_VOCAB = 400  # of the documents that are scored
 NAMES = {
     "llama": ("model.embed_tokens.weight", "lm_head.weight"),
     "neox": ("gpt_neox.embed_in.weight", "embed_out.weight"),
@@ -85,7 +87,7 @@ def write_weights(folder: Path, tensors, layout: str, dtype: str = "F32") -> Non
     (folder / f"{stem}.{kind}.index.json").write_text(json.dumps({"weight_map": weight_map}))
 
 
-def write_tokenizer(folder: Path, ids: dict[str, int], files=convert_switch.TOKENIZER_FILES):
+def write_tokenizer(folder: Path, ids: dict[str, int], files=TOKENIZER_FILES):
     """Write the added tokens as transformers does: slow tokenizers have the first two files."""
     entries = {str(i): {"content": text, "special": True} for text, i in ids.items()}
     contents = {
@@ -127,7 +129,26 @@ def make_checkpoint(folder: Path, layout="safetensors", dtype="F32", names="llam
         tensors[head] = rng.normal(size=(rows, N_EMBD)).astype(np.float32)
     tensors |= changes.get("tensors", {})
     write_weights(folder, tensors, layout, dtype)
-    write_tokenizer(folder, ids, changes.get("files", convert_switch.TOKENIZER_FILES))
+    write_tokenizer(folder, ids, changes.get("files", TOKENIZER_FILES))
     config = {"vocab_size": rows, "pad_token_id": N_BASE, "hidden_size": N_EMBD}
     (folder / "config.json").write_text(json.dumps(config | changes.get("config", {})))
     return tensors
+
+
+def write_scores(path: Path, n: int = 11, **changes) -> Path:
+    """Write a file like those of `colm-edge score`: random documents and a random expert."""
+    rng = np.random.default_rng(0)
+    lengths = rng.integers(4, 24, n)
+    starts = np.array([rng.integers(1, length) for length in lengths])
+    n_scored = int((lengths - starts).sum())
+    arrays = {
+        "tokens": rng.integers(0, N_SCORED_VOCAB, lengths.sum()).astype(np.int32),
+        "lengths": lengths,
+        "starts": starts,
+        "lines": np.arange(1, n + 1),
+        "logprob": -rng.exponential(3, n_scored),
+        "right": rng.random(n_scored) < 0.5,
+        "model": np.array("expert.gguf"),
+    }
+    np.savez(path, **(arrays | changes))
+    return path

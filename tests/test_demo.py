@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 from conftest import no_bar
-from demo_pair import text, wordings
 from reference import PlainModel, assert_same, plain_loop
+from studies.demo_pair import text, wordings
 
 from colm_edge.cli import main
 from colm_edge.evaluate.metrics import contains
@@ -168,7 +168,7 @@ def test_texts_are_seeded():
 
 
 def test_the_exams_are_those_that_the_texts_make(tmp_path):
-    import train_demo_pair
+    from studies import train_demo_pair
 
     train_demo_pair.write_data(tmp_path, tmp_path)
     for name in ("demo_heldout", "demo_unseen_wordings"):

@@ -1,16 +1,16 @@
 """Fine-tune a base together with its switch, as the Co-LLM paper does.
 
-The loss is the marginal likelihood of base and expert; the expert stays as it is, and what it says
-of the data comes from `colm-edge score`. BASE is a Hugging Face folder or a GGUF file.
+The loss is the marginal likelihood of base and expert. The expert does not change; its scores of
+the data come from `colm-edge score`. BASE is a Hugging Face folder or a GGUF file.
 
     colm-edge score -m base.gguf -me expert.gguf --data train.jsonl --outfile train.npz
     python tools/finetune_base.py base.gguf --scores train.npz --out tuned
     colm-edge run -m tuned/base.gguf -me expert.gguf -sw tuned/switch.gguf
 
 The folder --out gets `checkpoint`, a Hugging Face folder in the layout of the authors' releases,
-whose last row is <|defer|>; `switch.gguf`; from a GGUF base `base.gguf`; and with --lora
-`adapter.gguf`, which runs on the base as it was: `colm-edge run -m base.gguf --lora adapter.gguf`.
-A run that is killed goes on where its last save was when the same command is given again.
+whose last row is <|defer|>; `switch.gguf`; `base.gguf` if BASE is a GGUF file; and with --lora
+`adapter.gguf`, which runs on the original base: `colm-edge run -m base.gguf --lora adapter.gguf`.
+A run that was killed resumes from its last save when the same command is given again.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ FILE = click.Path(path_type=Path, dir_okay=False)
     "--valid",
     metavar="FILE.npz",
     type=FILE,
-    help="Other data, scored likewise: for figures, the threshold and the calibration.",
+    help="Other data, scored the same way, for the figures, the threshold and the calibration.",
 )
 @click.option(
     "--out",
@@ -67,35 +67,36 @@ FILE = click.Path(path_type=Path, dir_okay=False)
     type=click.IntRange(0),
     default=0,
     show_default=True,
-    help="Train a LoRA adapter of this rank; 0: all weights.",
+    help="Train a LoRA adapter of this rank; 0 trains all weights.",
 )
 @click.option("--epochs", type=POSITIVE, default=2, show_default=True)
 @click.option(
     "--lr",
     type=click.FloatRange(0, min_open=True),
-    help=f"Learning rate; small bases want more.  [default: {LR:g}, the paper's; LoRA {LR_LORA:g}]",
+    help=f"Learning rate; small bases need more.  [default: {LR:g}, the paper's; LoRA {LR_LORA:g}]",
 )
-@click.option("--batch", type=POSITIVE, default=128, show_default=True, help="Documents a step.")
+@click.option("--batch", type=POSITIVE, default=128, show_default=True, help="Documents per step.")
 @click.option(
     "--micro-batch",
     type=POSITIVE,
     default=8,
     show_default=True,
-    help="Of them evaluated at once; less takes less memory and changes nothing else.",
+    help="Documents evaluated at once; fewer take less memory and change nothing else.",
 )
 @click.option(
     "--start-steps",
     type=click.IntRange(0),
     default=50,
     show_default=True,
-    help="Fit the row alone under weak supervision first, by so many steps of L-BFGS.",
+    help="Steps of L-BFGS that first fit the row alone under weak supervision.",
 )
 @click.option(
     "--dtype",
     type=click.Choice(["float32", "bfloat16"]),
     default="float32",
     show_default=True,
-    help="Of the matrix products (autocast) and of a base under LoRA; trained weights are float32.",
+    help="Type of the matrix products (autocast) and of a base under LoRA; trained weights are "
+    "float32.",
 )
 @click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:1 …")
 @click.option("--checkpointing", is_flag=True, help="Compute activations twice to save memory.")
@@ -105,7 +106,7 @@ FILE = click.Path(path_type=Path, dir_okay=False)
     type=POSITIVE,
     default=100,
     show_default=True,
-    help="Save what is needed to go on after a stop.",
+    help="Save what is needed to resume the run.",
 )
 @click.option("-s", "--seed", type=click.IntRange(0), default=0, show_default=True)
 def main(
@@ -125,19 +126,25 @@ def main(
     if not base.exists():
         raise ModelError(f"{base}: no such file; expected a Hugging Face folder or a GGUF file")
     if (out / "checkpoint").exists():
-        raise ColmError(f"{out}/checkpoint: is there already; name another --out")
+        raise ColmError(f"{out}/checkpoint: exists already; give another --out, or remove it")
     if lr is None:
         lr = LR_LORA if settings["lora"] else LR
     click.echo(json.dumps(finetune(base, scores, valid, out, device, save_every, lr, **settings)))
 
 
 def finetune(
-    base: Path, scores: Path, valid: Path | None, out: Path, device: str, save_every: int,
-    lr: float, **settings: Any,
-) -> dict[str, Any]:  # fmt: skip
+    base: Path,
+    scores: Path,
+    valid: Path | None,
+    out: Path,
+    device: str,
+    save_every: int,
+    lr: float,
+    **settings: Any,
+) -> dict[str, Any]:
     """Run the training to its end and return what it did, with losses on `valid` if given."""
     try:
-        import tuning
+        from lib import tuning
     except ImportError as e:
         raise ColmError(f"{e}; fine-tuning needs: pip install 'colm-edge[finetune]'") from e
 
@@ -145,7 +152,9 @@ def finetune(
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as e:
-        raise ColmError(f"{out}: {e.strerror or e}; name a folder that can be made") from e
+        raise ColmError(
+            f"{out}: cannot make the folder: {e.strerror or e}; give another --out"
+        ) from e
     tuning.check_device(device)
     model, source = tuning.open_base(base, chosen)
     n_vocab = model.get_input_embeddings().weight.shape[0]
@@ -153,9 +162,9 @@ def finetune(
     held_back = None if valid is None else tuning.ScoredData(valid, n_vocab)
     tuned = tuning.Tuned(model, chosen, device)
     run = tuning.Run(tuned, data, base, out)
-    taken_up, begun = run.done, time.perf_counter()
+    resumed_at, begun = run.done, time.perf_counter()
     for done in run.steps():
-        left = (run.n_steps - done) * (time.perf_counter() - begun) / (done - taken_up)
+        left = (run.n_steps - done) * (time.perf_counter() - begun) / (done - resumed_at)
         click.echo(f"step {done}/{run.n_steps}  loss {run.loss:.4f}  {left:.0f} s left", err=True)
         if done % save_every == 0 or done == run.n_steps:
             run.save()

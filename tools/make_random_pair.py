@@ -14,7 +14,7 @@ from lib.random_model import MIXES, SHAPES, shape_of, write_model
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     known = [name for name in SHAPES if name != "tiny"]
-    choices = f"PARAMETERS:MIX, such as {', '.join(known)} or 30B, of {', '.join(MIXES)}"
+    choices = f"PARAMETERS:MIX; parameters as {', '.join(known)} or 30B, mix {', '.join(MIXES)}"
     parser.add_argument("--base", default="135M:Q4_K_M", help=choices)
     parser.add_argument("--expert", default="1.1B:Q4_0", help=choices)
     parser.add_argument("--out", type=Path, default=Path("build/random"))

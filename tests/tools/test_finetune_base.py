@@ -3,56 +3,32 @@
 from __future__ import annotations
 
 import json
+from importlib import import_module
 from pathlib import Path
 
 import finetune_base
 import gguf
 import numpy as np
 import pytest
-from checkpoints import convert
+from checkpoints import N_SCORED_VOCAB as N_VOCAB
+from checkpoints import convert, write_scores
 from click.testing import CliRunner
-from lib.random_model import Shape, write_model
 
 from colm_edge.llama.context import ContextOptions
 from colm_edge.llama.model import Model
 from colm_edge.llama.session import Session
 from colm_edge.switch.file import Switch
 from colm_edge.switch.rules import DEFER_TOKEN
-from colm_edge.train.fit import marginal_loss
 
 torch = pytest.importorskip("torch", reason="needs the extra finetune")
 transformers = pytest.importorskip("transformers", reason="needs the extra finetune")
 pytest.importorskip("peft", reason="needs the extra finetune")
-gguf_base, tuning = (pytest.importorskip(name) for name in ("gguf_base", "tuning"))
+tuning = import_module("lib.tuning")
 
 # PEFT still calls what transformers is about to rename.
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 
-N_VOCAB = 400
 TOKENS = [int(t) for t in np.random.default_rng(3).integers(1, N_VOCAB, 30)]
-SETTINGS = {
-    "objective": "joint", "lora": 0, "epochs": 2, "lr": 1e-3, "batch": 4, "micro_batch": 2,
-    "start_steps": 5, "dtype": "float32", "seed": 0, "checkpointing": False,
-}  # fmt: skip
-
-
-def write_scores(path: Path, n: int = 11, **changes) -> Path:
-    """Write what `colm-edge score` would, of random documents and a random expert."""
-    rng = np.random.default_rng(0)
-    lengths = rng.integers(4, 24, n)
-    starts = np.array([rng.integers(1, length) for length in lengths])
-    n_scored = int((lengths - starts).sum())
-    arrays = {
-        "tokens": rng.integers(0, N_VOCAB, lengths.sum()).astype(np.int32),
-        "lengths": lengths,
-        "starts": starts,
-        "lines": np.arange(1, n + 1),
-        "logprob": -rng.exponential(3, n_scored),
-        "right": rng.random(n_scored) < 0.5,
-        "model": np.array("expert.gguf"),
-    }
-    np.savez(path, **(arrays | changes))
-    return path
 
 
 @pytest.fixture(scope="module")
@@ -89,75 +65,10 @@ def hf_logits(folder, tokens=TOKENS) -> np.ndarray:
         return model(torch.tensor([tokens])).logits[0, -1].numpy()
 
 
-def tuned(base, **changes):
-    settings = tuning.Settings(**(SETTINGS | changes))
-    torch.manual_seed(0)
-    model, _ = tuning.open_base(Path(base), settings)
-    return tuning.Tuned(model, settings, "cpu")
-
-
 def weights(folder: Path) -> dict[str, np.ndarray]:
     from safetensors.numpy import load_file
 
     return load_file(folder / "checkpoint" / "model.safetensors")
-
-
-def test_the_loss_is_the_marginal_likelihood_of_the_scored_tokens(tiny, scores):
-    model = tuned(tiny["base"])
-    data = tuning.ScoredData(scores, N_VOCAB)
-    file = Model(tiny["base"])
-    session = Session(file, ContextOptions(n_ctx=64, n_threads=1), hidden=True)
-    base, d, row = [], [], model.row.detach().numpy()
-    for i, start in enumerate(data.starts):
-        tokens = data.tokens[data.at[i] : data.at[i + 1]].tolist()
-        for at in range(start, len(tokens)):
-            session.sync(tokens[:at])
-            logits = session.logits.astype(np.float64)
-            base.append(logits[tokens[at]] - np.logaddexp.reduce(logits))
-            d.append(float(session.hidden @ row))
-    session.close()
-    file.close()
-    wanted, _ = marginal_loss(np.array(base), data.logprob, np.array(d))
-    losses = np.zeros(len(base))
-    with torch.no_grad():
-        for batch in data.batches(np.arange(len(data)), 4):
-            losses[batch.rows] = model.losses(batch).numpy()
-    assert np.isclose(losses.mean(), wanted, atol=1e-3)
-    ours, our_d = model.judge(data)
-    assert np.allclose(ours, base, atol=2e-2)
-    assert np.allclose(our_d, d, atol=2e-2)
-    # Supervised training looks at the base alone.
-    assert np.isclose(
-        np.mean([x for b in data.batches(np.arange(len(data)), 3)
-                 for x in tuned(tiny["base"], objective="sft").losses(b).tolist()]),
-        -np.mean(base), atol=1e-3,
-    )  # fmt: skip
-
-
-def test_cutting_a_step_into_micro_batches_changes_nothing(tiny, scores, tmp_path):
-    made = []
-    for size in (1, 3, 8):
-        model = tuned(tiny["base"], batch=8, micro_batch=size, start_steps=0)
-        run = tuning.Run(model, tuning.ScoredData(scores, N_VOCAB), Path("base"), tmp_path)
-        next(run.steps())
-        made.append((run.loss, {n: p.detach().clone() for n, p in model.trained().items()}))
-    for loss, parameters in made[1:]:
-        assert np.isclose(loss, made[0][0], rtol=1e-5)
-        # Adam's first step is the gradient's sign: compare where that is not a near-tie.
-        moved = [torch.isclose(p, made[0][1][n], atol=1e-6) for n, p in parameters.items()]
-        assert torch.cat([m.flatten() for m in moved]).float().mean() > 0.999
-
-
-def test_weak_supervision_starts_the_row_where_only_the_expert_is_right(tiny, scores):
-    model, data = tuned(tiny["base"], start_steps=200), tuning.ScoredData(scores, N_VOCAB)
-    before = model.row.detach().clone()
-    others = {n: p.detach().clone() for n, p in model.base.named_parameters()}
-    model.start(data)
-    _, d = model.judge(data)
-    # A random base is right of next to no random token.
-    assert d[data.right].mean() > d[~data.right].mean() + 1
-    assert not torch.equal(model.row, before)
-    assert all(torch.equal(p, others[n]) for n, p in model.base.named_parameters())
 
 
 class KilledError(Exception):
@@ -191,7 +102,7 @@ def test_a_killed_run_goes_on_to_the_same_weights(tiny, scores, tmp_path, monkey
     assert ours.keys() == theirs.keys()
     assert all(np.array_equal(ours[name], theirs[name]) for name in ours)
     assert not (tmp_path / "killed" / "state.pt").exists()
-    assert "is there already" in tune(tiny["base"], scores, tmp_path / "whole", code=1)
+    assert "exists already" in tune(tiny["base"], scores, tmp_path / "whole", code=1)
 
 
 def test_joint_training_lowers_the_joint_loss_and_llama_cpp_runs_the_result(tiny, scores, tmp_path):
@@ -244,43 +155,6 @@ def test_supervised_training_leaves_no_row(tiny, scores, tmp_path):
     )
 
 
-@pytest.mark.parametrize(("mix", "step"), [("F32", 0), ("Q8_0", 3e-4)])
-def test_writing_a_base_unchanged_gives_the_same_file(tmp_path, mix, step):
-    write_model(tmp_path / "a.gguf", Shape(64, 2, 4, 2, 96, n_vocab=300, n_ctx=64), mix)
-    source = gguf_base.GgufBase(tmp_path / "a.gguf")
-    assert source.write(tmp_path / "b.gguf", dict(source.load().named_parameters())) == []
-    a, b = gguf.GGUFReader(tmp_path / "a.gguf"), gguf.GGUFReader(tmp_path / "b.gguf")
-    assert list(a.fields) == list(b.fields)
-    assert all(a.fields[n].contents() == b.fields[n].contents() for n in a.fields)
-    for old, new in zip(a.tensors, b.tensors, strict=True):
-        assert (old.name, old.tensor_type) == (new.name, new.tensor_type)
-        left, right = (gguf.quants.dequantize(t.data, t.tensor_type) for t in (old, new))
-        assert np.abs(left - right).max() <= step  # random bytes are no rounding of themselves
-
-
-@pytest.fixture
-def decided(tmp_path) -> Path:
-    """A base with grouped heads whose attention is far from uniform: wrong rows would show."""
-    write_model(tmp_path / "a.gguf", Shape(64, 2, 4, 2, 96, n_vocab=300, n_ctx=64), gain=20.0)
-    file = gguf.GGUFReader(tmp_path / "a.gguf", "r+")
-    for tensor in file.tensors:
-        if "attn_q" in tensor.name or "attn_k" in tensor.name:
-            tensor.data[:] *= 20
-    file.data.flush()
-    return tmp_path / "a.gguf"
-
-
-def test_transformers_computes_what_llama_cpp_does(decided, monkeypatch):
-    source = gguf_base.GgufBase(decided)
-    assert source.check(source.load()) < 0.005
-    shipped = gguf_base.GgufBase(Path(tuning.__file__).parent.parent / "colm_edge/data/base.gguf")
-    assert shipped.check(shipped.load()) < 0.05
-    monkeypatch.setattr(gguf_base, "INTERLEAVED", ())
-    for path in (source.path, shipped.path):
-        with pytest.raises(gguf_base.ModelError, match="deviations from"):
-            gguf_base.GgufBase(path).load()
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     """A Hugging Face base with a tokenizer of N_VOCAB tokens, tied and padded to 416 rows."""
@@ -288,9 +162,14 @@ def folder(tmp_path_factory) -> Path:
 
     path = tmp_path_factory.mktemp("hf")
     config = transformers.LlamaConfig(
-        vocab_size=416, hidden_size=32, intermediate_size=48, num_hidden_layers=1,
-        num_attention_heads=2, max_position_embeddings=64, tie_word_embeddings=True,
-    )  # fmt: skip
+        vocab_size=416,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        max_position_embeddings=64,
+        tie_word_embeddings=True,
+    )
     torch.manual_seed(1)
     transformers.LlamaForCausalLM(config).save_pretrained(path)
     words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(N_VOCAB)}, unk_token="w0"))

@@ -3,28 +3,30 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
-import checkpoint_files
 import numpy as np
 import pytest
 from checkpoints import convert, need_torch, write_tokenizer
 from click.testing import CliRunner
-from gguf import GGUFWriter, TokenType
+from gguf import GGUFWriter
+from lib import checkpoint_files
+from lib.llama_gguf import describe_llama
 from lib.random_model import SHAPES, vocabulary
 
 from colm_edge.cli import main as colm_edge
 from colm_edge.switch.rules import DEFER_TOKEN
 
-SHAPE = SHAPES["tiny"]
-N_HEAD, N_KV = 4, 2  # grouped-query attention, unlike the tiny shape's own
+N_HEAD, N_KV = 4, 2  # grouped-query attention, which the tiny shape does not have
+SHAPE = replace(SHAPES["tiny"], n_head=N_HEAD, n_head_kv=N_KV)
 ROPE_BASE, EPSILON = 10_000.0, 1e-5
 
 
 def llama_state(torch, n_vocab: int, std: float | None) -> dict:
     """Return a random llama's state dict, with norms that differ from 1.
 
-    std: of all matrices; with None theirs is such that every layer and the switch weigh heavily.
+    std: of all matrices; None chooses one for each, so that every layer and the switch matter.
     """
     torch.manual_seed(11)
     n, ff, kv = SHAPE.n_embd, SHAPE.n_ff, SHAPE.n_embd // N_HEAD * N_KV
@@ -57,7 +59,7 @@ def llama_state(torch, n_vocab: int, std: float | None) -> dict:
 
 
 def llama_logits(torch, state: dict, tokens: list[int]):
-    """Return the logits at every position, (n_tokens, n_vocab): a llama as transformers has it."""
+    """Return the logits at every position, (n_tokens, n_vocab), of a llama as in transformers."""
     n, d = len(tokens), SHAPE.n_embd // N_HEAD
     rate = ROPE_BASE ** (-torch.arange(0, d, 2, dtype=torch.float64) / d)
     angle = torch.outer(torch.arange(n, dtype=torch.float64), rate).repeat(1, 2)
@@ -96,25 +98,9 @@ def write_gguf(folder: Path, path: Path) -> None:
     """Write a Hugging Face llama as F32 GGUF, as llama.cpp's converter does."""
     weights = checkpoint_files.Weights(folder)
     tensors = {t.name: t.floats() for _, shard in weights.shards() for t in shard}
-    tokens, merges = vocabulary(len(tensors["lm_head.weight"]))
     writer = GGUFWriter(str(path), "llama")
-    writer.add_vocab_size(len(tokens))
-    writer.add_context_length(SHAPE.n_ctx)
-    writer.add_embedding_length(SHAPE.n_embd)
-    writer.add_block_count(SHAPE.n_layer)
-    writer.add_feed_forward_length(SHAPE.n_ff)
-    writer.add_head_count(N_HEAD)
-    writer.add_head_count_kv(N_KV)
-    writer.add_layer_norm_rms_eps(EPSILON)
+    describe_llama(writer, SHAPE, *vocabulary(len(tensors["lm_head.weight"])))
     writer.add_rope_freq_base(ROPE_BASE)
-    writer.add_rope_dimension_count(SHAPE.n_embd // N_HEAD)
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("qwen2")
-    writer.add_token_list(tokens)
-    writer.add_token_types([TokenType.CONTROL] + [TokenType.NORMAL] * (len(tokens) - 1))
-    writer.add_token_merges(merges)
-    writer.add_eos_token_id(0)
-    writer.add_add_bos_token(False)
     names = {
         "model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output",
         "model.layers": "blk", "input_layernorm": "attn_norm",
@@ -144,14 +130,14 @@ def write_gguf(folder: Path, path: Path) -> None:
     [
         (0.02, (), 1e-4, 0.45, 0.55),  # transformers' own random llama
         (None, ("-fa", "off", "-ctk", "f32", "-ctv", "f32"), 1e-4, 0.1, 0.9),
-        # Keys and values in float16, as llama.cpp keeps them: seen at most 1.3e-3.
+        # Keys and values in float16, llama.cpp's default: the largest difference seen is 1.3e-3.
         (None, (), 5e-3, 0.1, 0.9),
     ],
 )
 def test_p_defer_is_pytorchs_sigmoid_of_the_last_logit(
     tiny, tmp_path, kind, std, attention, tolerance, low, high
 ):
-    """A llama in the authors' layout, its base and its switch converted apart, run together."""
+    """A llama in the authors' layout; its base and switch are converted apart and run together."""
     torch = need_torch()
     folder, base = tmp_path / "c", tmp_path / "base"
     folder.mkdir()
@@ -167,14 +153,13 @@ def test_p_defer_is_pytorchs_sigmoid_of_the_last_logit(
     assert convert(*args).exit_code == 0
     write_gguf(base, tmp_path / "base.gguf")
 
+    models = ["-m", str(tmp_path / "base.gguf"), "-me", tiny["expert"]]
+    options = ["-sw", str(tmp_path / f"s.{kind}"), "-t", "1", "--temp", "0", "-n", "40", "--json"]
+    options += attention
     seen: list[float] = []
     worst = 0.0
     for prompt in ("a", "once upon a time", "the quick brown fox jumps over the lazy dog. " * 4):
-        result = CliRunner().invoke(
-            colm_edge,
-            ["run", prompt, "-m", str(tmp_path / "base.gguf"), "-me", tiny["expert"], "-t", "1",
-             "-sw", str(tmp_path / f"s.{kind}"), "--temp", "0", "-n", "40", "--json", *attention],
-        )  # fmt: skip
+        result = CliRunner().invoke(colm_edge, ["run", prompt, *models, *options])
         assert result.exit_code == 0, result.output
         answer = json.loads(result.stdout)
         prompt_tokens = answer["prompt_tokens"]

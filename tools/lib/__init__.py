@@ -1,0 +1,1 @@
+"""What the tools share with each other and with the tests."""

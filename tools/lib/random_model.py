@@ -1,7 +1,7 @@
 """Llama-shaped GGUF files with random weights, for measuring speed and for tests.
 
-Their text is noise, but a decode costs what it costs in a trained model of that shape. All share
-one byte-level vocabulary, so any two make a pair.
+Their text is noise, but a decode costs as much as in a trained model of that shape. They share one
+byte-level vocabulary, so any two make a pair.
 """
 
 from __future__ import annotations
@@ -9,39 +9,22 @@ from __future__ import annotations
 import itertools
 import os
 import string
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from gguf import GGMLQuantizationType as Type
-from gguf import GGUFWriter, TokenType
+from gguf import GGUFWriter
 from gguf.constants import GGML_QUANT_SIZES
+
+from lib.llama_gguf import Shape, describe_llama
 
 END = "<|end|>"
 STD = 0.02
 MAX_BLOCKS = 1 << 16  # of random numbers in one matrix
-
-
-@dataclass(frozen=True)
-class Shape:
-    n_embd: int
-    n_layer: int
-    n_head: int
-    n_head_kv: int
-    n_ff: int
-    n_vocab: int = 32000
-    n_ctx: int = 8192
-
-    @property
-    def n_params(self) -> int:
-        """Weights in the matrices: embeddings, output rows, attention and feed-forward."""
-        n_kv = self.n_embd // self.n_head * self.n_head_kv
-        layer = 2 * self.n_embd * (self.n_embd + n_kv) + 3 * self.n_embd * self.n_ff
-        return 2 * self.n_vocab * self.n_embd + self.n_layer * layer
-
 
 SHAPES = {
     "tiny": Shape(64, 2, 2, 2, 128, n_vocab=400, n_ctx=512),
@@ -70,7 +53,7 @@ def shape_of(name: str) -> Shape:
         rest = count - replace(shape, n_layer=0).n_params
         return replace(shape, n_layer=max(1, round(rest / layer)))
 
-    # Of those, the one about as deep as llamas of its width are.
+    # Of the shapes of about that size, take the one as deep as llamas of its width usually are.
     shapes = [of_width(n) for n in range(256, 16385, 256)]
     shapes = [s for s in shapes if s.n_head % s.n_head_kv == 0]
     near = [s for s in shapes if abs(s.n_params / count - 1) < 0.05]
@@ -103,14 +86,14 @@ def vocabulary(n_vocab: int) -> tuple[list[str], list[str]]:
     return tokens[:n_vocab], [" ".join(merge) for merge in merges]
 
 
-def random_tensor(shape: tuple[int, int], kind: Type, rng: np.random.Generator) -> npt.NDArray[Any]:
+def random_matrix(shape: tuple[int, ...], kind: Type, rng: np.random.Generator) -> npt.NDArray[Any]:
     """Return a (rows, columns) matrix of mean 0 and deviation about STD, as `kind` stores it."""
     rows, columns = shape
     if kind == Type.F32:
         return rng.normal(0, STD, shape).astype(np.float32)
     per_block, n_bytes = GGML_QUANT_SIZES[kind]
     n_blocks = rows * columns // per_block
-    # Large matrices repeat themselves: no decode is faster for it, and writing them is.
+    # Large matrices repeat the same blocks: they are quicker to write and as slow to decode.
     blocks = rng.integers(0, 256, (min(n_blocks, MAX_BLOCKS), n_bytes), np.uint8)
 
     def put(at: int, value: float) -> None:
@@ -143,65 +126,50 @@ def write_model(
     """Write one model.
 
     extra_tokens follow the vocabulary; gain scales the output rows; an endless model gives its end
-    token the logit 0, which others always surpass (in float32 only).
+    token the logit 0, which others always exceed (in float32 only).
     """
     rng = np.random.default_rng(seed)
     tokens, merges = vocabulary(shape.n_vocab)
-    kinds = [TokenType.CONTROL] + [TokenType.NORMAL] * (len(tokens) - 1)
-    tokens, kinds = [*tokens, *extra_tokens], kinds + [TokenType.CONTROL] * len(extra_tokens)
     temporary = path.with_name(path.name + ".tmp")
     writer = GGUFWriter(str(temporary), architecture, use_temp_file=True)
     writer.add_name(f"random {path.stem}")
-    writer.add_vocab_size(len(tokens))
-    writer.add_context_length(shape.n_ctx)
-    writer.add_embedding_length(shape.n_embd)
-    writer.add_block_count(shape.n_layer)
-    writer.add_feed_forward_length(shape.n_ff)
-    writer.add_head_count(shape.n_head)
-    writer.add_head_count_kv(shape.n_head_kv)
-    writer.add_layer_norm_rms_eps(1e-5)
-    writer.add_rope_dimension_count(shape.n_embd // shape.n_head)
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("qwen2")
-    writer.add_token_list(tokens)
-    writer.add_token_types(kinds)
-    writer.add_token_merges(merges)
-    writer.add_eos_token_id(0)
-    writer.add_add_bos_token(False)
-    if chat_template is not None:
-        writer.add_chat_template(chat_template)
-    coarse, fine = MIXES[mix]
-
-    def matrix(name: str, rows: int, columns: int, kind: Type, scale: float = 1.0) -> None:
-        data = random_tensor((rows, columns), kind, rng)
-        if kind == Type.F32:
-            data *= np.float32(scale)
-            if endless and name == "output.weight":
+    describe_llama(
+        writer, shape, tokens, merges, extra_tokens=extra_tokens, chat_template=chat_template
+    )
+    for name, size, kind in tensors(shape, len(tokens) + len(extra_tokens), mix):
+        data = np.ones(size, np.float32) if len(size) == 1 else random_matrix(size, kind, rng)
+        if name == "output" and kind == Type.F32:
+            data *= np.float32(gain)
+            if endless:
                 data[0] = 0
-        writer.add_tensor(name, data, raw_dtype=kind)
-
-    n, kv = shape.n_embd, shape.n_embd // shape.n_head * shape.n_head_kv
-    # K-quants come in blocks of 256 columns; narrower matrices take Q8_0.
-    narrow = {Type.Q4_K: Type.Q8_0, Type.Q6_K: Type.Q8_0} if n % 256 else {}
-    coarse_n, fine_n = narrow.get(coarse, coarse), narrow.get(fine, fine)
-    matrix("token_embd.weight", len(tokens), n, coarse_n)
-    matrix("output.weight", len(tokens), n, fine_n, gain)
-    writer.add_tensor("output_norm.weight", np.ones(n, np.float32))
-    for i in range(shape.n_layer):
-        better = fine if i % 2 else coarse
-        better_n = fine_n if i % 2 else coarse_n
-        for norm in ("attn_norm", "ffn_norm"):
-            writer.add_tensor(f"blk.{i}.{norm}.weight", np.ones(n, np.float32))
-        matrix(f"blk.{i}.attn_q.weight", n, n, coarse_n)
-        matrix(f"blk.{i}.attn_k.weight", kv, n, coarse_n)
-        matrix(f"blk.{i}.attn_v.weight", kv, n, better_n)
-        matrix(f"blk.{i}.attn_output.weight", n, n, coarse_n)
-        matrix(f"blk.{i}.ffn_gate.weight", shape.n_ff, n, coarse_n)
-        matrix(f"blk.{i}.ffn_up.weight", shape.n_ff, n, coarse_n)
-        down = coarse_n if shape.n_ff % 256 else better
-        matrix(f"blk.{i}.ffn_down.weight", n, shape.n_ff, down)
+        writer.add_tensor(f"{name}.weight", data, raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
     os.replace(temporary, path)
+
+
+def tensors(shape: Shape, n_tokens: int, mix: str) -> Iterator[tuple[str, tuple[int, ...], Type]]:
+    """Yield name, size and type of every tensor; a norm has one dimension, a matrix two."""
+    n, kv, ff = shape.n_embd, shape.n_embd // shape.n_head * shape.n_head_kv, shape.n_ff
+    coarse, fine = MIXES[mix]
+
+    def stored(kind: Type, columns: int) -> Type:
+        # K-quants come in blocks of 256 columns; narrower matrices take Q8_0.
+        return Type.Q8_0 if columns % 256 and kind in (Type.Q4_K, Type.Q6_K) else kind
+
+    yield "token_embd", (n_tokens, n), stored(coarse, n)
+    yield "output", (n_tokens, n), stored(fine, n)
+    yield "output_norm", (n,), Type.F32
+    for i in range(shape.n_layer):
+        layer, better = f"blk.{i}.", fine if i % 2 else coarse
+        yield f"{layer}attn_norm", (n,), Type.F32
+        yield f"{layer}ffn_norm", (n,), Type.F32
+        yield f"{layer}attn_q", (n, n), stored(coarse, n)
+        yield f"{layer}attn_k", (kv, n), stored(coarse, n)
+        yield f"{layer}attn_v", (kv, n), stored(better, n)
+        yield f"{layer}attn_output", (n, n), stored(coarse, n)
+        yield f"{layer}ffn_gate", (ff, n), stored(coarse, n)
+        yield f"{layer}ffn_up", (ff, n), stored(coarse, n)
+        yield f"{layer}ffn_down", (n, ff), stored(coarse if ff % 256 else better, ff)

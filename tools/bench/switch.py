@@ -1,6 +1,6 @@
 """Time the switch on one core, for each implementation that this CPU runs.
 
-    python tools/bench_switch.py [-o md|json]
+    python tools/bench/switch.py [-o md|json]
 
 head: a 4096-wide hidden state over a vocabulary of 8, so that the head is the cost.
 features: the eight features, argmax and logsumexp over 128256 logits, without a head.
@@ -25,7 +25,6 @@ import platform
 import statistics
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -100,17 +99,14 @@ def measure() -> list[dict[str, Any]]:
 
 def machine() -> str:
     """Return the CPU model, numpy's version and the date in one line."""
-    model = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        names = [x for x in cpuinfo.read_text().splitlines() if x.startswith("model name")]
-        model = names[0].split(":", 1)[1].strip() if names else model
-    today = datetime.datetime.now(datetime.UTC).date()
-    return f"{model}, {platform.system()}, one core, numpy {np.__version__}, {today}"
+    from colm_edge.bench.methods import cpu_name
+
+    system, today = platform.system(), datetime.date.today()
+    return f"{cpu_name()}, {system}, one core, numpy {np.__version__}, {today}"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("-o", "--output", choices=("md", "json"), default="md")
     output = parser.parse_args().output
     rows = measure()

@@ -1,11 +1,11 @@
-"""Draw answers as the terminal shows them, as SVG: the expert's tokens coloured and underlined.
+"""Draw answers as SVG, as a terminal shows them: the expert's tokens coloured and underlined.
 
-python tools/draw_answer.py docs/answer.svg "When did the last Caspian tiger die?" ...
+python tools/studies/draw_answer.py docs/answer.svg "When did the last Caspian tiger die?" ...
 """
 
 from __future__ import annotations
 
-import sys
+import argparse
 from html import escape
 from pathlib import Path
 
@@ -16,13 +16,14 @@ WIDTH, LINE, PAD, SIZE = 940, 24, 20, 15
 
 
 def main() -> None:
-    out, *questions = sys.argv[1:]
-    if not questions:
-        raise SystemExit((__doc__ or "").strip())
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("out", type=Path, metavar="OUT.svg")
+    parser.add_argument("questions", nargs="+", metavar="QUESTION")
+    args = parser.parse_args()
     rows: list[str] = []
     with load() as pair:
         pair.generate("When was gold discovered?", temperature=0)  # loads both models
-        for question in questions:
+        for question in args.questions:
             answer = pair.generate(question, temperature=0)
             spans = "".join(
                 f'<tspan class="{step.source}">{escape(step.text)}</tspan>' for step in answer.steps
@@ -42,7 +43,7 @@ def main() -> None:
         f'<text x="{PAD}" y="{PAD + LINE * i + SIZE}" xml:space="preserve">{row}</text>'
         for i, row in enumerate(rows)
     )
-    Path(out).write_text(
+    args.out.write_text(
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" '
         f'width="{WIDTH}" height="{height}">\n'
         "<style>text{font:15px 'DejaVu Sans Mono',Menlo,Consolas,monospace;fill:#e6e6e6}"

@@ -1,33 +1,34 @@
 """Gather the demonstration pair's facts into facts.csv.
 
-Elements come from mendeleev, countries from pycountry and countryinfo (all MIT
-or LGPL; figures only are taken), extinct animals from animals.csv beside this
-file, which names its sources. Every entity belongs to one part:
+Elements come from mendeleev, countries from pycountry and countryinfo (all MIT or LGPL; only facts
+are taken), extinct animals from animals.csv beside this file, which names its sources. Every entity
+belongs to one part:
 
     train   the base reads questions and answers about it
-    switch  the switch is fitted on it; the base has never met it
-    test    nobody but the expert has met it
+    switch  the switch is fitted on it; the base has not read about it
+    test    only the expert has read about it
 
     pip install mendeleev==1.3.0 countryinfo==1.0.1 pycountry==26.2.16
-    python tools/demo_pair/facts.py
+    python tools/studies/demo_pair/facts.py
 """
 
 from __future__ import annotations
 
+import argparse
 import csv
 import hashlib
 import unicodedata
 from pathlib import Path
 
 HERE = Path(__file__).parent
-# Well-known names stand in the held-out part, so that what a newcomer asks
-# first shows the two models at work together.
+# Well-known names are in the held-out part, so that a newcomer's first questions show the two
+# models working together.
 SHOWCASE = {
     "Caspian tiger", "thylacine", "dodo", "passenger pigeon", "great auk", "Steller's sea cow",
     "tungsten", "gold", "helium", "oxygen",
     "France", "Japan", "Iceland", "Kenya", "Brazil", "Mongolia",
 }  # fmt: skip
-# ISO 3166 names that no person would type.
+# ISO 3166 names that people do not type.
 PLAIN_NAMES = {
     "Bolivia, Plurinational State of": "Bolivia", "Brunei Darussalam": "Brunei",
     "Congo": "the Republic of the Congo", "Congo, The Democratic Republic of the":
@@ -110,9 +111,9 @@ def countries() -> list[Fact]:
             "currency": (info.get("currencies") or [""])[0],
             "demonym": ascii_only(info.get("demonym") or ""),
         }
-        if "," in rows["demonym"]:  # two peoples in one field
+        if "," in rows["demonym"]:  # two demonyms in one field
             rows["demonym"] = ""
-        if country.alpha_3 == "KAZ":  # renamed back in 2022; the package still says Nur-Sultan
+        if country.alpha_3 == "KAZ":  # renamed in 2022; the package still says Nur-Sultan
             rows["capital"] = "Astana"
         facts += [("country", name, key, value) for key, value in rows.items() if value]
     return facts
@@ -128,7 +129,7 @@ def animals() -> list[Fact]:
 
 
 def part_of(kind: str, entity: str) -> str:
-    """Return the part of an entity: half train, a fifth switch, the rest test."""
+    """Return the part of an entity: half are train, about a fifth switch, the others test."""
     if entity in SHOWCASE:
         return "test"
     draw = int(hashlib.sha256(f"{kind}/{entity}".encode()).hexdigest(), 16) % 100
@@ -136,6 +137,7 @@ def part_of(kind: str, entity: str) -> str:
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0]).parse_args()
     facts = elements() + countries() + animals()
     with (HERE / "facts.csv").open("w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")

@@ -1,9 +1,9 @@
-"""Measure how much several answers at once write together, against one alone.
+"""Measure how many tokens per second several answers write together, against one alone.
 
     python tools/make_random_pair.py --out build/random
-    python tools/bench_slots.py -m build/random/base.gguf -me build/random/expert.gguf
+    python tools/bench/slots.py -m build/random/base.gguf -me build/random/expert.gguf
 
-Every answer replays a drawn trace of its own, as in `colm-edge bench`, on a slot of a server's.
+Every answer replays a drawn trace of its own, as in `colm-edge bench`, on one of a server's slots.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from colm_edge.serve.slots import Slots
 
 
 def together(pair: Pair, slots: Slots, traces: list[Trace]) -> float:
-    """Return the seconds in which all traces are written, each on a slot of its own."""
+    """Return the seconds that it takes to write all traces, each on a slot of its own."""
     begin = threading.Barrier(len(traces) + 1)
 
     def write(trace: Trace) -> None:
@@ -48,7 +48,7 @@ def main() -> None:
     parser.add_argument("-me", "--model-expert")
     parser.add_argument("-t", "--threads", type=int, default=0)
     parser.add_argument("--replay", default="f=0.2", type=Process.parse, metavar="f=RATE")
-    parser.add_argument("-n", type=int, default=96, help="tokens of an answer")
+    parser.add_argument("-n", type=int, default=96, help="tokens per answer")
     parser.add_argument("-r", "--rounds", type=int, default=5)
     parser.add_argument("--slots", default="1,2,4,8")
     args = parser.parse_args()
@@ -66,7 +66,7 @@ def main() -> None:
                 took = together(pair, slots, traces)
                 if i:  # the first round warms up
                     seconds[count].append(took)
-        told = measured_on(pair)
+        machine = measured_on(pair)
         slots.close()
     one = statistics.median(seconds[counts[0]])
     print("| answers at once | tokens/s together | times one |\n| ---: | ---: | ---: |")
@@ -75,7 +75,7 @@ def main() -> None:
         median = statistics.median(rates)
         times = median * one / (counts[0] * args.n)
         print(f"| {count} | {median:,.1f} ({rates[0]:,.0f}–{rates[-1]:,.0f}) | {times:.2f} |")
-    print("\n" + told)
+    print("\n" + machine)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """A GGUF base as a transformers model, and back: weights and LoRA adapters in llama.cpp's layout.
 
 transformers reads the architecture from the file; the tensors are mapped here, by gguf's own table
-of names, so that writing is the exact inverse of reading. Whether the model that comes out is the
-one in the file is not taken on trust: `check` compares it with llama.cpp.
+of names, so that writing is the exact inverse of reading. `check` compares the model with llama.cpp
+to make sure that it is the one in the file.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, NoReturn
 
 import gguf
 import numpy as np
@@ -35,10 +36,10 @@ Array = np.ndarray
 
 
 class GgufBase:
-    """A GGUF file that a transformers model is read from, and written back like."""
+    """A GGUF file that is read as a transformers model, and written back in the same layout."""
 
     def __init__(self, path: Path) -> None:
-        """Raises ModelError for what is no GGUF, or of an architecture without a table of names."""
+        """Raise ModelError if it is not GGUF, or gguf has no tensor names for its architecture."""
         Model(path).close()  # says what is wrong with a broken file
         self.path = path
         self._reader = gguf.GGUFReader(path)
@@ -58,15 +59,15 @@ class GgufBase:
         if "rope_freqs.weight" in self._tensors:
             self._refuse("it scales rotary frequencies by a tensor (rope_freqs)")
 
-    def _value(self, key: str, default: object = None) -> object:
+    def _value(self, key: str, default: Any = None) -> Any:
         field = self._reader.get_field(key)
         return default if field is None else field.contents()
 
-    def _refuse(self, why: str) -> None:
+    def _refuse(self, why: str) -> NoReturn:
         raise ModelError(f"{self.path}: {why}; fine-tune the Hugging Face folder it was made from")
 
     def load(self) -> PreTrainedModel:
-        """Return the model in float32. Raises ModelError where the tensors do not fit it."""
+        """Return the model in float32. Raises ModelError if the tensors do not fit it."""
         try:
             config = AutoConfig.from_pretrained(self.path.parent, gguf_file=self.path.name)
         except ValueError as e:
@@ -117,14 +118,15 @@ class GgufBase:
         """Return GGUF's name of a transformers parameter."""
         found = self._names.get_name(parameter, try_suffixes=(".weight", ".bias"))
         if found is None or found not in self._tensors:
-            self._refuse(f"has no tensor for transformers' {parameter}")
-        return found
+            self._refuse(f"it has no tensor for transformers' {parameter}")
+        return str(found)
 
     def _n_heads(self, name: str) -> int:
         """Return the number of heads whose rows are interleaved in a tensor, or 0."""
         if self.architecture not in INTERLEAVED:
             return 0
-        return {"attn_q": self._n_head, "attn_k": self._n_head_kv}.get(name.split(".")[-2], 0)
+        counts = {"attn_q": self._n_head, "attn_k": self._n_head_kv}
+        return counts.get(name.split(".")[-2], 0)
 
     def _read(self, parameter: str) -> Array:
         name = self.name(parameter)
@@ -138,7 +140,7 @@ class GgufBase:
         return np.ascontiguousarray(array)
 
     def arranged(self, name: str, array: Array) -> Array:
-        """Return transformers' rows in the order that GGUF keeps a tensor's in."""
+        """Return transformers' rows in the order of GGUF's tensor of this name."""
         heads = self._n_heads(name)
         if heads:
             array = (
@@ -147,7 +149,7 @@ class GgufBase:
         return np.ascontiguousarray(array, np.float32)
 
     def write(self, path: Path, parameters: Mapping[str, torch.Tensor]) -> list[str]:
-        """Write this file with other weights, all else as it is; return the tensors in Q8_0.
+        """Write this file with other weights, nothing else changed; return what became Q8_0.
 
         Each tensor keeps its type, or takes Q8_0 where gguf cannot quantise to it.
         """

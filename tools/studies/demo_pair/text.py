@@ -1,12 +1,12 @@
-"""Write the demonstration pair's texts: declarative ones for the expert, dialogue for the base.
+"""Write the demonstration pair's texts: statements for the expert, dialogue for the base.
 
-All sentences come from the templates in wordings.py, drawn by a seeded generator. Both
-models read dialogue as the chat template in their GGUF files writes it:
+All sentences come from the templates in wordings.py, drawn by a seeded generator. Dialogue is
+written as by the chat template in the models' GGUF files:
 
     > When did the last dodo die?
     The last dodo was seen in the year 1662.<|end|>
 
-The expert's documents hold statements only, never a line that starts with "> ".
+The expert's documents contain statements only, never a line that starts with "> ".
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from collections.abc import Iterator, Set
 from dataclasses import dataclass
 from pathlib import Path
 
-from demo_pair.wordings import (
+from studies.demo_pair.wordings import (
     ATTRIBUTES,
     CLAUSE_FRAMES,
     NOUN_FRAMES,
@@ -60,7 +60,7 @@ def fill(template: str, entity: str, value: str = "") -> str:
 
 
 def question(fact: Fact, rng: random.Random, *, framed: bool = True) -> str:
-    """Return a trained wording of a question: one of the attribute's own, or one in a frame."""
+    """Return a wording that models are trained on: one of the attribute's own, or a frame's."""
     form = ATTRIBUTES[fact.kind, fact.attribute]
     if framed and rng.random() < 0.45:
         phrases, frames = (
@@ -78,7 +78,7 @@ def question(fact: Fact, rng: random.Random, *, framed: bool = True) -> str:
 
 
 def respelt(text: str, rng: random.Random) -> str:
-    """Return small talk as people type it: in small letters, without or with other marks."""
+    """Return small talk as people type it: in lower case, without punctuation or with other."""
     text = text.lower() if rng.random() < 0.6 else text
     draw = rng.random()
     if draw < 0.4:
@@ -87,7 +87,7 @@ def respelt(text: str, rng: random.Random) -> str:
 
 
 def bare(fact: Fact, rng: random.Random) -> str:
-    """Ask by the attribute's noun alone: Symbol of helium?"""
+    """Ask with the attribute's noun alone: Symbol of helium?"""
     text = fill(rng.choice(ATTRIBUTES[fact.kind, fact.attribute].nouns), fact.entity)
     text = text.removeprefix("the ")
     text = text[0].upper() + text[1:] if rng.random() < 0.5 else text
@@ -109,8 +109,11 @@ def turn(user: str, assistant: str) -> str:
 
 
 class Inventor:
-    """Make up names and facts that look like the real ones, so that the base learns to copy a
-    name it has never seen and to be unsure of what it cannot know."""
+    """Make up names and facts that look like the real ones.
+
+    From them the base learns to copy a name that it has never seen, and to be unsure of what it
+    cannot know.
+    """
 
     def __init__(
         self, facts: list[Fact], words: list[str], rng: random.Random, avoid: Set[str] = frozenset()
@@ -140,22 +143,23 @@ class Inventor:
         return text.strip("^$").strip()
 
     def word(self) -> str:
-        """A made-up word: a piece of the vocabulary, or random syllables or letters."""
+        """Make up a word: from pieces of the vocabulary, or random syllables or letters."""
         draw = self.rng.random()
         if draw < 0.6:
             return "".join(self.rng.choice(self.words) for _ in range(self.rng.randint(1, 3)))
         if draw < 0.9:
             return "".join(
-                self.rng.choice("bcdfghjklmnprstvwz") + self.rng.choice("aeiouy")
+                self.rng.choice("bcdfghjklmnprstvwz")
+                + self.rng.choice("aeiouy")
                 + self.rng.choice(("", "", "n", "r", "s", "l", "m"))
                 for _ in range(self.rng.randint(1, 4))
-            )  # fmt: skip
+            )
         return "".join(
             self.rng.choice(string.ascii_lowercase) for _ in range(self.rng.randint(2, 8))
         )
 
     def name(self, kind: str) -> str:
-        """A made-up name, none of those to avoid."""
+        """Make up a name that is not one of those to avoid."""
         while (name := self._name(kind)) in self.avoid:
             pass
         return name
@@ -212,11 +216,13 @@ def dialogues(
     plain: bool = False,
     casual: bool = False,
 ) -> Iterator[str]:
-    """Yield the base's documents without end: conversations of one to four turns about `facts`
-    (the training part), about invented things that share no real entity's name, and small talk.
+    """Yield the base's documents without end: conversations of one to four turns.
 
-    plain: no questions in frames, and invented names as they come: for the vocabulary.
-    casual: more small talk, in any spelling, and bare nouns for questions: for the last steps.
+    They are about `facts` (the training part), about invented things that do not share a name with
+    a real entity, and small talk.
+
+    plain: no questions in frames, and invented names that may be real: for the vocabulary.
+    casual: more small talk, in any spelling, and bare nouns as questions: for the last steps.
     """
     rng = random.Random(seed)
     real = frozenset() if plain else frozenset(fact.entity for fact in read_facts())
@@ -245,7 +251,7 @@ def statements(facts: list[Fact], seed: int) -> Iterator[str]:
     while True:
         fact = rng.choice(facts)
         form = ATTRIBUTES[fact.kind, fact.attribute]
-        # The plainest wording is the commonest, as in an encyclopedia.
+        # The plainest wording is the most common, as in an encyclopedia.
         template = form.answer if rng.random() < 0.4 else rng.choice(form.statements)
         yield fill(template, fact.entity, fact.value) + END + "\n"
 
@@ -268,7 +274,7 @@ def exam(
 
 
 def small_talk(seed: int) -> Iterator[dict[str, str]]:
-    """Yield every greeting and the like with its answer, as written and respelt."""
+    """Yield all small talk with its answer, as written and as people type it."""
     rng = random.Random(seed)
     for users, assistants in SMALL_TALK:
         for user in users:

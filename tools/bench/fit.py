@@ -1,6 +1,6 @@
 """Time the fit of a switch on random features, scoring not included.
 
-    python tools/bench_fit.py [--tokens 1000000] [--width 1024] [--objective best]
+    python tools/bench/fit.py [--tokens 1000000] [--width 1024] [--objective best]
 
 A planted head decides which of two models knows each token; the fit must find it again.
 """
@@ -16,12 +16,12 @@ import numpy as np
 
 from colm_edge.bench.methods import cpu_name
 from colm_edge.readout import FEATURES
-from colm_edge.train import fit as train
+from colm_edge.train.fit import OBJECTIVES, fit_head
 from colm_edge.train.scoring import Scores
 
 
 def planted(n: int, width: int, rng: np.random.Generator) -> tuple[Scores, np.ndarray]:
-    """Return the scores of n tokens, of which a head on the hidden state knows the writer."""
+    """Return the scores of n tokens, and the head on the hidden state that says who knows each."""
     hidden = np.empty((n, width), np.float32)
     for i in range(0, n, 50_000):
         rng.standard_normal(dtype=np.float32, out=hidden[i : i + 50_000])
@@ -30,22 +30,22 @@ def planted(n: int, width: int, rng: np.random.Generator) -> tuple[Scores, np.nd
     likely, unlikely = np.log(rng.uniform(0.6, 0.99, n)), np.log(rng.uniform(1e-4, 0.1, n))
     base, expert = np.where(by_expert, (unlikely, likely), (likely, unlikely))
     features = np.zeros((n, len(FEATURES)), np.float32)
-    return Scores(hidden, features, base, expert, ~by_expert, by_expert,
-                  np.zeros(n, np.int64), np.arange(n)), weight  # fmt: skip
+    token, line = np.zeros(n, np.int32), np.arange(n)
+    return Scores(hidden, features, base, expert, ~by_expert, by_expert, token, line), weight
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--tokens", type=int, default=1_000_000)
     parser.add_argument("--width", type=int, default=1024)
-    parser.add_argument("--objective", choices=("best", *train.OBJECTIVES), default="best")
+    parser.add_argument("--objective", choices=("best", *OBJECTIVES), default="best")
     args = parser.parse_args()
     rng = np.random.default_rng(0)
     n_valid = max(1000, args.tokens // 50)
     scores, weight = planted(args.tokens + n_valid, args.width, rng)
     rows = np.arange(args.tokens + n_valid)
     begun = time.perf_counter()
-    trial, _ = train.fit_head(scores, rows[n_valid:], rows[:n_valid], ("hidden",), args.objective)
+    trial, _ = fit_head(scores, rows[n_valid:], rows[:n_valid], ("hidden",), args.objective)
     seconds, head = time.perf_counter() - begun, trial.head
     cosine = head.weight @ weight / np.linalg.norm(head.weight) / np.linalg.norm(weight)
     print(

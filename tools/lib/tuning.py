@@ -1,9 +1,9 @@
-"""Joint training of a base and its switch: data, model, steps, and what a run leaves behind.
+"""Joint training of a base and its switch: data, model, steps and results.
 
 The loss is Co-LLM's marginal likelihood (arXiv 2403.03870, section 2.2), averaged over scored
 tokens: −logsumexp(log σ(−d) + log P_base, log σ(d) + log P_expert). d is the product of the switch
 row with the state that the output matrix reads. The row is a parameter of its own while training
-lasts, so that P_base is normalised without it and tied embeddings do not see it.
+lasts, so P_base is normalised without it and tied embeddings are not affected by it.
 """
 
 from __future__ import annotations
@@ -15,14 +15,12 @@ import os
 import shutil
 import sys
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from convert_switch import TOKENIZER_FILES, logit_scale
-from gguf_base import GgufBase
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -30,26 +28,27 @@ from colm_edge.errors import ColmError, DataError, ModelError
 from colm_edge.switch.file import Switch
 from colm_edge.switch.reading import HIDDEN
 from colm_edge.switch.rules import DEFER_TOKEN
-from colm_edge.train.fit import calibrate, choose_threshold
+from colm_edge.train.fit import calibrate, choose_threshold, hard_curve
+from colm_edge.train.heads import DEFER_RATES, WEAK_POSITIVE_WEIGHT, Array, marginal_loss, sigmoid
+from lib.co_llm import TOKENIZER_FILES, logit_scale
+from lib.gguf_base import GgufBase
 
 CLIP = 1.0  # of the gradient's norm
 WARM_UP = 0.03  # of all steps
-WEAK_POSITIVE_WEIGHT = 8.0  # of a weak label 1, as in the authors' script
-START_TOKENS = 50_000  # the weak start sees at most so many
+START_TOKENS = 50_000  # about as many are used to fit the row at the start
 LORA_ALPHA = 2.0  # times the rank
-RATES = (0.1, 0.2, 0.3)
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What decides a run's result, beside base and data."""
+    """What determines a run's result, beside base and data."""
 
     objective: str  # joint or sft
     lora: int  # rank; 0: all weights
     epochs: int
     lr: float
     batch: int  # documents a step
-    micro_batch: int  # of them evaluated at once
+    micro_batch: int  # documents evaluated at once
     start_steps: int
     dtype: str
     seed: int
@@ -57,14 +56,14 @@ class Settings:
 
 
 class ScoredData:
-    """A file of `colm-edge score`: documents as token ids, and what the expert says of them.
+    """A file of `colm-edge score`: documents as token ids, and the expert's scores of them.
 
     Document i is tokens[at[i] : at[i + 1]]; its tokens from starts[i] on are scored, and their
-    rows of logprob and right are rows[i] : rows[i + 1].
+    scores are logprob and right [rows[i] : rows[i + 1]].
     """
 
     def __init__(self, path: Path, n_vocab: int) -> None:
-        """Raises DataError for what is no such file, or of another vocabulary."""
+        """Raise DataError if this is not such a file, or is of another vocabulary."""
         try:
             with np.load(path) as file:
                 self.tokens = file["tokens"].astype(np.int64)
@@ -75,18 +74,22 @@ class ScoredData:
                 f"{path}: {e.strerror or e}; expected a file of `colm-edge score`"
             ) from e
         except (KeyError, ValueError, EOFError) as e:
-            raise DataError(f"{path}: not a file of `colm-edge score` ({e})") from e
+            raise DataError(
+                f"{path}: not a file of `colm-edge score` ({e}); write one with that command"
+            ) from e
         self.at = np.concatenate(([0], np.cumsum(lengths)))
         self.rows = np.concatenate(([0], np.cumsum(lengths - self.starts)))
         fits = len(lengths) > 0 and len(self.starts) == len(lengths)
         fits = fits and bool(((self.starts >= 1) & (self.starts < lengths)).all())
         fits = fits and self.at[-1] == len(self.tokens)
         if not fits or not self.rows[-1] == len(self.logprob) == len(self.right):
-            raise DataError(f"{path}: its arrays do not fit each other; score the data again")
+            raise DataError(
+                f"{path}: its arrays do not fit each other; score the data again (colm-edge score)"
+            )
         if not 0 <= self.tokens.min() <= self.tokens.max() < n_vocab:
             raise DataError(
-                f"{path}: has the token {self.tokens.max()}, the base knows {n_vocab}; score the "
-                "data with this base (-m)"
+                f"{path}: has token {self.tokens.max()}, but the base knows {n_vocab}; score the "
+                "data with this base (colm-edge score -m)"
             )
         digest = hashlib.sha256()
         for array in (self.tokens, lengths, self.starts, self.logprob):
@@ -100,7 +103,7 @@ class ScoredData:
         return int((self.rows[documents + 1] - self.rows[documents]).sum())
 
     def batches(self, documents: np.ndarray, size: int) -> Iterator[Batch]:
-        """Yield documents of about one length together, padded at the end."""
+        """Yield documents of similar length together, padded at the end."""
         lengths = np.diff(self.at)
         documents = documents[np.argsort(lengths[documents], kind="stable")]
         for i in range(0, len(documents), size):
@@ -108,7 +111,7 @@ class ScoredData:
 
 
 class Batch:
-    """Documents side by side. Causal attention never looks at the padding behind a token."""
+    """Documents side by side, padded at the end, where causal attention does not look."""
 
     def __init__(self, data: ScoredData, documents: np.ndarray) -> None:
         lengths = np.diff(data.at)[documents]
@@ -129,7 +132,7 @@ class Batch:
 
 
 class Tuned(torch.nn.Module):
-    """A base and the row of its switch. Call it for what it says of a batch's scored tokens."""
+    """A base and the row of its switch. A call returns its predictions of scored tokens."""
 
     def __init__(self, base: Any, settings: Settings, device: str) -> None:
         super().__init__()
@@ -140,16 +143,18 @@ class Tuned(torch.nn.Module):
         row = head.weight.detach().float().mean(dim=0)
         self.row = torch.nn.Parameter(row, requires_grad=settings.objective == "joint")
         self._state: Any = None
-        torch.manual_seed(settings.seed)  # an adapter begins at random
+        torch.manual_seed(settings.seed)  # an adapter's first weights are random
         if settings.checkpointing:
             base.gradient_checkpointing_enable({"use_reentrant": False})
         if settings.lora:
             from peft import LoraConfig, get_peft_model
 
             config = LoraConfig(
-                r=settings.lora, lora_alpha=LORA_ALPHA * settings.lora,
-                target_modules="all-linear", task_type="CAUSAL_LM",
-            )  # fmt: skip
+                r=settings.lora,
+                lora_alpha=LORA_ALPHA * settings.lora,
+                target_modules="all-linear",
+                task_type="CAUSAL_LM",
+            )
             self.base = get_peft_model(base, config)
         self.to(device)
 
@@ -194,7 +199,8 @@ class Tuned(torch.nn.Module):
     def start(self, data: ScoredData) -> None:
         """Fit the row alone under weak supervision: 1 where only the expert's argmax is right.
 
-        From the mean of the output rows, positives weighted, as the authors do.
+        The row begins as the mean of the output rows, and positives are weighted, as the authors
+        do.
         """
         order = np.random.default_rng(self.settings.seed).permutation(len(data))
         scored = np.cumsum(np.diff(data.rows)[order])
@@ -225,22 +231,22 @@ class Tuned(torch.nn.Module):
             self.row.copy_(row)
 
 
-def figures(base: np.ndarray, d: np.ndarray, expert: np.ndarray) -> dict[str, float]:
+def figures(base: Array, d: Array, expert: Array) -> dict[str, float]:
     """Return the losses of base, expert and collaboration, nats per scored token.
 
-    Hard decisions defer the tokens of highest d, so many of them as the name says.
+    nll_hard_R is the loss of hard decisions that defer the share R of highest d.
     """
-    joint = np.logaddexp(base - np.logaddexp(0, d), expert - np.logaddexp(0, -d))
-    gain = np.cumsum((expert - base)[np.argsort(-d, kind="stable")])
-    result = {"nll_base": -base.mean(), "nll_expert": -expert.mean(), "nll_joint": -joint.mean()}
-    for rate in RATES:
-        k = round(rate * len(d))
-        result[f"nll_hard_{rate}"] = -(base.sum() + (gain[k - 1] if k else 0)) / len(d)
-    return {name: float(value) for name, value in result.items()}
+    curve = hard_curve(d, base, expert)
+    return {
+        "nll_base": float(-base.mean()),
+        "nll_expert": float(-expert.mean()),
+        "nll_joint": marginal_loss(base, expert, d)[0],
+        **{f"nll_hard_{rate}": float(curve[round(rate * len(d))]) for rate in DEFER_RATES},
+    }
 
 
 class Run:
-    """A training run in a folder: steps, and a state file from which a killed one goes on."""
+    """A training run in a folder: its steps, and a state file from which a killed run resumes."""
 
     def __init__(self, model: Tuned, data: ScoredData, base: Path, folder: Path) -> None:
         self.model, self.data, self.state = model, data, folder / "state.pt"
@@ -251,21 +257,21 @@ class Run:
         self._optimizer = torch.optim.AdamW(
             model.trained().values(), lr=settings.lr, weight_decay=0.0
         )
-        said = {**asdict(settings), "data": data.key, "base": str(base.resolve())}
-        self._key = json.dumps(said, sort_keys=True)
+        facts = {**asdict(settings), "data": data.key, "base": str(base.resolve())}
+        self._key = json.dumps(facts, sort_keys=True)
         if self.state.exists():
-            self._take_up()
+            self._resume()
         elif settings.objective == "joint" and settings.start_steps:
             model.start(data)
 
-    def _take_up(self) -> None:
+    def _resume(self) -> None:
         state = torch.load(self.state, weights_only=True, map_location="cpu")
         if state["key"] != self._key:
             ours, theirs = json.loads(self._key), json.loads(state["key"])
             other = ", ".join(sorted(k for k in ours if ours[k] != theirs.get(k)))
             raise ColmError(
-                f"{self.state}: belongs to a run with another {other}; give the same again, or "
-                "another --out"
+                f"{self.state}: belongs to a run with another {other}; give the same as then, "
+                "or another --out"
             )
         with torch.no_grad():
             for name, parameter in self.model.trained().items():
@@ -293,14 +299,14 @@ class Run:
         os.replace(temporary, self.state)
 
     def steps(self) -> Iterator[int]:
-        """Take the steps that are left; yield the number taken after each."""
+        """Take the remaining steps; yield the number of steps taken after each."""
         self.model.train()
         while self.done < self.n_steps:
             self.loss = self._step(self._documents(self.done))
             yield self.done
 
     def _documents(self, step: int) -> np.ndarray:
-        """Return the documents of a step, a function of seed and step alone."""
+        """Return the documents of a step, which depend on seed and step alone."""
         epoch, i = divmod(step, self._per_epoch)
         settings = self.model.settings
         order = np.random.default_rng([settings.seed, epoch]).permutation(len(self.data))
@@ -332,34 +338,43 @@ def check_device(device: str) -> None:
     try:
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as e:
-        raise ColmError(f"--device {device}: {str(e).splitlines()[0]}") from e
+        raise ColmError(
+            f"--device {device}: {str(e).splitlines()[0]}; give one that PyTorch has here, such as "
+            "cpu"
+        ) from e
 
 
 def open_base(path: Path, settings: Settings) -> tuple[Any, GgufBase | None]:
     """Return the base as a transformers model, and its GGUF file if it comes from one.
 
-    Raises ModelError for what is neither, or whose logits are not linear in the state.
+    Raises ModelError if it is neither, or if its logits are not linear in the state.
     """
-    # Under LoRA the base's weights only stand there; trained ones stay in float32.
+    # With LoRA the base's weights are not trained; trained weights stay in float32.
     light = settings.lora and settings.dtype == "bfloat16"
     dtype = torch.bfloat16 if light else torch.float32
     if path.is_dir():
         if DEFER_TOKEN in _added(path):
             raise ModelError(
-                f"{path}: has {DEFER_TOKEN} already; take the base without it "
-                "(tools/convert_switch.py --strip-to)"
+                f"{path}: has {DEFER_TOKEN} already, expected a base without it; remove it with "
+                "tools/convert_switch.py --strip-to"
             )
         try:
             base = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, local_files_only=True)
         except (OSError, ValueError) as e:
-            raise ModelError(f"{path}: transformers cannot read it ({e})") from e
+            raise ModelError(
+                f"{path}: transformers cannot read it ({e}); give a Hugging Face folder or a "
+                "GGUF file"
+            ) from e
         source = None
     else:
         source = GgufBase(path)
         base = source.load().to(dtype)
     scale, scaled_by = logit_scale(base.config.to_dict(), path)
     if scale != 1:
-        raise ModelError(f"{path}: its logits are scaled ({scaled_by}), so the switch's would be")
+        raise ModelError(
+            f"{path}: its logits are scaled ({scaled_by}), expected none of these keys, as the "
+            "switch's logit would be scaled too; fine-tune another base"
+        )
     return base, source
 
 
@@ -370,29 +385,28 @@ def _added(folder: Path) -> str:
 def write_results(
     model: Tuned, source: GgufBase | None, base: Path, folder: Path, valid: ScoredData | None
 ) -> dict[str, Any]:
-    """Write what the run made into its folder, `checkpoint` last; return figures on `valid`.
+    """Write the run's results into its folder, `checkpoint` last; return figures on `valid`.
 
-    Always checkpoint/, a Hugging Face folder. After joint training switch.gguf, and <|defer|> is
-    the last row of the checkpoint. From a GGUF base base.gguf; with LoRA also adapter.gguf and
+    checkpoint/ is a Hugging Face folder. Joint training also writes switch.gguf, and <|defer|> is
+    the last row of its checkpoint. A GGUF base gives base.gguf too, and LoRA adapter.gguf and
     PEFT's folder adapter/.
     """
-    settings, report = model.settings, {}
+    settings = model.settings
     joint = settings.objective == "joint"
-    threshold, rates, thresholds = 0.5, (), ()
+    report: dict[str, Any] = {}
+    row = model.row.detach().cpu().float()
+    bias = np.zeros(1, np.float32)
+    switch = Switch((HIDDEN,), row.numpy()[None], bias, len(row), info={"base": base.name})
     if valid is not None:
         log_base, d = model.judge(valid)
-        report = (
-            figures(log_base, d, valid.logprob) if joint else {"nll_base": float(-log_base.mean())}
-        )
-        p = np.exp(-np.logaddexp(0, -d))
-        threshold = choose_threshold(p, log_base, valid.logprob)
-        rates, thresholds = calibrate(p)
-    row = model.row.detach().cpu().float()
+        report = {"nll_base": float(-log_base.mean())}
+        if joint:
+            report = figures(log_base, d, valid.logprob)
+            p = sigmoid(d)
+            rates, thresholds = calibrate(p)
+            threshold = choose_threshold(p, log_base, valid.logprob)
+            switch = replace(switch, threshold=threshold, defer_rates=rates, thresholds=thresholds)
     if joint:
-        switch = Switch(
-            (HIDDEN,), row.numpy()[None], np.zeros(1, np.float32), len(row), threshold=threshold,
-            defer_rates=rates, thresholds=thresholds, info={"base": base.name},
-        )  # fmt: skip
         switch.save(folder / "switch.gguf")
     tuned = model.base
     if settings.lora:
@@ -400,10 +414,12 @@ def write_results(
         if source is not None:
             pairs = {
                 name.removeprefix("base_model.model.") + ".weight": (
-                    module.lora_A["default"].weight, module.lora_B["default"].weight
+                    module.lora_A["default"].weight,
+                    module.lora_B["default"].weight,
                 )
-                for name, module in tuned.named_modules() if hasattr(module, "lora_A")
-            }  # fmt: skip
+                for name, module in tuned.named_modules()
+                if hasattr(module, "lora_A")
+            }
             source.write_adapter(folder / "adapter.gguf", pairs, LORA_ALPHA * settings.lora)
         tuned = tuned.float().merge_and_unload()
     tuned = tuned.cpu()
@@ -411,7 +427,7 @@ def write_results(
         coarser = source.write(folder / "base.gguf", dict(tuned.named_parameters()))
         if coarser:
             print(
-                f"base.gguf: {len(coarser)} tensors in Q8_0: gguf cannot write theirs",
+                f"base.gguf: {len(coarser)} tensors are in Q8_0, as gguf cannot write their type",
                 file=sys.stderr,
             )
     _write_checkpoint(tuned, row if joint else None, base, folder, settings.dtype)
@@ -426,7 +442,7 @@ def _write_checkpoint(tuned: Any, row: Any, base: Path, folder: Path, dtype: str
     if any((base / name).exists() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
         tokenizer = AutoTokenizer.from_pretrained(base, local_files_only=True)
     if row is not None:
-        # As the authors do: one token more than the tokenizer has, its row the last.
+        # As the authors do: add one token to the tokenizer, whose row is the last.
         n = tuned.get_input_embeddings().weight.shape[0]
         if tokenizer is not None:
             tokenizer.add_tokens([DEFER_TOKEN], special_tokens=True)

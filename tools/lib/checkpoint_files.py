@@ -1,9 +1,9 @@
-"""Tensors of a Hugging Face checkpoint, where they lie: no file is loaded, no pickle is run.
+"""The tensors of a Hugging Face checkpoint, left in their files: nothing is loaded, no pickle runs.
 
-A `Tensor` is a place in a file. Of a `.safetensors` file only the header is read, of PyTorch's zip
-files (`pytorch_model*.bin`, what torch.save writes) only the pickle that describes the tensors,
-by an unpickler that knows no function but those that rebuild tensors. Numbers are mapped or
-streamed when asked for, so a file of any size costs the memory of what is read of it.
+A `Tensor` is a place in a file. Of a `.safetensors` file only the header is read, and of PyTorch's
+zip files (`pytorch_model*.bin`, what torch.save writes) only the pickle that describes the tensors,
+by an unpickler that knows no functions except those that rebuild tensors. Numbers are mapped or
+streamed when they are needed, so the memory used does not depend on the file's size.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ LFS_POINTER = b"version https://git-lfs"
 
 @dataclass(frozen=True)
 class Tensor:
-    """A tensor's place: the byte where element 0 lies, and its strides in elements."""
+    """A tensor's place: the byte where element 0 begins, and its strides in elements."""
 
     name: str
     path: Path
@@ -81,7 +81,7 @@ class Tensor:
                 self.path, DTYPES[self.dtype], mode="r", offset=self.offset, shape=(last + 1,)
             )
         except (OSError, ValueError) as e:
-            raise ModelError(f"{self.path}: cannot map {self.name or 'the tensor'}: {e}") from e
+            raise ModelError(f"{self.path}: cannot read {self.name or 'the tensor'}: {e}") from e
         steps = [s * self.itemsize for s in self.strides]
         return np.lib.stride_tricks.as_strided(flat, self.shape, steps, writeable=False)
 
@@ -90,7 +90,7 @@ class Tensor:
         if self.dtype not in FLOATS:
             raise ModelError(
                 f"{self.path}: {self.name or 'the tensor'} is {self.dtype}; expected one of "
-                f"{', '.join(FLOATS)}: a quantised checkpoint cannot be converted, use its original"
+                f"{', '.join(FLOATS)}; a quantised checkpoint cannot be converted, use its original"
             )
         stored = np.array(self.stored())
         if self.dtype == "BF16":  # the upper half of a float32
@@ -124,7 +124,7 @@ def read_file(path: Path) -> dict[str, Tensor]:
     """Return the tensors in a file by name; a bare one has the name "".
 
     Reads .safetensors, .npy and PyTorch's zip files. Raises ModelError for anything else, and for
-    what is truncated or would run code.
+    a file that is truncated or would run code.
     """
     try:
         with path.open("rb") as file:
@@ -142,17 +142,20 @@ def read_file(path: Path) -> dict[str, Tensor]:
         return _read_safetensors(path, size)
     if start[:1] == b"\x80":
         raise ModelError(
-            f"{path}: a plain pickle or PyTorch's file format from before version 1.6; load it "
-            "with PyTorch and torch.save it again"
+            f"{path}: a plain pickle or PyTorch's file format from before version 1.6, expected "
+            "its zip format; load the file with PyTorch and save it again with torch.save"
         )
     raise ModelError(
-        f"{path}: neither safetensors, .npy nor a PyTorch file (starts with {start[:4]!r})"
+        f"{path}: neither safetensors, .npy nor a PyTorch file (starts with {start[:4]!r}); "
+        "download it again, or save it as one of these"
     )
 
 
 def _read_safetensors(path: Path, size: int) -> dict[str, Tensor]:
     def broken(why: str) -> NoReturn:
-        raise ModelError(f"{path}: a broken or truncated safetensors file ({why})")
+        raise ModelError(
+            f"{path}: a broken or truncated safetensors file ({why}); download it again"
+        )
 
     with path.open("rb") as file:
         head = file.read(8)
@@ -162,23 +165,27 @@ def _read_safetensors(path: Path, size: int) -> dict[str, Tensor]:
         try:
             header = json.loads(file.read(n))
         except ValueError as e:
-            broken(f"its header is no JSON: {e}")
+            broken(f"its header is not valid JSON: {e}")
+    if not isinstance(header, dict):
+        broken("its header is not an object")
     tensors = {}
-    for name, entry in header.items() if isinstance(header, dict) else broken("no header"):
+    for name, entry in header.items():
         if name == "__metadata__":
             continue
         try:
             dtype, (start, stop) = entry["dtype"], map(int, entry["data_offsets"])
             shape = tuple(int(n) for n in entry["shape"])
         except (KeyError, TypeError, ValueError):
-            broken(f"no place for {name}")
+            broken(f"{name} has no valid dtype, shape or data_offsets")
         if dtype not in DTYPES:
-            raise ModelError(f"{path}: {name} is {dtype}, a type this tool does not know")
+            raise ModelError(
+                f"{path}: {name} is {dtype!r}, expected one of {', '.join(DTYPES)}; save it as one"
+            )
         tensor = Tensor(name, path, 8 + n + start, dtype, shape, row_major(shape))
         if min(shape, default=0) < 0 or start < 0 or tensor.n_bytes != stop - start:
-            broken(f"the shape of {name} does not fit its place")
+            broken(f"the shape of {name} does not fit its data_offsets")
         if 8 + n + stop > size:
-            broken(f"{name} lies beyond its end")
+            broken(f"{name} is beyond its end")
         tensors[name] = tensor
     return tensors
 
@@ -187,10 +194,12 @@ def _read_npy(path: Path) -> Tensor:
     try:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
     except Exception as e:  # numpy parses the header as Python, with Python's errors
-        raise ModelError(f"{path}: a broken or truncated .npy file ({e})") from e
+        raise ModelError(f"{path}: a broken or truncated .npy file ({e}); download it again") from e
     names = {np.dtype(DTYPES[name]): name for name in ("F64", "F32", "F16")}
     if array.dtype not in names:
-        raise ModelError(f"{path}: holds {array.dtype}; expected float32, float16 or float64")
+        raise ModelError(
+            f"{path}: holds {array.dtype}, expected float32, float16 or float64; save it as one"
+        )
     strides = tuple(s // array.itemsize for s in array.strides)
     return Tensor("", path, array.offset, names[array.dtype], array.shape, strides)
 
@@ -202,7 +211,7 @@ class _Storage:
 
 
 class _Describe(pickle.Unpickler):
-    """Read what torch.save pickled as `Tensor`s; anything but tensors and dicts is refused."""
+    """Read what torch.save pickled as `Tensor`s; refuse anything but tensors and dicts."""
 
     def __init__(self, file: io.BytesIO, path: Path, places: dict[str, tuple[int, int]]) -> None:
         super().__init__(file)
@@ -219,15 +228,15 @@ class _Describe(pickle.Unpickler):
         found = self._allowed.get(f"{module}.{name}")
         if found is None:
             raise ModelError(
-                f"{self._path}: its pickle asks for {module}.{name}, and a checkpoint of plain "
-                "tensors never does; nothing was run. Save it as safetensors if you trust it"
+                f"{self._path}: its pickle asks for {module}.{name}, which a checkpoint of plain "
+                "tensors never does; nothing was run; save it as safetensors if you trust it"
             )
         return found
 
     def persistent_load(self, pid: Any) -> _Storage:
         kind, dtype, key, *_ = pid
         if kind != "storage" or dtype not in DTYPES or key not in self._places:
-            raise ModelError(f"{self._path}: no place for storage {key!r}; download it again")
+            raise ModelError(f"{self._path}: storage {key!r} is missing; download it again")
         return _Storage(dtype, key)
 
     def _tensor(
@@ -241,11 +250,14 @@ class _Describe(pickle.Unpickler):
         start, size = self._places[storage.key]
         numbers = (first, *shape, *strides)
         if len(shape) != len(strides) or not all(isinstance(n, int) and n >= 0 for n in numbers):
-            raise ModelError(f"{self._path}: a tensor with the shape {shape} and strides {strides}")
+            raise ModelError(
+                f"{self._path}: a tensor has the impossible shape {shape} and strides {strides}; "
+                "download it again"
+            )
         width = np.dtype(DTYPES[storage.dtype]).itemsize
         last = first + sum((n - 1) * s for n, s in zip(shape, strides, strict=True))
         if 0 not in shape and (last + 1) * width > size:
-            raise ModelError(f"{self._path}: a tensor lies beyond its storage; download it again")
+            raise ModelError(f"{self._path}: a tensor is beyond its storage; download it again")
         offset = start + first * width
         return Tensor("", self._path, offset, storage.dtype, tuple(shape), tuple(strides))
 
@@ -255,12 +267,17 @@ def _read_torch(path: Path) -> dict[str, Tensor]:
         with zipfile.ZipFile(path) as archive, path.open("rb") as file:
             pickles = [i for i in archive.infolist() if i.filename.endswith("/data.pkl")]
             if len(pickles) != 1 or pickles[0].file_size > MAX_HEADER_BYTES:
-                raise ModelError(f"{path}: not a file that torch.save wrote")
+                raise ModelError(
+                    f"{path}: a zip file, but not one of torch.save; save the tensors again with it"
+                )
             prefix = pickles[0].filename.removesuffix("data.pkl")
             if f"{prefix}byteorder" in archive.namelist():
                 order = archive.read(f"{prefix}byteorder")
                 if order != b"little":
-                    raise ModelError(f"{path}: written by a big-endian machine; save it again")
+                    raise ModelError(
+                        f"{path}: its numbers are big-endian, expected little-endian; load and "
+                        "save it on a little-endian machine"
+                    )
             places = {}
             for info in archive.infolist():
                 if info.filename.startswith(f"{prefix}data/") and not info.compress_type:
@@ -270,13 +287,18 @@ def _read_torch(path: Path) -> dict[str, Tensor]:
     except ModelError:
         raise
     except (OSError, zipfile.BadZipFile) as e:
-        raise ModelError(f"{path}: a broken or truncated PyTorch file ({e})") from e
+        raise ModelError(
+            f"{path}: a broken or truncated PyTorch file ({e}); download it again"
+        ) from e
     except Exception as e:  # a pickle can go wrong in as many ways as it has opcodes
-        raise ModelError(f"{path}: its pickle describes no tensors ({e})") from e
+        raise ModelError(f"{path}: its pickle describes no tensors ({e}); download it again") from e
     if isinstance(described, Tensor):
         return {"": described}
     if not isinstance(described, dict):
-        raise ModelError(f"{path}: holds a {type(described).__name__}, expected tensors by name")
+        raise ModelError(
+            f"{path}: holds an object of type {type(described).__name__}, expected a tensor or a "
+            "dict of tensors; save one of these"
+        )
     return {
         name: replace(tensor, name=name)
         for name, tensor in described.items()
@@ -285,7 +307,7 @@ def _read_torch(path: Path) -> dict[str, Tensor]:
 
 
 def _member_start(file: io.BufferedReader, info: zipfile.ZipInfo) -> int:
-    """Return where an uncompressed member's bytes begin; its local header may be padded."""
+    """Return where the bytes of an uncompressed member begin; its local header may be padded."""
     file.seek(info.header_offset)
     header = file.read(30)
     if len(header) != 30 or header[:4] != b"PK\x03\x04":
@@ -297,7 +319,7 @@ def _member_start(file: io.BufferedReader, info: zipfile.ZipInfo) -> int:
 class Weights:
     """All tensors of a checkpoint folder, one file or several with an index.
 
-    Safetensors go before .bin, as in transformers. Raises ModelError where there are none.
+    Safetensors are preferred to .bin, as in transformers. Raises ModelError when there are none.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -317,14 +339,17 @@ class Weights:
     def _refuse(self) -> NoReturn:
         for name, what in (
             ("adapter_config.json", "holds a LoRA adapter; merge it into its base model first"),
-            ("gperp_init.bin", "holds no weights, only gperp_init.bin, the row before the training "
-                "proper; name that file to convert it"),
-        ):  # fmt: skip
+            (
+                "gperp_init.bin",
+                "holds no weights, only gperp_init.bin, the row that the training "
+                "began with; give that file to convert it",
+            ),
+        ):
             if (self.folder / name).exists():
                 raise ModelError(f"{self.folder}: {what}")
         raise ModelError(
             f"{self.folder}: expected model.safetensors or pytorch_model.bin, or an index of their "
-            "shards (*.index.json); found none"
+            "shards (*.index.json); found none; give the folder that the training wrote"
         )
 
     def _index(self, path: Path) -> dict[str, Path]:
@@ -333,7 +358,10 @@ class Weights:
             raise ModelError(f"{path}: has no weight_map; download it again")
         for file in set(map(str, named.values())):
             if not re.fullmatch(r"[\w.-]+", file):
-                raise ModelError(f"{path}: names the shard {file!r}, which is no plain file name")
+                raise ModelError(
+                    f"{path}: names the shard {file!r}, expected a plain file name; download the "
+                    "index again"
+                )
         return {name: self.folder / str(file) for name, file in named.items()}
 
     def _tensors(self, path: Path) -> dict[str, Tensor]:
@@ -342,13 +370,14 @@ class Weights:
         return self._read[path]
 
     def find(self, *names: str) -> Tensor | None:
-        """Return the first of these tensors that there is, or None."""
+        """Return the first of these tensors that exists, or None."""
         for name in names:
             if name in self.files:
                 tensor = self._tensors(self.files[name]).get(name)
                 if tensor is None:
                     raise ModelError(
-                        f"{self.files[name]}: the index says it holds {name}, but it does not"
+                        f"{self.files[name]}: the index says it holds {name}, but it does not; "
+                        "download both again"
                     )
                 return tensor
         return None
@@ -367,14 +396,16 @@ def read_json(path: Path) -> dict[str, Any]:
     except OSError as e:
         raise ModelError(f"{path}: {e.strerror or e}") from e
     except ValueError as e:
-        raise ModelError(f"{path}: not JSON ({e})") from e
+        raise ModelError(f"{path}: not valid JSON ({e}); download it again") from e
     if not isinstance(value, dict):
-        raise ModelError(f"{path}: expected a JSON object, found a {type(value).__name__}")
+        raise ModelError(
+            f"{path}: expected a JSON object, found a {type(value).__name__}; download it again"
+        )
     return value
 
 
 def write_safetensors(path: Path, tensors: list[Tensor]) -> int:
-    """Write tensors to a new file, streamed; return the bytes of numbers in it."""
+    """Write tensors to a new file, chunk by chunk; return how many bytes of numbers it holds."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     at = 0
     for t in tensors:

@@ -1,19 +1,19 @@
-"""Train a base and an expert on real text, grade-school word problems, to measure switches on.
+"""Train a base and an expert on grade-school word problems, to measure switches on real text.
 
     pip install -e '.[train-demo]'
-    python tools/train_gsm8k_pair.py --data DIR --work build/gsm8k      # DIR/train.jsonl of GSM8K
+    python tools/studies/train_gsm8k_pair.py --data DIR --work build/gsm8k
 
-The data is GSM8K's training part (Cobbe et al. 2021, MIT licence), one {"prompt", "completion"} a
-line. By a hash of each line it is cut into three parts:
+DIR/train.jsonl is GSM8K's training part (Cobbe et al. 2021, MIT licence), one {"prompt",
+"completion"} a line. A hash of each prompt assigns the line to one of three parts:
 
 - base, 20 %: the base reads these problems with their worked solutions, as question and answer;
 - switch, 12 %: neither model reads them; `colm-edge train` fits the switch on them (switch.jsonl);
 - more, 68 %: only the expert reads them.
 
 The expert reads the problems and solutions of `base` and `more` as running text, without the
-format of an answer (no turns, no lines, no #### at the end), and sums by the thousand. So the base
-knows how an answer is written, and the expert knows more words and how sums come out.
-Everything is seeded; training goes on from its checkpoint. The weights stay in the work folder.
+format of an answer (no turns, no lines, no #### at the end), and thousands of sums. So the base
+knows how an answer is written, and the expert knows more words and how to calculate.
+Everything is seeded; training resumes from its checkpoint. The weights stay in the work folder.
 """
 
 from __future__ import annotations
@@ -27,8 +27,18 @@ from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent))
-from small_llama import Shape, export, load_vocab, train_model, train_vocab
+sys.path.insert(0, str(Path(__file__).parents[1]))  # tools/, where imports begin
+from lib.llama_gguf import Shape
+from lib.small_llama import (
+    Piece,
+    Training,
+    Windows,
+    cut_windows,
+    export,
+    load_vocab,
+    train_model,
+    train_vocab,
+)
 
 SEED = 20261124
 END = "<|end|>"
@@ -39,12 +49,21 @@ CHAT_TEMPLATE = (
     "{%- endfor -%}"
 )
 SUMS_SHARE = 0.2  # of the expert's documents
-SHAPES = {
-    "base": Shape(n_embd=160, n_layer=5, n_head=5, n_ff=448, steps=900, batch=8, lr=3e-3,
-                  n_ctx=384),
-    "expert": Shape(n_embd=256, n_layer=6, n_head=8, n_ff=704, steps=1400, batch=8, lr=2e-3,
-                    n_ctx=384),
-}  # fmt: skip
+N_VOCAB, N_CTX = 2048, 384
+TRAININGS = {
+    "base": Training(
+        Shape(n_embd=160, n_layer=5, n_head=5, n_head_kv=5, n_ff=448, n_vocab=N_VOCAB, n_ctx=N_CTX),
+        steps=900,
+        batch=8,
+        lr=3e-3,
+    ),
+    "expert": Training(
+        Shape(n_embd=256, n_layer=6, n_head=8, n_head_kv=8, n_ff=704, n_vocab=N_VOCAB, n_ctx=N_CTX),
+        steps=1400,
+        batch=8,
+        lr=2e-3,
+    ),
+}
 
 Row = dict[str, str]
 
@@ -71,7 +90,7 @@ def prose(row: Row) -> str:
 
 
 def sums(rng: random.Random) -> str:
-    """Return a paragraph of sums such as the solutions hold, right ones."""
+    """Return a paragraph of correct sums like those in the solutions."""
     lines = []
     for _ in range(rng.randint(4, 12)):
         sign = rng.choice("+-**/")
@@ -87,51 +106,36 @@ def sums(rng: random.Random) -> str:
         elif sign == "-":
             a, b = max(a, b), min(a, b)
         result = {"+": a + b, "-": a - b, "*": a * b, "/": a // b}[sign]
-        lines.append(f"{a}{sign}{b}={result}" if rng.random() < 0.7
-                     else f"{a} {sign} {b} = {result}")  # fmt: skip
+        close = rng.random() < 0.7
+        lines.append(f"{a}{sign}{b}={result}" if close else f"{a} {sign} {b} = {result}")
     return rng.choice((" ", ", ", "\n")).join(lines) + END
 
 
-def windows(
-    name: str, data: Path, work: Path, chunk: int, count: int, step: int
-) -> tuple[list[list[int]], list[list[int]]]:
-    """Return `count` windows, documents whole and in a seeded order, begun anew in each window."""
-    tokenizer, cut = load_vocab(work), parts(data)
+def windows(name: str, data: Path, work: Path, chunk: int, count: int, step: int) -> Windows:
+    """Return `count` windows of whole documents in a seeded order, and their loss masks."""
+    cut = parts(data)
     rng = random.Random(SEED + 1_000_003 * (chunk + 1))
-    n_ctx = SHAPES[name].n_ctx
 
-    def documents() -> Iterator[list[tuple[str, int]]]:
+    def documents() -> Iterator[list[Piece]]:
         rows = cut["base"] + (cut["more"] if name == "expert" else [])
         while True:
             for row in rng.sample(rows, len(rows)):
                 if name == "base":
                     prompt, answer = dialogue(row)
-                    yield [(prompt, 0), (answer, 1)]
+                    yield [(prompt, False), (answer, True)]
                 elif rng.random() < SUMS_SHARE:
-                    yield [(sums(rng), 1)]
+                    yield [(sums(rng), True)]
                 else:
-                    yield [(prose(row), 1)]
+                    yield [(prose(row), True)]
 
-    source = documents()
-    ids, masks = [], []
-    for _ in range(count):
-        row: list[int] = []
-        mask: list[int] = []
-        while len(row) <= n_ctx:
-            for words, counts in next(source):
-                encoded = tokenizer.encode(words).ids
-                row += encoded
-                mask += [counts] * len(encoded)
-        ids.append(row[: n_ctx + 1])
-        masks.append(mask[: n_ctx + 1])
-    return ids, masks
+    return cut_windows(documents(), load_vocab(work), N_CTX, count)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--data", type=Path, required=True, help="folder with train.jsonl")
     parser.add_argument("--work", type=Path, default=Path("build/gsm8k"))
-    parser.add_argument("--only", choices=tuple(SHAPES), help="train this model alone")
+    parser.add_argument("--only", choices=tuple(TRAININGS), help="train this model alone")
     parser.add_argument("--threads", type=int, default=0, help="PyTorch threads (default: all)")
     args = parser.parse_args()
     work: Path = args.work
@@ -142,13 +146,18 @@ def main() -> None:
     (work / "switch.jsonl").write_text(switch)
     if not (work / "tokenizer.json").exists():
         corpus = ["".join(dialogue(row)) for row in cut["base"]]
-        train_vocab(corpus, END, SHAPES["base"].n_vocab, work / "tokenizer.json")
-    for name in (args.only,) if args.only else SHAPES:
-        shape = SHAPES[name]
-        train_model(name, shape, partial(windows, name, args.data, work), work, seed=SEED,
-                    threads=args.threads)  # fmt: skip
-        export(name, shape, work, work / f"{name}.gguf", title=f"GSM8K trial {name}",
-               chat_template=CHAT_TEMPLATE)  # fmt: skip
+        train_vocab(corpus, END, N_VOCAB, work / "tokenizer.json")
+    for name in (args.only,) if args.only else TRAININGS:
+        training, make = TRAININGS[name], partial(windows, name, args.data, work)
+        train_model(name, training, make, work, seed=SEED, threads=args.threads)
+        export(
+            name,
+            training.shape,
+            work,
+            work / f"{name}.gguf",
+            title=f"GSM8K trial {name}",
+            chat_template=CHAT_TEMPLATE,
+        )
 
 
 if __name__ == "__main__":

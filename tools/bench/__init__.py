@@ -1,0 +1,1 @@
+"""What measures the parts of colm-edge, one script each."""

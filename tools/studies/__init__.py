@@ -1,0 +1,1 @@
+"""What was made once: the pair that ships, the pair of a study, and comparisons in docs/."""
