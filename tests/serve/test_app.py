@@ -533,7 +533,7 @@ def metrics_of(url: str) -> dict[str, float]:
 
 def test_the_expert_calls_of_a_client_that_goes_away_are_counted(endless, slow):
     body = {"prompt": "hello", "max_tokens": 480, "colm": {"threshold": 0}}
-    with serving(endless, n_slots=1) as (url, server):
+    with serving(endless, n_slots=2) as (url, server):
         for n in (1, 2):
             streamed = body | {"stream": True}
             with httpx.stream("POST", f"{url}/v1/completions", json=streamed, timeout=60) as r:
