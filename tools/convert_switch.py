@@ -142,6 +142,11 @@ def main(
     """
     if outfile is None and not dry_run:
         raise click.UsageError("give --outfile SWITCH.gguf, or --dry-run to write nothing")
+    if not checkpoint.exists():
+        raise ModelError(
+            f"{checkpoint}: no such file or folder; expected a Co-LLM folder, a gperp_init.bin or "
+            "a file with the switch's row"
+        )
     found = None
     if checkpoint.is_dir():
         found = open_checkpoint(checkpoint)

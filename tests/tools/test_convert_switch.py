@@ -417,6 +417,9 @@ def test_wrong_usage_is_told(tmp_path):
         result = convert(*args)
         assert result.exit_code == 2
         assert words in result.stderr
+    result = convert(tmp_path / "none", "--dry-run")
+    assert result.exit_code == 1
+    assert "no such file or folder; expected a Co-LLM folder" in result.stderr
     result = convert(tmp_path / "row.npy", "--outfile", tmp_path / "absent" / "s.gguf")
     assert result.exit_code == 1
     assert "cannot write: No such file" in result.stderr
