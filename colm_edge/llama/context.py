@@ -185,6 +185,11 @@ class Context:
         self._views: dict[int, Floats] = {}
 
     @property
+    def handle(self) -> Any:
+        """llama.cpp's own context, or None before `open`."""
+        return self._handle
+
+    @property
     def created(self) -> bool:
         """Whether the context exists, that is, whether it takes memory."""
         return self._handle is not None

@@ -50,7 +50,9 @@ def random_documents(n: int, n_vocab: int, rng: np.random.Generator) -> Document
 
 def bare_loop(session: Session, documents: Documents) -> tuple[float, float]:
     """Return the seconds, by the clock and of the CPU, that llama.cpp takes for a pass's tokens."""
-    context = session.new_context(SCORE_BATCH, SCORE_BATCH)
+    made = session.new_context(SCORE_BATCH, SCORE_BATCH)
+    made.open()
+    context = made.handle
     memory = llama.llama_get_memory(context)
     tokens = [t for d in documents for t in d.tokens[:-1]]
     outputs = [i >= d.start - 1 for d in documents for i in range(len(d.tokens) - 1)]
@@ -69,7 +71,7 @@ def bare_loop(session: Session, documents: Documents) -> tuple[float, float]:
         seconds += perf_counter() - begun
         cpu += process_time() - cpu_begun
     llama.llama_batch_free(batch)
-    llama.llama_free(context)
+    made.close()
     return seconds, cpu
 
 
@@ -171,10 +173,11 @@ def main() -> None:
         else:
             documents = tokenized(read_rows(data), pair)[: args.n]
         rows = [measure(pair, name, documents, args.rounds, args.work) for name in SIDES]
+        models = pair.base, pair.expert_session.model
         facts = {
             "measured on": f"{cpu_name()}, {datetime.date.today()}",
-            "models": f"{pair.base.path}, {pair.expert.path}",
-            "quantisation": ", ".join(quantisation(m) for m in (pair.base, pair.expert)),
+            "models": ", ".join(str(model.path) for model in models),
+            "quantisation": ", ".join(quantisation(m) for m in models),
             "documents": f"{len(documents)} of {data.name if data else 'random tokens'}",
             "tokens": f"{n_evaluated(documents)} evaluated, {documents.n_scored} scored",
             "rows read by": readout.implementation,

@@ -15,7 +15,6 @@ from time import perf_counter
 
 from colm_edge.bench.methods import measured_on
 from colm_edge.bench.replay import Process, Trace, replay
-from colm_edge.decode.loop import Decoder
 from colm_edge.pair import Pair, load
 from colm_edge.serve.slots import Slots
 
@@ -27,7 +26,8 @@ def together(pair: Pair, slots: Slots, traces: list[Trace]) -> float:
     def write(trace: Trace) -> None:
         read = pair.switch.reader(pair.base, pair.n_shared)
         with slots.take(trace.prompt) as timelines:
-            decoder = replay(Decoder, *timelines, read, trace, 0.5, n_choose=pair.n_shared)
+            base, expert = timelines or (pair.base_session, pair.expert)
+            decoder = replay(base, expert, read, trace, 0.5, pair.n_shared)
             begin.wait()
             for _ in decoder:
                 pass
@@ -54,7 +54,6 @@ def main() -> None:
     args = parser.parse_args()
     counts = [int(count) for count in args.slots.split(",")]
     with load(args.model, args.model_expert, n_ctx=192, n_threads=args.threads) as pair:
-        pair.base_session.close()
         slots = Slots(pair, max(counts))
         seconds: dict[int, list[float]] = {count: [] for count in counts}
         for i in range(args.rounds + 1):
