@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from colm_edge.errors import ColmError
+from colm_edge.files import check_writable, replacing
+from colm_edge.tables import Table
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-
-from colm_edge.tables import Table
 
 # Markers and lines tell the methods apart without colour too.
 STYLES: dict[str, dict[str, Any]] = {
@@ -29,8 +29,6 @@ PICTURES = (".png", ".svg", ".pdf")
 
 def check_plot(path: str | os.PathLike[str]) -> None:
     """Raise now, rather than after the work, when a picture cannot be drawn or written."""
-    from colm_edge.files import check_writable
-
     try:
         import matplotlib  # noqa: F401
     except ImportError as e:
@@ -41,15 +39,9 @@ def check_plot(path: str | os.PathLike[str]) -> None:
 
 
 def write_plot(table: Table, path: str | os.PathLike[str]) -> None:
-    """Write the picture of a table, through a temporary file."""
-    target = Path(path)
-    temporary = target.with_name(f".{target.stem}.tmp{target.suffix}")
-    try:
+    """Write the picture of a table. Raises WriteError when the file cannot be written."""
+    with replacing(path) as temporary:
         draw(table).savefig(temporary, dpi=150)
-        os.replace(temporary, target)
-    except OSError as e:
-        temporary.unlink(missing_ok=True)
-        raise ColmError(f"{target}: cannot write the picture: {e.strerror or e}") from e
 
 
 def draw(table: Table) -> Figure:

@@ -8,16 +8,15 @@ Co-LLM checkpoint added to its own vocabulary.
 from __future__ import annotations
 
 import os
-import tempfile
-from contextlib import suppress
+from contextlib import closing
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from colm_edge import readout
 from colm_edge.errors import MismatchError, SwitchError
+from colm_edge.files import replacing
 from colm_edge.switch.reading import HIDDEN, N_LOGIT, Base, Floats, Reader, sigmoid
 
 ARCHITECTURE = "colmswitch"
@@ -133,17 +132,10 @@ class Switch:
         return float(np.interp(defer_rate, self.defer_rates, self.thresholds))
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the switch as GGUF, through a temporary file. Raises SwitchError when it cannot."""
+        """Write the switch as GGUF. Raises WriteError when the file cannot be written."""
         from gguf import GGUFWriter
 
-        target = Path(path)
-        try:
-            handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
-            os.close(handle)
-        except OSError as e:
-            raise SwitchError(f"{target}: cannot write the switch: {e.strerror or e}") from e
-        temporary = Path(name)
-        writer = GGUFWriter(name, ARCHITECTURE)
+        writer = GGUFWriter(None, ARCHITECTURE)
         writer.add_uint32("colm.switch.version", VERSION)
         writer.add_array("colm.switch.features", list(self.features))
         writer.add_uint32("colm.switch.n_embd", self.n_embd)
@@ -156,18 +148,10 @@ class Switch:
             writer.add_string(f"colm.switch.{key}", value)
         writer.add_tensor("switch.weight", np.ascontiguousarray(self.weight, np.float32))
         writer.add_tensor("switch.bias", np.ascontiguousarray(self.bias, np.float32))
-        try:
-            writer.write_header_to_file()
+        with replacing(path) as temporary, closing(writer):
+            writer.write_header_to_file(temporary)
             writer.write_kv_data_to_file()
             writer.write_tensors_to_file()
-            writer.close()
-            temporary.chmod(0o666 & ~_umask())  # mkstemp's files are private
-            os.replace(temporary, target)
-        except OSError as e:
-            with suppress(OSError):
-                writer.close()
-                temporary.unlink()
-            raise SwitchError(f"{target}: cannot write the switch: {e.strerror or e}") from e
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Switch:
@@ -218,12 +202,6 @@ class Switch:
             raise SwitchError(f"{path}: the switch lacks {e.args[0]}; train it again") from e
         except (TypeError, ValueError) as e:
             raise SwitchError(f"{path}: a key or tensor is not as it must be ({e})") from e
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def _floats(values: Any) -> tuple[float, ...]:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from colm_edge.errors import ColmError, DataError
+from colm_edge.files import replacing
 from colm_edge.train.fit import Fit, hard_curve
 
 if TYPE_CHECKING:
@@ -47,16 +48,20 @@ def check_report(folder: str | os.PathLike[str]) -> None:
 
 
 def write_report(fit: Fit, model: Model, folder: str | os.PathLike[str]) -> None:
-    """Write report.json, curve.png, reliability.png and texts.html into a folder."""
+    """Write report.json, curve.png, reliability.png and texts.html into a folder.
+
+    Raises WriteError when one of them cannot be written.
+    """
     check_report(folder)
     target = Path(folder)
-    try:
-        (target / "report.json").write_text(json.dumps(fit.report, indent=2) + "\n")
-        draw_curve(fit).savefig(target / "curve.png", dpi=150)
-        draw_reliability(fit).savefig(target / "reliability.png", dpi=150)
-        (target / "texts.html").write_text(page(fit, model), encoding="utf-8")
-    except OSError as e:
-        raise DataError(f"{folder}: cannot write the report: {e.strerror or e}") from e
+    with replacing(target / "report.json") as file:
+        file.write_text(json.dumps(fit.report, indent=2) + "\n")
+    with replacing(target / "curve.png") as file:
+        draw_curve(fit).savefig(file, dpi=150)
+    with replacing(target / "reliability.png") as file:
+        draw_reliability(fit).savefig(file, dpi=150)
+    with replacing(target / "texts.html") as file:
+        file.write_text(page(fit, model), encoding="utf-8")
 
 
 def draw_curve(fit: Fit) -> Figure:

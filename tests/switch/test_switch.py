@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from reference import p_defer
 
-from colm_edge.errors import MismatchError, SwitchError
+from colm_edge.errors import MismatchError, SwitchError, WriteError
 from colm_edge.readout import FEATURES
 from colm_edge.switch.file import FEATURE_SETS, Switch
 from colm_edge.switch.load import load_switch
@@ -157,9 +157,9 @@ def test_a_failed_write_keeps_what_was_there(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("os.replace", full)
-    with pytest.raises(SwitchError, match="cannot write the switch: No space left"):
+    with pytest.raises(WriteError, match=r"s\.gguf: cannot write: No space left"):
         make(seed=1).save(tmp_path / "s.gguf")
     assert (tmp_path / "s.gguf").read_bytes() == before
     assert [p.name for p in tmp_path.iterdir()] == ["s.gguf"]
-    with pytest.raises(SwitchError, match="No such file"):
+    with pytest.raises(WriteError, match="No such file"):
         make().save(tmp_path / "absent" / "s.gguf")
