@@ -14,6 +14,7 @@ from colm_edge.cli.options import (
     model_options,
     shares,
 )
+from colm_edge.evaluate.metrics import METRICS
 
 if TYPE_CHECKING:
     pass
@@ -23,7 +24,7 @@ from colm_edge.cli.common import open_pair, progress
 @click.command("eval")
 @click.option("--data", required=True, metavar="FILE.jsonl", help="Prompts with completions.")
 @click.option(
-    "--metric", type=click.Choice(["nll", "exact", "contains", "gsm8k", "steps"]), default="nll",
+    "--metric", type=click.Choice(["nll", *METRICS]), default="nll",
     show_default=True, help="nll scores the data alone; the others judge generated answers too.",
 )  # fmt: skip
 @click.option("--limit", type=click.IntRange(1), help="Use the first lines only.")
@@ -84,7 +85,7 @@ def eval_command(
 
     With a metric other than nll every method answers every prompt, greedily unless --temp is given.
     """
-    from colm_edge.evaluate.methods import METHODS, evaluate
+    from colm_edge.evaluate.methods import METHODS, Comparison, evaluate
     from colm_edge.evaluate.plot import check_plot, write_plot
     from colm_edge.evaluate.proxy_tuning import Proxy
     from colm_edge.options import Options
@@ -117,12 +118,14 @@ def eval_command(
                 n_threads=models.get("n_threads", 0), n_gpu_layers=models.get("n_gpu_layers", 0),
             )  # fmt: skip
             proxy = stack.enter_context(third)
-        table = evaluate(
-            loaded, data, options, metric=None if metric == "nll" else metric, limit=limit,
-            methods=names, thresholds=thresholds, defer_rates=defer_rates,
+        comparison = Comparison(
+            metric=None if metric == "nll" else metric, limit=limit, methods=names,
+            thresholds=thresholds, defer_rates=defer_rates,
             weak=Switch.load(weak) if weak else None, proxy=proxy,
-            work=Path(work_dir) if work_dir else None, note=lambda text: click.echo(text, err=True),
-            progress=progress,
+        )  # fmt: skip
+        table = evaluate(
+            loaded, data, options, comparison, work=Path(work_dir) if work_dir else None,
+            note=lambda text: click.echo(text, err=True), progress=progress,
         )  # fmt: skip
     click.echo(render(table, output))
     if plot is not None:

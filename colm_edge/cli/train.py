@@ -13,6 +13,7 @@ from colm_edge.cli.options import (
     WORK_DIR,
     pair_options,
 )
+from colm_edge.evaluate.metrics import METRICS
 
 if TYPE_CHECKING:
     from colm_edge.train.documents import Documents
@@ -34,7 +35,7 @@ from colm_edge.cli.common import progress
     "held-back lines. weak: the paper's weak supervision, to compare with.",
 )  # fmt: skip
 @click.option(
-    "--threshold-by", "metric", type=click.Choice(["exact", "contains", "gsm8k", "steps"]),
+    "--threshold-by", "metric", type=click.Choice([*METRICS]),
     help="Choose the default threshold by answers to held-back prompts, generated at defer rates "
     "of 0, 0.1 … 1.  [default: by the likelihood of hard decisions]",
 )  # fmt: skip
@@ -86,7 +87,7 @@ def train(
     FILE.jsonl has one document a line: {"prompt", "completion"}, {"messages"} or {"text"}. Base
     and expert stay as they are; the switch is written as GGUF, the last line printed is JSON.
     """
-    from colm_edge.evaluate.metrics import METRICS, check_rows
+    from colm_edge.evaluate.metrics import check_rows
     from colm_edge.evaluate.threshold import choose_by_answers
     from colm_edge.files import check_writable
     from colm_edge.options import Options

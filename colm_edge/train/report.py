@@ -13,6 +13,7 @@ import numpy as np
 
 from colm_edge.errors import ColmError, DataError
 from colm_edge.files import replacing
+from colm_edge.switch.rules import Untrained
 from colm_edge.train.fit import Fit, hard_curve
 
 if TYPE_CHECKING:
@@ -74,11 +75,11 @@ def draw_curve(fit: Fit) -> Figure:
     rate = np.arange(n + 1) / n
     figure = Figure(figsize=(7, 4.6), layout="constrained")
     axes = figure.subplots()
-    features = fit.scores.logit_features[rows].astype(np.float64)
+    features = fit.scores.logit_features[rows]
     curves = [
         ("this switch", fit.p, "C0-"),
-        ("entropy", features[:, 0], "C1--"),
-        ("margin", 1 - features[:, 2], "C2-."),
+        ("entropy", Untrained("entropy").p_defer(features, None), "C1--"),
+        ("margin", Untrained("margin").p_defer(features, None), "C2-."),
     ]
     if fit.p_before is not None:
         curves.insert(1, ("the switch before", fit.p_before, "C4-"))
