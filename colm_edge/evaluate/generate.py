@@ -166,15 +166,7 @@ def judged(
             key = key_of(what, number, row["prompt"])
             entry = journal.get(key) if journal is not None else None
             if entry is None or not entry.keys() >= KEPT:
-                answer = ask(number, row)
-                stats = answer.stats
-                entry = {
-                    "method": label, "threshold": answer.threshold, "line": number,
-                    "text": answer.text, "tokens": stats.n_generated,
-                    "deferred": stats.n_deferred,
-                    "seconds": stats.total_seconds - stats.expert_load_seconds,
-                    "cut": answer.finish_reason == "length",
-                }  # fmt: skip
+                entry = {"method": label, "line": number, **_facts(ask(number, row))}
                 if journal is not None:
                     journal.add(key, entry)
             entries.append(entry)
@@ -187,6 +179,19 @@ def judged(
         seconds=np.array([entry["seconds"] for entry in entries], np.float64),
         cut=np.array([entry["cut"] for entry in entries], np.bool_),
     )
+
+
+def _facts(answer: Answer) -> dict[str, Any]:
+    """Return what is kept of an answer."""
+    stats = answer.stats
+    return {
+        "threshold": answer.threshold,
+        "text": answer.text,
+        "tokens": stats.n_generated,
+        "deferred": stats.n_deferred,
+        "seconds": stats.total_seconds - stats.expert_load_seconds,
+        "cut": answer.finish_reason == "length",
+    }
 
 
 def _switch_key(switch: AnySwitch) -> str:

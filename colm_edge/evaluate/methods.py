@@ -36,7 +36,7 @@ METHODS = ("base", "expert", "colm", "compose", "random", "entropy", "margin", "
 SWITCHED = METHODS[2:-1]  # they choose a model for each token
 BOOTSTRAPS = 1000
 SEED = 0
-# The least threshold above 0, which would defer what has p = 0 as well.
+# The smallest threshold above 0, which would defer tokens with p = 0 too.
 ABOVE_ZERO = float(np.nextafter(0.0, 1.0))
 
 
@@ -107,8 +107,8 @@ class Comparison:
 class Method:
     """A row of the table: its losses on every scored token (n,), and what answers prompts.
 
-    threshold: None where nothing is compared with one. deferred: the tokens that are the
-    expert's. nll: of the method's own distribution. nll_hard: of the one model that it names.
+    threshold: None where the method has none. deferred: which tokens are the expert's. nll: of the
+    method's own distribution. nll_hard: of the one model that it names for a token.
     """
 
     name: str
@@ -215,7 +215,7 @@ def _methods(switch: AnySwitch, scores: Scores, comparison: Comparison) -> Itera
     def method(
         name: str, p: Array, threshold: float, mix: Array, switch: AnySwitch, compose: bool = False
     ) -> Method:
-        with np.errstate(divide="ignore"):  # a mix of exactly 0 or 1: one model alone
+        with np.errstate(divide="ignore"):  # a mix of exactly 0 or 1 is one model alone
             d = np.log(mix) - np.log1p(-mix)
         nll = -np.logaddexp(scores.base - np.logaddexp(0, d), scores.expert - np.logaddexp(0, -d))
         deferred = _deferred(p, threshold)
