@@ -1,4 +1,4 @@
-"""What a user can mend: each message says what was wrong, what was expected, what to do."""
+"""What a user can fix: each message says what is wrong, what was expected, and the cure."""
 
 
 class ColmError(Exception):
@@ -31,3 +31,7 @@ class AbsentExpertError(ColmError):
 
 class DataError(ColmError):
     """A data file is missing or has a bad line."""
+
+
+class WriteError(ColmError):
+    """A file cannot be written."""

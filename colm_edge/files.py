@@ -1,29 +1,69 @@
-"""Files of the user's: whether they can be written, and writing them whole or not at all."""
+"""Files that colm-edge writes: each is written whole, or what was there before stays."""
 
 from __future__ import annotations
 
 import os
+import stat
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from secrets import token_hex
 
-from colm_edge.errors import SwitchError
+from colm_edge.errors import WriteError
+
+AnyPath = str | os.PathLike[str]
 
 
-def check_writable(path: str | os.PathLike[str], *inputs: str | os.PathLike[str] | None) -> None:
-    """Raise SwitchError now rather than after an hour's work.
+@contextmanager
+def replacing(path: AnyPath) -> Iterator[Path]:
+    """Give a temporary path beside a file; put it in the file's place if all goes well.
+
+    The temporary path has the file's suffix, and is removed on failure. The file gets the
+    permissions that writing to it in place would have left it. Raises WriteError when it cannot be
+    written, and for what is not a plain file, such as a folder or a device.
+    """
+    try:
+        target = _target(path)
+        mode = stat.S_IMODE(target.stat().st_mode) if target.exists() else None
+        temporary = target.with_name(f".{target.stem}.{token_hex(4)}{target.suffix}")
+        # Made here and not by the tempfile module, whose files are private whatever the umask.
+        flags = os.O_CREAT | os.O_EXCL | os.O_WRONLY
+        os.close(os.open(temporary, flags, 0o666 if mode is None else 0o600))
+        try:
+            yield temporary
+            if mode is not None:
+                temporary.chmod(mode)
+            os.replace(temporary, target)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+    except OSError as e:
+        raise WriteError(f"{path}: cannot write: {e.strerror or e}") from e
+
+
+def check_writable(path: AnyPath, *inputs: AnyPath | None) -> None:
+    """Raise WriteError now, rather than after an hour's work, when a file cannot be written.
 
     inputs: files that are read, which the result must not replace.
     """
-    target = Path(path)
-    folder = target.parent
-    for file in inputs:
-        if file is not None and target.exists() and Path(file).exists() and target.samefile(file):
-            raise SwitchError(f"{target} is read by this command; give the result another name")
-    if target.is_dir():
-        raise SwitchError(f"{target} is a folder; give a file's name")
-    if not folder.is_dir():
-        raise SwitchError(f"{folder}: no such folder; make it first")
     try:
-        tempfile.TemporaryFile(dir=folder).close()
+        target = _target(path)
+        read = [Path(file) for file in inputs if file is not None]
+        if target.exists() and any(file.exists() and target.samefile(file) for file in read):
+            raise WriteError(f"{path} is read by this command; give the result another name")
+        if not target.parent.is_dir():
+            raise WriteError(f"{target.parent}: no such folder; make it first")
+        tempfile.TemporaryFile(dir=target.parent).close()
     except OSError as e:
-        raise SwitchError(f"{target}: cannot write there: {e.strerror or e}") from e
+        raise WriteError(f"{path}: cannot write: {e.strerror or e}") from e
+
+
+def _target(path: AnyPath) -> Path:
+    """Return where a file is or will be, past symbolic links, as writing in place would."""
+    target = Path(os.path.realpath(path))
+    if target.is_dir():
+        raise WriteError(f"{path} is a folder; give a file's name")
+    if target.exists() and not target.is_file():
+        raise WriteError(f"{path} is not a plain file; give another name")
+    return target

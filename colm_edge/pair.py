@@ -32,7 +32,8 @@ from colm_edge.options import Options
 from colm_edge.references import LOCAL_HOSTS, choose_pair, is_url
 from colm_edge.remote.client import RemoteExpert
 from colm_edge.stream import Answer, AsyncStream, Stream
-from colm_edge.switch.load import AnySwitch, load_switch
+from colm_edge.switch.load import load_switch
+from colm_edge.switch.reading import AnySwitch
 from colm_edge.switch.rules import DEFER_TOKEN, DeferRow
 
 log = logging.getLogger("colm_edge")

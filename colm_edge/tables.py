@@ -5,19 +5,54 @@ from __future__ import annotations
 import csv
 import io
 import json
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    pass
-
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 Table = list[dict[str, Any]]
-SHARES = ("defer_rate", "accuracy", "generated_defer_rate", "cut")
+
+
+class Style(NamedTuple):
+    """How Markdown shows a number, and the two ends of its interval."""
+
+    number: Callable[[float], str]
+    end: Callable[[float], str]
+
+
+def _threshold(value: float) -> str:
+    text = f"{value:.3g}"
+    # 0 and 1 mean one model alone: nothing else may look like them.
+    return repr(value) if float(text) in (0, 1) and value not in (0, 1) else text
+
+
+DECIMALS = Style("{:.3f}".format, "{:.3f}".format)
+AMOUNT = Style("{:,.1f}".format, "{:,.0f}".format)
+SHARE = Style(lambda value: f"{100 * value:.1f} %", lambda value: f"{100 * value:.1f}")
+THRESHOLD = Style(_threshold, _threshold)
+# Columns of fractions, by command. Any other has three decimals; texts and whole numbers are shown
+# as they are.
+STYLES = {
+    # eval
+    "threshold": THRESHOLD,
+    "defer_rate": SHARE,
+    "accuracy": SHARE,
+    "generated_defer_rate": SHARE,
+    "tokens_per_answer": AMOUNT,
+    "tokens_per_second": AMOUNT,
+    "cut": SHARE,
+    # bench
+    "outside_us": AMOUNT,
+    "calls_per_100": AMOUNT,
+    "peak_memory_mb": AMOUNT,
+    # bench --tune
+    "ms_1_token": AMOUNT,
+    "ms_5_tokens": AMOUNT,
+    "ms_prompt": AMOUNT,
+}
 
 
 def render(table: Table, form: str) -> str:
-    """Return a table as json or csv, with every field, or as md, with the intervals beside what
-    they belong to and shares in percent."""
+    """Return a table as json or csv, with every field, or as md, as STYLES says, with the interval
+    of a column (…_low, …_high) in its cell."""
     if form == "json":
         return json.dumps(table)
     names = list(table[0])
@@ -42,17 +77,8 @@ def _cell(row: dict[str, Any], name: str) -> str:
         return value
     if isinstance(value, int):
         return f"{value:,}"
-    if name in SHARES:
-        text, bounds = f"{100 * value:.1f} %", "{:.1%}–{:.1%}"
-    elif name == "threshold":
-        text, bounds = f"{value:.3g}", ""
-        if float(text) in (0, 1) and value not in (0, 1):
-            text = repr(value)  # 0 and 1 mean a model alone
-    elif name.startswith(("tokens", "calls", "peak", "ms", "outside")):
-        text, bounds = f"{value:,.1f}", "{:,.0f}–{:,.0f}"
-    else:
-        text, bounds = f"{value:.3f}", "{:.3f}–{:.3f}"
+    style = STYLES.get(name, DECIMALS)
     if f"{name}_low" not in row:
-        return text
+        return style.number(value)
     low, high = row[f"{name}_low"], row[f"{name}_high"]
-    return f"{text} ({bounds.format(low, high).replace('%', '')})"
+    return f"{style.number(value)} ({style.end(low)}–{style.end(high)})"

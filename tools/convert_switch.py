@@ -30,6 +30,7 @@ from lib.co_llm import open_checkpoint, read_bare, read_row, write_base
 from colm_edge import readout
 from colm_edge.cli import OneLineErrors
 from colm_edge.errors import ColmError, ModelError, SwitchError
+from colm_edge.files import replacing
 from colm_edge.switch.file import Switch
 from colm_edge.switch.onnx import OnnxSwitch
 
@@ -91,18 +92,17 @@ def compare_onnx(path: Path, switch: Switch, n_states: int = 256, seed: int = 0)
 
 
 @contextmanager
-def _replacing(target: Path, *, folder: bool = False) -> Iterator[Path]:
-    """Give a temporary path beside the target; put it in the target's place if all goes well."""
-    if folder and target.exists() and (not target.is_dir() or any(target.iterdir())):
+def _new_folder(target: Path) -> Iterator[Path]:
+    """Give an empty folder beside the target; put it in the target's place if all goes well."""
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ModelError(f"{target}: is there already; name a new folder")
     work = None
     try:
         work = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
         made = work / target.name
-        if folder:
-            made.mkdir()
+        made.mkdir()
         yield made
-        if folder and target.exists():
+        if target.exists():
             target.rmdir()
         os.replace(made, target)
     except OSError as e:
@@ -166,14 +166,14 @@ def main(
     # No file takes its place before all of them are written.
     written = [f"{outfile}: written"]
     with ExitStack() as stack:
-        switch.save(stack.enter_context(_replacing(outfile)))
+        switch.save(stack.enter_context(replacing(outfile)))
         if onnx is not None:
-            temporary = stack.enter_context(_replacing(onnx))
+            temporary = stack.enter_context(replacing(onnx))
             write_onnx(switch, temporary)
             worst = compare_onnx(temporary, switch)
             written.append(f"{onnx}: written, p_defer within {worst:.1g} of the runtime's")
         if strip_to is not None and found is not None:
-            write_base(found, stack.enter_context(_replacing(strip_to, folder=True)))
+            write_base(found, stack.enter_context(_new_folder(strip_to)))
             written.append(f"{strip_to}: written, {found.n_kept} tokens")
     click.echo("\n".join([*found_lines, *written]), err=True)
 

@@ -12,7 +12,6 @@ import click
 from colm_edge.cli.common import open_pair, progress
 from colm_edge.cli.options import (
     DATA,
-    METRICS,
     WORK_DIR,
     decoding_options,
     gathered,
@@ -21,6 +20,7 @@ from colm_edge.cli.options import (
     output_option,
 )
 from colm_edge.cli.terminal import say
+from colm_edge.evaluate.metrics import METRICS
 
 if TYPE_CHECKING:
     from colm_edge.evaluate.proxy_tuning import Proxy
@@ -135,7 +135,7 @@ def eval_command(
     Simpler switches are scored too, for comparison. With a metric other than nll every method also
     answers every prompt, greedily unless --temp is given.
     """
-    from colm_edge.evaluate.methods import evaluate
+    from colm_edge.evaluate.methods import Comparison, evaluate
     from colm_edge.evaluate.plot import check_plot, write_plot
     from colm_edge.options import Options
     from colm_edge.switch.file import Switch
@@ -149,20 +149,16 @@ def eval_command(
     # A table in which the base silently replaces a missing expert would mislead.
     models["expert_required"] = True
     with open_pair(models, defaults=options) as loaded, proxy_of(loaded, models, **proxy) as third:
-        table = evaluate(
-            loaded,
-            data,
-            options,
+        comparison = Comparison(
             metric=None if metric == "nll" else metric,
             limit=limit,
             methods=methods,
             weak=Switch.load(weak) if weak else None,
             proxy=third,
-            work=Path(work_dir) if work_dir else None,
-            note=say,
-            progress=progress,
             **sweep,
         )
+        work = Path(work_dir) if work_dir else None
+        table = evaluate(loaded, data, options, comparison, work=work, note=say, progress=progress)
     click.echo(render(table, output))
     if plot is not None:
         write_plot(table, plot)

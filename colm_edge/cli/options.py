@@ -11,9 +11,6 @@ import click
 from colm_edge.options import INT_MAX, OPTIONS, Option
 
 Command = TypeVar("Command", bound=Callable[..., Any])
-# What `eval --metric` and `train --threshold-by` judge answers by; a name each of
-# colm_edge.evaluate.metrics.METRICS, whose module imports numpy.
-METRICS = ("exact", "contains", "gsm8k", "steps")
 
 
 def listed(_: click.Context, __: click.Parameter, value: str) -> tuple[str, ...]:

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from colm_edge.cli.common import progress
-from colm_edge.cli.options import DATA, METRICS, RAW, WORK_DIR, gathered, pair_options
+from colm_edge.cli.options import DATA, RAW, WORK_DIR, gathered, pair_options
 from colm_edge.cli.terminal import say
+from colm_edge.evaluate.metrics import METRICS
 
 if TYPE_CHECKING:
     from colm_edge.pair import Pair
@@ -49,7 +50,7 @@ threshold_options = gathered(
     click.option(
         "--threshold-by",
         "metric",
-        type=click.Choice(METRICS),
+        type=click.Choice([*METRICS]),
         help="Choose the default threshold by the answers to held-back prompts, generated at "
         "defer rates of 0, 0.1 … 1.  [default: by the likelihood of hard decisions]",
     ),

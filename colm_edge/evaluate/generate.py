@@ -13,43 +13,46 @@ import numpy as np
 import numpy.typing as npt
 
 from colm_edge import readout
-from colm_edge.errors import DataError
+from colm_edge.errors import DataError, SwitchError
+from colm_edge.evaluate.metrics import Metric, check_rows
 from colm_edge.switch.file import Switch
-from colm_edge.switch.reading import Base, Floats, Reader
-from colm_edge.switch.rules import Untrained
-from colm_edge.train.documents import Row
+from colm_edge.switch.reading import N_LOGIT, AnySwitch, Base, Floats, Reader
 
 if TYPE_CHECKING:
     from colm_edge.options import Options
     from colm_edge.pair import Pair
     from colm_edge.stream import Answer
-    from colm_edge.switch.load import AnySwitch
+    from colm_edge.train.documents import Row
     from colm_edge.train.scoring import MakeProgress
-from colm_edge.evaluate.metrics import Metric, check_rows
 
 KEPT = {"text", "tokens", "deferred", "seconds", "cut"}  # of an answer in a journal
 
 
 @dataclass(frozen=True)
-class RandomSwitch(Untrained):
+class RandomSwitch:
     """Defer at random, whatever the base's state: p_defer is drawn uniformly.
 
-    `answers` gives every line of the data a seed of its own, so that an answer does not depend on
-    those before it.
+    `answers` gives every line of the data its own seed, so that no answer depends on the ones
+    before it.
     """
 
-    name: str = "random"
     seed: int = 0
+    name: str = "random"
+    threshold: float = 0.5
+    needs_hidden: bool = False
 
     def reader(self, base: Base, n_choose: int) -> Reader:
         rng = np.random.default_rng(self.seed)
-        out = np.empty(len(readout.FEATURES), np.float32)
+        out = np.empty(N_LOGIT, np.float32)
 
         def read(logits: Floats, hidden: Floats) -> tuple[float, int, float]:
             choice, logsumexp = readout.read(logits, None, None, None, None, out, n_choose, -1)
             return rng.random(), choice, logsumexp
 
         return read
+
+    def threshold_for(self, defer_rate: float) -> float:
+        raise SwitchError("random deferral has no calibration; give --threshold")
 
 
 @dataclass(frozen=True)
@@ -64,9 +67,9 @@ class Generated:
 
 
 class Journal:
-    """Results kept in a JSONL file, one line each, and found again by key after a stop.
+    """Results kept in a JSONL file, one line each, so that a run that was stopped can go on.
 
-    Raises DataError when the file is not such a one or cannot be written.
+    Raises DataError when the file holds something else or cannot be written.
     """
 
     def __init__(self, path: Path) -> None:
@@ -79,7 +82,7 @@ class Journal:
                 whole = 0
                 for line in file:
                     if not line.endswith(b"\n"):
-                        break  # its writer was killed
+                        break  # the run was killed while it wrote this line
                     entry = json.loads(line)
                     self._entries[entry["key"]] = entry
                     whole += len(line)
@@ -93,7 +96,7 @@ class Journal:
         return self._entries.get(key)
 
     def add(self, key: str, entry: dict[str, Any]) -> None:
-        """Write an entry out before anything else happens."""
+        """Keep an entry; it is in the file when this returns."""
         self._entries[key] = entry
         try:
             with self._path.open("a", encoding="utf-8") as file:
@@ -103,7 +106,7 @@ class Journal:
 
 
 def key_of(*parts: Any) -> str:
-    """Return a key for what JSON can write."""
+    """Return a key that identifies these parts, which JSON can write."""
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
@@ -120,8 +123,8 @@ def answers(
 ) -> Generated:
     """Answer every row's prompt with one switch and judge the answers.
 
-    The threshold is that of the options, or the switch's own. label: names the bar and the
-    journal's lines. journal: keeps the answers; those found in it are not generated again.
+    The threshold is that of the options, or the switch's own. label: names the progress bar and
+    the journal's lines. journal: keeps the answers; an answer found in it is not generated again.
     Raises DataError, before the first answer, for rows that the metric cannot judge.
     """
     with pair.switched(switch):
@@ -151,7 +154,10 @@ def judged(
     journal: Journal | None,
     what: list[Any],
 ) -> Generated:
-    """Ask for an answer to every row and judge it; the journal knows it by `what` and the row."""
+    """Ask for an answer to every row and judge it.
+
+    what: with the row, the key of an answer in the journal: all that it depends on.
+    """
     check_rows(rows, metric)
     entries: list[dict[str, Any]] = []
     right: list[float] = []
@@ -160,15 +166,7 @@ def judged(
             key = key_of(what, number, row["prompt"])
             entry = journal.get(key) if journal is not None else None
             if entry is None or not entry.keys() >= KEPT:
-                answer = ask(number, row)
-                stats = answer.stats
-                entry = {
-                    "method": label, "threshold": answer.threshold, "line": number,
-                    "text": answer.text, "tokens": stats.n_generated,
-                    "deferred": stats.n_deferred,
-                    "seconds": stats.total_seconds - stats.expert_load_seconds,
-                    "cut": answer.finish_reason == "length",
-                }  # fmt: skip
+                entry = {"method": label, "line": number, **_facts(ask(number, row))}
                 if journal is not None:
                     journal.add(key, entry)
             entries.append(entry)
@@ -181,6 +179,19 @@ def judged(
         seconds=np.array([entry["seconds"] for entry in entries], np.float64),
         cut=np.array([entry["cut"] for entry in entries], np.bool_),
     )
+
+
+def _facts(answer: Answer) -> dict[str, Any]:
+    """Return what is kept of an answer."""
+    stats = answer.stats
+    return {
+        "threshold": answer.threshold,
+        "text": answer.text,
+        "tokens": stats.n_generated,
+        "deferred": stats.n_deferred,
+        "seconds": stats.total_seconds - stats.expert_load_seconds,
+        "cut": answer.finish_reason == "length",
+    }
 
 
 def _switch_key(switch: AnySwitch) -> str:

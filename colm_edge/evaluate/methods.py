@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,39 +16,99 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from colm_edge import readout
 from colm_edge.errors import ColmError, DataError, MismatchError
 from colm_edge.evaluate.generate import Generated, Journal, RandomSwitch, answers
-from colm_edge.evaluate.metrics import METRICS, check_rows
+from colm_edge.evaluate.metrics import METRICS, Metric, check_rows
 from colm_edge.evaluate.proxy_tuning import Proxy
 from colm_edge.switch.file import Switch
+from colm_edge.switch.reading import AnySwitch, FeatureSwitch
 from colm_edge.switch.rules import Untrained
+from colm_edge.tables import Table
 from colm_edge.train.documents import Row, read_rows, tokenized
 from colm_edge.train.scoring import MakeProgress, Scores, score
 
 if TYPE_CHECKING:
     from colm_edge.options import Options
     from colm_edge.pair import Pair
-    from colm_edge.switch.load import AnySwitch
-from colm_edge.tables import Table
 
 Array = npt.NDArray[np.float64]
-METHODS = (
-    "base", "expert", "colm", "compose", "random", "entropy", "margin", "weak", "proxy",
-)  # fmt: skip
+METHODS = ("base", "expert", "colm", "compose", "random", "entropy", "margin", "weak", "proxy")
 SWITCHED = METHODS[2:-1]  # they choose a model for each token
 BOOTSTRAPS = 1000
 SEED = 0
-# The least threshold above 0, which would defer what has p = 0 as well.
+# The smallest threshold above 0, which would defer tokens with p = 0 too.
 ABOVE_ZERO = float(np.nextafter(0.0, 1.0))
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What to compare, and how.
+
+    metric: a name in METRICS, to judge generated answers too. limit: use only so many lines of the
+    data, from the first on. methods: the rows wanted; none means all that are possible.
+
+    thresholds: colm and compose defer at each of them; the other switches then defer as often as
+    colm does on the same teacher-forced tokens. defer_rates, instead: every switch's threshold is
+    the quantile of its own p_defer on the scored tokens of this data, so that each rate is met
+    exactly there (but for ties), and about so in generation. With neither there is one threshold,
+    that of the decoding options.
+
+    weak, proxy: a switch and three models, for the methods of these names.
+
+    Raises ColmError for names that are unknown, and for methods that lack what they need.
+    """
+
+    metric: str | None = None
+    limit: int | None = None
+    methods: Collection[str] = ()
+    thresholds: Sequence[float] = ()
+    defer_rates: Sequence[float] = ()
+    weak: Switch | None = None
+    proxy: Proxy | None = None
+
+    def __post_init__(self) -> None:
+        if self.thresholds and self.defer_rates:
+            raise ColmError("thresholds and defer rates are two ways to say one thing; give one")
+        if self.metric is not None and self.metric not in METRICS:
+            raise ColmError(f"no metric {self.metric!r}; known: {', '.join(METRICS)}")
+        missing = self._missing()
+        for name in self.methods:
+            if name not in METHODS:
+                raise ColmError(f"no method {name}; known: {', '.join(METHODS)}")
+            if name in missing:
+                raise ColmError(f"the method {name} needs {missing[name]}")
+
+    def _missing(self) -> dict[str, str]:
+        """Return the methods that are not possible, and what each needs."""
+        needs = {
+            "weak": (self.weak, "a switch (--weak)"),
+            "proxy": (self.proxy, "a third model (--anti-expert)"),
+        }
+        return {name: what for name, (given, what) in needs.items() if given is None}
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The methods of the table's rows, in their order."""
+        wanted = self.methods or [name for name in METHODS if name not in self._missing()]
+        return tuple(name for name in METHODS if name in wanted)
+
+    @property
+    def judge(self) -> Metric | None:
+        """The metric itself."""
+        return None if self.metric is None else METRICS[self.metric]
+
+    @property
+    def is_sweep(self) -> bool:
+        """Whether a method may have several rows."""
+        return len(self.thresholds) + len(self.defer_rates) > 1
 
 
 @dataclass(frozen=True)
 class Method:
     """A row of the table: its losses on every scored token (n,), and what answers prompts.
 
-    threshold: None where nothing is compared with one. deferred: the tokens that are the
-    expert's. nll: of the method's own distribution. nll_hard: of the one model that it names.
+    threshold: None where the method has none. deferred: which tokens are the expert's. nll: of the
+    method's own distribution. nll_hard: of the one model that it names for a token.
     """
 
     name: str
@@ -60,18 +120,15 @@ class Method:
     compose: bool = False
 
 
+ALL_METHODS = Comparison()
+
+
 def evaluate(
     pair: Pair,
     data: str | os.PathLike[str],
     options: Options,
+    comparison: Comparison = ALL_METHODS,
     *,
-    metric: str | None = None,
-    limit: int | None = None,
-    methods: Collection[str] = (),
-    thresholds: Sequence[float] = (),
-    defer_rates: Sequence[float] = (),
-    weak: Switch | None = None,
-    proxy: Proxy | None = None,
     work: Path | None = None,
     note: Callable[[str], None] = lambda text: None,
     progress: MakeProgress,
@@ -79,75 +136,62 @@ def evaluate(
     """Return a row for each method: base, expert, colm, compose, random, entropy, margin, and,
     where they are given, weak (a switch of that name) and proxy.
 
-    colm and compose defer at the options' threshold, or at each of `thresholds`; the other
-    switches then defer as often as colm does on the same teacher-forced tokens. With
-    `defer_rates` every switch's threshold is the quantile of its own p_defer on the scored tokens
-    of this data, so that each rate is met exactly there (but for ties), and about so in
-    generation. base, expert and proxy do not depend on it and have one row each.
+    In a sweep a method has a row for each threshold or defer rate, but for base, expert and proxy,
+    which do not depend on it.
 
-    threshold is None and defer_rate 1 for proxy, whose models all run at every token; it names
-    no one model for a token, so that its nll_hard is its nll. Intervals (…_low, …_high) are 95 %,
-    by bootstrap over the data's lines. `cut` is the share of answers that max_tokens or the
-    context ended; the metric judges what was written of them.
+    threshold is None and defer_rate 1 for proxy: its models all run at every token. It names no
+    single model for a token, so its nll_hard is its nll. Intervals (…_low, …_high) are 95 %, by
+    bootstrap over the data's lines. `cut` is the share of answers that max_tokens or the context
+    ended; the metric judges what was written of them.
 
-    methods: the rows wanted; without any, all there are. metric: a name in METRICS, for generation.
     work: a folder that keeps scores and answers; what is found there is not computed again. note:
     is told of documents that did not fit the context.
 
-    Raises DataError for bad data, MismatchError where the pair's switch has no features to score,
-    ColmError for methods that are unknown or lack what they need.
+    Raises DataError for bad data, MismatchError when the pair's switch has no features to score.
     """
-    if thresholds and defer_rates:
-        raise ColmError("thresholds and defer rates are two ways to say one thing; give one")
-    if metric is not None and metric not in METRICS:
-        raise ColmError(f"no metric {metric!r}; known: {', '.join(METRICS)}")
-    names = _names(methods, weak, proxy)
-    rows = list(islice(read_rows(data), limit))
-    if metric is not None:
-        check_rows(rows, METRICS[metric])
-    if set(names) & set(SWITCHED):
-        _check_scored(pair.switch)
-    if weak is not None:
-        weak.reader(pair.base, pair.n_shared)  # checks its width
-    if not thresholds and not defer_rates:
-        thresholds = [pair.threshold(options)]
+    if not comparison.thresholds and not comparison.defer_rates:
+        comparison = replace(comparison, thresholds=(pair.threshold(options),))
+    rows = list(islice(read_rows(data), comparison.limit))
+    _check(pair, rows, options, comparison)
     scoring = Journal(work / "proxy.jsonl") if work is not None else None
     answering = Journal(work / "answers.jsonl") if work is not None else None
-    if metric is not None:
-        _check_prompts(pair, rows, options)
     documents = tokenized(rows, pair, raw=options.raw)
     if documents.cut_note:
         note(documents.cut_note)
-    # Kept scores of other lines are no mistake here: --limit may have changed.
+    # The folder may hold scores of other lines: --limit may have changed.
     scores = score(pair, documents, progress, work=work, update=True)
-    found = _methods(pair.switch, scores, names, thresholds, defer_rates, weak)
-    if proxy is not None and "proxy" in names:
+    found = _methods(pair.switch, scores, comparison)
+    proxy, judge = comparison.proxy, comparison.judge
+    if proxy is not None and "proxy" in comparison.names:
         found = chain(found, [_by_proxy(proxy, -proxy.score(documents, progress, scoring))])
     table = []
     for method in found:
-        table.append(_teacher_forced(method, scores.line))
-        if metric is None:
-            continue
-        if isinstance(method.switch, Proxy):
-            given = method.switch.answers(
-                options, rows, METRICS[metric], progress, journal=answering
-            )
-        else:
-            label = method.name
-            if len(thresholds) + len(defer_rates) > 1:
-                label += f" {method.deferred.mean():.0%}"
-            chosen = options.with_changes(
-                threshold=method.threshold, strategy="compose" if method.compose else "defer"
-            )
-            given = answers(
-                pair, method.switch, chosen, rows, METRICS[metric], progress,
-                label=label, journal=answering,
-            )  # fmt: skip
-        table[-1] |= _generated(given)
+        row = _teacher_forced(method, scores.line)
+        if judge is not None:
+            if isinstance(method.switch, Proxy):
+                given = method.switch.answers(options, rows, judge, progress, journal=answering)
+            else:
+                strategy = "compose" if method.compose else "defer"
+                chosen = options.with_changes(threshold=method.threshold, strategy=strategy)
+                rate = f" {method.deferred.mean():.0%}" if comparison.is_sweep else ""
+                given = answers(
+                    pair, method.switch, chosen, rows, judge, progress,
+                    label=method.name + rate, journal=answering,
+                )  # fmt: skip
+            row |= _generated(given)
+        table.append(row)
     return table
 
 
-def _check_prompts(pair: Pair, rows: list[Row], options: Options) -> None:
+def _check(pair: Pair, rows: list[Row], options: Options, comparison: Comparison) -> None:
+    """Raise now what would be raised in the middle of the work."""
+    if set(comparison.names) & set(SWITCHED):
+        _scorable(pair.switch)
+    if comparison.weak is not None:
+        comparison.weak.reader(pair.base, pair.n_shared)  # checks its width
+    if comparison.judge is None:
+        return
+    check_rows(rows, comparison.judge)
     for number, row in rows:
         message = {"role": "user", "content": row["prompt"]}
         n = len(pair.prompt_tokens([message], raw=options.raw))
@@ -158,43 +202,28 @@ def _check_prompts(pair: Pair, rows: list[Row], options: Options) -> None:
             )
 
 
-def _names(methods: Collection[str], weak: Switch | None, proxy: Proxy | None) -> tuple[str, ...]:
-    missing = {"weak": weak is None, "proxy": proxy is None}
-    if not methods:
-        return tuple(name for name in METHODS if not missing.get(name))
-    for name in methods:
-        if name not in METHODS:
-            raise ColmError(f"no method {name}; known: {', '.join(METHODS)}")
-        if missing.get(name):
-            needs = {"weak": "a switch (--weak)", "proxy": "a third model (--anti-expert)"}[name]
-            raise ColmError(f"the method {name} needs {needs}")
-    return tuple(name for name in METHODS if name in methods)
-
-
-def _check_scored(switch: AnySwitch) -> None:
-    if not isinstance(switch, Switch) and switch.name not in readout.FEATURES:
+def _scorable(switch: AnySwitch) -> FeatureSwitch:
+    """Return the switch. Raises MismatchError when it reads what is not among the scores."""
+    if not isinstance(switch, FeatureSwitch):
         raise MismatchError(f"eval cannot score the switch {switch.name}; train one for the pair")
+    return switch
 
 
-def _methods(
-    switch: AnySwitch,
-    scores: Scores,
-    names: Collection[str],
-    thresholds: Sequence[float],
-    defer_rates: Sequence[float],
-    weak: Switch | None,
-) -> Iterator[Method]:
-    n = len(scores.base)
+def _methods(switch: AnySwitch, scores: Scores, comparison: Comparison) -> Iterator[Method]:
+    names, n = comparison.names, len(scores.base)
 
     def method(
         name: str, p: Array, threshold: float, mix: Array, switch: AnySwitch, compose: bool = False
     ) -> Method:
-        with np.errstate(divide="ignore"):  # a mix of exactly 0 or 1: one model alone
+        with np.errstate(divide="ignore"):  # a mix of exactly 0 or 1 is one model alone
             d = np.log(mix) - np.log1p(-mix)
         nll = -np.logaddexp(scores.base - np.logaddexp(0, d), scores.expert - np.logaddexp(0, -d))
         deferred = _deferred(p, threshold)
         hard = -np.where(deferred, scores.expert, scores.base)
         return Method(name, threshold, deferred, nll, hard, switch, compose)
+
+    def p_of(switch: AnySwitch) -> Array:
+        return _scorable(switch).p_defer(scores.logit_features, scores.hidden)
 
     if "base" in names:
         yield method("base", np.zeros(n), 1.0, np.zeros(n), switch)
@@ -202,14 +231,15 @@ def _methods(
         yield method("expert", np.ones(n), 0.0, np.ones(n), switch)
     if not set(names) & set(SWITCHED):
         return
-    p = probability(switch, scores)
+    p = p_of(switch)
     drawn = np.random.default_rng(SEED).random(n)
     rivals: dict[str, AnySwitch] = {name: Untrained(name) for name in ("entropy", "margin")}
-    if weak is not None:
-        rivals["weak"] = weak
-    p_of = {name: probability(rivals[name], scores) for name in rivals if name in names}
-    points = [(at, int(_deferred(p, at).sum())) for at in thresholds]
-    points += [(threshold_at(p, round(rate * n)), round(rate * n)) for rate in defer_rates]
+    if comparison.weak is not None:
+        rivals["weak"] = comparison.weak
+    theirs = {name: p_of(rival) for name, rival in rivals.items() if name in names}
+    points = [(at, int(_deferred(p, at).sum())) for at in comparison.thresholds]
+    counts = [round(rate * n) for rate in comparison.defer_rates]
+    points += [(threshold_at(p, k), k) for k in counts]
     for threshold, k in points:
         if "colm" in names:
             yield method("colm", p, threshold, p, switch)
@@ -219,7 +249,7 @@ def _methods(
         if "random" in names:
             rate = np.full(n, k / n)
             yield method("random", drawn, threshold_at(drawn, k), rate, RandomSwitch())
-        for name, values in p_of.items():
+        for name, values in theirs.items():
             yield method(name, values, threshold_at(values, k), values, rivals[name])
 
 
@@ -227,28 +257,11 @@ def _deferred(p: Array, threshold: float) -> npt.NDArray[np.bool_]:
     return p > threshold if threshold > 0 else np.ones(len(p), np.bool_)
 
 
-def probability(switch: AnySwitch, scores: Scores) -> Array:
-    """Return a switch's p_defer of every scored token, (n,).
-
-    Raises MismatchError for a switch that reads what is not among the scores.
-    """
-    features = scores.logit_features
-    if isinstance(switch, Switch):
-        w_hidden, w_logit = switch.columns()
-        d = features.astype(np.float64) @ w_logit[0] + float(switch.bias[0])
-        if w_hidden is not None:
-            d += scores.hidden @ w_hidden[0]
-        return np.asarray(np.exp(-np.logaddexp(0, -d)), np.float64)
-    _check_scored(switch)
-    values = features[:, readout.FEATURES.index(switch.name)].astype(np.float64)
-    return -np.expm1(-values) if switch.name == "entropy" else 1 - values
-
-
 def threshold_at(p: Array, k: int) -> float:
-    """Return a threshold above which k of the p (n,) are; fewer where the k-th has equals below.
+    """Return a threshold that k of the p (n,) are above; fewer where the k-th is tied with others.
 
-    It lies midway between two p, so that the last bits of a model's state decide nothing. All of
-    them are at 0, which defers always, and none at 1.
+    It lies midway between two p, so that the last bits of a model's state decide nothing. 0 defers
+    all of them, 1 none.
     """
     if k <= 0:
         return 1.0

@@ -8,34 +8,42 @@ from decimal import Decimal
 from typing import TYPE_CHECKING, Any
 
 from colm_edge.errors import DataError
-from colm_edge.train.documents import Row
 
-if TYPE_CHECKING:
-    pass
-
+if TYPE_CHECKING:  # numpy is not needed here: the command line imports this module for METRICS
+    from colm_edge.train.documents import Row
 
 # How right is an answer? (generated text, the data's line) -> 0 to 1. Raises DataError where the
 # line has no right answer; every line is tried with an empty text before the first generation.
 Metric = Callable[[str, dict[str, Any]], float]
+METRICS: dict[str, Metric] = {}  # by name, in the order of the help
 
 
+def metric(judge: Metric) -> Metric:
+    """Add a metric to METRICS under its own name."""
+    METRICS[judge.__name__] = judge
+    return judge
+
+
+@metric
 def exact(text: str, row: dict[str, Any]) -> float:
     """The text is the completion, but for white space at the ends."""
     return float(text.strip() == row["completion"].strip())
 
 
+@metric
 def contains(text: str, row: dict[str, Any]) -> float:
-    """The line's `answer` (or its completion) stands in the text as a whole: no letter or digit
-    touches it, no sign or decimal changes it."""
+    """The text contains the line's `answer` (or its completion) as a whole: no letter or digit
+    touches it, and no sign or decimal makes it another number."""
     wanted = re.escape(row.get("answer", row["completion"]).strip())
     return float(re.search(rf"(?<![\w.+-]){wanted}(?!\w|[.,]\d)", text) is not None)
 
 
+@metric
 def gsm8k(text: str, row: dict[str, Any]) -> float:
     """The final number is the completion's: the first one after the last ####, or the last one.
 
-    Commas, a dollar sign and a full stop are no part of a number, as in lm-evaluation-harness; its
-    `strict-match` wants the ####, its `flexible-extract` always takes the last number.
+    Commas, a dollar sign and a full stop are not part of a number, as in lm-evaluation-harness,
+    whose `strict-match` needs the ####; its `flexible-extract` always takes the last number.
     """
     wanted = _final_number(row["completion"])
     if wanted is None:
@@ -43,6 +51,7 @@ def gsm8k(text: str, row: dict[str, Any]) -> float:
     return float(_final_number(text) == wanted)
 
 
+@metric
 def steps(text: str, row: dict[str, Any]) -> float:
     """The share of the completion's annotated results, <<…=result>>, that the text states."""
     wanted = re.findall(r"<<[^<>]*=([^<>]*)>>", row["completion"])
@@ -60,11 +69,8 @@ def _final_number(text: str) -> Decimal | None:
     return Decimal(re.sub("[$,]", "", numbers[0 if mark else -1]))
 
 
-METRICS: dict[str, Metric] = {f.__name__: f for f in (exact, contains, gsm8k, steps)}
-
-
 def check_rows(rows: Iterable[Row], metric: Metric) -> None:
-    """Raise DataError, with its number, for the first line that the metric cannot judge."""
+    """Raise DataError for the first line that the metric cannot judge, with the line's number."""
     for number, row in rows:
         texts = [row.get("prompt"), row.get("completion"), row.get("answer", "-")]
         if not all(isinstance(text, str) and text.strip() for text in texts):

@@ -7,14 +7,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from colm_edge.errors import ColmError
+from colm_edge.files import check_writable, replacing
+from colm_edge.tables import Table
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-from colm_edge.tables import Table
-
-# Markers and lines tell the methods apart without colour too.
+# Markers and lines tell the methods apart where there is no colour.
 STYLES: dict[str, dict[str, Any]] = {
     "colm": {"color": "C0", "marker": "o", "linestyle": "-", "lw": 2.0},
     "compose": {"color": "C4", "marker": "s", "linestyle": (0, (6, 2))},
@@ -29,27 +29,19 @@ PICTURES = (".png", ".svg", ".pdf")
 
 def check_plot(path: str | os.PathLike[str]) -> None:
     """Raise now, rather than after the work, when a picture cannot be drawn or written."""
-    from colm_edge.files import check_writable
-
     try:
         import matplotlib  # noqa: F401
     except ImportError as e:
         raise ColmError("--plot draws with matplotlib: pip install 'colm-edge[plots]'") from e
     if Path(path).suffix.lower() not in PICTURES:
-        raise ColmError(f"{path}: expected a picture's name, ending in {', '.join(PICTURES)}")
+        raise ColmError(f"{path}: expected the name of a picture, ending in {', '.join(PICTURES)}")
     check_writable(path)
 
 
 def write_plot(table: Table, path: str | os.PathLike[str]) -> None:
-    """Write the picture of a table, through a temporary file."""
-    target = Path(path)
-    temporary = target.with_name(f".{target.stem}.tmp{target.suffix}")
-    try:
+    """Write the picture of a table. Raises WriteError when the file cannot be written."""
+    with replacing(path) as temporary:
         draw(table).savefig(temporary, dpi=150)
-        os.replace(temporary, target)
-    except OSError as e:
-        temporary.unlink(missing_ok=True)
-        raise ColmError(f"{target}: cannot write the picture: {e.strerror or e}") from e
 
 
 def draw(table: Table) -> Figure:
@@ -62,7 +54,7 @@ def draw(table: Table) -> Figure:
     panels = figure.subplots(1, 2 if generated else 1, squeeze=False)[0]
     _panel(panels[0], table, "defer_rate", "nll_hard")
     joint = [row["nll"] for row in table if row["method"] == "colm"]
-    if joint:  # of the mixture, whatever the threshold
+    if joint:  # the loss of the mixture does not depend on the threshold
         panels[0].axhline(joint[0], color="C0", lw=0.8, label="joint")
     panels[0].set(xlabel="defer rate, teacher-forced", ylabel="nats per token, hard decisions")
     if generated:
@@ -74,10 +66,10 @@ def draw(table: Table) -> Figure:
 
 def _panel(axes: Axes, table: Table, x: str, y: str) -> None:
     def points(name: str) -> tuple[list[float], list[float], list[list[float]]]:
-        # What compose writes at a deferral is the mixture's and no one model's.
+        # At a deferral compose writes from the mixture, not from one model.
         of = "nll" if (name, y) == ("compose", "nll_hard") else y
         rows = sorted((row for row in table if row["method"] == name), key=lambda row: row[x])
-        # A percentile interval need not hold the mean of few lines.
+        # With few lines a percentile interval may lie beside the mean.
         below = [max(0.0, row[of] - row[f"{of}_low"]) for row in rows]
         above = [max(0.0, row[f"{of}_high"] - row[of]) for row in rows]
         return [row[x] for row in rows], [row[of] for row in rows], [below, above]
@@ -90,6 +82,6 @@ def _panel(axes: Axes, table: Table, x: str, y: str) -> None:
         rates, values, errors = points(name)
         if rates:
             axes.axhline(values[0], color=color, lw=0.6, linestyle=(0, (1, 3)))
-            axes.errorbar(rates, values, errors, elinewidth=0.6, color=color, marker=marker,
-                          markersize=8, linestyle="none", label=name)  # fmt: skip
+            style = {"color": color, "marker": marker, "markersize": 8, "linestyle": "none"}
+            axes.errorbar(rates, values, errors, elinewidth=0.6, label=name, **style)
     axes.set(xlim=(-0.03, 1.03))

@@ -88,7 +88,7 @@ class Proxy:
     """A pair and the anti-expert beside it.
 
     n_threads and n_gpu_layers are those of the anti-expert, as in `load`.
-    Raises ModelError when its file cannot be read, MismatchError when its vocabulary is another.
+    Raises ModelError when its file cannot be read, MismatchError when its vocabulary differs.
     """
 
     def __init__(
@@ -122,7 +122,7 @@ class Proxy:
     ) -> npt.NDArray[np.float64]:
         """Return the log-probability of every scored token, (n,), normalised over the shared ids.
 
-        journal: keeps those of every document.
+        journal: keeps them for each document.
         """
         what = self._key() if journal is not None else []
         sessions = (self.pair.base_session, self.pair.expert_session, self.session)
@@ -180,7 +180,7 @@ class Proxy:
         *,
         journal: Journal | None = None,
     ) -> Generated:
-        """Answer every row's prompt and judge the answers; as `colm_edge.answers.answers`."""
+        """Answer every row's prompt and judge the answers, as `answers` does with a switch."""
 
         def ask(number: int, row: dict[str, Any]) -> Answer:
             message = {"role": "user", "content": row["prompt"]}
@@ -191,7 +191,7 @@ class Proxy:
                 pass
             return stream.answer()
 
-        # What proxy does not look at makes no other answer.
+        # Options that proxy ignores must not change the keys in the journal.
         options = replace(options, threshold=None, defer_rate=None, strategy="defer")
         what = [*self._key(), asdict(options)] if journal is not None else []
         return judged(ask, rows, metric, progress, label=NAME, journal=journal, what=what)
@@ -228,7 +228,7 @@ def _side_by_side(
     scorers: Sequence[Scorer], tokens: list[int], start: int
 ) -> Iterator[tuple[int, list[Floats]]]:
     """Yield (position, every model's logits (n, n_vocab) for the tokens from there on); the
-    models' own blocks may differ in length."""
+    blocks that the scorers yield may differ in length."""
     ids, length, first = np.array(tokens, np.int32), np.array([len(tokens)]), np.array([start])
     streams = [scorer.score(ids, length, first) for scorer in scorers]
     blocks = [next(stream)[0] for stream in streams]

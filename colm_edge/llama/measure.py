@@ -19,6 +19,9 @@ from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING
 
+from colm_edge.errors import WriteError
+from colm_edge.files import replacing
+
 if TYPE_CHECKING:
     from colm_edge.llama.session import Session
 from colm_edge.llama.costs import CostTable
@@ -58,18 +61,14 @@ def cost_table(
     note(f"measuring {session.model.path.name} on this machine, once")
     table = measure(session)
     path = _cache_file(session)
-    temporary = path.with_suffix(f".{os.getpid()}.tmp")
-    try:
+    with suppress(OSError, WriteError):  # a cache that cannot be written is measured again
         path.parent.mkdir(parents=True, exist_ok=True)
         content = {
             "model": str(session.model.path), "sizes": table.sizes, "seconds": table.seconds,
             "several": table.several,
         }  # fmt: skip
-        temporary.write_text(json.dumps(content) + "\n")
-        os.replace(temporary, path)
-    except OSError:  # a cache that cannot be written is measured again
-        with suppress(OSError):
-            temporary.unlink()
+        with replacing(path) as temporary:
+            temporary.write_text(json.dumps(content) + "\n")
     return table
 
 

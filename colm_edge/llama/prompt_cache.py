@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 import zipfile
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from colm_edge.errors import ColmError
+from colm_edge.files import replacing
 
 if TYPE_CHECKING:
     from colm_edge.llama.session import Session
@@ -21,25 +20,12 @@ VERSION = 1
 
 
 def save_prompts(path: str | os.PathLike[str], base: Session, expert: Session) -> None:
-    """Write both sessions' tokens and states, through a temporary file.
-
-    Raises ColmError when that cannot be done.
-    """
-    target = Path(path)
+    """Write both sessions' tokens and states. Raises WriteError when the file cannot be written."""
     parts = {"about": np.array(json.dumps(_about(base, expert)))}
     for name, session in (("base", base), ("expert", expert)):
         parts[f"{name}_tokens"], parts[f"{name}_state"] = session.snapshot()
-    try:
-        handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
-        try:
-            with os.fdopen(handle, "wb") as file:
-                np.savez(file, **parts)  # type: ignore[arg-type]
-            os.replace(name, target)
-        except BaseException:
-            Path(name).unlink(missing_ok=True)
-            raise
-    except OSError as e:
-        raise ColmError(f"{target}: cannot write the prompt cache: {e.strerror or e}") from e
+    with replacing(path) as temporary, temporary.open("wb") as file:
+        np.savez(file, **parts)  # type: ignore[arg-type]
 
 
 def load_prompts(path: str | os.PathLike[str], base: Session, expert: Session) -> None:

@@ -1,24 +1,28 @@
-"""Switches: what turns the base's state into the probability of deferral.
-
-A trained switch is a small GGUF file (keys `colm.switch.*`), or an ONNX head.
-`margin` and `entropy` need no training, and `defer-row` reads the row that a
-Co-LLM checkpoint added to its own vocabulary.
-"""
+"""A trained switch: a small GGUF file, with keys `colm.switch.*`."""
 
 from __future__ import annotations
 
 import os
-import tempfile
-from contextlib import suppress
+from contextlib import closing
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from colm_edge import readout
 from colm_edge.errors import MismatchError, SwitchError
-from colm_edge.switch.reading import HIDDEN, N_LOGIT, Base, Floats, Reader, sigmoid
+from colm_edge.files import replacing
+from colm_edge.switch.reading import (
+    HIDDEN,
+    N_LOGIT,
+    Base,
+    Doubles,
+    Floats,
+    Reader,
+    check_width,
+    sigmoid,
+    sigmoids,
+)
 
 ARCHITECTURE = "colmswitch"
 VERSION = 1
@@ -100,13 +104,10 @@ class Switch:
     def reader(self, base: Base, n_choose: int) -> Reader:
         """Return the function that reads p_defer off a base's state.
 
-        Raises MismatchError when the base is of another width, or the switch for several experts.
+        Raises MismatchError when the base has another width, or the switch is for several experts.
         """
-        if self.needs_hidden and self.n_embd != base.n_embd:
-            raise MismatchError(
-                f"{self.name} reads a hidden state of {self.n_embd} numbers, the base has "
-                f"{base.n_embd}; use the base that the switch was trained for"
-            )
+        if self.needs_hidden:
+            check_width(self.name, self.n_embd, base)
         if len(self.bias) != 1:
             raise MismatchError(
                 f"{self.name} chooses among {len(self.bias)} experts; expected a switch for one"
@@ -123,8 +124,17 @@ class Switch:
 
         return read
 
+    def p_defer(self, logit_features: Floats, hidden: Floats | None) -> Doubles:
+        """Return p_defer of each token, (n,), from (n, 8) and (n, n_embd)."""
+        w_hidden, w_logit = self.columns()
+        d = logit_features.astype(np.float64) @ w_logit[0] + float(self.bias[0])
+        if w_hidden is not None:
+            assert hidden is not None, "this switch reads the hidden state"
+            d += hidden @ w_hidden[0]
+        return sigmoids(d)
+
     def threshold_for(self, defer_rate: float) -> float:
-        """Return the threshold that defers about so many of the tokens.
+        """Return the threshold that defers about this share of the tokens.
 
         Raises SwitchError when the switch has no calibration.
         """
@@ -133,17 +143,10 @@ class Switch:
         return float(np.interp(defer_rate, self.defer_rates, self.thresholds))
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the switch as GGUF, through a temporary file. Raises SwitchError when it cannot."""
+        """Write the switch as GGUF. Raises WriteError when the file cannot be written."""
         from gguf import GGUFWriter
 
-        target = Path(path)
-        try:
-            handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
-            os.close(handle)
-        except OSError as e:
-            raise SwitchError(f"{target}: cannot write the switch: {e.strerror or e}") from e
-        temporary = Path(name)
-        writer = GGUFWriter(name, ARCHITECTURE)
+        writer = GGUFWriter(None, ARCHITECTURE)
         writer.add_uint32("colm.switch.version", VERSION)
         writer.add_array("colm.switch.features", list(self.features))
         writer.add_uint32("colm.switch.n_embd", self.n_embd)
@@ -156,18 +159,10 @@ class Switch:
             writer.add_string(f"colm.switch.{key}", value)
         writer.add_tensor("switch.weight", np.ascontiguousarray(self.weight, np.float32))
         writer.add_tensor("switch.bias", np.ascontiguousarray(self.bias, np.float32))
-        try:
-            writer.write_header_to_file()
+        with replacing(path) as temporary, closing(writer):
+            writer.write_header_to_file(temporary)
             writer.write_kv_data_to_file()
             writer.write_tensors_to_file()
-            writer.close()
-            temporary.chmod(0o666 & ~_umask())  # mkstemp's files are private
-            os.replace(temporary, target)
-        except OSError as e:
-            with suppress(OSError):
-                writer.close()
-                temporary.unlink()
-            raise SwitchError(f"{target}: cannot write the switch: {e.strerror or e}") from e
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Switch:
@@ -186,7 +181,7 @@ class Switch:
             keys = {key: f.contents() for key, f in reader.fields.items()}
             # GGUFReader maps the file; copies let it go.
             tensors = {t.name: np.array(t.data, np.float32) for t in reader.tensors}
-        except Exception as e:  # gguf raises whatever it stumbles over
+        except Exception as e:  # gguf raises errors of any class
             raise SwitchError(f"{path}: a broken or truncated GGUF file ({e})") from e
         architecture = keys.get("general.architecture")
         if architecture != ARCHITECTURE:
@@ -217,13 +212,7 @@ class Switch:
         except KeyError as e:
             raise SwitchError(f"{path}: the switch lacks {e.args[0]}; train it again") from e
         except (TypeError, ValueError) as e:
-            raise SwitchError(f"{path}: a key or tensor is not as it must be ({e})") from e
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+            raise SwitchError(f"{path}: a key or tensor has the wrong type or shape ({e})") from e
 
 
 def _floats(values: Any) -> tuple[float, ...]:

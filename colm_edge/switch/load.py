@@ -1,22 +1,27 @@
-"""From a name or a file to a switch."""
+"""From a name or a file to a switch: a new kind of switch is a line here."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
+from pathlib import Path
 
 from colm_edge.switch.file import Switch
 from colm_edge.switch.onnx import OnnxSwitch
+from colm_edge.switch.reading import AnySwitch
 from colm_edge.switch.rules import DeferRow, Untrained
 
-AnySwitch = Switch | Untrained | DeferRow | OnnxSwitch
+SWITCHES: tuple[AnySwitch, ...] = (Untrained("margin"), Untrained("entropy"), DeferRow())
+NAMED = {switch.name: switch for switch in SWITCHES}
+# A file's suffix -> what opens it; any other is a GGUF file.
+OPENERS: dict[str, Callable[[str | os.PathLike[str]], AnySwitch]] = {".onnx": OnnxSwitch.load}
 
 
 def load_switch(ref: str | os.PathLike[str]) -> AnySwitch:
-    """Return the switch that a name (margin, entropy, defer-row) or a file stands for."""
-    if ref in ("margin", "entropy"):
-        return Untrained(str(ref))
-    if ref == "defer-row":
-        return DeferRow()
-    if os.fspath(ref).lower().endswith(".onnx"):
-        return OnnxSwitch.load(ref)
-    return Switch.load(ref)
+    """Return the switch that a name (margin, entropy, defer-row) or a file stands for.
+
+    Raises SwitchError when the file is missing or is not a switch.
+    """
+    if isinstance(ref, str) and ref in NAMED:
+        return NAMED[ref]
+    return OPENERS.get(Path(ref).suffix.lower(), Switch.load)(ref)

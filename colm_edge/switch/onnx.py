@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from colm_edge import readout
-from colm_edge.errors import MismatchError, SwitchError
-from colm_edge.switch.reading import HIDDEN, N_LOGIT, Base, Floats, Reader
+from colm_edge.errors import SwitchError
+from colm_edge.switch.reading import HIDDEN, N_LOGIT, Base, Floats, Reader, check_width
 
 
 def _one_line(e: Exception) -> str:
@@ -29,7 +29,7 @@ class OnnxSwitch:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> OnnxSwitch:
-        """Open an ONNX file. Raises SwitchError when it is missing, broken or no such head."""
+        """Open an ONNX file. Raises SwitchError when it is missing or is not such a head."""
         import onnxruntime as ort
 
         try:
@@ -44,7 +44,7 @@ class OnnxSwitch:
             session = ort.InferenceSession(
                 os.fspath(path), options, providers=["CPUExecutionProvider"]
             )
-        except Exception as e:  # onnxruntime has no base of its errors
+        except Exception as e:  # onnxruntime's errors have no common class
             raise SwitchError(f"{path}: onnxruntime cannot load it ({_one_line(e)})") from e
         inputs = [(i.name, i.type, list(i.shape)) for i in session.get_inputs()]
         outputs = [o.name for o in session.get_outputs()]
@@ -70,11 +70,7 @@ class OnnxSwitch:
         return cls(str(path), width, run)
 
     def reader(self, base: Base, n_choose: int) -> Reader:
-        if self.n_embd != base.n_embd:
-            raise MismatchError(
-                f"{self.name} reads a hidden state of {self.n_embd} numbers, the base has "
-                f"{base.n_embd}; use the base that the switch was trained for"
-            )
+        check_width(self.name, self.n_embd, base)
         out = np.empty(N_LOGIT, np.float32)
         read_native, run = readout.read, self.run
 

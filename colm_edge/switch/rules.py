@@ -1,26 +1,31 @@
-"""Switches without a file: untrained rules, and a Co-LLM base's own defer row."""
+"""Switches without a file: untrained rules, and the defer row in a Co-LLM base's vocabulary."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
 
 import numpy as np
 
 from colm_edge import readout
 from colm_edge.errors import MismatchError, SwitchError
-from colm_edge.switch.reading import N_LOGIT, Base, Floats, Reader, sigmoid
+from colm_edge.switch.reading import N_LOGIT, Base, Doubles, Floats, Reader, sigmoid
 
 DEFER_TOKEN = "<|defer|>"  # the token Co-LLM's training adds; its output row is the switch
+# p_defer as a function of the logit feature that the rule is named after: of one number with the
+# functions of `math`, of an array with numpy's.
+RULES: dict[str, Callable[[Any, ModuleType], Any]] = {
+    "margin": lambda margin, maths: 1.0 - margin,  # margin: p1 − p2, of the two likeliest tokens
+    "entropy": lambda entropy, maths: -maths.expm1(-entropy),  # 1 − exp(−H), H in nats
+}
 
 
 @dataclass(frozen=True)
 class Untrained:
-    """A switch that nobody trained, read off the base's uncertainty.
-
-    margin: p_defer = 1 − (p1 − p2), of the two likeliest tokens.
-    entropy: p_defer = 1 − exp(−H), H in nats.
-    """
+    """A switch that needs no training: one of RULES on the base's uncertainty."""
 
     name: str
     threshold: float = 0.5
@@ -29,15 +34,17 @@ class Untrained:
     def reader(self, base: Base, n_choose: int) -> Reader:
         out = np.empty(N_LOGIT, np.float32)
         read_native = readout.read
-        column = readout.FEATURES.index(self.name)
-        by_entropy = self.name == "entropy"
+        rule, column = RULES[self.name], readout.FEATURES.index(self.name)
 
         def read(logits: Floats, hidden: Floats) -> tuple[float, int, float]:
             choice, logsumexp = read_native(logits, None, None, None, None, out, n_choose, -1)
-            value = float(out[column])
-            return -math.expm1(-value) if by_entropy else 1.0 - value, choice, logsumexp
+            return rule(float(out[column]), math), choice, logsumexp
 
         return read
+
+    def p_defer(self, logit_features: Floats, hidden: Floats | None) -> Doubles:
+        column = logit_features[:, readout.FEATURES.index(self.name)]
+        return np.asarray(RULES[self.name](column.astype(np.float64), np))
 
     def threshold_for(self, defer_rate: float) -> float:
         raise SwitchError(f"the untrained {self.name} switch has no calibration; give --threshold")

@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from colm_edge.errors import DataError, PromptError
+from colm_edge.files import replacing
 
 if TYPE_CHECKING:
     from colm_edge.pair import Pair
@@ -167,19 +168,15 @@ def tokenized(
         counts = _collect(rows, pair, raw, tokens.extend)
         return _checked(Documents(np.frombuffer(tokens, np.int32), *counts))
     path = work / TOKENS_FILE
-    temporary = path.with_suffix(".tmp")
     try:
         work.mkdir(parents=True, exist_ok=True)
-        with temporary.open("wb") as file:
-            counts = _collect(rows, pair, raw, lambda new: file.write(array("i", new)))
-        if not temporary.stat().st_size:  # nothing to map
-            return _checked(Documents(np.empty(0, np.int32), *counts))
-        os.replace(temporary, path)
-        return _checked(Documents(np.memmap(path, np.int32, "r"), *counts))
+        with replacing(path) as temporary:
+            with temporary.open("wb") as file:
+                counts = _collect(rows, pair, raw, lambda new: file.write(array("i", new)))
+            _checked(Documents(np.empty(0, np.int32), *counts))  # an empty file cannot be mapped
+        return Documents(np.memmap(path, np.int32, "r"), *counts)
     except OSError as e:
         raise DataError(f"{work}: cannot keep the token ids there: {e.strerror or e}") from e
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _collect(

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from colm_edge.errors import ColmError, DataError
+from colm_edge.files import replacing
+from colm_edge.switch.rules import Untrained
 from colm_edge.train.fit import Fit, hard_curve
 
 if TYPE_CHECKING:
@@ -47,16 +49,20 @@ def check_report(folder: str | os.PathLike[str]) -> None:
 
 
 def write_report(fit: Fit, model: Model, folder: str | os.PathLike[str]) -> None:
-    """Write report.json, curve.png, reliability.png and texts.html into a folder."""
+    """Write report.json, curve.png, reliability.png and texts.html into a folder.
+
+    Raises WriteError when one of them cannot be written.
+    """
     check_report(folder)
     target = Path(folder)
-    try:
-        (target / "report.json").write_text(json.dumps(fit.report, indent=2) + "\n")
-        draw_curve(fit).savefig(target / "curve.png", dpi=150)
-        draw_reliability(fit).savefig(target / "reliability.png", dpi=150)
-        (target / "texts.html").write_text(page(fit, model), encoding="utf-8")
-    except OSError as e:
-        raise DataError(f"{folder}: cannot write the report: {e.strerror or e}") from e
+    with replacing(target / "report.json") as file:
+        file.write_text(json.dumps(fit.report, indent=2) + "\n")
+    with replacing(target / "curve.png") as file:
+        draw_curve(fit).savefig(file, dpi=150)
+    with replacing(target / "reliability.png") as file:
+        draw_reliability(fit).savefig(file, dpi=150)
+    with replacing(target / "texts.html") as file:
+        file.write_text(page(fit, model), encoding="utf-8")
 
 
 def draw_curve(fit: Fit) -> Figure:
@@ -69,11 +75,11 @@ def draw_curve(fit: Fit) -> Figure:
     rate = np.arange(n + 1) / n
     figure = Figure(figsize=(7, 4.6), layout="constrained")
     axes = figure.subplots()
-    features = fit.scores.logit_features[rows].astype(np.float64)
+    features = fit.scores.logit_features[rows]
     curves = [
         ("this switch", fit.p, "C0-"),
-        ("entropy", features[:, 0], "C1--"),
-        ("margin", 1 - features[:, 2], "C2-."),
+        ("entropy", Untrained("entropy").p_defer(features, None), "C1--"),
+        ("margin", Untrained("margin").p_defer(features, None), "C2-."),
     ]
     if fit.p_before is not None:
         curves.insert(1, ("the switch before", fit.p_before, "C4-"))

@@ -12,7 +12,6 @@ files in it, mapped into memory once they are whole; a pass that was killed goes
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
@@ -25,6 +24,7 @@ import numpy.typing as npt
 
 from colm_edge import readout
 from colm_edge.errors import ColmError, DataError
+from colm_edge.files import replacing
 from colm_edge.remote.client import RemoteSession
 from colm_edge.train.documents import Documents
 
@@ -41,7 +41,6 @@ from colm_edge.train.store import (
     Ledger,
     Memory,
     _disk,
-    _removed,
     _write_header,
 )
 
@@ -122,18 +121,17 @@ def _whence(documents: Documents, work: Path | None) -> Columns:
         }
     columns: Columns = {}
     for name, kind in (("token", np.int32), ("line", np.int64)):
-        path, temporary = work / f"{name}.npy", work / f"{name}.tmp"
-        with _disk(work), _removed(temporary):
-            with temporary.open("wb") as file:
-                _write_header(file, (documents.n_scored,), kind)
-                starts = np.searchsorted(documents.rows, range(0, documents.n_scored, COPY_ROWS))
-                for first, last in pairwise([*starts.tolist(), n]):
-                    if name == "token":
-                        file.write(documents.scored(first, last).data)
-                    else:
-                        some = slice(first, last)
-                        file.write(np.repeat(documents.lines[some], documents.counts[some]).data)
-            os.replace(temporary, path)
+        path = work / f"{name}.npy"
+        with replacing(path) as temporary, _disk(work), temporary.open("wb") as file:
+            _write_header(file, (documents.n_scored,), kind)
+            starts = np.searchsorted(documents.rows, range(0, documents.n_scored, COPY_ROWS))
+            for first, last in pairwise([*starts.tolist(), n]):
+                if name == "token":
+                    file.write(documents.scored(first, last).data)
+                else:
+                    some = slice(first, last)
+                    file.write(np.repeat(documents.lines[some], documents.counts[some]).data)
+        with _disk(work):
             columns[name] = np.load(path, mmap_mode="r")
     return columns
 
@@ -153,22 +151,16 @@ def score_expert(
     starts and lines int64, one for each document; logprob float64 in nats and right bool, one for
     each scored token; model, the expert's file. work, update: as in `score`.
 
-    Returns what it did. Raises DataError when the file cannot be written.
+    Returns what it did. Raises WriteError when the file cannot be written.
     """
     columns = _pass(pair, "expert", documents, progress, work, update)
-    temporary = path.with_name(f".{path.name}.tmp.npz")
-    try:
+    with replacing(path) as temporary, temporary.open("wb") as file:
         np.savez(
-            temporary,
+            file,
             tokens=documents.tokens, lengths=documents.lengths, starts=documents.starts,
             lines=documents.lines, logprob=columns["logprob"], right=columns["right"],
             model=np.array(pair.expert.name),
         )  # fmt: skip
-        os.replace(temporary, path)
-    except OSError as e:
-        raise DataError(f"{path}: cannot write the scores: {e.strerror or e}") from e
-    finally:
-        temporary.unlink(missing_ok=True)
     return {
         "model": pair.expert.name,
         "n_documents": len(documents),

@@ -247,14 +247,6 @@ def _write_header(file: BinaryIO, shape: tuple[int, ...], kind: type) -> None:
 
 
 @contextmanager
-def _removed(temporary: Path) -> Iterator[None]:
-    try:
-        yield
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-@contextmanager
 def _disk(work: Path) -> Iterator[None]:
     """Turn what a disk says into one line."""
     try:

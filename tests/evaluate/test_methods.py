@@ -5,8 +5,10 @@ from __future__ import annotations
 import csv
 import io
 import json
+import subprocess
 import sys
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -23,6 +25,7 @@ from colm_edge.errors import ColmError, DataError, MismatchError
 from colm_edge.evaluate import generate as answers
 from colm_edge.evaluate import methods as ev
 from colm_edge.evaluate import metrics, plot
+from colm_edge.evaluate.methods import Comparison
 from colm_edge.evaluate.proxy_tuning import Proxy
 from colm_edge.options import Options
 from colm_edge.pair import load
@@ -117,7 +120,8 @@ def test_rows_are_the_documented_likelihoods(tiny, data):
 def test_generated_answers_are_those_of_the_pair(tiny, data):
     with load(tiny["base"], tiny["expert"], "margin", n_threads=1, n_ctx=256) as pair:
         own = pair.switch
-        rows = ev.evaluate(pair, data, GREEDY, metric="contains", limit=4, progress=no_bar)
+        asked = Comparison(metric="contains", limit=4)
+        rows = ev.evaluate(pair, data, GREEDY, asked, progress=no_bar)
         assert pair.switch is own
         table = {row["method"]: row for row in rows}
         assert table["base"]["generated_defer_rate"] == 0
@@ -156,7 +160,7 @@ def test_a_threshold_defers_as_many_as_asked_but_for_ties(p, share):
 def test_a_sweep_meets_its_rates_and_runs_from_base_to_expert(tiny, data):
     rates = (0.0, 0.25, 0.5, 1.0)
     with load(tiny["base"], tiny["expert"], "entropy", n_threads=1, n_ctx=256) as pair:
-        rows = ev.evaluate(pair, data, GREEDY, defer_rates=rates, progress=no_bar)
+        rows = ev.evaluate(pair, data, GREEDY, Comparison(defer_rates=rates), progress=no_bar)
         n = len(score(pair, tokenized(read_rows(data), pair), no_bar).base)
     names = [row["method"] for row in rows]
     assert names == ["base", "expert", *METHODS[2:] * len(rates)]
@@ -171,7 +175,8 @@ def test_a_sweep_meets_its_rates_and_runs_from_base_to_expert(tiny, data):
 
 def test_at_thresholds_the_others_defer_as_often(tiny, data):
     with load(tiny["base"], tiny["expert"], "margin", n_threads=1, n_ctx=256) as pair:
-        sweep = ev.evaluate(pair, data, GREEDY, thresholds=(0.2, 0.9), progress=no_bar)
+        both = Comparison(thresholds=(0.2, 0.9))
+        sweep = ev.evaluate(pair, data, GREEDY, both, progress=no_bar)
         for threshold in (0.2, 0.9):
             options = GREEDY.with_changes(threshold=threshold)
             single = ev.evaluate(pair, data, options, progress=no_bar)
@@ -182,23 +187,24 @@ def test_at_thresholds_the_others_defer_as_often(tiny, data):
 
 
 def test_only_the_methods_asked_for(tiny_pair, data):
-    some = ev.evaluate(tiny_pair, data, GREEDY, methods=["margin", "base"], progress=no_bar)
+    two = Comparison(methods=["margin", "base"])
+    some = ev.evaluate(tiny_pair, data, GREEDY, two, progress=no_bar)
     every = ev.evaluate(tiny_pair, data, GREEDY, progress=no_bar)
     assert some == [row for row in every if row["method"] in ("base", "margin")]
     for methods, message in (["magic"], "known: base"), (["weak"], "--weak"):
         with pytest.raises(ColmError, match=message):
-            ev.evaluate(tiny_pair, data, GREEDY, methods=methods, progress=no_bar)
+            ev.evaluate(tiny_pair, data, GREEDY, Comparison(methods=methods), progress=no_bar)
 
 
 def test_weak_is_colm_when_it_is_the_same_switch(demo):
-    options = {"methods": ["colm", "weak"], "metric": "contains", "limit": 8, "progress": no_bar}
-    colm, weak = ev.evaluate(demo, HELD_OUT, WHOLE, weak=demo.switch, **options)
+    both = Comparison(metric="contains", limit=8, methods=["colm", "weak"], weak=demo.switch)
+    colm, weak = ev.evaluate(demo, HELD_OUT, WHOLE, both, progress=no_bar)
     assert colm["accuracy"] > 0
     assert timeless([weak]) == timeless([colm | {"method": "weak", "threshold": weak["threshold"]}])
     # The hidden state that it reads is there beside a switch that reads none, too.
     with load(demo.base.path, demo.expert_session.model.path, "margin", n_threads=1) as pair:
-        options["defer_rates"] = [colm["defer_rate"]]
-        _, beside = ev.evaluate(pair, HELD_OUT, WHOLE, weak=demo.switch, **options)
+        at_its_rate = replace(both, defer_rates=[colm["defer_rate"]])
+        _, beside = ev.evaluate(pair, HELD_OUT, WHOLE, at_its_rate, progress=no_bar)
     assert timeless([beside]) == timeless([weak])
 
 
@@ -220,7 +226,7 @@ def test_a_switch_that_reads_the_hidden_state_gets_that_of_the_prompt_at_once(ti
 def test_a_weak_switch_of_another_width_is_refused_before_the_work(tiny_pair, data):
     wide = Switch(("hidden",), np.zeros((1, 5), np.float32), np.zeros(1, np.float32), 5)
     with pytest.raises(MismatchError, match="5 numbers"):
-        ev.evaluate(tiny_pair, data, GREEDY, weak=wide, progress=no_bar)
+        ev.evaluate(tiny_pair, data, GREEDY, Comparison(weak=wide), progress=no_bar)
     assert not tiny_pair.expert_session.created
 
 
@@ -274,10 +280,8 @@ def test_a_killed_evaluation_goes_on(tiny, data, tmp_path):
         ):
             sessions = (pair.base_session, pair.expert_session, proxy.session)
             try:
-                table = ev.evaluate(
-                    pair, data, GREEDY, metric="exact", limit=6, proxy=proxy, work=work,
-                    progress=progress,
-                )  # fmt: skip
+                asked = Comparison(metric="exact", limit=6, proxy=proxy)
+                table = ev.evaluate(pair, data, GREEDY, asked, work=work, progress=progress)
             except KilledError:
                 table = None
             return table, [session.n_evaluated for session in sessions]
@@ -330,6 +334,19 @@ def test_the_command_prints_three_forms(tiny, data):
 def test_every_metric_of_the_registry_is_a_choice():
     (option,) = (p for p in main.commands["eval"].params if p.name == "metric")
     assert list(option.type.choices) == ["nll", *metrics.METRICS]
+    (option,) = (p for p in main.commands["train"].params if "--threshold-by" in p.opts)
+    assert list(option.type.choices) == [*metrics.METRICS]
+    assert list(metrics.METRICS) == ["exact", "contains", "gsm8k", "steps"]
+
+
+def test_the_names_of_metrics_cost_no_library():
+    code = (
+        "import sys\n"
+        "from colm_edge.evaluate.metrics import METRICS\n"
+        "from colm_edge.cli import main\n"
+        "assert not {'numpy', 'llama_cpp', 'onnxruntime', 'matplotlib'} & set(sys.modules)\n"
+    )
+    subprocess.run([sys.executable, "-P", "-c", code], check=True)
 
 
 def test_the_command_takes_a_third_model_a_weak_switch_and_a_sweep(tiny, data, tmp_path):
@@ -374,10 +391,8 @@ def test_the_picture_shows_every_row(tiny, data):
         load(tiny["base"], tiny["expert"], "margin", n_threads=1, n_ctx=256) as pair,
         Proxy(pair, Path(tiny["defer"]), n_threads=1) as proxy,
     ):
-        table = ev.evaluate(
-            pair, data, GREEDY, metric="exact", limit=4, defer_rates=(0.0, 0.5, 1.0), proxy=proxy,
-            progress=no_bar,
-        )  # fmt: skip
+        asked = Comparison(metric="exact", limit=4, defer_rates=(0.0, 0.5, 1.0), proxy=proxy)
+        table = ev.evaluate(pair, data, GREEDY, asked, progress=no_bar)
     losses, right = plot.draw(table).axes
     labels = [c.get_label() for c in losses.containers]
     assert labels == ["colm", "compose", "random", "entropy", "margin", "base", "expert", "proxy"]

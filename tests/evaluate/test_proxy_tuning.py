@@ -13,7 +13,7 @@ from reference import PlainModel
 from test_methods import GREEDY, HELD_OUT, WHOLE, timeless
 
 from colm_edge.errors import DataError, MismatchError, ModelError
-from colm_edge.evaluate.methods import evaluate
+from colm_edge.evaluate.methods import Comparison, evaluate
 from colm_edge.evaluate.proxy_tuning import Proxy, _side_by_side
 from colm_edge.pair import load
 from colm_edge.train.documents import read_rows, tokenized
@@ -79,11 +79,14 @@ def test_without_a_contrast_one_model_is_left(demo, anti, twin):
     with Proxy(demo, models[anti].path, n_threads=1) as proxy:
         proxied, alone = (
             evaluate(
-                demo, HELD_OUT, WHOLE, metric="contains", limit=6, methods=[name], proxy=proxy,
+                demo,
+                HELD_OUT,
+                WHOLE,
+                Comparison(metric="contains", limit=6, methods=[name], proxy=proxy),
                 progress=no_bar,
             )[0]
             for name in ("proxy", twin)
-        )  # fmt: skip
+        )
     assert (proxied["threshold"], proxied["defer_rate"]) == (None, 1.0)
     # Documents one by one, as the proxy has them: packed ones differ in their last bits.
     rows = list(islice(read_rows(HELD_OUT), 6))
@@ -129,15 +132,16 @@ def test_a_killed_scoring_pass_goes_on(third, tmp_path):
     pair, proxy = third
     data = tmp_path / "d.jsonl"
     data.write_text("".join(f'{{"prompt": "p{i}", "completion": "c{i}"}}\n' for i in range(4)))
-    whole = evaluate(pair, str(data), GREEDY, methods=["proxy"], proxy=proxy, progress=no_bar)
+    alone = Comparison(methods=["proxy"], proxy=proxy)
+    whole = evaluate(pair, str(data), GREEDY, alone, progress=no_bar)
     work = tmp_path / "work"
-    kept = {"methods": ["proxy"], "proxy": proxy, "work": work, "progress": no_bar}
-    assert timeless(evaluate(pair, str(data), GREEDY, **kept)) == timeless(whole)
+    kept = {"work": work, "progress": no_bar}
+    assert timeless(evaluate(pair, str(data), GREEDY, alone, **kept)) == timeless(whole)
     lines = (work / "proxy.jsonl").read_text().splitlines(keepends=True)
     assert len(lines) == 4
     (work / "proxy.jsonl").write_text("".join(lines[:2]) + lines[2][:30])
     before = proxy.session.n_evaluated
-    assert evaluate(pair, str(data), GREEDY, **kept) == whole
+    assert evaluate(pair, str(data), GREEDY, alone, **kept) == whole
     documents = tokenized(read_rows(data), pair)
     assert proxy.session.n_evaluated - before <= sum(len(d.tokens) - 1 for d in documents[2:])
     assert (work / "proxy.jsonl").read_text().splitlines(keepends=True) == lines
@@ -154,4 +158,4 @@ def test_what_does_not_belong_is_refused(tiny, tiny_pair, tmp_path):
         Proxy(tiny_pair, Path(tiny["defer"]), n_threads=1) as proxy,
         pytest.raises(DataError, match="line 1"),
     ):
-        evaluate(tiny_pair, data, GREEDY, metric="exact", proxy=proxy, progress=no_bar)
+        evaluate(tiny_pair, data, GREEDY, Comparison(metric="exact", proxy=proxy), progress=no_bar)

@@ -9,7 +9,7 @@ import pytest
 from click.testing import CliRunner
 
 from colm_edge.cli import main
-from colm_edge.errors import ColmError
+from colm_edge.errors import ColmError, WriteError
 from colm_edge.pair import load
 
 GREEDY = {"temperature": 0.0, "max_tokens": 30, "schedule": "sequential", "threshold": 0.3}
@@ -84,7 +84,7 @@ def test_a_cache_of_something_else_is_refused(tiny, tmp_path):
                 pair.load_prompts(path)
         with pytest.raises(ColmError, match="No such file"):
             pair.load_prompts(tmp_path / "absent")
-        with pytest.raises(ColmError, match="cannot write the prompt cache"):
+        with pytest.raises(WriteError, match="prompts: cannot write: No such file"):
             pair.save_prompts(tmp_path / "absent" / "prompts")
         assert pair.generate("hello", **GREEDY).text  # still of use
 

@@ -148,7 +148,7 @@ def test_onnxruntime_is_loaded_only_for_onnx_heads(tmp_path):
     np.save(tmp_path / "row.npy", np.ones(4, np.float32))
     code = (
         "import sys\n"
-        "from colm_edge.switch import load_switch\n"
+        "from colm_edge.switch.load import load_switch\n"
         "load_switch('margin')\n"
         "assert 'onnxruntime' not in sys.modules\n"
     )

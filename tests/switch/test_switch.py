@@ -12,11 +12,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from reference import p_defer
 
-from colm_edge.errors import MismatchError, SwitchError
+from colm_edge import readout
+from colm_edge.errors import MismatchError, SwitchError, WriteError
 from colm_edge.readout import FEATURES
 from colm_edge.switch.file import FEATURE_SETS, Switch
 from colm_edge.switch.load import load_switch
-from colm_edge.switch.reading import sigmoid
+from colm_edge.switch.reading import FeatureSwitch, sigmoid, sigmoids
+from colm_edge.switch.rules import RULES, DeferRow, Untrained
 
 BASE = SimpleNamespace(n_embd=6, token_id=lambda text: None)
 
@@ -87,10 +89,37 @@ def test_untrained_switches(name):
         load_switch(name).threshold_for(0.2)
 
 
+@pytest.mark.parametrize("switch", [make(), make(("p2", "margin")), *map(Untrained, RULES)])
+def test_many_rows_at_once_are_what_is_read_one_by_one(switch):
+    rng = np.random.default_rng(2)
+    logits = rng.normal(0, 3, (20, 50)).astype(np.float32)
+    hidden = rng.normal(0, 1, (20, 6)).astype(np.float32)
+    features = np.empty((20, len(FEATURES)), np.float32)
+    readout.read_rows(logits, features, np.empty(20, np.int32), np.empty(20), 50)
+    reader = switch.reader(BASE, 50)
+    one_by_one = [reader(*row)[0] for row in zip(logits, hidden, strict=True)]
+    assert isinstance(switch, FeatureSwitch)
+    together = switch.p_defer(features, hidden)
+    assert (together.shape, together.dtype) == ((20,), np.float64)
+    assert together == pytest.approx(one_by_one, abs=1e-5)
+    if not switch.needs_hidden:
+        assert (switch.p_defer(features, None) == together).all()
+
+
+def test_a_name_or_a_file_gives_a_switch(tmp_path):
+    for name, kind in (("margin", Untrained), ("entropy", Untrained), ("defer-row", DeferRow)):
+        switch = load_switch(name)
+        assert (type(switch), switch.name, switch.threshold) == (kind, name, 0.5)
+    for name in ("s.gguf", "s", "margin"):  # a path is a file, whatever its name
+        make().save(tmp_path / name)
+        assert load_switch(tmp_path / name).name == str(tmp_path / name)
+
+
 @given(st.floats(-1e6, 1e6))
 def test_sigmoid_never_overflows(d):
     assert 0.0 <= sigmoid(d) <= 1.0
     assert sigmoid(d) + sigmoid(-d) == pytest.approx(1.0)
+    assert sigmoids(np.array([d, -d])) == pytest.approx([sigmoid(d), sigmoid(-d)], abs=1e-15)
 
 
 def test_what_does_not_fit_is_named():
@@ -157,9 +186,9 @@ def test_a_failed_write_keeps_what_was_there(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("os.replace", full)
-    with pytest.raises(SwitchError, match="cannot write the switch: No space left"):
+    with pytest.raises(WriteError, match=r"s\.gguf: cannot write: No space left"):
         make(seed=1).save(tmp_path / "s.gguf")
     assert (tmp_path / "s.gguf").read_bytes() == before
     assert [p.name for p in tmp_path.iterdir()] == ["s.gguf"]
-    with pytest.raises(SwitchError, match="No such file"):
+    with pytest.raises(WriteError, match="No such file"):
         make().save(tmp_path / "absent" / "s.gguf")

@@ -16,7 +16,7 @@ from reference import PlainModel
 from scipy import optimize
 
 from colm_edge.cli import main
-from colm_edge.errors import DataError, SwitchError
+from colm_edge.errors import DataError, WriteError
 from colm_edge.files import check_writable
 from colm_edge.pair import load
 from colm_edge.switch.file import Switch
@@ -342,9 +342,9 @@ def test_too_few_documents_are_an_error(tiny_pair):
 
 
 def test_a_place_that_cannot_be_written_is_found_before_the_work(tmp_path):
-    with pytest.raises(SwitchError, match="no such folder"):
+    with pytest.raises(WriteError, match="no such folder"):
         check_writable(tmp_path / "absent" / "s.gguf")
-    with pytest.raises(SwitchError, match="is a folder"):
+    with pytest.raises(WriteError, match="is a folder"):
         check_writable(tmp_path)
     (tmp_path / "s.gguf.tmp").write_text("somebody's")
     check_writable(tmp_path / "s.gguf")

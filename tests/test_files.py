@@ -1,0 +1,164 @@
+"""Writing files: whole or not at all, with the usual permissions, and never over a device."""
+
+from __future__ import annotations
+
+import os
+import stat
+import threading
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from colm_edge.errors import ColmError, SwitchError, WriteError
+from colm_edge.files import check_writable, replacing
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(p.name for p in folder.iterdir())
+
+
+def mode_of(path: Path) -> int:
+    return stat.S_IMODE(path.stat().st_mode)
+
+
+@contextmanager
+def umask(mask: int):
+    before = os.umask(mask)
+    try:
+        yield
+    finally:
+        os.umask(before)
+
+
+def test_the_file_is_there_when_it_is_whole(tmp_path):
+    target = tmp_path / "t.png"
+    for text in ("first", "second"):
+        with replacing(target) as temporary:
+            assert temporary.parent == tmp_path
+            assert temporary.suffix == ".png"
+            temporary.write_text(text)
+            assert not target.exists() or target.read_text() == "first"
+        assert target.read_text() == text
+        assert names(tmp_path) == ["t.png"]
+
+
+@pytest.mark.parametrize("before", [None, "old"])
+@pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError, SwitchError])
+def test_what_fails_leaves_all_as_it_was(tmp_path, before, error):
+    target = tmp_path / "t.txt"
+    if before is not None:
+        target.write_text(before)
+    here = names(tmp_path)
+
+    def write():
+        with replacing(target) as temporary:
+            temporary.write_text("half")
+            raise error
+
+    with pytest.raises(error):
+        write()
+    assert names(tmp_path) == here
+    assert before is None or target.read_text() == before
+
+
+def test_what_the_system_says_is_one_line_that_names_the_file(tmp_path, monkeypatch):
+    target = tmp_path / "t.txt"
+    target.write_text("old")
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(WriteError) as caught, replacing(target):
+        full()
+    assert str(caught.value) == f"{target}: cannot write: No space left on device"
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", full)
+        with (
+            pytest.raises(WriteError, match=r"t\.txt: cannot write: No space left"),
+            replacing(target),
+        ):
+            pass
+    with pytest.raises(WriteError, match="No such file"), replacing(tmp_path / "absent" / "t.txt"):
+        pass
+    assert names(tmp_path) == ["t.txt"]
+    assert target.read_text() == "old"
+    assert issubclass(WriteError, ColmError)
+
+
+@pytest.mark.parametrize("mask", [0o022, 0o077, 0o002])
+def test_permissions_are_those_of_a_file_written_in_place(tmp_path, mask):
+    plain, ours = tmp_path / "plain", tmp_path / "ours"
+    with umask(mask):
+        plain.write_text("x")
+        with replacing(ours) as temporary:
+            temporary.write_text("x")
+        assert mode_of(ours) == mode_of(plain) == 0o666 & ~mask
+        # A file that is there keeps its own, and nobody else reads what will be secret.
+        for mode in (0o600, 0o664, 0o444):
+            ours.chmod(mode)
+            with replacing(ours) as temporary:
+                assert mode_of(temporary) & ~(mode | 0o600) == 0
+                temporary.write_text("y")
+            assert mode_of(ours) == mode
+
+
+def test_a_link_stays_one(tmp_path):
+    (tmp_path / "there").mkdir()
+    target, link = tmp_path / "there" / "t.txt", tmp_path / "link.txt"
+    link.symlink_to(target)
+    for text in ("made", "replaced"):
+        with replacing(link) as temporary:
+            assert temporary.parent == target.parent
+            temporary.write_text(text)
+        assert link.is_symlink()
+        assert target.read_text() == text
+        assert names(target.parent) == ["t.txt"]
+
+
+def test_what_is_not_a_plain_file_is_refused(tmp_path):
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    device = tmp_path / "device"
+    device.symlink_to(os.devnull)
+    for path, words in (
+        (os.devnull, "not a plain file"),
+        (device, "device is not a plain file"),
+        (pipe, "pipe is not a plain file"),
+        (tmp_path, "is a folder"),
+    ):
+        with pytest.raises(WriteError, match=words), replacing(path):
+            pytest.fail("it was opened")
+        with pytest.raises(WriteError, match=words):
+            check_writable(path)
+    assert stat.S_ISCHR(os.stat(os.devnull).st_mode)
+    assert names(tmp_path) == ["device", "pipe"]
+
+
+def test_two_writers_do_not_meet(tmp_path):
+    """Each has a temporary file of its own; the last one that is done wins."""
+    target, both = tmp_path / "t.txt", threading.Barrier(2)
+
+    def write(text):
+        with replacing(target) as temporary:
+            temporary.write_text(text)
+            both.wait(10)
+            assert temporary.read_text() == text
+
+    threads = [threading.Thread(target=write, args=(text,)) for text in ("one", "two")]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert target.read_text() in ("one", "two")
+    assert names(tmp_path) == ["t.txt"]
+
+
+def test_a_file_that_is_read_is_not_replaced(tmp_path):
+    data, link = tmp_path / "d.jsonl", tmp_path / "link"
+    data.write_text("x")
+    link.symlink_to(data)
+    for target in (data, link):
+        with pytest.raises(WriteError, match="is read by this command"):
+            check_writable(target, None, tmp_path / "absent", data)
+    check_writable(data)
