@@ -45,7 +45,8 @@ def main() -> None:
     scores, weight = planted(args.tokens + n_valid, args.width, rng)
     rows = np.arange(args.tokens + n_valid)
     begun = time.perf_counter()
-    trial, _ = train.fit_head(scores, rows[n_valid:], rows[:n_valid], ("hidden",), args.objective)
+    split = train.Split(scores, rows[n_valid:], rows[:n_valid])
+    trial, _ = train.fit_head(split, ("hidden",), args.objective)
     seconds, head = time.perf_counter() - begun, trial.head
     cosine = head.weight @ weight / np.linalg.norm(head.weight) / np.linalg.norm(weight)
     print(

@@ -22,15 +22,13 @@ from colm_edge.cli.common import progress
 from colm_edge.pair import load
 from colm_edge.switch.file import FEATURE_SETS
 from colm_edge.train.documents import read_rows, tokenized
-from colm_edge.train.fit import L2_GRID, _columns, hard_curve
-from colm_edge.train.heads import (
+from colm_edge.train.fit import L2_GRID, feature_columns
+from colm_edge.train.heads import Array, Loss, Standardised, minimize
+from colm_edge.train.objectives import (
     DEFER_RATES,
-    Array,
-    Loss,
-    Standardised,
     budget_loss,
+    hard_curve,
     marginal_loss,
-    minimize,
     weak_loss,
 )
 from colm_edge.train.scoring import Scores, score
@@ -131,7 +129,7 @@ def main() -> None:
 
     def columns(side: int, names: tuple[str, ...], extra: tuple[str, ...]) -> np.ndarray:
         scores, more = sides[side]
-        parts = [_columns(scores, np.arange(len(scores.base)), names)]
+        parts = [feature_columns(scores, np.arange(len(scores.base)), names)]
         return np.concatenate([*parts, *(more[e][:, None].astype(np.float32) for e in extra)], 1)
 
     def add_deferrals() -> None:

@@ -93,7 +93,7 @@ def train(
     from colm_edge.pair import load
     from colm_edge.switch.file import Switch
     from colm_edge.train.documents import read_rows, tokenized
-    from colm_edge.train.fit import fit_switch
+    from colm_edge.train.fit import FitOptions, fit_switch
 
     check_writable(outfile, data, *_read_files(models), expert_scores)
     old = Switch.load(update) if update is not None else None
@@ -117,10 +117,13 @@ def train(
                 Options(temperature=0.0, raw=raw, schedule="sequential"), progress,
             )  # fmt: skip
         fit = fit_switch(
-            loaded, documents, features, objective=objective, seed=seed, update=old,
-            compare=report_dir is not None, work=work, choose=choose,
-            expert_scores=Path(expert_scores) if expert_scores else None, progress=progress,
-        )  # fmt: skip
+            loaded,
+            documents,
+            FitOptions(features, objective, seed, old, report_dir is not None, choose),
+            progress=progress,
+            work=work,
+            expert_scores=Path(expert_scores) if expert_scores else None,
+        )
         fit.switch.save(outfile)
         click.echo(f"{outfile}: written", err=True)
         if report_dir is not None:

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from colm_edge.errors import ColmError, DataError
-from colm_edge.train.fit import Fit, hard_curve
+from colm_edge.train.fit import Fit
+from colm_edge.train.objectives import hard_curve
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -18,7 +18,7 @@ from colm_edge.llama.model import Model
 from colm_edge.llama.session import Session
 from colm_edge.switch.file import Switch
 from colm_edge.switch.rules import DEFER_TOKEN
-from colm_edge.train.fit import marginal_loss
+from colm_edge.train.objectives import marginal_loss
 
 torch = pytest.importorskip("torch", reason="needs the extra finetune")
 transformers = pytest.importorskip("transformers", reason="needs the extra finetune")

@@ -19,7 +19,7 @@ from colm_edge.llama.model import fingerprint
 from colm_edge.pair import load
 from colm_edge.train import scoring, store
 from colm_edge.train.documents import tokenized
-from colm_edge.train.fit import fit_switch
+from colm_edge.train.fit import FitOptions, fit_switch
 from colm_edge.train.scoring import score, score_expert
 
 ROWS = [{"prompt": f"p{i}", "completion": f"c{i} and some more"} for i in range(20)]
@@ -98,11 +98,11 @@ def test_packed_together_or_each_alone_the_scores_are_the_same(pair, monkeypatch
 @pytest.mark.usefixtures("small_groups")
 def test_a_killed_run_goes_on_and_gives_the_same_switch(pair, tmp_path, killed_in):
     documents = tokenized(enumerate(ROWS), pair)
-    whole = fit_switch(pair, documents, "both", progress=no_bar)
+    whole = fit_switch(pair, documents, FitOptions("both"), progress=no_bar)
     with pytest.raises(KilledError):
         score(pair, documents, killing(killed_in, 5), work=tmp_path)
     evaluated = Evaluated(pair)
-    again = fit_switch(pair, documents, "both", work=tmp_path, progress=no_bar)
+    again = fit_switch(pair, documents, FitOptions("both"), work=tmp_path, progress=no_bar)
     base, expert = evaluated()
     assert np.array_equal(again.switch.weight, whole.switch.weight)
     assert base < cost(documents) / 2
