@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from hashlib import blake2b
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 Row = tuple[int, dict[str, Any]]  # the line's number and its object
 Tokens = npt.NDArray[np.int32]
 Ints = npt.NDArray[np.int64]
-TOKENS_FILE = "tokens.i32"
+TOKENS_FILE = "tokens.int32"
 
 
 @dataclass(frozen=True)
@@ -108,6 +109,16 @@ class Documents(Sequence[Document]):
         rows = np.arange(self.rows[first], self.rows[last])
         chosen: Tokens = self.tokens[rows + np.repeat(shift, self.counts[first:last])]
         return chosen
+
+    def scored_lines(self, first: int, last: int) -> Ints:
+        """Return the lines of these scored tokens."""
+        lines: Ints = np.repeat(self.lines[first:last], self.counts[first:last])
+        return lines
+
+    def chunks(self, n_rows: int) -> Iterator[tuple[int, int]]:
+        """Yield (first, last + 1) of successive documents with about n_rows scored tokens."""
+        firsts = np.searchsorted(self.rows, range(0, self.n_scored, n_rows))
+        yield from pairwise([*firsts.tolist(), len(self)])
 
     def key(self, index: int) -> int:
         """Return 64 bits that tell a document by its tokens and start, wherever it stands."""

@@ -90,7 +90,7 @@ def test_the_arrays_say_what_the_documents_say(tiny_pair, tmp_path):
     assert isinstance(disk.tokens, np.memmap)
     assert list(disk) == list(documents)
     assert np.array_equal(disk.keys, documents.keys)
-    assert [p.name for p in (tmp_path / "w").iterdir()] == ["tokens.i32"]
+    assert [p.name for p in (tmp_path / "w").iterdir()] == ["tokens.int32"]
 
 
 def test_a_key_tells_tokens_and_start_and_nothing_else(tiny_pair):

@@ -178,7 +178,18 @@ def test_an_update_scores_only_what_is_new(pair, tmp_path):
     assert_same(updated, score(pair, new, no_bar, work=tmp_path))  # no update is needed now
     assert evaluated() == (0, 0)
     names = {p.name.split("-")[0] for p in tmp_path.iterdir()}
-    assert names == {"base", "expert", "token.npy", "line.npy"}
+    assert names == {"base", "expert", "token.int32", "line.int64"}
+
+
+def test_an_update_with_more_documents_appends_to_the_files(pair, tmp_path):
+    old, new = (tokenized(enumerate(ROWS[:n]), pair) for n in (12, 20))
+    score(pair, old, no_bar, work=tmp_path)
+    (column,) = tmp_path.glob("base-*/hidden.float32")
+    inode, before = column.stat().st_ino, column.read_bytes()
+    updated = score(pair, new, no_bar, work=tmp_path, update=True)
+    assert column.stat().st_ino == inode
+    assert column.read_bytes().startswith(before)
+    assert_same(updated, score(pair, new, no_bar), 2e-2)
 
 
 def test_a_copy_that_was_stopped_loses_nothing(pair, tmp_path, monkeypatch):
@@ -292,8 +303,8 @@ def test_an_error_of_the_disk_is_one_line_and_the_next_run_goes_on(pair, tmp_pat
 
         def write(self, data):
             Full.n_bytes += len(data)
-            # What is written in its old place, such as the states, needs no space.
-            if Full.n_bytes > 50_000 and "state" not in str(self.name):
+            # What is overwritten in place, the number of documents done, needs no space.
+            if Full.n_bytes > 50_000 and "done" not in str(self.name):
                 raise OSError(errno.ENOSPC, "No space left on device")
             return super().write(data[: len(data) // 2 + 1])  # a part at a time
 
@@ -387,16 +398,27 @@ def test_a_pass_with_a_work_folder_keeps_a_few_numbers_a_document(pair, tmp_path
     assert (measure(250) - measure(50)) / 200 < 300
 
 
-@pytest.mark.parametrize("name", ["state", "hidden", "logprob"])
+def test_a_work_folder_of_an_earlier_version_is_refused(pair, tmp_path):
+    """It kept a state of each document, in columns that had room for all of them."""
+    documents = tokenized(enumerate(ROWS), pair)
+    score(pair, documents, no_bar, work=tmp_path)
+    (folder,) = tmp_path.glob("base-*")
+    np.save(folder / "state.npy", np.ones(len(documents), np.uint8))
+    for update in (False, True):
+        with pytest.raises(DataError, match=r"base-\w+: was written by an earlier .*remove"):
+            score(pair, documents, no_bar, work=tmp_path, update=update)
+
+
+@pytest.mark.parametrize("name", ["done.int64", "hidden.float32", "logprob.float64"])
 def test_a_damaged_work_folder_is_said_to_be(pair, tmp_path, name):
     documents = tokenized(enumerate(ROWS), pair)
     score(pair, documents, no_bar, work=tmp_path)
-    (damaged,) = tmp_path.glob(f"base-*/{name}.npy")
+    (damaged,) = tmp_path.glob(f"base-*/{name}")
     whole = damaged.read_bytes()
     for content in (whole[: len(whole) // 2], b""):
         damaged.write_bytes(content)
-        with pytest.raises(DataError, match=rf"{name}.npy: is missing or broken .*remove the work"):
+        with pytest.raises(DataError, match=rf"{name}: is missing or broken .*remove the work"):
             score(pair, documents, no_bar, work=tmp_path)
     damaged.unlink()
-    with pytest.raises(DataError, match=rf"{name}.npy: is missing or broken"):
+    with pytest.raises(DataError, match=rf"{name}: is missing or broken"):
         score(pair, documents, no_bar, work=tmp_path)
