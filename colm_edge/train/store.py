@@ -78,12 +78,13 @@ class FolderStore:
         Raises DataError for other documents without `update`, and for a folder that is broken.
         """
         self._folder, self._types, self._documents = folder, types, documents
-        self._new = folder.with_name(folder.name + ".new")
+        self._new, self._old = (folder.with_name(folder.name + end) for end in (".new", ".old"))
         self._files: dict[str, FileIO] = {}
         self._saved_at = time.monotonic()
         with disk_errors(folder.parent):
             if self._new.exists() and not folder.exists():  # killed between two renames
                 os.replace(self._new, folder)
+            shutil.rmtree(self._old, ignore_errors=True)
             self._read_index()
             self.to_do = self._plan(update)
 
@@ -161,8 +162,7 @@ class FolderStore:
             self._mapped()  # whole, or said to be broken now
 
     def _plan(self, update: bool) -> Ints:
-        """Return the numbers of the documents to do, after the index has been made to end with
-        them."""
+        """Return the numbers of the documents to do; the index then ends with these."""
         documents = self._documents
         if self._matches():
             return np.arange(self._n_done, len(documents))
@@ -206,11 +206,9 @@ class FolderStore:
         self._index, self._n_done = _entries(self._documents), len(self._documents)
         np.save(self._new / INDEX_FILE, self._index)
         (self._new / DONE_FILE).write_bytes(_bytes(self._n_done))
-        old = self._folder.with_name(self._folder.name + ".old")
-        shutil.rmtree(old, ignore_errors=True)
-        os.replace(self._folder, old)
+        os.replace(self._folder, self._old)
         os.replace(self._new, self._folder)
-        shutil.rmtree(old)
+        shutil.rmtree(self._old)
 
     def _rows_in_order(self, name: str) -> Iterator[npt.NDArray[Any]]:
         """Yield a column's rows in the documents' order, some documents at a time."""
