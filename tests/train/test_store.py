@@ -66,9 +66,8 @@ def test_killed_anywhere_it_goes_on_and_keeps_what_it_had(tmp_path, monkeypatch,
 
     monkeypatch.setattr(store, "FileIO", File)
     monkeypatch.setattr(store.os, "replace", replace)
-    monkeypatch.setattr(
-        store.os, "fsync", lambda file: None
-    )  # slow, and it helps against power loss alone
+    # It is slow, and helps against a power loss alone.
+    monkeypatch.setattr(store.os, "fsync", lambda file: None)
     monkeypatch.setattr(store, "COPY_ROWS", chance.choice((5, 1000)))
     monkeypatch.setattr(store, "SAVE_SECONDS", chance.choice((0.0, 1e9)))
     for _ in range(4):
