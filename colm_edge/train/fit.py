@@ -375,7 +375,7 @@ def _sample(rows: Rows, n: int) -> Rows:
 
 
 def feature_columns(scores: Scores, rows: Rows, names: tuple[str, ...]) -> Columns:
-    """Return the features of some rows, (n, k): a copy, whatever the scores lie on."""
+    """Return the features of some rows, (n, k): a copy, also of scores that are mapped."""
     widths = [scores.hidden.shape[1] if name == HIDDEN else 1 for name in names]
     columns = np.empty((len(rows), sum(widths)), np.float32)
     for at in range(0, len(rows), CHUNK_ROWS):
@@ -394,8 +394,8 @@ def choose_threshold(p: Array, base: Array, expert: Array) -> float:
     """Return the threshold whose hard decisions are likeliest on held-back tokens.
 
     Each token comes from the expert where p > threshold. Of the thresholds within one standard
-    error of the best the highest, as the expert is the dearer model: the rule of Breiman et al.,
-    Classification and Regression Trees, 1984. The result is a float32, as in the switch file.
+    error of the best, the highest is taken, since the expert costs more: the rule of Breiman et
+    al., Classification and Regression Trees, 1984. The result is a float32, as in the switch file.
     """
     levels = np.unique(p)
     between = _below_one((levels[1:] + levels[:-1]) / 2)
@@ -403,7 +403,7 @@ def choose_threshold(p: Array, base: Array, expert: Array) -> float:
     order = np.argsort(-p)
     # gain[k]: deferring the k tokens of highest p, in nats over the base alone.
     gain = np.concatenate(([0.0], np.cumsum((expert - base)[order])))
-    # A candidate defers the tokens of p above it, whatever rounding and ties made of it.
+    # A candidate defers the tokens with p above it, also after rounding and among ties.
     gains = gain[np.searchsorted(-p[order], -candidates, side="left")]
     best = np.where(p > candidates[gains.argmax()], expert, base)
     error = float(best.std()) * np.sqrt(len(best))  # of a sum over all tokens
@@ -411,7 +411,7 @@ def choose_threshold(p: Array, base: Array, expert: Array) -> float:
 
 
 def _below_one(p: Array) -> Array:
-    """Round to float32; what would round to 1, which never defers, to the number below it."""
+    """Round to float32, to the number below 1 at most, since 1 itself never defers."""
     highest = np.nextafter(np.float32(1), np.float32(0))
     return np.minimum(p.astype(np.float32), highest).astype(np.float64)
 
@@ -419,8 +419,7 @@ def _below_one(p: Array) -> Array:
 def calibrate(p: Array) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Return defer rates and the thresholds that give them on held-back tokens.
 
-    Where many p round to 1, low rates share the highest threshold that still defers: 1 itself
-    would never.
+    Where many p round to 1, low rates share the highest threshold that still defers.
     """
     quantiles = _below_one(np.quantile(p, [1 - rate for rate in CALIBRATED_RATES[1:-1]]))
     return CALIBRATED_RATES, (1.0, *(float(q) for q in quantiles), 0.0)

@@ -49,8 +49,11 @@ def test_gradients_agree_with_finite_differences(seed, scale):
     d = rng.normal(0, scale, 7)
     base, expert = -rng.exponential(2, 7), -rng.exponential(2, 7)
     label = (rng.random(7) < 0.5).astype(float)
-    losses = (partial(marginal_loss, base, expert), partial(weak_loss, label),
-              partial(budget_loss, expert - base))  # fmt: skip
+    losses = (
+        partial(marginal_loss, base, expert),
+        partial(weak_loss, label),
+        partial(budget_loss, expert - base),
+    )
     for loss in losses:
         _, gradient = loss(d)
         for i in range(7):
@@ -306,8 +309,21 @@ def test_a_threshold_chosen_by_answers_is_the_best_of_those_tried(tiny, tmp_path
             lines.append(json.dumps({"prompt": f"p {i}", "completion": text.strip() or "x"}))
     path, out = tmp_path / "d.jsonl", tmp_path / "s.gguf"
     path.write_text("\n".join(lines))
-    args = ["train", "--data", str(path), "--outfile", str(out), "-m", tiny["base"],
-            "-me", tiny["expert"], "-t", "1", "-c", "64"]  # fmt: skip
+    args = [
+        "train",
+        "--data",
+        str(path),
+        "--outfile",
+        str(out),
+        "-m",
+        tiny["base"],
+        "-me",
+        tiny["expert"],
+        "-t",
+        "1",
+        "-c",
+        "64",
+    ]
     by = ["--threshold-by", "exact", "--threshold-lines", "3"]
     result = CliRunner().invoke(main, [*args, *by])
     assert result.exit_code == 0, result.output
@@ -358,8 +374,11 @@ def test_a_result_never_replaces_what_it_was_made_from(tiny, tmp_path):
     before = data.read_bytes()
     models = ["-m", tiny["base"], "-me", tiny["expert"]]
     for command, target in (
-        (["train"], data), (["score"], data), (["train"], tiny["base"]), (["score"], tiny["expert"])
-    ):  # fmt: skip
+        (["train"], data),
+        (["score"], data),
+        (["train"], tiny["base"]),
+        (["score"], tiny["expert"]),
+    ):
         args = [*command, "--data", str(data), "--outfile", str(target), *models]
         result = CliRunner().invoke(main, args)
         assert result.exit_code == 1
@@ -369,8 +388,9 @@ def test_a_result_never_replaces_what_it_was_made_from(tiny, tmp_path):
 
 def test_a_switch_names_the_expert_that_was_scored(tiny, tmp_path):
     data, out = tmp_path / "d.jsonl", tmp_path / "s.gguf"
-    data.write_text("".join(json.dumps({"prompt": f"p{i}", "completion": "c"}) + "\n"
-                            for i in range(8)))  # fmt: skip
+    data.write_text(
+        "".join(json.dumps({"prompt": f"p{i}", "completion": "c"}) + "\n" for i in range(8))
+    )
     scores = str(tmp_path / "e.npz")
     common = ["--data", str(data), "-m", tiny["base"], "-t", "1"]
     score_args = ["score", *common, "-me", tiny["expert"], "--outfile", scores]

@@ -61,7 +61,7 @@ def test_the_curve_runs_from_base_to_expert(fitted):
     assert np.array_equal(hard_curve(fit.p, *scores), curve)
 
 
-def test_what_is_missing_is_said_before_the_work(tmp_path, monkeypatch):
+def test_what_is_missing_is_an_error_before_the_work(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     with pytest.raises(DataError, match="cannot make the folder"):
         report.check_report(tmp_path / "file")

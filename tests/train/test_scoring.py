@@ -1,4 +1,4 @@
-"""Scores on disk: killed and taken up again, updated, refused where they belong elsewhere."""
+"""Scores on disk: resumed after a kill, updated, refused where they belong to other data."""
 
 from __future__ import annotations
 
@@ -113,7 +113,7 @@ def test_a_killed_run_goes_on_and_gives_the_same_switch(pair, tmp_path, killed_i
 
 
 @pytest.mark.usefixtures("small_groups")
-def test_a_run_killed_without_a_word_loses_what_was_not_noted(tiny, pair, tmp_path):
+def test_a_run_killed_by_sigkill_loses_what_was_not_noted(tiny, pair, tmp_path):
     """SIGKILL in the middle of the base's pass, each group noted as it is done."""
     code = f"""
 import os, signal, sys
@@ -251,7 +251,7 @@ def test_scores_of_something_else_are_refused(pair, tiny, tmp_path):
         score(pair, documents, no_bar, work=tmp_path / "file")
 
 
-def test_a_model_is_told_by_bytes_from_all_over_its_file(tmp_path):
+def test_a_fingerprint_depends_on_bytes_from_all_over_the_file(tmp_path):
     """A merged fine-tune may differ in one tensor in the middle, and in nothing else."""
     data = bytearray(3_000_000)
     seen = set()
@@ -266,7 +266,7 @@ def test_a_model_is_told_by_bytes_from_all_over_its_file(tmp_path):
     assert len(seen | {fingerprint(path)}) == 6
 
 
-def test_a_disk_that_fills_up_is_said_and_what_was_scored_is_kept(pair, tmp_path):
+def test_a_full_disk_is_an_error_that_keeps_what_was_scored(pair, tmp_path):
     """A real file system of one megabyte; the base's scores take four."""
     documents = tokenized(enumerate(ROWS * 40), pair)
     work = tmp_path / "small"
@@ -337,7 +337,7 @@ def test_a_model_that_gives_nan_is_named(tiny, tmp_path, broken):
             assert evaluated() == (0, cost(documents))
 
 
-def test_a_score_file_stands_alone_and_is_taken_for_the_expert(pair, tiny, tmp_path):
+def test_a_score_file_replaces_the_expert(pair, tiny, tmp_path):
     path = tmp_path / "expert.npz"
     documents = tokenized(enumerate(ROWS), pair)
     said = score_expert(pair, documents, path, no_bar)
@@ -353,9 +353,13 @@ def test_a_score_file_stands_alone_and_is_taken_for_the_expert(pair, tiny, tmp_p
         counts = file["lengths"] - file["starts"]
         assert np.array_equal(np.repeat(file["lines"], counts), scores.line)
     assert {k: v for k, v in kinds.items() if k != "model"} == {
-        "tokens": "int32", "lengths": "int64", "starts": "int64", "lines": "int64",
-        "logprob": "float64", "right": "bool",
-    }  # fmt: skip
+        "tokens": "int32",
+        "lengths": "int64",
+        "starts": "int64",
+        "lines": "int64",
+        "logprob": "float64",
+        "right": "bool",
+    }
     evaluated = Evaluated(pair)
     assert_same(score(pair, documents, no_bar, expert_scores=path), scores)
     assert evaluated() == (cost(documents), 0)
@@ -383,9 +387,10 @@ def test_a_pass_with_a_work_folder_keeps_a_few_numbers_a_document(pair, tmp_path
 
     def measure(n):
         documents = tokenized(
-            ((i, {"prompt": "p", "completion": f"{i:0100}"}) for i in range(n)), pair,
+            ((i, {"prompt": "p", "completion": f"{i:0100}"}) for i in range(n)),
+            pair,
             work=tmp_path / str(n),
-        )  # fmt: skip
+        )
         tracemalloc.start()
         scores = score(pair, documents, no_bar, work=tmp_path / str(n))
         peak = tracemalloc.get_traced_memory()[1]
@@ -410,7 +415,7 @@ def test_a_work_folder_of_an_earlier_version_is_refused(pair, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["done.int64", "hidden.float32", "logprob.float64"])
-def test_a_damaged_work_folder_is_said_to_be(pair, tmp_path, name):
+def test_a_damaged_work_folder_is_an_error(pair, tmp_path, name):
     documents = tokenized(enumerate(ROWS), pair)
     score(pair, documents, no_bar, work=tmp_path)
     (damaged,) = tmp_path.glob(f"base-*/{name}")
