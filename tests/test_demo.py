@@ -20,8 +20,8 @@ from colm_edge.cli import main
 from colm_edge.evaluate.metrics import contains
 from colm_edge.pair import Pair
 from colm_edge.switch.file import Switch
-from colm_edge.train import fit as train
 from colm_edge.train.documents import tokenized
+from colm_edge.train.objectives import marginal_loss
 from colm_edge.train.scoring import score
 
 DATA = Path(__file__).parent / "data"
@@ -69,7 +69,7 @@ def test_the_joint_likelihood_is_better_than_either(demo):
     assert isinstance(switch, Switch)
     columns = np.concatenate([scores.hidden, scores.logit_features], axis=1)
     d = (columns @ switch.weight[0] + switch.bias[0]).astype(np.float64)
-    joint, _ = train.marginal_loss(scores.base, scores.expert, d)
+    joint, _ = marginal_loss(scores.base, scores.expert, d)
     assert joint < -scores.base.mean()
     assert joint < -scores.expert.mean()
 

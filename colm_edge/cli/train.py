@@ -110,7 +110,7 @@ def train(
     from colm_edge.files import check_writable
     from colm_edge.pair import load
     from colm_edge.switch.file import Switch
-    from colm_edge.train.fit import fit_switch
+    from colm_edge.train.fit import FitOptions, fit_switch
     from colm_edge.train.report import check_report, write_report
 
     check_writable(outfile, data, *_read_files(models), expert_scores)
@@ -126,13 +126,15 @@ def train(
         fit = fit_switch(
             pair,
             _documents(data, pair, raw, work),
-            update=old,
-            compare=report_dir is not None,
-            work=work,
-            choose=_chooser(pair, data, raw, **threshold_by),
-            expert_scores=Path(expert_scores) if expert_scores else None,
+            FitOptions(
+                **fitting,
+                update=old,
+                compare=report_dir is not None,
+                choose=_chooser(pair, data, raw, **threshold_by),
+            ),
             progress=progress,
-            **fitting,
+            work=work,
+            expert_scores=Path(expert_scores) if expert_scores else None,
         )
         fit.switch.save(outfile)
         say(f"{outfile}: written")

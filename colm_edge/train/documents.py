@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from hashlib import blake2b
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 Row = tuple[int, dict[str, Any]]  # the line's number and its object
 Tokens = npt.NDArray[np.int32]
 Ints = npt.NDArray[np.int64]
-TOKENS_FILE = "tokens.i32"
+TOKENS_FILE = "tokens.int32"
 
 
 @dataclass(frozen=True)
@@ -41,9 +42,9 @@ class Document:
 class Documents(Sequence[Document]):
     """Documents as arrays: the token ids of all in one, and three numbers for each.
 
-    tokens: (n_tokens,), mapped from a file where there is a work folder. lengths, starts, lines:
-    (n,) each. n_cut documents were longer than the context of n_ctx tokens; n_dropped had no token
-    left to score, and are not among the n.
+    tokens: (n_tokens,), mapped from a file if there is a work folder. lengths, starts, lines:
+    (n,) each. n_cut documents were longer than the context of n_ctx tokens; n_dropped more had no
+    token left to score and are left out.
     """
 
     tokens: Tokens
@@ -104,14 +105,24 @@ class Documents(Sequence[Document]):
     def scored(self, first: int, last: int) -> Tokens:
         """Return the scored tokens of the documents from `first` to before `last`."""
         # Each row's place among all tokens: its own number, less the rows and plus the tokens
-        # that stand before its document's.
+        # before its document's.
         shift = self.offsets[first:last] + self.starts[first:last] - self.rows[first:last]
         rows = np.arange(self.rows[first], self.rows[last])
         chosen: Tokens = self.tokens[rows + np.repeat(shift, self.counts[first:last])]
         return chosen
 
+    def scored_lines(self, first: int, last: int) -> Ints:
+        """Return the lines of these scored tokens."""
+        lines: Ints = np.repeat(self.lines[first:last], self.counts[first:last])
+        return lines
+
+    def chunks(self, n_rows: int) -> Iterator[tuple[int, int]]:
+        """Yield (first, last + 1) of successive documents with about n_rows scored tokens."""
+        firsts = np.searchsorted(self.rows, range(0, self.n_scored, n_rows))
+        yield from pairwise([*firsts.tolist(), len(self)])
+
     def key(self, index: int) -> int:
-        """Return 64 bits that tell a document by its tokens and start, wherever it stands."""
+        """Return 64 bits that identify a document by its tokens and start, not by its place."""
         digest = blake2b(self.span(index).tobytes(), digest_size=8)
         digest.update(int(self.starts[index]).to_bytes(8, "little"))
         return int.from_bytes(digest.digest(), "little")
@@ -123,7 +134,7 @@ class Documents(Sequence[Document]):
 
     @property
     def cut_note(self) -> str:
-        """What a user should know of documents that did not fit; empty where all did."""
+        """What a user should know of documents that did not fit; empty if all did."""
         notes = []
         if self.n_cut:
             notes.append(
@@ -159,9 +170,8 @@ def tokenized(
     """Return rows as token ids, prompts as `run` would write them.
 
     Documents longer than the context are cut at a token and counted. work: a folder that keeps the
-    token ids in a file, so that memory holds 24 bytes a document and nothing for a token.
-    Raises DataError with the number of a line that cannot be scored, or when there is none that
-    can.
+    token ids in a file, so that memory use is 24 bytes a document, whatever its length.
+    Raises DataError with the number of a line that cannot be scored, or when no line can.
     """
     if work is None:
         tokens = array("i")
@@ -182,7 +192,7 @@ def tokenized(
 def _collect(
     rows: Iterable[Row], pair: Pair, raw: bool, keep: Callable[[list[int]], object]
 ) -> tuple[Ints, Ints, Ints, int, int, int]:
-    """Hand the tokens on, document by document; return what Documents holds beside them."""
+    """Pass the tokens to `keep`, document by document; return the other fields of Documents."""
     lengths, starts, lines = array("q"), array("q"), array("q")
     n_cut = n_dropped = 0
     for number, row in rows:
@@ -208,7 +218,7 @@ def _checked(documents: Documents) -> Documents:
         return documents
     if documents.n_dropped:
         raise DataError(
-            f"of {documents.n_dropped} documents none has a token to score in a context of "
+            f"of {documents.n_dropped} documents, none has a token to score in a context of "
             f"{documents.n_ctx} tokens: raise -c, or give texts of two tokens or more"
         )
     raise DataError("the data has no documents; expected one JSON object a line")
@@ -217,7 +227,7 @@ def _checked(documents: Documents) -> Documents:
 def _documents(row: dict[str, Any], pair: Pair, raw: bool, line: int) -> Iterator[Document]:
     if "text" in row:
         tokens = pair.base.tokenize(_text(row, "text"))
-        # Nothing stands before the first token to predict it from.
+        # The first token has nothing before it to predict it from.
         yield _document(tokens, 1, pair, line)
         return
     if "messages" in row:
@@ -226,7 +236,7 @@ def _documents(row: dict[str, Any], pair: Pair, raw: bool, line: int) -> Iterato
             raise ValueError("messages must be a list of objects with role and content")
         turns = [i for i, m in enumerate(messages) if m.get("role") == "assistant"]
         if not turns or turns[0] == 0:
-            raise ValueError("messages must hold an assistant's turn after another's")
+            raise ValueError("messages must hold an assistant's turn after another role's")
     elif "prompt" in row and "completion" in row:
         messages = [
             {"role": "user", "content": _text(row, "prompt")},

@@ -14,7 +14,8 @@ import numpy as np
 from colm_edge.errors import ColmError, DataError
 from colm_edge.files import replacing
 from colm_edge.switch.rules import Untrained
-from colm_edge.train.fit import Fit, hard_curve
+from colm_edge.train.fit import Fit
+from colm_edge.train.objectives import hard_curve
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -37,7 +38,7 @@ code { white-space: pre } small { color: var(--soft) }
 
 
 def check_report(folder: str | os.PathLike[str]) -> None:
-    """Raise now, rather than after the work, when a report cannot be drawn or written."""
+    """Raise before the work, not after it, when a report cannot be drawn or written."""
     try:
         import matplotlib  # noqa: F401
     except ImportError as e:
@@ -92,10 +93,14 @@ def draw_curve(fit: Fit) -> Figure:
     axes.annotate("oracle", (1, report["nll_oracle"]), color="C3", ha="right", va="top")
     axes.plot(report["defer_rate"], report["nll_hard"], "C0o", label="its default threshold")
     axes.annotate("base", (0, report["nll_base"]), (6, 0), textcoords="offset points")
-    axes.annotate("expert", (1, report["nll_expert"]), (-6, 4), textcoords="offset points",
-                  ha="right")  # fmt: skip
-    axes.set(xlabel="defer rate", ylabel="nats per token, hard decisions",
-             title=f"{report['n_valid']} held-back lines, {n:,} tokens")  # fmt: skip
+    axes.annotate(
+        "expert", (1, report["nll_expert"]), (-6, 4), textcoords="offset points", ha="right"
+    )
+    axes.set(
+        xlabel="defer rate",
+        ylabel="nats per token, hard decisions",
+        title=f"{report['n_valid']} held-back lines, {n:,} tokens",
+    )
     axes.legend(frameon=False)
     return figure
 
@@ -111,10 +116,15 @@ def draw_reliability(fit: Fit) -> Figure:
     axes.plot([0, 1], [0, 1], "C7:", lw=1)
     for i in np.unique(bins):
         rows = bins == i
-        axes.scatter(fit.p[rows].mean(), better[rows].mean(),
-                     s=12 + 300 * rows.mean(), color="C0", alpha=0.8)  # fmt: skip
-    axes.set(xlabel="p_defer", ylabel="share of tokens that the expert knows better",
-             xlim=(-0.03, 1.03), ylim=(-0.03, 1.03))  # fmt: skip
+        axes.scatter(
+            fit.p[rows].mean(), better[rows].mean(), s=12 + 300 * rows.mean(), color="C0", alpha=0.8
+        )
+    axes.set(
+        xlabel="p_defer",
+        ylabel="share of tokens that the expert predicts better",
+        xlim=(-0.03, 1.03),
+        ylim=(-0.03, 1.03),
+    )
     return figure
 
 
@@ -144,13 +154,13 @@ def page(fit: Fit, model: Model) -> str:
         "<!doctype html><html lang=en><meta charset=utf-8><title>Who writes what</title>"
         f"<style>{STYLE}</style><h1>Who writes what</h1><p>The data's own texts, from the "
         "held-back lines. <span class=expert>Underlined</span>: p_defer is above the threshold of "
-        f"{fit.switch.threshold:.3f}, so the expert would write the token. Point at a token for "
+        f"{fit.switch.threshold:.3f}, so the expert would write the token. Hover over a token for "
         f"its p_defer.</p>{examples}<h2>The most deferred tokens</h2>"
         f"<table><tr><th>token<th>deferred<th>of all it occurs{rows}</table></html>\n"
     )
 
 
 def _show(model: Model, token: int) -> str:
-    """Return a token's text so that spaces and breaks are seen; special ones by name."""
+    """Return a token's text with visible spaces and line breaks; special tokens by name."""
     raw = model.piece(token)
     return repr(raw.decode("utf-8", "replace"))[1:-1] if raw else model.token_text(token)

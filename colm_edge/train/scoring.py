@@ -1,13 +1,13 @@
-"""Scoring passes: what a model says of every token of the data, kept as it comes.
+"""Scoring: what each model says of every token of the data.
 
 Each model evaluates the data once, several documents at a time. With a work folder the results are
-files in it, mapped into memory once they are whole; a pass that was killed goes on where it stood.
+files in it, mapped into memory once they are complete; a run that was killed goes on where it
+stopped.
 
-    tokens.i32              the token ids of all documents
-    token.npy, line.npy     of every scored token, in the documents' order
-    base-<fingerprint>/     of every scored token hidden.npy, features.npy, logprob.npy, right.npy;
-                            documents.npy tells whose rows they are, state.npy which are scored
-    expert-<fingerprint>/   logprob.npy, right.npy, documents.npy, state.npy
+    tokens.int32                token ids of all documents
+    token.int32, line.int64   of every scored token, in the documents' order
+    base-<fingerprint>/       columns logprob, right, hidden, features (see FolderStore)
+    expert-<fingerprint>/     columns logprob, right
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
@@ -26,27 +25,26 @@ from colm_edge import readout
 from colm_edge.errors import ColmError, DataError
 from colm_edge.files import replacing
 from colm_edge.remote.client import RemoteSession
-from colm_edge.train.documents import Documents
+from colm_edge.train.documents import Documents, Ints
+from colm_edge.train.store import (
+    COPY_ROWS,
+    Columns,
+    FolderStore,
+    MemoryStore,
+    RowTypes,
+    disk_errors,
+    stored,
+)
 
 if TYPE_CHECKING:
     from colm_edge.llama.scorer import Scorer
     from colm_edge.pair import Pair
     from colm_edge.remote.client import RemoteExpert
-from colm_edge.train.store import (
-    COPY_ROWS,
-    KEPT,
-    TO_DO,
-    Columns,
-    Kinds,
-    Ledger,
-    Memory,
-    _disk,
-    _write_header,
-)
 
 Array = npt.NDArray[np.float64]
 PACK_TOKENS = 1024  # of short documents, evaluated together
-# The largest log-probability that stands for none: vLLM's, llama.cpp's is lower.
+# A remote expert's log-probability is above this; vLLM gives it for a probability of zero, and
+# llama.cpp one below it.
 ZERO_PROBABILITY = -9999.0
 
 
@@ -72,9 +70,6 @@ class Scores:
     token: npt.NDArray[np.int32]  # the gold token
     line: npt.NDArray[np.int64]
 
-    def take(self, rows: npt.NDArray[np.bool_]) -> Scores:
-        return Scores(**{name: value[rows] for name, value in vars(self).items()})
-
 
 def score(
     pair: Pair,
@@ -87,19 +82,19 @@ def score(
 ) -> Scores:
     """Evaluate every document once with each model.
 
-    work: a folder that keeps the results; a pass found there is taken up again, and one of another
-    model or of other data is refused. update: other data and another expert are welcome there;
-    documents that the folder knows are not evaluated again. expert_scores: a file that
+    work: a folder that keeps the results; a killed run goes on from them, and those of another
+    model or of other data are refused. update: other data and another expert are accepted there;
+    documents that the folder has scores of are not evaluated again. expert_scores: a file that
     `score_expert` wrote, instead of the expert.
 
-    Raises DataError for what does not belong to these documents and for a disk that is full,
+    Raises DataError for scores that do not belong to these documents and for a full disk,
     ColmError for a model that gives NaN.
     """
-    base = _pass(pair, "base", documents, progress, work, update)
+    base = score_model(pair, "base", documents, progress, work=work, update=update)
     if expert_scores is not None:
-        expert = _read_expert(expert_scores, documents)
+        expert = _read_expert_scores(expert_scores, documents)
     else:
-        expert = _pass(pair, "expert", documents, progress, work, update)
+        expert = score_model(pair, "expert", documents, progress, work=work, update=update)
     return Scores(
         hidden=base["hidden"],
         logit_features=base["features"],
@@ -107,32 +102,23 @@ def score(
         expert=expert["logprob"],
         base_right=base["right"],
         expert_right=expert["right"],
-        **_whence(documents, work),
+        **_tokens_and_lines(documents, work),
     )
 
 
-def _whence(documents: Documents, work: Path | None) -> Columns:
+def _tokens_and_lines(documents: Documents, work: Path | None) -> Columns:
     """Return token and line of every row, (n,) each; with a work folder from files in it."""
-    n = len(documents)
-    if work is None:
-        return {
-            "token": documents.scored(0, n),
-            "line": np.repeat(documents.lines, documents.counts),
-        }
     columns: Columns = {}
-    for name, kind in (("token", np.int32), ("line", np.int64)):
-        path = work / f"{name}.npy"
-        with replacing(path) as temporary, _disk(work), temporary.open("wb") as file:
-            _write_header(file, (documents.n_scored,), kind)
-            starts = np.searchsorted(documents.rows, range(0, documents.n_scored, COPY_ROWS))
-            for first, last in pairwise([*starts.tolist(), n]):
-                if name == "token":
-                    file.write(documents.scored(first, last).data)
-                else:
-                    some = slice(first, last)
-                    file.write(np.repeat(documents.lines[some], documents.counts[some]).data)
-        with _disk(work):
-            columns[name] = np.load(path, mmap_mode="r")
+    for name, kind, rows in (
+        ("token", np.dtype(np.int32), documents.scored),
+        ("line", np.dtype(np.int64), documents.scored_lines),
+    ):
+        if work is None:
+            columns[name] = rows(0, len(documents))
+        else:
+            parts = (rows(first, last) for first, last in documents.chunks(COPY_ROWS))
+            path = work / f"{name}.{kind.name}"
+            columns[name] = stored(path, kind, documents.n_scored, parts)
     return columns
 
 
@@ -145,22 +131,26 @@ def score_expert(
     work: Path | None = None,
     update: bool = False,
 ) -> dict[str, Any]:
-    """Write the expert's log-probabilities of the documents to a file for `score`, elsewhere.
+    """Write the expert's log-probabilities of the documents to a file that `score` reads.
 
     The file is numpy's .npz: tokens int32, those of all documents one after the other; lengths,
     starts and lines int64, one for each document; logprob float64 in nats and right bool, one for
     each scored token; model, the expert's file. work, update: as in `score`.
 
-    Returns what it did. Raises WriteError when the file cannot be written.
+    Returns a summary. Raises WriteError when the file cannot be written.
     """
-    columns = _pass(pair, "expert", documents, progress, work, update)
+    columns = score_model(pair, "expert", documents, progress, work=work, update=update)
     with replacing(path) as temporary, temporary.open("wb") as file:
         np.savez(
             file,
-            tokens=documents.tokens, lengths=documents.lengths, starts=documents.starts,
-            lines=documents.lines, logprob=columns["logprob"], right=columns["right"],
+            tokens=documents.tokens,
+            lengths=documents.lengths,
+            starts=documents.starts,
+            lines=documents.lines,
+            logprob=columns["logprob"],
+            right=columns["right"],
             model=np.array(pair.expert.name),
-        )  # fmt: skip
+        )
     return {
         "model": pair.expert.name,
         "n_documents": len(documents),
@@ -179,7 +169,7 @@ def scored_by(path: Path | None) -> str | None:
         return str(file["model"]) if "model" in file else None
 
 
-def _read_expert(path: Path, documents: Documents) -> Columns:
+def _read_expert_scores(path: Path, documents: Documents) -> Columns:
     try:
         with np.load(path) as file:
             same = (
@@ -194,48 +184,55 @@ def _read_expert(path: Path, documents: Documents) -> Columns:
         raise DataError(f"{path}: not a file of `colm-edge score` ({e})") from e
     if not same:
         raise DataError(
-            f"{path}: holds scores of other data, or of prompts that another base's chat template "
-            "wrote; score this data with this base"
+            f"{path}: holds scores of other data, or of prompts in another base's chat template; "
+            "score this data with this base"
         )
     if any(column.shape != (documents.n_scored,) for column in columns.values()):
-        raise DataError(f"{path}: is broken: expected {documents.n_scored} scores; write it again")
+        raise DataError(
+            f"{path}: is broken: expected {documents.n_scored} scores; write it again with "
+            "`colm-edge score`"
+        )
     return columns
 
 
-def _pass(
+def score_model(
     pair: Pair,
     name: Literal["base", "expert"],
     documents: Documents,
     progress: MakeProgress,
-    work: Path | None,
-    update: bool,
+    *,
+    work: Path | None = None,
+    update: bool = False,
 ) -> Columns:
-    """Return one model's columns: logprob (n,), right (n,), and for the base hidden, features."""
-    kinds: Kinds = {"logprob": ((), np.float64), "right": ((), np.bool_)}
+    """Evaluate every document with one model, but for those that the work folder has scores of.
+
+    Returns columns of a row for each scored token: logprob float64 of the gold token in nats, and
+    right bool; for the base also hidden float32 (n, n_embd) and features float32 (n, 8).
+    """
+    types: RowTypes = {"logprob": np.dtype(np.float64), "right": np.dtype(np.bool_)}
     if name == "base":
-        kinds["hidden"] = ((pair.base.n_embd,), np.float32)
-        kinds["features"] = ((len(readout.FEATURES),), np.float32)
-    ledger: Memory | Ledger
+        types["hidden"] = np.dtype((np.float32, (pair.base.n_embd,)))
+        types["features"] = np.dtype((np.float32, (len(readout.FEATURES),)))
+    store: MemoryStore | FolderStore
     if work is None:
-        ledger = Memory(kinds, documents)
+        store = MemoryStore(types, documents)
     else:
-        ledger = Ledger(_folder(work, name, pair, update), kinds, documents, update)
+        folder = _model_folder(work, name, pair, update)
+        store = FolderStore(folder, types, documents, update=update)
     with ExitStack() as stack:
-        stack.enter_context(ledger)
+        stack.enter_context(store)
         bar = stack.enter_context(progress(name, documents.n_tokens))
-        bar.update(int(documents.lengths[ledger.state != TO_DO].sum()))
+        bar.update(documents.n_tokens - int(documents.lengths[store.to_do].sum()))
         scorer: Scorer | None = None
-        for group in _groups(documents, ledger.state):
-            if (ledger.state[group] != TO_DO).all():
-                continue
+        for group in _groups(documents, store.to_do):
             if name == "expert" and isinstance(pair.expert, RemoteSession):
-                found = _score_there(pair.expert.expert, documents, group)
+                columns = _score_remotely(pair.expert.expert, documents, group)
             else:
                 scorer = scorer or stack.enter_context(_scorer(pair, name))
-                found = _score_here(scorer, documents, group, pair.n_shared)
-            ledger.write(group, found)
+                columns = _score_locally(scorer, documents, group, pair.n_shared)
+            store.append(columns, len(group))
             bar.update(int(documents.lengths[group].sum()))
-    return ledger.columns
+    return store.columns()
 
 
 def _scorer(pair: Pair, name: str) -> Scorer:
@@ -246,31 +243,29 @@ def _scorer(pair: Pair, name: str) -> Scorer:
     return Scorer(session, max(PACK_TOKENS, session.n_ctx), hidden=name == "base")
 
 
-def _groups(documents: Documents, state: npt.NDArray[np.uint8]) -> Iterator[npt.NDArray[np.int64]]:
-    """Yield the numbers of documents that are evaluated together, all that were not kept.
+def _groups(documents: Documents, to_do: Ints) -> Iterator[Ints]:
+    """Yield the numbers of documents that are evaluated together.
 
-    They do not depend on how far a pass has come: the last bits of a score depend on what was
-    evaluated beside it, and an interrupted pass gives the same scores.
+    A store's documents end with whole groups, so an interrupted run goes on with the groups that
+    it would have had: the last bits of a score depend on what was evaluated beside it.
     """
     from colm_edge.llama.scorer import MAX_SEQUENCES
 
     group: list[int] = []
     n_tokens = 0
-    for i in np.flatnonzero(state != KEPT):
+    for i in to_do.tolist():
         n = int(documents.lengths[i])
         if group and (n_tokens + n > PACK_TOKENS or len(group) == MAX_SEQUENCES):
             yield np.array(group)
             group, n_tokens = [], 0
-        group.append(int(i))
+        group.append(i)
         n_tokens += n
     if group:
         yield np.array(group)
 
 
-def _score_there(
-    expert: RemoteExpert, documents: Documents, group: npt.NDArray[np.int64]
-) -> Columns:
-    """Return a group's columns as an expert on a server gives them."""
+def _score_remotely(expert: RemoteExpert, documents: Documents, group: Ints) -> Columns:
+    """Return a group's columns from an expert on a server."""
     spans = [documents.span(i) for i in group]
     logprobs, right = list[float](), list[bool]()
     for some, likeliest in expert.score(spans, documents.starts[group].tolist()):
@@ -281,46 +276,59 @@ def _score_there(
     return {"logprob": np.array(logprobs), "right": np.array(right, np.bool_)}
 
 
-def _score_here(
-    scorer: Scorer, documents: Documents, group: npt.NDArray[np.int64], n_shared: int
-) -> Columns:
-    """Return a group's columns; of a scorer of hidden states those of the base."""
+def _score_locally(scorer: Scorer, documents: Documents, group: Ints, n_shared: int) -> Columns:
+    """Return a group's columns from a model file; with hidden and features if the scorer has them.
+
+    n_shared: the size of the vocabulary that both models share.
+    """
     spans = [documents.span(i) for i in group]
     lengths, starts = documents.lengths[group], documents.starts[group]
-    gold = np.concatenate([s[k:] for s, k in zip(spans, starts, strict=True)])
-    found: dict[str, list[npt.NDArray[Any]]] = {}
+    gold = np.concatenate([span[start:] for span, start in zip(spans, starts, strict=True)])
+    parts: list[Columns] = []
     at = 0
     for logits, hidden in scorer.score(np.concatenate(spans), lengths, starts):
         n = len(logits)
-        rows = gold[at : at + n]
-        features = np.empty((n, len(readout.FEATURES)), np.float32) if hidden.size else None
-        argmax, logsumexp = np.empty(n, np.int32), np.empty(n)
         try:
-            readout.read_rows(logits, features, argmax, logsumexp, n_shared)
-            logprob = logits[np.arange(n), rows] - logsumexp
-            if not np.isfinite(logprob).all():
-                raise ValueError("a token of the data has no probability")
+            parts.append(_read_outputs(logits, hidden, gold[at : at + n], n_shared))
         except ValueError as e:
             raise ColmError(
                 f"{scorer.model.path}: gives NaN or zero probability to a token of the data; "
                 f"the file is broken or not the model that the data needs ({e})"
             ) from e
-        columns = {"logprob": logprob, "right": argmax == rows}
-        if features is not None:
-            columns |= {"hidden": hidden.copy(), "features": features}
-        for name, column in columns.items():
-            found.setdefault(name, []).append(column)
         at += n
-    return {name: np.concatenate(parts) for name, parts in found.items()}
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 
-def _folder(work: Path, name: str, pair: Pair, update: bool) -> Path:
-    """Return the folder of a model's columns. Raises DataError where another model's stand.
+def _read_outputs(
+    logits: npt.NDArray[np.float32],
+    hidden: npt.NDArray[np.float32],
+    gold: npt.NDArray[np.int32],
+    n_shared: int,
+) -> Columns:
+    """Return the columns of some outputs and their gold tokens, (n, n_vocab) and (n,).
+
+    Raises ValueError for NaN, and where a gold token has no probability.
+    """
+    n = len(logits)
+    features = np.empty((n, len(readout.FEATURES)), np.float32) if hidden.size else None
+    likeliest, logsumexp = np.empty(n, np.int32), np.empty(n)
+    readout.read_rows(logits, features, likeliest, logsumexp, n_shared)
+    logprob = logits[np.arange(n), gold] - logsumexp
+    if not np.isfinite(logprob).all():
+        raise ValueError("a token of the data has no probability")
+    columns: Columns = {"logprob": logprob, "right": likeliest == gold}
+    if features is not None:
+        columns |= {"hidden": hidden.copy(), "features": features}
+    return columns
+
+
+def _model_folder(work: Path, name: str, pair: Pair, update: bool) -> Path:
+    """Return the folder of a model's columns. Raises DataError if there is another model's.
 
     Each model has its own, by its fingerprint, so that no two are ever mixed; after an update the
-    former expert's stay and are found again should it come back.
+    former expert's folder stays, and is used again if that expert comes back.
     """
-    with _disk(work):
+    with disk_errors(work):
         work.mkdir(parents=True, exist_ok=True)
     is_base = name == "base"
     model = str(pair.base.path) if is_base else pair.expert.name
@@ -329,8 +337,7 @@ def _folder(work: Path, name: str, pair: Pair, update: bool) -> Path:
     others = [p for p in work.glob(f"{name}-" + "[0-9a-f]" * 8) if p != folder]
     if folder.exists() or not others or (update and not is_base):
         return folder
-    cure = "" if is_base else " or have it updated (--update)"
+    cure = "or remove this one" if is_base else "remove this one, or have it updated (--update)"
     raise DataError(
-        f"{others[0]}: holds scores of another model than {model}; name another work folder, "
-        f"remove this one{',' if cure else ''}{cure}"
+        f"{others[0]}: holds scores of another model than {model}; name another work folder, {cure}"
     )

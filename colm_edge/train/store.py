@@ -1,46 +1,43 @@
-"""Where scores are kept as they come: in memory, or in a work folder."""
+"""Where one model's scores are stored as they come: in memory, or in a work folder.
+
+Either store says which documents are `to_do`, takes the columns of the next few of these with
+`append`, and gives back the `columns` of all documents, in the documents' order.
+"""
 
 from __future__ import annotations
 
 import errno
-import math
 import os
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from io import FileIO
-from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, Self
+from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
 
 from colm_edge.errors import DataError
-from colm_edge.train.documents import Documents
-
-if TYPE_CHECKING:
-    pass
-
+from colm_edge.train.documents import Documents, Ints
 
 Columns = dict[str, npt.NDArray[Any]]
-Kinds = dict[str, tuple[tuple[int, ...], type]]  # a column's shape but for its rows, and its type
+# Of each column, the type of a row: a number, or several, as in np.dtype((np.float32, (n_embd,))).
+RowTypes = dict[str, np.dtype[Any]]
 SAVE_SECONDS = 5.0  # between two notes of how far a pass has come
 COPY_ROWS = 1 << 14
-# A document's state in a ledger: to be scored, scored, or taken over from the folder's last data.
-TO_DO, DONE, KEPT = 0, 1, 2
+INDEX_FILE, DONE_FILE = "documents.npy", "done.int64"
 ENTRY = np.dtype([("key", np.uint64), ("rows", np.int64)])
 
 
-class Memory:
+class MemoryStore:
     """One model's columns in memory."""
 
-    def __init__(self, kinds: Kinds, documents: Documents) -> None:
-        n = documents.n_scored
-        self.kinds, self._documents = kinds, documents
-        self.columns: Columns = {name: np.empty((n, *w), t) for name, (w, t) in kinds.items()}
-        self.state = np.zeros(len(documents), np.uint8)
+    def __init__(self, types: RowTypes, documents: Documents) -> None:
+        self.to_do: Ints = np.arange(len(documents))
+        self._columns = {name: np.empty(documents.n_scored, kind) for name, kind in types.items()}
+        self._n_rows = 0
 
     def __enter__(self) -> Self:
         return self
@@ -48,207 +45,207 @@ class Memory:
     def __exit__(self, *_: object) -> None:
         pass
 
-    def write(self, group: npt.NDArray[np.int64], values: Columns) -> None:
-        """Put down what was found for the documents of a group, in their order."""
-        # A group's documents follow each other: nothing was kept from before.
-        rows = slice(self._documents.rows[group[0]], self._documents.rows[group[-1] + 1])
-        for name, column in values.items():
-            self.columns[name][rows] = column
-        self.state[group] = DONE
+    def append(self, columns: Columns, n_documents: int) -> None:
+        """Store the rows of the next documents to do."""
+        begin = self._n_rows
+        for name, rows in columns.items():
+            self._n_rows = begin + len(rows)
+            self._columns[name][begin : self._n_rows] = rows
+
+    def columns(self) -> Columns:
+        return self._columns
 
 
-class Ledger:
-    """One model's columns in a folder, and which documents of them are done.
+class FolderStore:
+    """One model's columns in a folder, to which scored documents are appended.
 
-    Columns are written, not mapped, while the pass runs: memory stays as it is whatever their
-    size, and a full disk is an error of `write` and no crash.
+        documents.npy   key and number of rows of each document, in the order of their rows
+        done.int64      how many of these documents are scored, the first ones: a single number
+        <name>.<type>   a column: the rows of the scored documents, one after the other
+
+    Rows count once `done.int64` says so; what a killed run wrote after them is cut off.
+
+    Columns are written, not mapped, while a pass runs: memory use does not depend on their size,
+    and a full disk is an error of `append`, not a crash.
     """
 
-    def __init__(self, folder: Path, kinds: Kinds, documents: Documents, update: bool) -> None:
-        self.kinds, self._folder, self._documents = kinds, folder, documents
+    def __init__(
+        self, folder: Path, types: RowTypes, documents: Documents, *, update: bool
+    ) -> None:
+        """Find what the folder has of these documents.
+
+        update: other documents may be stored there; what it has of these is kept.
+        Raises DataError for other documents without `update`, and for a folder that is broken.
+        """
+        self._folder, self._types, self._documents = folder, types, documents
+        self._new, self._old = (folder.with_name(folder.name + end) for end in (".new", ".old"))
         self._files: dict[str, FileIO] = {}
-        self._begin: dict[str, int] = {}  # of the rows, after the header
-        self._pending: list[npt.NDArray[np.int64]] = []
         self._saved_at = time.monotonic()
-        with _disk(folder.parent):
-            new = folder.with_name(folder.name + ".new")
-            if new.exists() and not folder.exists():  # stopped between two renames
-                os.replace(new, folder)
-            known = self._known()
-            if known is None:
-                self._make(folder)
-            elif np.array_equal(known["key"], documents.keys):
-                self.state: npt.NDArray[np.uint8] = _kept(folder / "state.npy")
-                _ = self.columns  # whole, or said to be broken now
-            elif update:
-                self._make_from(known, new)
-            else:
-                raise DataError(
-                    f"{folder}: holds scores of other data; name another work folder, remove this "
-                    "one, or have it updated (--update)"
-                )
+        with disk_errors(folder.parent):
+            if self._new.exists() and not folder.exists():  # killed between two renames
+                os.replace(self._new, folder)
+            shutil.rmtree(self._old, ignore_errors=True)
+            self._read_index()
+            self.to_do = self._plan(update)
 
     def __enter__(self) -> Self:
-        with _disk(self._folder.parent):
-            self._open(self._folder)
+        """Open the columns where the rows that count end."""
+        n = self._n_rows
+        with disk_errors(self._folder.parent):
+            for name, kind in self._types.items():
+                file = self._files[name] = FileIO(self._path(name), "r+")
+                file.truncate(n * kind.itemsize)
+                file.seek(n * kind.itemsize)
+            self._files[DONE_FILE] = FileIO(self._folder / DONE_FILE, "r+")
         return self
 
     def __exit__(self, *_: object) -> None:
         try:
             self._save()
         finally:
-            self._close()
+            for file in self._files.values():
+                file.close()
+            self._files.clear()
 
-    @property
-    def columns(self) -> Columns:
-        """The columns, mapped."""
-        return {name: _kept(self._folder / f"{name}.npy", mmap=True) for name in self.kinds}
-
-    def write(self, group: npt.NDArray[np.int64], values: Columns) -> None:
-        """Put down what was found for the documents of a group, in their order."""
-        counts, rows = self._documents.counts[group], self._documents.rows[group]
-        with _disk(self._folder.parent):
-            for first, last in _runs(rows, counts):
-                at = int(counts[:first].sum())
-                n = int(counts[first:last].sum())
-                for name, column in values.items():
-                    self._put(name, int(rows[first]), column[at : at + n])
-        self._pending.append(group)
+    def append(self, columns: Columns, n_documents: int) -> None:
+        """Store the rows of the next documents to do."""
+        with disk_errors(self._folder.parent):
+            for name, rows in columns.items():
+                _write(self._files[name], rows)
+        self._n_done += n_documents
         if time.monotonic() - self._saved_at >= SAVE_SECONDS:
             self._save()
 
+    def columns(self) -> Columns:
+        """Return the columns, mapped, once nothing is left to do."""
+        with disk_errors(self._folder.parent):
+            if not self._matches():
+                self._rearrange()
+            return self._mapped()
+
+    @property
+    def _n_rows(self) -> int:
+        return int(self._index["rows"][: self._n_done].sum())
+
+    def _path(self, column: str, folder: Path | None = None) -> Path:
+        return (folder or self._folder) / f"{column}.{self._types[column].base.name}"
+
+    def _mapped(self) -> Columns:
+        n = self._n_rows
+        return {name: mapped(self._path(name), kind, n) for name, kind in self._types.items()}
+
+    def _read_index(self) -> None:
+        """Read which documents the folder has, and how many are scored; make it if it is new."""
+        folder = self._folder
+        if (folder / "state.npy").exists():
+            raise DataError(
+                f"{folder}: was written by an earlier version of colm-edge, which stored scores "
+                "differently; name another work folder, or remove this one"
+            )
+        self._index, self._n_done = np.empty(0, ENTRY), 0
+        if not (folder / INDEX_FILE).exists():
+            folder.mkdir(parents=True, exist_ok=True)
+            for name in self._types:
+                self._path(name).write_bytes(b"")
+            (folder / DONE_FILE).write_bytes(_bytes(0))
+            return
+        with _broken(folder / INDEX_FILE):
+            self._index = np.load(folder / INDEX_FILE)
+            if self._index.dtype != ENTRY:
+                raise ValueError(f"expected {ENTRY}, got {self._index.dtype}")
+        with _broken(folder / DONE_FILE):
+            done = (folder / DONE_FILE).read_bytes()
+            self._n_done = int.from_bytes(done, "little")
+            if len(done) != len(_bytes(0)) or self._n_done > len(self._index):
+                raise ValueError(f"expected a number of documents up to {len(self._index)}")
+        if self._n_done:
+            self._mapped()  # whole, or said to be broken now
+
+    def _plan(self, update: bool) -> Ints:
+        """Return the numbers of the documents to do; the index then ends with these."""
+        documents = self._documents
+        if self._matches():
+            return np.arange(self._n_done, len(documents))
+        if len(self._index) and not update:
+            raise DataError(
+                f"{self._folder}: holds scores of other data; name another work folder, remove "
+                "this one, or have it updated (--update)"
+            )
+        known = self._index[: self._n_done]
+        to_do = np.flatnonzero(~np.isin(documents.keys, known["key"]))
+        self._index = np.concatenate([known, _entries(documents)[to_do]])
+        if len(to_do):
+            temporary = self._folder / "documents.tmp"
+            with temporary.open("wb") as file:
+                np.save(file, self._index)
+            os.replace(temporary, self._folder / INDEX_FILE)
+        return to_do
+
+    def _matches(self) -> bool:
+        return np.array_equal(self._index["key"], self._documents.keys)
+
     def _save(self) -> None:
-        """Have the columns on the disk, and then note which documents of them are done."""
-        with _disk(self._folder.parent):
-            self._sync()
-            for group in self._pending:
-                self.state[group] = DONE
-                # In its old place, which a disk without space left still has.
-                self._put("state", int(group[0]), self.state[group[0] : group[-1] + 1])
-            self._pending.clear()
+        """Get the columns onto the disk, and then note how many documents are done."""
+        with disk_errors(self._folder.parent):
+            for file in self._files.values():
+                os.fsync(file.fileno())
+            # Overwritten in place, for which a full disk still has space.
+            self._files[DONE_FILE].seek(0)
+            _write(self._files[DONE_FILE], np.frombuffer(_bytes(self._n_done), np.uint8))
         self._saved_at = time.monotonic()
 
-    def _open(self, folder: Path) -> None:
-        for name in (*self.kinds, "state"):
-            file = self._files[name] = FileIO(folder / f"{name}.npy", "r+")
-            np.lib.format.read_magic(file)
-            np.lib.format.read_array_header_1_0(file)
-            self._begin[name] = file.tell()
+    def _rearrange(self) -> None:
+        """Rewrite the folder in the documents' order, without those that they no longer have.
 
-    def _close(self) -> None:
-        for file in self._files.values():
-            file.close()
-        self._files.clear()
-
-    def _sync(self) -> None:
-        for file in self._files.values():
-            os.fsync(file.fileno())
-
-    def _put(self, name: str, row: int, values: npt.NDArray[Any]) -> None:
-        width = values.itemsize * math.prod(values.shape[1:])
-        file = self._files[name]
-        file.seek(self._begin[name] + row * width)
-        data = np.ascontiguousarray(values).reshape(-1).view(np.uint8).data
-        while data:  # a disk that fills up takes a part
-            data = data[file.write(data) :]
-
-    def _known(self) -> npt.NDArray[Any] | None:
-        path = self._folder / "documents.npy"
-        if not path.exists():
-            return None
-        try:
-            known = _kept(path)
-            if known.dtype != ENTRY:
-                raise ValueError(f"expected {ENTRY}, got {known.dtype}")
-        except ValueError as e:
-            raise DataError(f"{path}: is broken ({e}); remove the work folder") from e
-        return known
-
-    def _make(self, folder: Path) -> None:
-        """Make a folder of columns without a row, none of their documents done."""
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
-        n = self._documents.n_scored
-        for name, (width, kind) in self.kinds.items():
-            with (folder / f"{name}.npy").open("wb") as file:
-                _write_header(file, (n, *width), kind)
-                file.truncate(file.tell() + n * math.prod(width) * np.dtype(kind).itemsize)
-        self.state = np.full(len(self._documents), TO_DO, np.uint8)
-        np.save(folder / "state.npy", self.state)
-        entries = np.empty(len(self._documents), ENTRY)
-        entries["key"], entries["rows"] = self._documents.keys, self._documents.counts
-        np.save(folder / "documents.npy", entries)  # the last: now the folder counts
-
-    def _make_from(self, known: npt.NDArray[Any], new: Path) -> None:
-        """Make the folder anew for these documents, with what it knows of them.
-
-        Until all is copied the old columns stay: the disk holds both for a while.
+        The old columns stay until all is copied: the disk holds both for a while.
         """
-        scored = _kept(self._folder / "state.npy") != TO_DO
-        begins = np.cumsum(known["rows"]) - known["rows"]
-        place = dict(zip(known["key"][scored].tolist(), begins[scored].tolist(), strict=True))
-        found = np.array([place.get(key, -1) for key in self._documents.keys.tolist()], np.int64)
-        kept = np.flatnonzero(found >= 0)
-        source, target = found[kept], self._documents.rows[kept]
-        counts = self._documents.counts[kept]
-        columns = self.columns
-        self._make(new)
-        self._open(new)
+        shutil.rmtree(self._new, ignore_errors=True)
+        self._new.mkdir()
+        for name in self._types:
+            _write_file(self._path(name, self._new), self._rows_in_order(name))
+        self._index, self._n_done = _entries(self._documents), len(self._documents)
+        np.save(self._new / INDEX_FILE, self._index)
+        (self._new / DONE_FILE).write_bytes(_bytes(self._n_done))
+        os.replace(self._folder, self._old)
+        os.replace(self._new, self._folder)
+        shutil.rmtree(self._old)
+
+    def _rows_in_order(self, name: str) -> Iterator[npt.NDArray[Any]]:
+        """Yield a column's rows in the documents' order, some documents at a time."""
+        documents, index = self._documents, self._index
+        by_key = np.argsort(index["key"], kind="stable")
+        found = by_key[np.searchsorted(index["key"], documents.keys, sorter=by_key)]
+        # How far the rows of each document stand from where they are to stand.
+        shift = (np.cumsum(index["rows"]) - index["rows"])[found] - documents.rows[:-1]
+        column = mapped(self._path(name), self._types[name], self._n_rows)
+        for first, last in documents.chunks(COPY_ROWS):
+            rows = np.arange(documents.rows[first], documents.rows[last])
+            yield column[rows + np.repeat(shift[first:last], documents.counts[first:last])]
+
+
+def stored(
+    path: Path, kind: np.dtype[Any], n: int, parts: Iterable[npt.NDArray[Any]]
+) -> npt.NDArray[Any]:
+    """Write n rows, part by part, to a file that appears once it is whole; return it mapped."""
+    temporary = path.with_suffix(".tmp")
+    with disk_errors(path.parent):
         try:
-            # Where the rows stood together and will again, many documents are one copy.
-            together = [slice(*run) for run in _runs(source, counts, target)]
-            for run in together:
-                n = int(counts[run].sum())
-                for at in range(0, n, COPY_ROWS):
-                    begin, end = source[run][0] + at, source[run][0] + min(at + COPY_ROWS, n)
-                    for name, column in columns.items():
-                        self._put(name, int(target[run][0]) + at, column[begin:end])
-            self.state[kept] = KEPT
-            self._put("state", 0, self.state)
-            self._sync()
+            _write_file(temporary, parts)
+            os.replace(temporary, path)
         finally:
-            self._close()
-        old = self._folder.with_name(self._folder.name + ".old")
-        shutil.rmtree(old, ignore_errors=True)
-        os.replace(self._folder, old)
-        os.replace(new, self._folder)
-        shutil.rmtree(old)
+            temporary.unlink(missing_ok=True)
+        return mapped(path, kind, n)
 
 
-def _kept(path: Path, *, mmap: bool = False) -> npt.NDArray[Any]:
-    """Read an array of a work folder. Raises DataError when it is not whole."""
-    try:
-        array: npt.NDArray[Any] = np.load(path, mmap_mode="r" if mmap else None)
-    except (FileNotFoundError, ValueError, EOFError) as e:
-        raise DataError(f"{path}: is missing or broken ({e}); remove the work folder") from e
-    return array
-
-
-def _runs(*starts_and_counts: npt.NDArray[np.int64]) -> Iterator[tuple[int, int]]:
-    """Yield (first, last + 1) of the stretches of documents whose rows follow each other.
-
-    Arguments: where each document's rows begin, how many they are, and, if it matters, where they
-    begin elsewhere.
-    """
-    starts, counts, *others = starts_and_counts
-    if not len(starts):
-        return
-    breaks = np.zeros(len(starts) - 1, np.bool_)
-    for begin in (starts, *others):
-        breaks |= begin[1:] != begin[:-1] + counts[:-1]
-    ends = [0, *(np.flatnonzero(breaks) + 1).tolist(), len(starts)]
-    yield from pairwise(ends)
-
-
-def _write_header(file: BinaryIO, shape: tuple[int, ...], kind: type) -> None:
-    described = np.lib.format.dtype_to_descr(np.dtype(kind))
-    header = {"descr": described, "fortran_order": False, "shape": shape}
-    np.lib.format.write_array_header_1_0(file, header)
+def mapped(path: Path, kind: np.dtype[Any], n: int) -> npt.NDArray[Any]:
+    """Return the first n rows of a file, mapped. Raises DataError when it does not have them."""
+    with _broken(path):
+        return np.memmap(path, kind, "r", shape=(n,))
 
 
 @contextmanager
-def _disk(work: Path) -> Iterator[None]:
-    """Turn what a disk says into one line."""
+def disk_errors(work: Path) -> Iterator[None]:
+    """Turn an error of the disk into a DataError."""
     try:
         yield
     except OSError as e:
@@ -259,3 +256,36 @@ def _disk(work: Path) -> Iterator[None]:
                 "same command again"
             ) from e
         raise DataError(f"{work}: cannot keep the scores there: {reason}") from e
+
+
+@contextmanager
+def _broken(path: Path) -> Iterator[None]:
+    """Turn what a missing or broken file of a work folder raises into a DataError."""
+    try:
+        yield
+    except (FileNotFoundError, ValueError, EOFError) as e:
+        raise DataError(f"{path}: is missing or broken ({e}); remove the work folder") from e
+
+
+def _entries(documents: Documents) -> npt.NDArray[Any]:
+    """Return the documents' entries in an index, (n,)."""
+    entries = np.empty(len(documents), ENTRY)
+    entries["key"], entries["rows"] = documents.keys, documents.counts
+    return entries
+
+
+def _bytes(number: int) -> bytes:
+    return number.to_bytes(8, "little")
+
+
+def _write_file(path: Path, parts: Iterable[npt.NDArray[Any]]) -> None:
+    with FileIO(path, "w") as file:
+        for part in parts:
+            _write(file, part)
+        os.fsync(file.fileno())
+
+
+def _write(file: FileIO, values: npt.NDArray[Any]) -> None:
+    data = np.ascontiguousarray(values).reshape(-1).view(np.uint8).data
+    while data:  # a disk that fills up takes a part
+        data = data[file.write(data) :]

@@ -1,4 +1,4 @@
-"""Data lines as token ids: every form, what is bad in them, and how much memory they take."""
+"""Data lines as token ids: every form, bad lines, and how much memory they take."""
 
 from __future__ import annotations
 
@@ -48,11 +48,17 @@ def test_no_data_is_an_error(tiny_pair, tmp_path):
 
 def test_documents_of_every_form(tiny_pair, tmp_path):
     turns = [
-        {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"},
-        {"role": "user", "content": "c"}, {"role": "assistant", "content": "d"},
-    ]  # fmt: skip
-    lines = [{"text": "abc"}, {"prompt": "a", "completion": "b"}, {"messages": turns},
-             {"text": "w" * 1000}]  # fmt: skip
+        {"role": "user", "content": "a"},
+        {"role": "assistant", "content": "b"},
+        {"role": "user", "content": "c"},
+        {"role": "assistant", "content": "d"},
+    ]
+    lines = [
+        {"text": "abc"},
+        {"prompt": "a", "completion": "b"},
+        {"messages": turns},
+        {"text": "w" * 1000},
+    ]
     path = write_lines(tmp_path / "d.jsonl", [json.dumps(line).encode() for line in lines])
     documents = tokenized(read_rows(path), tiny_pair)
     tokenize = tiny_pair.base.tokenize
@@ -90,10 +96,10 @@ def test_the_arrays_say_what_the_documents_say(tiny_pair, tmp_path):
     assert isinstance(disk.tokens, np.memmap)
     assert list(disk) == list(documents)
     assert np.array_equal(disk.keys, documents.keys)
-    assert [p.name for p in (tmp_path / "w").iterdir()] == ["tokens.i32"]
+    assert [p.name for p in (tmp_path / "w").iterdir()] == ["tokens.int32"]
 
 
-def test_a_key_tells_tokens_and_start_and_nothing_else(tiny_pair):
+def test_a_key_depends_on_tokens_and_start_alone(tiny_pair):
     def keys(*rows):
         return tokenized(list(enumerate(rows)), tiny_pair).keys.tolist()
 
@@ -110,7 +116,7 @@ def test_documents_longer_than_the_context_are_cut_and_counted(tiny_pair):
         {"text": "fits"},
         {"prompt": "p", "completion": "w" * 1000},
         {"prompt": "p" * 1000, "completion": "nothing of it is left"},
-        {"text": "x"},  # nothing stands before its only token
+        {"text": "x"},  # has nothing before its only token
     ]
     documents = tokenized(enumerate(rows, 1), tiny_pair)
     assert [len(d.tokens) for d in documents][1:] == [256]
@@ -120,7 +126,9 @@ def test_documents_longer_than_the_context_are_cut_and_counted(tiny_pair):
         "2 without a token left to score and left out"
     )
     assert tokenized([(1, rows[0])], tiny_pair).cut_note == ""
-    with pytest.raises(DataError, match="none has a token to score in a context of 256 tokens"):
+    with pytest.raises(
+        DataError, match="documents, none has a token to score in a context of 256 tokens"
+    ):
         tokenized([(3, rows[2])], tiny_pair)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from functools import partial
 
 import numpy as np
@@ -22,15 +23,9 @@ from colm_edge.pair import load
 from colm_edge.switch.file import Switch
 from colm_edge.train import fit as train
 from colm_edge.train.documents import tokenized
-from colm_edge.train.fit import calibrate, choose_threshold
-from colm_edge.train.heads import (
-    Head,
-    Standardised,
-    budget_loss,
-    marginal_loss,
-    minimize,
-    weak_loss,
-)
+from colm_edge.train.fit import FitOptions, calibrate, choose_threshold
+from colm_edge.train.heads import Head, Standardised, minimize
+from colm_edge.train.objectives import budget_loss, hard_curve, marginal_loss, weak_loss
 from colm_edge.train.scoring import score
 
 
@@ -55,8 +50,11 @@ def test_gradients_agree_with_finite_differences(seed, scale):
     d = rng.normal(0, scale, 7)
     base, expert = -rng.exponential(2, 7), -rng.exponential(2, 7)
     label = (rng.random(7) < 0.5).astype(float)
-    losses = (partial(marginal_loss, base, expert), partial(weak_loss, label),
-              partial(budget_loss, expert - base))  # fmt: skip
+    losses = (
+        partial(marginal_loss, base, expert),
+        partial(weak_loss, label),
+        partial(budget_loss, expert - base),
+    )
     for loss in losses:
         _, gradient = loss(d)
         for i in range(7):
@@ -210,7 +208,10 @@ def test_training_learns_to_call_the_model_that_writes_the_text(tiny):
         documents = tokenized(enumerate(rows), pair)
         for features in ("hidden", "logits", "both"):
             fit = train.fit_switch(
-                pair, documents, features, objective="marginal", compare=True, progress=no_bar
+                pair,
+                documents,
+                FitOptions(features, "marginal", compare=True),
+                progress=no_bar,
             )
             switch, report = fit.switch, fit.report
             assert set(report["feature_sets"]) == {"hidden", "logits", "both"}
@@ -221,9 +222,9 @@ def test_training_learns_to_call_the_model_that_writes_the_text(tiny):
             assert report["nll_oracle"] <= report["nll_hard"] <= report["nll_base"]
             assert (report["n_train"], report["n_valid"]) == (24, 6)
             assert switch.needs_hidden == (features != "logits")
-        again = train.fit_switch(pair, documents, "both", objective="marginal", progress=no_bar)
+        again = train.fit_switch(pair, documents, FitOptions("both", "marginal"), progress=no_bar)
         assert np.array_equal(again.switch.weight, switch.weight)
-        best = train.fit_switch(pair, documents, "both", progress=no_bar).report
+        best = train.fit_switch(pair, documents, FitOptions("both"), progress=no_bar).report
         figures = best["objectives"]
         means = {
             name: np.mean([figures[name][f"nll_hard_{rate}"] for rate in (0.1, 0.2, 0.3)])
@@ -243,7 +244,7 @@ def test_the_budget_loss_ranks_by_what_deferring_gains():
     budget = Standardised(columns.copy()).fit(partial(budget_loss, gain), 1e-4)
     d = budget(columns)
     assert d[kind == 3].min() > d[kind == 2].max() > d[kind < 2].max()
-    curve = train.hard_curve(d, np.zeros(len(gain)), gain)
+    curve = hard_curve(d, np.zeros(len(gain)), gain)
     assert curve[1600] == pytest.approx(-np.sort(gain)[-1600:].sum() / len(gain))
 
 
@@ -262,7 +263,7 @@ def test_rescaling_keeps_the_ranking_and_betters_the_mixture():
     columns, base, expert, head = planted(5_000, seed=2)
     block = Standardised(columns.copy())
     wrong = Head(head.weight * 5, head.bias + 4)
-    right = block.rescaled(wrong, base, expert, 1e-6)
+    right = block.rescaled(wrong, partial(marginal_loss, base, expert), 1e-6)
     cosine = wrong.weight @ right.weight
     assert cosine == pytest.approx(np.linalg.norm(wrong.weight) * np.linalg.norm(right.weight))
     planted_loss, _ = marginal_loss(base, expert, head(columns))
@@ -283,9 +284,13 @@ def test_a_document_stays_on_its_side_when_others_are_added(tiny_pair):
 def test_an_update_begins_with_the_old_switch_and_is_compared_with_it(tiny):
     with load(tiny["base"], tiny["expert"], "margin", n_threads=1, n_ctx=256) as pair:
         rows = [{"prompt": f"p{i}", "completion": f"c{i} and some more"} for i in range(40)]
-        old = train.fit_switch(pair, tokenized(enumerate(rows[:20]), pair), "both", progress=no_bar)
+        old = train.fit_switch(
+            pair, tokenized(enumerate(rows[:20]), pair), FitOptions("both"), progress=no_bar
+        )
         documents = tokenized(enumerate(rows), pair)
-        new = train.fit_switch(pair, documents, "both", update=old.switch, progress=no_bar)
+        new = train.fit_switch(
+            pair, documents, FitOptions("both", update=old.switch), progress=no_bar
+        )
         scores = score(pair, documents, no_bar)
     before = new.report["before"]
     d = scores.hidden @ old.switch.weight[0, :-8] + old.switch.bias[0]
@@ -305,8 +310,21 @@ def test_a_threshold_chosen_by_answers_is_the_best_of_those_tried(tiny, tmp_path
             lines.append(json.dumps({"prompt": f"p {i}", "completion": text.strip() or "x"}))
     path, out = tmp_path / "d.jsonl", tmp_path / "s.gguf"
     path.write_text("\n".join(lines))
-    args = ["train", "--data", str(path), "--outfile", str(out), "-m", tiny["base"],
-            "-me", tiny["expert"], "-t", "1", "-c", "64"]  # fmt: skip
+    args = [
+        "train",
+        "--data",
+        str(path),
+        "--outfile",
+        str(out),
+        "-m",
+        tiny["base"],
+        "-me",
+        tiny["expert"],
+        "-t",
+        "1",
+        "-c",
+        "64",
+    ]
     by = ["--threshold-by", "exact", "--threshold-lines", "3"]
     result = CliRunner().invoke(main, [*args, *by])
     assert result.exit_code == 0, result.output
@@ -327,9 +345,9 @@ def test_much_data_is_searched_in_part_and_fitted_whole(tiny, monkeypatch):
     with load(tiny["base"], tiny["expert"], "margin", n_threads=1, n_ctx=256) as pair:
         rows = [{"prompt": f"p{i}", "completion": f"c{i} and some more"} for i in range(40)]
         documents = tokenized(enumerate(rows), pair)
-        whole = train.fit_switch(pair, documents, "logits", progress=no_bar)
+        whole = train.fit_switch(pair, documents, FitOptions("logits"), progress=no_bar)
         monkeypatch.setattr(train, "SEARCH_TOKENS", 200)
-        part = train.fit_switch(pair, documents, "logits", progress=no_bar)
+        part = train.fit_switch(pair, documents, FitOptions("logits"), progress=no_bar)
     assert part.report["n_train_tokens"] > 200
     # The last fit is on all of the data, so only the choice of l2 may differ.
     assert part.report["nll_joint"] == pytest.approx(whole.report["nll_joint"], rel=0.02)
@@ -338,7 +356,7 @@ def test_much_data_is_searched_in_part_and_fitted_whole(tiny, monkeypatch):
 def test_too_few_documents_are_an_error(tiny_pair):
     few = tokenized([(1, {"text": "ab cd"})], tiny_pair)
     with pytest.raises(DataError, match="expected at least 5"):
-        train.fit_switch(tiny_pair, few, "both", progress=no_bar)
+        train.fit_switch(tiny_pair, few, FitOptions("both"), progress=no_bar)
 
 
 def test_a_place_that_cannot_be_written_is_found_before_the_work(tmp_path):
@@ -357,8 +375,11 @@ def test_a_result_never_replaces_what_it_was_made_from(tiny, tmp_path):
     before = data.read_bytes()
     models = ["-m", tiny["base"], "-me", tiny["expert"]]
     for command, target in (
-        (["train"], data), (["score"], data), (["train"], tiny["base"]), (["score"], tiny["expert"])
-    ):  # fmt: skip
+        (["train"], data),
+        (["score"], data),
+        (["train"], tiny["base"]),
+        (["score"], tiny["expert"]),
+    ):
         args = [*command, "--data", str(data), "--outfile", str(target), *models]
         result = CliRunner().invoke(main, args)
         assert result.exit_code == 1
@@ -368,8 +389,9 @@ def test_a_result_never_replaces_what_it_was_made_from(tiny, tmp_path):
 
 def test_a_switch_names_the_expert_that_was_scored(tiny, tmp_path):
     data, out = tmp_path / "d.jsonl", tmp_path / "s.gguf"
-    data.write_text("".join(json.dumps({"prompt": f"p{i}", "completion": "c"}) + "\n"
-                            for i in range(8)))  # fmt: skip
+    data.write_text(
+        "".join(json.dumps({"prompt": f"p{i}", "completion": "c"}) + "\n" for i in range(8))
+    )
     scores = str(tmp_path / "e.npz")
     common = ["--data", str(data), "-m", tiny["base"], "-t", "1"]
     score_args = ["score", *common, "-me", tiny["expert"], "--outfile", scores]
@@ -378,3 +400,14 @@ def test_a_switch_names_the_expert_that_was_scored(tiny, tmp_path):
     assert CliRunner().invoke(main, train_args).exit_code == 0
     fields = GGUFReader(out).fields
     assert fields["colm.switch.expert"].contents() == "expert.gguf"
+
+
+def test_without_scipy_nothing_is_scored_first(tiny, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "scipy", None)
+    data = tmp_path / "data.jsonl"
+    data.write_text('{"text": "a text of some tokens"}\n' * 6)
+    args = ["train", "-m", tiny["base"], "-me", tiny["expert"], "--data", str(data)]
+    result = CliRunner().invoke(main, [*args, "--outfile", str(tmp_path / "switch.gguf")])
+    assert result.exit_code == 1
+    assert result.stderr.splitlines()[-1].endswith("pip install 'colm-edge[train]'")
+    assert "base  [" not in result.stderr

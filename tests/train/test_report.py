@@ -14,14 +14,17 @@ from colm_edge.errors import ColmError, DataError
 from colm_edge.pair import load
 from colm_edge.train import report
 from colm_edge.train.documents import tokenized
-from colm_edge.train.fit import fit_switch, hard_curve
+from colm_edge.train.fit import FitOptions, fit_switch
+from colm_edge.train.objectives import hard_curve
 
 
 @pytest.fixture(scope="module")
 def fitted(tiny):
     with load(tiny["base"], tiny["expert"], "margin", n_threads=1, n_ctx=256) as pair:
         rows = [{"prompt": f"p{i}", "completion": f"a < b & c{i}"} for i in range(20)]
-        fit = fit_switch(pair, tokenized(enumerate(rows), pair), "both", progress=no_bar)
+        fit = fit_switch(
+            pair, tokenized(enumerate(rows), pair), FitOptions("both"), progress=no_bar
+        )
         yield fit, pair.base
 
 
@@ -58,7 +61,7 @@ def test_the_curve_runs_from_base_to_expert(fitted):
     assert np.array_equal(hard_curve(fit.p, *scores), curve)
 
 
-def test_what_is_missing_is_said_before_the_work(tmp_path, monkeypatch):
+def test_what_is_missing_is_an_error_before_the_work(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     with pytest.raises(DataError, match="cannot make the folder"):
         report.check_report(tmp_path / "file")

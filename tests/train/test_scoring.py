@@ -1,4 +1,4 @@
-"""Scores on disk: killed and taken up again, updated, refused where they belong elsewhere."""
+"""Scores on disk: resumed after a kill, updated, refused where they belong to other data."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from colm_edge.llama.model import fingerprint
 from colm_edge.pair import load
 from colm_edge.train import scoring, store
 from colm_edge.train.documents import tokenized
-from colm_edge.train.fit import fit_switch
+from colm_edge.train.fit import FitOptions, fit_switch
 from colm_edge.train.scoring import score, score_expert
 
 ROWS = [{"prompt": f"p{i}", "completion": f"c{i} and some more"} for i in range(20)]
@@ -98,11 +98,11 @@ def test_packed_together_or_each_alone_the_scores_are_the_same(pair, monkeypatch
 @pytest.mark.usefixtures("small_groups")
 def test_a_killed_run_goes_on_and_gives_the_same_switch(pair, tmp_path, killed_in):
     documents = tokenized(enumerate(ROWS), pair)
-    whole = fit_switch(pair, documents, "both", progress=no_bar)
+    whole = fit_switch(pair, documents, FitOptions("both"), progress=no_bar)
     with pytest.raises(KilledError):
         score(pair, documents, killing(killed_in, 5), work=tmp_path)
     evaluated = Evaluated(pair)
-    again = fit_switch(pair, documents, "both", work=tmp_path, progress=no_bar)
+    again = fit_switch(pair, documents, FitOptions("both"), work=tmp_path, progress=no_bar)
     base, expert = evaluated()
     assert np.array_equal(again.switch.weight, whole.switch.weight)
     assert base < cost(documents) / 2
@@ -113,7 +113,7 @@ def test_a_killed_run_goes_on_and_gives_the_same_switch(pair, tmp_path, killed_i
 
 
 @pytest.mark.usefixtures("small_groups")
-def test_a_run_killed_without_a_word_loses_what_was_not_noted(tiny, pair, tmp_path):
+def test_a_run_killed_by_sigkill_loses_what_was_not_noted(tiny, pair, tmp_path):
     """SIGKILL in the middle of the base's pass, each group noted as it is done."""
     code = f"""
 import os, signal, sys
@@ -178,7 +178,18 @@ def test_an_update_scores_only_what_is_new(pair, tmp_path):
     assert_same(updated, score(pair, new, no_bar, work=tmp_path))  # no update is needed now
     assert evaluated() == (0, 0)
     names = {p.name.split("-")[0] for p in tmp_path.iterdir()}
-    assert names == {"base", "expert", "token.npy", "line.npy"}
+    assert names == {"base", "expert", "token.int32", "line.int64"}
+
+
+def test_an_update_with_more_documents_appends_to_the_files(pair, tmp_path):
+    old, new = (tokenized(enumerate(ROWS[:n]), pair) for n in (12, 20))
+    score(pair, old, no_bar, work=tmp_path)
+    (column,) = tmp_path.glob("base-*/hidden.float32")
+    inode, before = column.stat().st_ino, column.read_bytes()
+    updated = score(pair, new, no_bar, work=tmp_path, update=True)
+    assert column.stat().st_ino == inode
+    assert column.read_bytes().startswith(before)
+    assert_same(updated, score(pair, new, no_bar), 2e-2)
 
 
 def test_a_copy_that_was_stopped_loses_nothing(pair, tmp_path, monkeypatch):
@@ -240,7 +251,7 @@ def test_scores_of_something_else_are_refused(pair, tiny, tmp_path):
         score(pair, documents, no_bar, work=tmp_path / "file")
 
 
-def test_a_model_is_told_by_bytes_from_all_over_its_file(tmp_path):
+def test_a_fingerprint_depends_on_bytes_from_all_over_the_file(tmp_path):
     """A merged fine-tune may differ in one tensor in the middle, and in nothing else."""
     data = bytearray(3_000_000)
     seen = set()
@@ -255,7 +266,7 @@ def test_a_model_is_told_by_bytes_from_all_over_its_file(tmp_path):
     assert len(seen | {fingerprint(path)}) == 6
 
 
-def test_a_disk_that_fills_up_is_said_and_what_was_scored_is_kept(pair, tmp_path):
+def test_a_full_disk_is_an_error_that_keeps_what_was_scored(pair, tmp_path):
     """A real file system of one megabyte; the base's scores take four."""
     documents = tokenized(enumerate(ROWS * 40), pair)
     work = tmp_path / "small"
@@ -292,8 +303,8 @@ def test_an_error_of_the_disk_is_one_line_and_the_next_run_goes_on(pair, tmp_pat
 
         def write(self, data):
             Full.n_bytes += len(data)
-            # What is written in its old place, such as the states, needs no space.
-            if Full.n_bytes > 50_000 and "state" not in str(self.name):
+            # What is overwritten in place, the number of documents done, needs no space.
+            if Full.n_bytes > 50_000 and "done" not in str(self.name):
                 raise OSError(errno.ENOSPC, "No space left on device")
             return super().write(data[: len(data) // 2 + 1])  # a part at a time
 
@@ -326,7 +337,7 @@ def test_a_model_that_gives_nan_is_named(tiny, tmp_path, broken):
             assert evaluated() == (0, cost(documents))
 
 
-def test_a_score_file_stands_alone_and_is_taken_for_the_expert(pair, tiny, tmp_path):
+def test_a_score_file_replaces_the_expert(pair, tiny, tmp_path):
     path = tmp_path / "expert.npz"
     documents = tokenized(enumerate(ROWS), pair)
     said = score_expert(pair, documents, path, no_bar)
@@ -342,9 +353,13 @@ def test_a_score_file_stands_alone_and_is_taken_for_the_expert(pair, tiny, tmp_p
         counts = file["lengths"] - file["starts"]
         assert np.array_equal(np.repeat(file["lines"], counts), scores.line)
     assert {k: v for k, v in kinds.items() if k != "model"} == {
-        "tokens": "int32", "lengths": "int64", "starts": "int64", "lines": "int64",
-        "logprob": "float64", "right": "bool",
-    }  # fmt: skip
+        "tokens": "int32",
+        "lengths": "int64",
+        "starts": "int64",
+        "lines": "int64",
+        "logprob": "float64",
+        "right": "bool",
+    }
     evaluated = Evaluated(pair)
     assert_same(score(pair, documents, no_bar, expert_scores=path), scores)
     assert evaluated() == (cost(documents), 0)
@@ -372,9 +387,10 @@ def test_a_pass_with_a_work_folder_keeps_a_few_numbers_a_document(pair, tmp_path
 
     def measure(n):
         documents = tokenized(
-            ((i, {"prompt": "p", "completion": f"{i:0100}"}) for i in range(n)), pair,
+            ((i, {"prompt": "p", "completion": f"{i:0100}"}) for i in range(n)),
+            pair,
             work=tmp_path / str(n),
-        )  # fmt: skip
+        )
         tracemalloc.start()
         scores = score(pair, documents, no_bar, work=tmp_path / str(n))
         peak = tracemalloc.get_traced_memory()[1]
@@ -387,16 +403,27 @@ def test_a_pass_with_a_work_folder_keeps_a_few_numbers_a_document(pair, tmp_path
     assert (measure(250) - measure(50)) / 200 < 300
 
 
-@pytest.mark.parametrize("name", ["state", "hidden", "logprob"])
-def test_a_damaged_work_folder_is_said_to_be(pair, tmp_path, name):
+def test_a_work_folder_of_an_earlier_version_is_refused(pair, tmp_path):
+    """It kept a state of each document, in columns that had room for all of them."""
     documents = tokenized(enumerate(ROWS), pair)
     score(pair, documents, no_bar, work=tmp_path)
-    (damaged,) = tmp_path.glob(f"base-*/{name}.npy")
+    (folder,) = tmp_path.glob("base-*")
+    np.save(folder / "state.npy", np.ones(len(documents), np.uint8))
+    for update in (False, True):
+        with pytest.raises(DataError, match=r"base-\w+: was written by an earlier .*remove"):
+            score(pair, documents, no_bar, work=tmp_path, update=update)
+
+
+@pytest.mark.parametrize("name", ["done.int64", "hidden.float32", "logprob.float64"])
+def test_a_damaged_work_folder_is_an_error(pair, tmp_path, name):
+    documents = tokenized(enumerate(ROWS), pair)
+    score(pair, documents, no_bar, work=tmp_path)
+    (damaged,) = tmp_path.glob(f"base-*/{name}")
     whole = damaged.read_bytes()
     for content in (whole[: len(whole) // 2], b""):
         damaged.write_bytes(content)
-        with pytest.raises(DataError, match=rf"{name}.npy: is missing or broken .*remove the work"):
+        with pytest.raises(DataError, match=rf"{name}: is missing or broken .*remove the work"):
             score(pair, documents, no_bar, work=tmp_path)
     damaged.unlink()
-    with pytest.raises(DataError, match=rf"{name}.npy: is missing or broken"):
+    with pytest.raises(DataError, match=rf"{name}: is missing or broken"):
         score(pair, documents, no_bar, work=tmp_path)

@@ -16,7 +16,8 @@ import numpy as np
 
 from colm_edge.bench.methods import cpu_name
 from colm_edge.readout import FEATURES
-from colm_edge.train.fit import OBJECTIVES, fit_head
+from colm_edge.train.fit import Split, fit_head
+from colm_edge.train.objectives import OBJECTIVES
 from colm_edge.train.scoring import Scores
 
 
@@ -45,7 +46,8 @@ def main() -> None:
     scores, weight = planted(args.tokens + n_valid, args.width, rng)
     rows = np.arange(args.tokens + n_valid)
     begun = time.perf_counter()
-    trial, _ = fit_head(scores, rows[n_valid:], rows[:n_valid], ("hidden",), args.objective)
+    split = Split(scores, rows[n_valid:], rows[:n_valid])
+    trial, _ = fit_head(split, ("hidden",), args.objective)
     seconds, head = time.perf_counter() - begun, trial.head
     cosine = head.weight @ weight / np.linalg.norm(head.weight) / np.linalg.norm(weight)
     print(

@@ -84,7 +84,7 @@ def scoring_pass(
         place = Path(folder) if folder else None
         inside = session.seconds
         begun, cpu_begun = perf_counter(), process_time()
-        scoring._pass(pair, name, documents, no_bar, place, False)
+        scoring.score_model(pair, name, documents, no_bar, work=place)
         cpu = process_time() - cpu_begun
         return perf_counter() - begun, cpu, session.seconds - inside
 

@@ -26,10 +26,16 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from colm_edge.errors import ColmError, DataError, ModelError
 from colm_edge.switch.file import Switch
-from colm_edge.switch.reading import HIDDEN
+from colm_edge.switch.reading import HIDDEN, sigmoids
 from colm_edge.switch.rules import DEFER_TOKEN
-from colm_edge.train.fit import calibrate, choose_threshold, hard_curve
-from colm_edge.train.heads import DEFER_RATES, WEAK_POSITIVE_WEIGHT, Array, marginal_loss, sigmoid
+from colm_edge.train.fit import calibrate, choose_threshold
+from colm_edge.train.heads import Array
+from colm_edge.train.objectives import (
+    DEFER_RATES,
+    WEAK_POSITIVE_WEIGHT,
+    hard_curve,
+    marginal_loss,
+)
 from lib.co_llm import TOKENIZER_FILES, logit_scale
 from lib.gguf_base import GgufBase
 
@@ -402,7 +408,7 @@ def write_results(
         report = {"nll_base": float(-log_base.mean())}
         if joint:
             report = figures(log_base, d, valid.logprob)
-            p = sigmoid(d)
+            p = sigmoids(d)
             rates, thresholds = calibrate(p)
             threshold = choose_threshold(p, log_base, valid.logprob)
             switch = replace(switch, threshold=threshold, defer_rates=rates, thresholds=thresholds)

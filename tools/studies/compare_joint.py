@@ -28,8 +28,9 @@ from colm_edge.evaluate.metrics import contains
 from colm_edge.switch.file import Switch
 from colm_edge.switch.reading import HIDDEN
 from colm_edge.train.documents import Row, read_rows, tokenized
-from colm_edge.train.fit import fit_switch
-from colm_edge.train.heads import DEFER_RATES, Array
+from colm_edge.train.fit import FitOptions, fit_switch
+from colm_edge.train.heads import Array
+from colm_edge.train.objectives import DEFER_RATES
 from colm_edge.train.scoring import Scores, score, score_expert
 
 ROOT = Path(__file__).parents[2]
@@ -101,14 +102,8 @@ def judge(
         path = work / f"{entry.trained} {entry.switch}.gguf"
         with open_pair(entry, threads=threads) as pair:
             documents = tokenized(fitting, pair)
-            fit = fit_switch(
-                pair,
-                documents,
-                features,
-                objective=objective,
-                work=kept / "fit",
-                progress=progress,
-            )
+            options = FitOptions(features, objective)
+            fit = fit_switch(pair, documents, options, work=kept / "fit", progress=progress)
             fit.switch.save(path)
     with open_pair(entry, path, threads) as pair:
         scores = score(pair, tokenized(held_out, pair), progress, work=kept / "exam")

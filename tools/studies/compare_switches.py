@@ -24,16 +24,13 @@ from colm_edge.cli.common import progress
 from colm_edge.pair import load
 from colm_edge.switch.file import FEATURE_SETS
 from colm_edge.train.documents import Documents, read_rows, tokenized
-from colm_edge.train.fit import L2_GRID, _columns, hard_curve
-from colm_edge.train.heads import (
+from colm_edge.train.fit import L2_GRID, feature_columns
+from colm_edge.train.heads import Array, Columns, Loss, Standardised, minimize
+from colm_edge.train.objectives import (
     DEFER_RATES,
-    Array,
-    Columns,
-    Loss,
-    Standardised,
     budget_loss,
+    hard_curve,
     marginal_loss,
-    minimize,
     weak_loss,
 )
 from colm_edge.train.scoring import Scores, score
@@ -76,7 +73,7 @@ class Side:
 
     def columns(self, names: Names, extra: Names = ()) -> Columns:
         """Return features of the switch by name, then context features, (n, k)."""
-        features = _columns(self.scores, np.arange(len(self.scores.base)), names)
+        features = feature_columns(self.scores, np.arange(len(self.scores.base)), names)
         more = [self.context[name][:, None].astype(np.float32) for name in extra]
         return np.concatenate([features, *more], 1)
 

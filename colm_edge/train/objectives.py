@@ -1,0 +1,161 @@
+"""What a head is fitted to: losses of d, the logit of p_defer, and how their heads are judged.
+
+The paper's marginal likelihood and its weak supervision (arXiv 2403.03870), and a loss of our own
+for hard decisions at a given budget of deferrals. An entry of OBJECTIVES is all that a new one
+needs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+import numpy.typing as npt
+
+from colm_edge.switch.reading import sigmoids
+from colm_edge.train.heads import Array, Loss
+from colm_edge.train.scoring import Scores
+
+Rows = npt.NDArray[np.int64]
+WEAK_POSITIVE_WEIGHT = 8.0  # of a weak label 1, as in the authors' script
+DEFER_RATES = (0.1, 0.2, 0.3)  # that people use: what the budget loss and the reports look at
+NEWTON_STEPS = 50  # 3 to 6 are usual
+
+
+def marginal_loss(base: Array, expert: Array, d: Array) -> tuple[float, Array]:
+    """Return Co-LLM's loss, the mean of −log((1−σ(d))·P_base + σ(d)·P_expert), and its gradient.
+
+    base, expert: log-probabilities of the gold tokens, (n,), nats. d: (n,). The gradient (n,) is
+    with respect to d: σ(d) less the posterior probability that the expert wrote the token.
+    """
+    log_expert, log_base = -np.logaddexp(0, -d), -np.logaddexp(0, d)
+    joint = np.logaddexp(log_base + base, log_expert + expert)
+    gradient = np.exp(log_expert) - np.exp(log_expert + expert - joint)
+    return float(-joint.mean()), gradient / len(d)
+
+
+def weak_loss(label: Array, d: Array) -> tuple[float, Array]:
+    """Return the weak supervision's weighted binary cross-entropy and its gradient in d."""
+    weight = np.where(label > 0, WEAK_POSITIVE_WEIGHT, 1.0) / len(d)
+    loss = weight * (np.logaddexp(0, d) - label * d)
+    return float(loss.sum()), weight * (sigmoids(d) - label)
+
+
+def budget_loss(
+    gain: Array, d: Array, rates: tuple[float, ...] = DEFER_RATES
+) -> tuple[float, Array]:
+    """Return what hard decisions lose at given defer rates, smoothed, and its gradient in d.
+
+    gain (n,): nats that the expert is better by on each token. For each rate the threshold t is
+    where the mean of σ(d − t) is that rate; the loss is −mean(σ(d − t)·gain), the average over the
+    rates. t moves with d, which the gradient accounts for: raising all of d changes nothing, so
+    the loss is about the ranking alone, and a steeper d is a harder decision.
+    """
+    total, gradient = 0.0, np.zeros(len(d))
+    for rate in rates:
+        share = sigmoids(d - _soft_quantile(d, rate))
+        slope = share * (1 - share)
+        by_threshold = float(slope @ gain) / max(float(slope.sum()), 1e-300)
+        total -= float(share @ gain)
+        gradient -= slope * (gain - by_threshold)
+    scale = len(rates) * len(d)
+    return total / scale, gradient / scale
+
+
+def _soft_quantile(d: Array, rate: float) -> float:
+    """Return the t for which the mean of σ(d − t) is the rate, by Newton's method in a bracket."""
+    low, high = float(d.min()) - 40.0, float(d.max()) + 40.0
+    t = float(np.quantile(d, 1 - rate))
+    for _ in range(NEWTON_STEPS):
+        share = sigmoids(d - t)
+        excess = float(share.mean()) - rate
+        if abs(excess) < 1e-10:
+            break
+        low, high = (t, high) if excess > 0 else (low, t)
+        slope = float((share * (1 - share)).mean())
+        t += excess / slope if slope > 0 else 0.0
+        if not low < t < high:
+            t = (low + high) / 2
+    return t
+
+
+def hard_curve(rank: Array, base: Array, expert: Array) -> Array:
+    """Return the loss of hard decisions when the k tokens of highest rank are deferred, (n + 1,).
+
+    base, expert: log-probabilities of the gold tokens, (n,). Ties are taken in their order.
+    """
+    gain = np.cumsum((expert - base)[np.argsort(-rank, kind="stable")])
+    curve: Array = -(base.sum() + np.concatenate(([0.0], gain))) / len(rank)
+    return curve
+
+
+def loss_figures(base: Array, expert: Array, d: Array) -> dict[str, float]:
+    """Return the joint loss, and that of hard decisions at the defer rates that people use."""
+    curve = hard_curve(d, base, expert)
+    figures = {"nll_joint": _joint_loss(base, expert, d)}
+    for rate in DEFER_RATES:
+        figures[f"nll_hard_{rate}"] = float(curve[round(rate * len(d))])
+    return figures
+
+
+def _joint_loss(base: Array, expert: Array, d: Array) -> float:
+    return marginal_loss(base, expert, d)[0]
+
+
+def _hard_loss(base: Array, expert: Array, d: Array) -> float:
+    return mean_hard_loss(loss_figures(base, expert, d))
+
+
+def mean_hard_loss(figures: dict[str, float]) -> float:
+    """Return the mean loss of hard decisions over those rates."""
+    return sum(figures[f"nll_hard_{rate}"] for rate in DEFER_RATES) / len(DEFER_RATES)
+
+
+def weak_label(scores: Scores, rows: Rows) -> Array:
+    """Return the paper's weak label: 1 where only the expert's likeliest token is the gold one."""
+    return (scores.expert_right[rows] & ~scores.base_right[rows]).astype(np.float64)
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What a head can be fitted to.
+
+    loss: (scores, rows) -> the loss of d on these rows, to minimise.
+    judge: (base, expert, d) of held-back tokens -> a number; the regularisation with the lowest one
+    is taken.
+    starts: where the fit starts; of several, the best result is taken: "zero", "old" (the switch
+    that is updated), or the head of an objective that stands earlier in OBJECTIVES.
+    ranks: d says only which tokens come first, so it is rescaled to the likeliest mixture.
+    """
+
+    loss: Callable[[Scores, Rows], Loss]
+    judge: Callable[[Array, Array, Array], float]
+    starts: tuple[str, ...]
+    ranks: bool = False
+
+
+# Fitted in this order.
+OBJECTIVES = {
+    # The paper's weak supervision.
+    "weak": Objective(
+        loss=lambda scores, rows: partial(weak_loss, weak_label(scores, rows)),
+        judge=_hard_loss,
+        starts=("zero",),
+    ),
+    # The paper's likelihood of the mixture.
+    "marginal": Objective(
+        loss=lambda scores, rows: partial(marginal_loss, scores.base[rows], scores.expert[rows]),
+        judge=_joint_loss,
+        starts=("zero", "old", "weak"),
+    ),
+    # The likelihood of hard decisions at the defer rates that people use.
+    "budget": Objective(
+        loss=lambda scores, rows: partial(budget_loss, scores.expert[rows] - scores.base[rows]),
+        judge=_hard_loss,
+        starts=("marginal",),
+        ranks=True,
+    ),
+}
+BEST_OF = ("marginal", "budget")  # what the objective "best" chooses from; weak is a baseline
