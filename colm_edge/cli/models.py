@@ -45,7 +45,7 @@ def pull_command(refs: tuple[str, ...], offline: bool) -> None:
     """Download models into the Hugging Face cache, checked; print where they are.
 
     An alias of models.txt is a pair, both of its models. HF_HOME, HF_TOKEN and HF_ENDPOINT are
-    heeded; a download that breaks goes on where it was.
+    heeded; where a connection breaks, the download goes on.
     """
     from colm_edge.references import known_pairs, resolve
 
