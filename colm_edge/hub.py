@@ -111,7 +111,7 @@ def _cache_of(repo: str) -> Path:
 def _file_of(repo: str, quantisation: str, offline: bool) -> str:
     """Return the name of a repository's file of a quantisation.
 
-    Asks the Hub, and the cache when offline or when the Hub cannot be reached.
+    Ask the Hub, or the cache when offline or when the Hub cannot be reached.
     """
     from huggingface_hub import errors
 
@@ -152,6 +152,7 @@ def _not_cached(reference: str) -> ModelError:
 
 
 def _fetch_file(repo: str, name: str, offline: bool, note: Note) -> Path:
+    """Return one file of a repository, from the cache or downloaded into it."""
     cached = _cached_file(repo, name)
     if cached is not None:
         return cached
@@ -167,8 +168,8 @@ def _fetch_file(repo: str, name: str, offline: bool, note: Note) -> Path:
         )
     folder = _cache_of(repo)
     blob = folder / "blobs" / about.etag
-    # A process may be killed at any moment: a blob was hashed, and what is in `unchecked` will be
-    # hashed by the next run.
+    # Whenever this process is killed, a blob has been hashed; what is in `unchecked` has not, and
+    # the next run hashes it.
     unchecked = blob.with_name(f"{blob.name}.unchecked")
     lock = folder.parent / ".locks" / folder.name / f"{blob.name}.lock"  # huggingface_hub's own
     for needed in (blob.parent, folder / "snapshots", lock.parent):
@@ -201,8 +202,11 @@ def _download(repo: str, name: str, about: Any, folder: Path, note: Note) -> Pat
 
 
 def _download_to(folder: Path, repo: str, name: str, commit: str) -> Path:
-    # huggingface_hub resumes where a connection is closed or times out, but gives up where it is
-    # reset (1.0 to 2.4): then the file is downloaded again.
+    """Download a file into a folder, and again if the connection is reset.
+
+    huggingface_hub (2.4) resumes by itself where a connection is closed or times out, but for a
+    reset one it drops what has arrived and raises ReadError: that alone is tried again here.
+    """
     for attempt in range(1, TRIES + 1):
         try:
             return Path(_api().hf_hub_download(repo, name, revision=commit, local_dir=folder))
@@ -214,7 +218,7 @@ def _download_to(folder: Path, repo: str, name: str, commit: str) -> Path:
 
 
 def _add_to_snapshot(blob: Path, commit: str, name: str) -> Path:
-    """Return the path of a blob under its name in the repository, made as huggingface_hub does."""
+    """Name a blob as the repository does, where huggingface_hub looks for it; return the path."""
     from huggingface_hub.file_download import are_symlinks_supported
 
     folder = blob.parents[1]
@@ -268,7 +272,8 @@ def _explained(reference: str) -> Iterator[None]:
         status = e.response.status_code if e.response is not None else "no status"
         hint = "set HF_TOKEN" if status == 401 else "try again later"
         raise ModelError(f"{reference}: the Hub answers {status}; {hint}") from e
-    except (_http().HTTPError, OSError, ValueError, RuntimeError) as e:  # the last: hf_xet's
+    # RuntimeError is what hf_xet raises, which huggingface_hub downloads most models with.
+    except (_http().HTTPError, OSError, ValueError, RuntimeError) as e:
         told = " ".join(str(e).split())[:200] or type(e).__name__
         raise ModelError(f"{reference}: cannot be downloaded: {told}; try again") from e
 

@@ -6,7 +6,7 @@ import logging
 import os
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import Any, Literal, Self
@@ -425,8 +425,9 @@ def load(
             )
     files = choose_pair(refs[0], refs[1], refs[2], pair, offline=offline, note=told)
     head = load_switch(files.switch)
-    base = Model(files.base, n_gpu_layers, lora, _share(progress, "base"))
-    try:
+    with ExitStack() as opened:  # closed again where something does not fit
+        base = Model(files.base, n_gpu_layers, lora, _share(progress, "base"))
+        opened.callback(base.close)
         other: Model | RemoteExpert
         if is_url(files.expert):
             if rpc:
@@ -437,29 +438,25 @@ def load(
             if n_gpu_layers_expert is not None:
                 layers = n_gpu_layers_expert
             other = Model(files.expert, layers, progress=_share(progress, "expert"), rpc=rpc)
-        try:
-            options = ContextOptions(
-                n_ctx=n_ctx,
-                n_threads=n_threads,
-                n_ubatch=n_ubatch,
-                flash_attn=flash_attn,
-                cache_type_k=cache_type_k,
-                cache_type_v=cache_type_v,
-            )
-            return Pair(
-                base,
-                other,
-                head,
-                options,
-                defaults,
-                is_demo=files.is_demo,
-                overlap=overlap,
-                note=note,
-                progress=progress,
-            )
-        except BaseException:
-            other.close()
-            raise
-    except BaseException:
-        base.close()
-        raise
+        opened.callback(other.close)
+        context = ContextOptions(
+            n_ctx=n_ctx,
+            n_threads=n_threads,
+            n_ubatch=n_ubatch,
+            flash_attn=flash_attn,
+            cache_type_k=cache_type_k,
+            cache_type_v=cache_type_v,
+        )
+        loaded = Pair(
+            base,
+            other,
+            head,
+            context,
+            defaults,
+            is_demo=files.is_demo,
+            overlap=overlap,
+            note=note,
+            progress=progress,
+        )
+        opened.pop_all()
+    return loaded

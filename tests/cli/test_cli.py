@@ -164,7 +164,7 @@ def test_choices_are_what_the_code_knows():
     """They are written out in the command line, which must not import numpy for its help."""
     from colm_edge.evaluate.metrics import METRICS
     from colm_edge.switch.file import FEATURE_SETS
-    from colm_edge.train.fit import OBJECTIVES
+    from colm_edge.train.objectives import OBJECTIVES
 
     def choices(command: str, flag: str) -> list[str]:
         parameters = (p for p in main.commands[command].params if flag in p.opts)
@@ -173,7 +173,7 @@ def test_choices_are_what_the_code_knows():
     assert choices("train", "--threshold-by") == list(METRICS)
     assert choices("eval", "--metric") == ["nll", *METRICS]
     assert choices("train", "--features") == list(FEATURE_SETS)
-    assert choices("train", "--objective") == ["best", *OBJECTIVES]
+    assert set(choices("train", "--objective")) == {"best", *OBJECTIVES}
 
 
 def test_train_writes_a_switch_that_runs(tiny, tmp_path):

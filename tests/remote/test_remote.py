@@ -138,9 +138,9 @@ def test_what_each_dialect_asks(tiny, owner):
 
 def test_a_timeline_there_has_what_one_here_has(tiny):
     with faking("vllm", tiny["expert"]) as (url, fake), remote_pair(tiny, url) as pair:
-        expert, n_connections = pair.remote.session(), fake.n_connections
+        expert, n_connections = pair.expert.expert.session(), fake.n_connections
         assert expert.name == url
-        assert expert.fingerprint == pair.remote.fingerprint
+        assert expert.fingerprint == pair.expert.fingerprint
         assert expert.end_tokens == pair.base.end_tokens
         assert expert.n_shared == pair.base.n_vocab
         assert expert.n_ctx == 255  # of 256 tokens, one is for the answer
@@ -150,7 +150,7 @@ def test_a_timeline_there_has_what_one_here_has(tiny):
         assert expert.sync([1, 2, 3], (), lambda: True) == 3
         assert fake.n_connections == n_connections
         expert.close()
-        assert pair.remote._client.is_closed
+        assert pair.expert.expert._client.is_closed
 
 
 def test_logits_are_the_told_ones_and_the_rest_shares_what_is_left():

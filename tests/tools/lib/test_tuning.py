@@ -13,7 +13,7 @@ from checkpoints import write_scores
 from colm_edge.llama.context import ContextOptions
 from colm_edge.llama.model import Model
 from colm_edge.llama.session import Session
-from colm_edge.train.heads import marginal_loss
+from colm_edge.train.objectives import marginal_loss
 
 torch = pytest.importorskip("torch", reason="needs the extra finetune")
 pytest.importorskip("transformers", reason="needs the extra finetune")
