@@ -1,7 +1,8 @@
 /* The switch, once per generated token: eight features of the base's logits, then one dot
  * product per expert. colm_edge/readout.py holds the slow twin and the test is that they agree.
  *
- * Kernels first, with no Python in them; the binding last.
+ * Kernels first, with no Python in them; the binding last. 734 lines in one file, since a second
+ * translation unit would need a header for the kernels' static functions.
  *
  * Every kernel is written once, as plain loops that gcc and clang vectorise (-O3 -fopenmp-simd),
  * and compiled once per instruction set. A compiler that ignores the pragmas, such as MSVC, gets

@@ -1,4 +1,7 @@
-"""The C extension, in every variant this CPU runs, equals its slow twin; so do its errors."""
+"""The C extension, in every variant this CPU runs, equals its slow twin; so do its errors.
+
+564 lines in one file, since the sanitizers run it by itself.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Experts behind HTTP: what is asked of each kind of server, and what becomes of failures."""
+"""Experts behind HTTP: what is asked of each kind of server, and what becomes of failures.
+
+612 lines: every test wants the same three fake servers.
+"""
 
 from __future__ import annotations
 

@@ -1,0 +1,73 @@
+"""Who may ask a server, from where, and how much: keys, hosts, other sites, sizes."""
+
+from __future__ import annotations
+
+import httpx
+import openai
+import pytest
+from serving import GREEDY, serving
+
+from colm_edge.pair import load
+from colm_edge.serve.guard import MAX_BODY
+
+CHAT = [{"role": "user", "content": "hello"}]
+
+
+@pytest.fixture(scope="module")
+def pair(tiny):
+    with load(
+        tiny["template"], tiny["expert"], "margin", n_threads=1, n_ctx=256, defaults=GREEDY
+    ) as pair:
+        yield pair
+
+
+@pytest.fixture(scope="module")
+def url(pair):
+    with serving(pair, n_slots=2) as (url, _):
+        yield url
+
+
+def test_a_body_without_its_length_is_bounded_too(url):
+    pieces = (b"x" * 65536 for _ in range(MAX_BODY // 65536 + 2))
+    assert httpx.post(f"{url}/v1/completions", content=pieces, timeout=60).status_code == 413
+
+
+def test_a_key_is_asked_for_where_there_is_one(pair):
+    with serving(pair, api_key="sesame") as (url, _):
+        for headers, status in (
+            ({}, 401), ({"Authorization": "Bearer x"}, 401), ({"Authorization": "sesame"}, 401),
+            ({"Authorization": "Bearer sesame"}, 200),
+        ):  # fmt: skip
+            assert httpx.get(f"{url}/v1/models", headers=headers).status_code == status
+            assert httpx.get(f"{url}/metrics", headers=headers).status_code == status
+        assert httpx.get(f"{url}/health").status_code == 200
+        with (
+            openai.OpenAI(base_url=f"{url}/v1", api_key="wrong", max_retries=0) as client,
+            pytest.raises(openai.AuthenticationError),
+        ):
+            client.completions.create(model="tiny", prompt="hello", max_tokens=1)
+
+
+def test_other_sites_pages_may_ask_only_where_allowed(pair):
+    origin = {"Origin": "http://page.example"}
+    with serving(pair) as (url, _):
+        assert (
+            "access-control-allow-origin" not in httpx.get(f"{url}/health", headers=origin).headers
+        )
+    with serving(pair, cors=("http://page.example",)) as (url, _):
+        headers = httpx.get(f"{url}/health", headers=origin).headers
+        assert headers["access-control-allow-origin"] == "http://page.example"
+        other = httpx.get(f"{url}/health", headers={"Origin": "http://evil.example"}).headers
+        assert "access-control-allow-origin" not in other
+
+
+@pytest.mark.parametrize(
+    ("host", "status"),
+    [
+        ("127.0.0.1", 200), ("localhost:1234", 200), ("[::1]:8080", 200), ("testserver", 400),
+        ("evil.example", 400), ("[::1", 400), ("", 400),
+    ],
+)  # fmt: skip
+def test_a_local_server_answers_to_local_names_alone(url, host, status):
+    response = httpx.get(f"{url}/health", headers={"Host": host})
+    assert response.status_code == status
