@@ -107,9 +107,6 @@ def describe(pair: Pair, stream: Stream) -> dict[str, Any]:
         "prompt_tokens": answer.prompt_tokens,
         "text": answer.text,
         "finish_reason": answer.finish_reason,
-        "tokens": [
-            {"id": s.token, "text": s.text, "source": s.source, "p_defer": s.p_defer}
-            for s in answer.steps
-        ],
+        "tokens": [step.record() for step in answer.steps],
         "stats": asdict(answer.stats),
     }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 Source = Literal["base", "expert"]
 
@@ -19,6 +19,10 @@ class Step:
     text: str = ""  # whole characters only: a split one arrives with its last token
     # The likeliest tokens, best first, and their log-probabilities, where they were asked for.
     top: tuple[tuple[int, float], ...] = ()
+
+    def record(self) -> dict[str, Any]:
+        """Return the step as `run --json` and the server's traces write it."""
+        return {"id": self.token, "text": self.text, "source": self.source, "p_defer": self.p_defer}
 
 
 @dataclass(slots=True)

@@ -14,7 +14,7 @@ from fastapi.responses import JSONResponse, Response
 from colm_edge.decode.step import Step
 from colm_edge.serve.answers import Ended, Job, Server
 from colm_edge.serve.errors import RefusalError
-from colm_edge.serve.formats import Format, Json, colm_of, record_of, usage_of
+from colm_edge.serve.formats import Format, Json, colm_of, usage_of
 from colm_edge.serve.requests import MAX_CHOICES, ChatRequest, CompletionRequest, Sampling
 from colm_edge.serve.streaming import EventStream, sse, while_connected
 
@@ -39,7 +39,7 @@ async def respond(
     colm = colm_of(ended)
     if body.colm.trace:
         colm["trace"] = [
-            {"choice": i, **record_of(step)} for i, e in enumerate(ended) for step in e.answer.steps
+            {"choice": i, **step.record()} for i, e in enumerate(ended) for step in e.answer.steps
         ]
     return JSONResponse(
         {
@@ -83,7 +83,7 @@ async def _chunks(
         async for i, event in events:
             more = {}
             if isinstance(event, Step) and body.colm.trace:
-                more["colm"] = record_of(event)
+                more["colm"] = event.record()
             elif isinstance(event, Ended):
                 ended[i] = event
                 if len(ended) == len(jobs):

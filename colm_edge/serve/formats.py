@@ -200,8 +200,3 @@ def colm_of(ended: Sequence[Ended]) -> Json:
         **{name: sum(s[name] for s in stats) for name in SUMMED},
         "tokens_per_second": n / seconds if seconds > 0 else 0.0,
     }
-
-
-def record_of(step: Step) -> Json:
-    """Return a token's record in a trace."""
-    return {"id": step.token, "text": step.text, "source": step.source, "p_defer": step.p_defer}
