@@ -1,4 +1,4 @@
-"""llama.cpp as a library: its log, its devices, and what its build can do on this CPU."""
+"""Start llama.cpp as a library: its log, its devices, and a workaround for its AMX code."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from colm_edge.llama import ggml
 
 log = logging.getLogger("colm_edge.llama")
 _LEVELS = {1: logging.DEBUG, 2: logging.INFO, 3: logging.WARNING, 4: logging.ERROR}
-last_errors: list[str] = []  # of llama.cpp, the newest last
+last_errors: list[str] = []  # llama.cpp's latest error messages, the newest last
 
 
 @llama.llama_log_callback  # type: ignore[untyped-decorator]
@@ -24,7 +24,7 @@ def _on_log(level: int, text: bytes, _: Any) -> None:
     if level == 4:
         last_errors.append(message)
         del last_errors[:-4]
-    # llama.cpp's errors reach the user as exceptions; its chatter is for those who ask.
+    # Errors reach the user as exceptions, so nothing is logged above INFO.
     log.log(min(_LEVELS.get(level, logging.DEBUG), logging.INFO), message)
 
 
@@ -38,7 +38,7 @@ _start_backend()
 
 
 def model_params() -> Any:
-    """Return llama.cpp's parameters for loading a model, such that it runs on this machine."""
+    """Return llama.cpp's default model parameters, changed where this machine would crash."""
     params = llama.llama_model_default_params()
     if amx_is_broken() or ("torch" in sys.modules and amx_is_shared()):
         params.use_extra_bufts = False
@@ -51,7 +51,7 @@ def build_info() -> str:
 
 
 def devices() -> list[str]:
-    """Return the devices that this llama.cpp can put layers on: name, and what it is."""
+    """Return the devices that this llama.cpp can put layers on, each as "name: description"."""
     get, name, description = (
         ggml.function(f"backend_dev_{what}") for what in ("get", "name", "description")
     )
@@ -60,17 +60,17 @@ def devices() -> list[str]:
 
 
 def supports_gpu() -> bool:
-    """Say whether this llama.cpp can put layers elsewhere than on the CPU."""
+    """Return whether this llama.cpp can put layers on another device than the CPU."""
     return bool(llama.llama_supports_gpu_offload())
 
 
 @cache
 def amx_is_broken() -> bool:
-    """Say whether llama.cpp would crash in AMX instructions, and log what to do about it.
+    """Return whether llama.cpp would crash in AMX instructions; if so, log the cure.
 
-    GCC's _tile_loadconfig told the optimiser that it reads 8 bytes of a 64-byte structure, until
-    GCC 12.4, 13.3 and 14 (PR target/114098), so llama.cpp built with an older one loads garbage
-    (llama.cpp issue 20824). Without llama.cpp's repacked weights AMX stays unused.
+    Before GCC 12.4, 13.3 and 14, _tile_loadconfig tells the optimiser that it reads 8 bytes of a
+    64-byte structure (PR target/114098). llama.cpp built by such a GCC loads garbage (llama.cpp
+    issue 20824). llama.cpp uses AMX only for repacked weights, so turning those off avoids it.
     """
     if not _has_amx():
         return False
@@ -78,20 +78,20 @@ def amx_is_broken() -> bool:
     if broken:
         log.warning(
             "llama.cpp was built with a GCC whose AMX code crashes, so it runs without AMX and "
-            "repacked weights; CC=clang CXX=clang++, or a newer GCC, builds a faster one"
+            "repacked weights; to make it faster, build it with CC=clang CXX=clang++ or a newer GCC"
         )
     return broken
 
 
 @cache
 def amx_is_shared() -> bool:
-    """Say whether llama.cpp uses AMX beside PyTorch in this process, and log what that means.
+    """Return whether llama.cpp could use AMX next to PyTorch in this process; if so, log it.
 
-    llama.cpp sets AMX's tiles up once for each thread. PyTorch releases them after a product of
-    bfloat16 matrices, and llama.cpp's next one ends the process (docs/speed.md).
+    llama.cpp configures AMX's tiles once per thread. PyTorch releases them after a product of
+    bfloat16 matrices, and llama.cpp's next product then crashes the process (docs/speed.md).
     """
     if _has_amx():
-        log.warning("PyTorch is in this process, so llama.cpp runs without AMX, more slowly")
+        log.warning("PyTorch is in this process, so llama.cpp runs without AMX, which is slower")
     return _has_amx()
 
 
@@ -100,7 +100,10 @@ def _has_amx() -> bool:
 
 
 def _gcc_breaks_amx(library: bytes) -> bool:
-    """Read the compiler's note in a shared library; clang's are beside GCC's of the start files."""
+    """Return whether the compiler's note in a shared library names a GCC with the AMX bug.
+
+    A library that clang built names GCC as well, for its start files.
+    """
     versions = re.findall(rb"GCC: \([^)]*\) (\d+)\.(\d+)", library)
     if b"clang version" in library or not versions:
         return False

@@ -1,7 +1,7 @@
-"""A llama.cpp context of one or more sequences: its batch, its KV cache, its outputs, its account.
+"""A llama.cpp context of one or more sequences: decode a batch, read its outputs, and roll back the
+KV cache (`Context.drop`).
 
-Everything that evaluates a model stands on it: a session (one sequence), the server's slots (one
-sequence each) and the scorer (a document each).
+A session uses one sequence, the server's slots one sequence each, the scorer one per document.
 """
 
 from __future__ import annotations
@@ -24,16 +24,23 @@ from colm_edge.llama.model import Model
 Floats = npt.NDArray[np.float32]
 Bytes = npt.NDArray[np.uint8]
 
-# Below this size a model is evaluated by one thread.
+# A model smaller than this is evaluated by one thread.
 SMALL_MODEL_BYTES = 32 << 20
-# Tokens of a batch that are evaluated at a time without flash attention; more than any draft has.
+# The default n_ubatch without flash attention; larger than any draft.
 SMALL_BATCH = 128
-# Views on llama.cpp's outputs that are kept; more than any batch of a draft has.
+# Cached views on llama.cpp's outputs; more than any draft has outputs.
 MAX_VIEWS = 256
 
 CACHE_TYPES = {
-    "f32": 0, "f16": 1, "bf16": 30, "q8_0": 8, "q5_1": 7, "q5_0": 6, "q4_1": 3, "q4_0": 2,
-}  # fmt: skip
+    "f32": 0,
+    "f16": 1,
+    "bf16": 30,
+    "q8_0": 8,
+    "q5_1": 7,
+    "q5_0": 6,
+    "q4_1": 3,
+    "q4_0": 2,
+}
 PLAIN_TYPES = ("f32", "f16", "bf16")
 _FLASH = {"auto": -1, "off": 0, "on": 1}
 _BATCH_FIELDS = dict(llama.llama_batch._fields_)
@@ -42,7 +49,7 @@ _NOTHING = np.empty(0, np.float32)
 
 @dataclass(frozen=True)
 class ContextOptions:
-    """How a model is evaluated; names and values are llama.cpp's. Zero: let colm-edge choose."""
+    """How a model is evaluated; names and values are llama.cpp's. 0 lets colm-edge choose."""
 
     n_ctx: int = 0
     n_threads: int = 0
@@ -63,19 +70,19 @@ class ContextOptions:
                 raise ColmError(f"{name} is {value!r}; expected one of {', '.join(known)}")
         if self.flash_attn == "off" and self.cache_type_v not in PLAIN_TYPES:
             raise ColmError(
-                f"a cache of values in {self.cache_type_v} needs flash attention; leave that on, "
-                f"or take {', '.join(PLAIN_TYPES)}"
+                f"a value cache in {self.cache_type_v} needs flash attention; leave flash "
+                f"attention on, or use one of {', '.join(PLAIN_TYPES)}"
             )
 
     def flash_attn_of(self, model: Model) -> Literal["auto", "on", "off"]:
         """Return whether a model is evaluated with flash attention.
 
-        "auto" is off on a CPU, where it slows decodes of a few tokens down: by a third or more
-        behind 500 tokens, threefold behind 2,000 (docs/speed.md). Very small models keep it: with
-        it a token by itself and in a batch agree to the last bits.
+        On a CPU, "auto" means off: flash attention slows decodes of a few tokens by a third or more
+        behind 500 tokens, and threefold behind 2,000 (docs/speed.md). Very small models keep it,
+        because with it a token gives the same bits alone and in a batch.
         """
         on_cpu = model.n_gpu_layers == 0 or not supports_gpu()
-        # llama.cpp needs it for quantised values.
+        # llama.cpp needs flash attention for a quantised value cache.
         plain = self.cache_type_v in PLAIN_TYPES
         if self.flash_attn == "auto" and on_cpu and plain and not is_small(model):
             return "off"
@@ -85,20 +92,20 @@ class ContextOptions:
         """Return how many threads evaluate a model: by default every core, or one for a very small
         model.
 
-        There a decode takes less than threads need to meet, and where another program wants the
-        cores too, waiting for each other at every layer costs hundreds of times the work.
+        A decode of a very small model takes less time than its threads need to synchronise. If
+        another program uses the cores too, waiting at every layer costs hundreds of times the work.
         """
         return self.n_threads or (1 if is_small(model) else n_cores())
 
     def n_ubatch_of(self, model: Model) -> int:
-        """Return the most tokens that llama.cpp evaluates at a time. Without flash attention the
-        attention scores of that many are kept, so they are fewer there."""
+        """Return how many tokens llama.cpp evaluates at a time, at most. The default is lower
+        without flash attention, where the attention scores of all of them are kept in memory."""
         default = SMALL_BATCH if self.flash_attn_of(model) == "off" else self.n_batch
         return self.n_ubatch or default
 
 
 def is_small(model: Model) -> bool:
-    """Return whether a model is so small that threads and flash attention do not pay."""
+    """Return whether a model is too small to gain from several threads."""
     return model.path.stat().st_size < SMALL_MODEL_BYTES
 
 
@@ -111,12 +118,12 @@ def n_cores() -> int:
 
 @dataclass
 class Account:
-    """What was evaluated: tokens, whatever became of them, and what that took."""
+    """What was evaluated, and how long that took."""
 
-    n_evaluated: int = 0  # tokens
+    n_evaluated: int = 0  # tokens, rolled back ones included
     n_calls: int = 0  # decodes
     seconds: float = 0.0  # inside llama.cpp, load_seconds included
-    load_seconds: float = 0.0  # reading the weights and making contexts
+    load_seconds: float = 0.0  # reading the weights and creating contexts
 
 
 class Batch:
@@ -126,7 +133,7 @@ class Batch:
         self.token, self.position, self.sequence = np.zeros((3, n), np.int32)
         self.output = np.zeros(n, np.int8)
         self._one = np.ones(n, np.int32)
-        # llama.cpp wants a pointer to each token's sequences.
+        # llama.cpp expects a pointer to each token's list of sequences.
         first = self.sequence.ctypes.data
         self._pointer = first + np.arange(n, dtype=np.uintp) * self.sequence.itemsize
         self._batch = llama.llama_batch()
@@ -142,8 +149,8 @@ class Batch:
     def put(self, row: int, tokens: Any, positions: Any, sequences: Any, outputs: Any = 0) -> int:
         """Write tokens (n,) into the rows from `row` on; return the row after them.
 
-        positions, sequences, outputs: arrays (n,), or one number for all. An output is 0 or 1:
-        whether the state after the token is wanted.
+        positions, sequences, outputs: arrays (n,), or one number for all. outputs: 1 where the
+        state after the token is needed, else 0.
         """
         end = row + len(tokens)
         self.token[row:end] = tokens
@@ -159,10 +166,10 @@ class Batch:
 
 
 class Context:
-    """A context of a model. It is made, and the weights are read, at `open`; `close` frees it.
+    """A context of a model. `open` reads the weights and creates it; `close` frees it.
 
-    n_ctx: tokens that the KV cache holds, of all sequences together. n_batch: the most tokens of
-    one decode. account: what the decodes are added to, where it is shared with other contexts.
+    n_ctx: the size of the KV cache in tokens, shared by all sequences. n_batch: the most tokens of
+    one decode. account: where decodes are counted, if several contexts share one account.
     """
 
     batch: Batch
@@ -191,11 +198,11 @@ class Context:
 
     @property
     def created(self) -> bool:
-        """Whether the context exists, that is, whether it takes memory."""
+        """Whether the context exists and so takes memory."""
         return self._handle is not None
 
     def open(self, cancel: Cancel | None = None) -> None:
-        """Read the weights, if need be, and make the context, unless that is done.
+        """Create the context if it does not exist yet, reading the weights first if needed.
 
         Raises ModelError when llama.cpp refuses, CancelledError when `cancel` ends the load.
         """
@@ -224,7 +231,7 @@ class Context:
         params.n_ctx, params.n_batch = self.n_ctx, self.n_batch
         params.n_ubatch = min(self.n_batch, options.n_ubatch_of(model))
         params.n_threads = params.n_threads_batch = options.n_threads_of(model)
-        # The sequences share the cells: a long one may take what short ones leave.
+        # The sequences share the cells: a long one may use what short ones leave free.
         params.n_seq_max, params.kv_unified = self.n_sequences, self.n_sequences > 1
         params.flash_attn_type = _FLASH[options.flash_attn_of(model)]
         params.type_k = CACHE_TYPES[options.cache_type_k]
@@ -235,8 +242,8 @@ class Context:
     def decode(self, n: int, *, hidden: bool = False) -> None:
         """Evaluate the first n rows of the batch.
 
-        hidden: leave hidden states beside the logits; then every row is an output for llama.cpp,
-        whatever the batch says. Raises ModelError when llama.cpp cannot evaluate it.
+        hidden: compute hidden states as well as logits; llama.cpp then treats every row as an
+        output, whatever the batch says. Raises ModelError when llama.cpp cannot evaluate it.
         """
         if hidden != self._embeddings:
             llama.llama_set_embeddings(self._handle, hidden)
@@ -244,7 +251,7 @@ class Context:
         account, begun = self.account, perf_counter()
         code = llama.llama_decode(self._handle, self.batch.head(n))
         if self.model.n_gpu_layers:
-            llama.llama_synchronize(self._handle)  # a GPU is still at work
+            llama.llama_synchronize(self._handle)  # a GPU works asynchronously
         account.seconds += perf_counter() - begun
         if code != 0:
             raise ModelError(
@@ -255,7 +262,7 @@ class Context:
         account.n_evaluated += n
 
     def state(self, row: int, *, hidden: bool) -> tuple[Floats, Floats]:
-        """Return (logits (n_vocab,), hidden (n_embd,) or (0,)) after a row of the last batch; views
+        """Return (logits (n_vocab,), hidden (n_embd,) or (0,)) after a row of the last batch: views
         on llama.cpp's memory, valid until the next decode."""
         logits = self._view(llama.llama_get_logits_ith(self._handle, row), self.model.n_vocab)
         if not hidden:
@@ -265,7 +272,7 @@ class Context:
 
     def states(self, n: int, *, hidden: bool) -> tuple[Floats, Floats]:
         """Return (logits (n, n_vocab), hidden (n, n_embd) or (0,)) after the n rows of the last
-        batch, all of them outputs; views as of `state`."""
+        batch, which must all be outputs: views, as those of `state`."""
         begun = perf_counter()
         logits = llama.llama_get_logits(self._handle)  # waits for a GPU
         self.account.seconds += perf_counter() - begun
@@ -276,14 +283,14 @@ class Context:
         return states, np.ctypeslib.as_array(embeddings, (n, self.model.n_embd))
 
     def settle(self) -> None:
-        """Have the outputs of the last batch ready for several threads to read.
+        """Make the outputs of the last batch safe to read from several threads.
 
-        llama.cpp puts them in order at the first reading, which is not safe from two at once.
+        llama.cpp reorders them at the first read, which two threads must not do at once.
         """
         llama.llama_get_logits(self._handle)
 
     def _view(self, pointer: Any, n: int) -> Floats:
-        # Wrapping a pointer costs more than the switch itself, so views are kept by address.
+        # Wrapping a pointer costs more than the switch itself, so views are cached by address.
         at = ctypes.addressof(pointer.contents)
         view = self._views.get(at)
         if view is None or len(view) != n:
@@ -293,12 +300,13 @@ class Context:
         return view
 
     def drop(self, sequence: int, keep: int) -> None:
-        """Forget every position of a sequence from `keep` on. Raises ModelError when it cannot."""
+        """Roll a sequence back to its first `keep` tokens. Raises ModelError when the model cannot
+        do that."""
         if not llama.llama_memory_seq_rm(self._memory, sequence, keep, -1):
-            raise ModelError(f"{self.model.path}: the model cannot drop the end of its state")
+            raise ModelError(f"{self.model.path}: the model cannot roll back its KV cache")
 
     def clear(self) -> None:
-        """Forget every position of every sequence."""
+        """Empty the KV cache of every sequence."""
         llama.llama_memory_clear(self._memory, False)
 
     def save(self, sequence: int) -> Bytes:
@@ -308,7 +316,7 @@ class Context:
         return state[:n]
 
     def restore(self, sequence: int, state: Bytes) -> bool:
-        """Take up the state of a sequence; return whether llama.cpp accepted it."""
+        """Replace the state of a sequence; return whether llama.cpp accepted it."""
         state = np.ascontiguousarray(state)
         n = llama.llama_state_seq_set_data(self._handle, _pointer_to(state), len(state), sequence)
         return bool(n == len(state))

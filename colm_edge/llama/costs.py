@@ -1,24 +1,23 @@
-"""What decodes of 1, 2, 3 … tokens cost, and the cheapest way to cut a batch."""
+"""Cut tokens into the batches that cost least, by a table of what a decode of k tokens costs.
+
+`measure` fills the table.
+"""
 
 from __future__ import annotations
 
 from bisect import bisect_left
 from functools import cached_property
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    pass
-
 
 QUICK = 0.001  # seconds of a decode of one token
-# What another batch size must promise to save, since a table is measured and not known.
+# The share that another batch size must save: the table is a measurement and may be off.
 MARGIN = 0.1
 
 
 class CostTable:
-    """Seconds that one decode takes, by its number of tokens; rising sizes.
+    """The seconds that one decode takes, by its number of tokens.
 
-    several: seconds that it takes longer when more than one of its states is wanted.
+    sizes: numbers of tokens, rising. seconds: of each. several: seconds more when a decode has more
+    than one output.
     """
 
     def __init__(
@@ -27,8 +26,8 @@ class CostTable:
         self.sizes, self.seconds, self.several = sizes, seconds, several
 
     def __call__(self, n: int) -> float:
-        """Return the seconds of a decode of n tokens, between measured sizes by interpolation and
-        beyond the largest in proportion to it."""
+        """Return the seconds of a decode of n tokens: interpolated between measured sizes, and
+        proportional to n above the largest."""
         return self._known[n] if n < len(self._known) else self._between(n)
 
     @cached_property
@@ -47,23 +46,23 @@ class CostTable:
 
     @property
     def is_quick(self) -> bool:
-        """Whether a decode takes no longer than thinking about a better one would pay for."""
+        """Whether decodes are so quick that planning cheaper ones takes longer than it saves."""
         return self(1) < QUICK
 
     def whole(self, n: int) -> float:
-        """Return the seconds that n tokens take in one batch, filled up where that is cheaper."""
+        """Return the seconds of n tokens in one batch, which is padded where that is cheaper."""
         filled = self._filled_up
         return filled[n] if n < len(filled) else self(n)
 
     def best(self, n: int) -> float:
-        """Return the seconds that n tokens take in the cheapest pieces."""
+        """Return the seconds of n tokens in the cheapest pieces."""
         plan = self._plan
         return plan[n][0] if n < len(plan) else self(n)
 
     def pieces(self, n: int, room: int, *, whole: bool = False) -> list[tuple[int, int]]:
-        """Return how to evaluate n tokens: (tokens, size of the batch when filled up), in order.
+        """Return how to evaluate n tokens: a list of (tokens, size of the padded batch), in order.
 
-        room: the largest batch that is possible. whole: one piece, since all outputs are wanted.
+        room: the largest possible batch. whole: use one piece, because all outputs are needed.
         """
         plan = self._plan
         if n >= len(plan):
@@ -78,7 +77,7 @@ class CostTable:
         return found
 
     def _filled(self, n: int, room: int) -> int:
-        """Return the size that a batch of n tokens is best filled up to, at most room."""
+        """Return the cheapest size to pad a batch of n tokens to, at most room."""
         larger = [m for m in self.sizes if n < m <= room]
         best = min(larger, key=self, default=n)
         return best if self(best) < (1 - MARGIN) * self(n) else n
@@ -89,7 +88,7 @@ class CostTable:
 
     @cached_property
     def _plan(self) -> list[tuple[float, int]]:
-        """By n: (seconds, tokens of the first piece), by dynamic programming over the rest."""
+        """For each n: (seconds, tokens of the first piece), by dynamic programming."""
         plan, cost = [(0.0, 0)], self._filled_up
         for n in range(1, len(cost)):
             piece = min(range(1, n + 1), key=lambda k: (cost[k] + plan[n - k][0], -k))

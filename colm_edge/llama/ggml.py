@@ -1,4 +1,4 @@
-"""ggml's own functions that llama-cpp-python has no names for, and its backends loaded."""
+"""Call functions of ggml that llama-cpp-python does not wrap, and load ggml's backends."""
 
 from __future__ import annotations
 
@@ -30,32 +30,32 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
 def function(name: str) -> Any:
     """Return `ggml_<name>`."""
     result, arguments = _SIGNATURES[name]
-    if name == "backend_rpc_add_server":  # in a library of its own, which the registry knows
+    if name == "backend_rpc_add_server":  # in a separate library, found through the registry
         registry = function("backend_reg_by_name")(b"RPC")
         address = function("backend_reg_get_proc_address")(registry, f"ggml_{name}".encode())
         return ctypes.CFUNCTYPE(result, *arguments)(address)
     try:
-        # Through llama.cpp's own library: a wheel may hold ggml under several names, and the one
-        # that llama-cpp-python opens may be another copy, with a registry of its own.
+        # Through llama.cpp's own library: a wheel may contain several copies of ggml, and the one
+        # that llama-cpp-python opens may be another copy with another registry.
         found = getattr(llama_cpp._lib, f"ggml_{name}")
-    except AttributeError:  # Windows does not look into what a library needs
+    except AttributeError:  # Windows does not search the libraries that a library depends on
         found = getattr(_ggml.libggml, f"ggml_{name}")
     found.restype, found.argtypes = result, arguments
     return found
 
 
 def cpu_libraries() -> Iterator[Path]:
-    """Yield the libraries with llama.cpp's CPU code: one, or a variant for each kind of CPU."""
+    """Yield the libraries with llama.cpp's CPU code: one, or one for each kind of CPU."""
     package = Path(llama_cpp.__file__).parent
-    # A build of all variants installs them beside the package.
+    # A build of all variants installs them next to the package.
     for folder in (package / "lib", package.parent / "bin"):
         yield from sorted(folder.glob("*ggml-cpu*"))
 
 
 def load_backends() -> None:
-    """Load the variant that is best on this CPU, where llama.cpp was built with all of them.
+    """Load the best variant for this CPU, if llama.cpp was built with all variants.
 
-    llama-cpp-python does not do it itself (its issue 2069).
+    llama-cpp-python does not do this (its issue 2069).
     """
     if function("backend_reg_count")():
         return

@@ -1,8 +1,9 @@
-"""Huge pages for weights, where Linux gives them to those who ask (transparent_hugepage: madvise).
+"""Ask Linux for huge pages for weights, where it gives them on request (transparent_hugepage:
+madvise).
 
-Every token reads all weights, and a processor remembers where far fewer pages of 4 KiB are.
-llama.cpp does not ask. The pages of a mapped file are the file system's affair, but weights that
-are rearranged for a CPU are in memory of llama.cpp's own. The idea is ik_llama.cpp's (-thp).
+Every token reads all weights, which span far more 4 KiB pages than a processor's TLB holds.
+llama.cpp does not ask for huge pages. The pages of a mapped file belong to the file system, but
+weights that llama.cpp repacks for a CPU are in its own memory. The idea is ik_llama.cpp's (-thp).
 """
 
 from __future__ import annotations
@@ -12,13 +13,15 @@ import mmap
 import sys
 from collections.abc import Callable
 
-Range = tuple[int, int]  # of addresses, the end excluded
-MIN_BYTES = 32 << 20  # smaller buffers gain nothing that can be measured
+Range = tuple[int, int]  # addresses from start to end, the end excluded
+MIN_BYTES = 32 << 20  # smaller buffers have no measurable gain
 
 
 def watch() -> Callable[[], None]:
-    """Return a function that asks for huge pages for all memory that was allocated since, and is to
-    be called before anything is written there. Elsewhere than on Linux it does nothing."""
+    """Return a function that asks for huge pages for all memory allocated since this call.
+
+    Call it before anything is written there. On other systems than Linux it does nothing.
+    """
     if sys.platform != "linux":
         return lambda: None
     madvise = ctypes.CDLL(None).madvise
@@ -28,19 +31,19 @@ def watch() -> Callable[[], None]:
     def ask() -> None:
         now = _allocated()
         if before is None or now is None:
-            return  # nobody tells
+            return  # unknown
         for start, end in _beyond(before, now):
             if end - start >= MIN_BYTES:
-                madvise(start, end - start, mmap.MADV_HUGEPAGE)  # a wish, which may be refused
+                madvise(start, end - start, mmap.MADV_HUGEPAGE)  # Linux may refuse
 
     return ask
 
 
 def _allocated() -> list[Range] | None:
-    """Return where memory is that belongs to no file, in rising order; None if nobody tells."""
+    """Return the ranges of memory that are not a file's, in rising order; None if unknown."""
     found = []
     try:
-        with open("/proc/self/maps", "rb") as file:  # names of files may be any bytes
+        with open("/proc/self/maps", "rb") as file:  # file names may be any bytes
             for line in file:
                 addresses, access, _, _, _, *name = line.split()
                 if access == b"rw-p" and not name:
@@ -52,7 +55,8 @@ def _allocated() -> list[Range] | None:
 
 
 def _beyond(before: list[Range], now: list[Range]) -> list[Range]:
-    """Return the parts of `now` that are not in `before`: Linux makes one range of neighbours."""
+    """Return the parts of `now` that are not in `before`. Linux merges neighbouring ranges, so a
+    new one may be part of an old one."""
     found = []
     for start, end in now:
         at = start

@@ -1,6 +1,6 @@
-"""What a decode of k tokens costs: measured once for a model, a machine and its settings, and kept.
+"""Measure what a decode of k tokens costs, once per model, machine and settings, and cache it.
 
-The cost is not proportional to k, and on some CPUs not even monotonic: a schedule that knows the
+The cost is not proportional to k, and on some CPUs not even monotonic, so a schedule that knows the
 table beats a rule of thumb.
 """
 
@@ -21,20 +21,20 @@ from typing import TYPE_CHECKING
 
 from colm_edge.errors import WriteError
 from colm_edge.files import replacing
+from colm_edge.llama.costs import CostTable
 
 if TYPE_CHECKING:
     from colm_edge.llama.session import Session
-from colm_edge.llama.costs import CostTable
 
-VERSION = 7  # of how it is measured
-# On CPUs with steps behind multiples of 16 tokens, both sides of a step.
+VERSION = 7  # of the method; tables of other versions are measured again
+# Some CPUs have a step after each multiple of 16 tokens: 16 and 17, 32 and 33 are its two sides.
 SIZES = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 16, 17, 20, 24, 32, 33, 40, 48, 64)
-N_PAST = 128  # tokens in the cache before each decode, where the context has room for them
-SECONDS = 4.0  # of measuring, but for the decode in flight
+N_PAST = 128  # tokens in the KV cache before each decode, if the context has room for them
+SECONDS = 4.0  # of measuring, plus the decode in flight
 ROUNDS = 8
-SEVERAL = 4  # tokens whose states are all wanted, to see what more than one costs
+SEVERAL = 4  # tokens of the decode that measures the cost of more than one output
 OFTEN = 16  # sizes up to this one are measured in every round
-LONG = 0.005  # seconds of a decode for which building a graph is nothing
+LONG = 0.005  # seconds of a decode that make the time to build a graph negligible
 
 
 def kept_table(session: Session) -> CostTable | None:
@@ -43,17 +43,17 @@ def kept_table(session: Session) -> CostTable | None:
         kept = json.loads(_cache_file(session).read_text())
         return CostTable(tuple(kept["sizes"]), tuple(kept["seconds"]), float(kept["several"]))
     except (OSError, ValueError, KeyError, TypeError):
-        return None  # none, or a broken one: measured anew
+        return None  # missing or broken: it is measured again
 
 
 def cost_table(
     session: Session, *, fresh: bool = False, note: Callable[[str], None] = lambda text: None
 ) -> CostTable:
-    """Return a session's table from the cache, or measure it and keep it there.
+    """Return a session's table from the cache, or measure it and cache it.
 
-    The cache is a file for each model, machine and settings under $XDG_CACHE_HOME (or
-    ~/.cache)/colm-edge. fresh: measure in any case. note: told when it takes a while. The session
-    itself is left alone.
+    The cache has a file per model, machine and settings under $XDG_CACHE_HOME (or
+    ~/.cache)/colm-edge. fresh: measure in any case. note: called with a message before a
+    measurement, which takes seconds. The session's own timeline does not change.
     """
     kept = None if fresh else kept_table(session)
     if kept is not None:
@@ -61,12 +61,14 @@ def cost_table(
     note(f"measuring {session.model.path.name} on this machine, once")
     table = measure(session)
     path = _cache_file(session)
-    with suppress(OSError, WriteError):  # a cache that cannot be written is measured again
+    with suppress(OSError, WriteError):  # without a cache it is measured again next time
         path.parent.mkdir(parents=True, exist_ok=True)
         content = {
-            "model": str(session.model.path), "sizes": table.sizes, "seconds": table.seconds,
+            "model": str(session.model.path),
+            "sizes": table.sizes,
+            "seconds": table.seconds,
             "several": table.several,
-        }  # fmt: skip
+        }
         with replacing(path) as temporary:
             temporary.write_text(json.dumps(content) + "\n")
     return table
@@ -75,10 +77,10 @@ def cost_table(
 def measure(session: Session) -> CostTable:
     """Time decodes of every size behind the same prefix, in a context of their own.
 
-    Sizes take turns, and of a size's times the (lower) median counts: what disturbs a machine for a
-    moment then spoils no size for good. SECONDS is reached by the sizes in rising order, so of a
-    large model the largest may be left out, and the smallest are measured most often; of the others
-    those again that took longer than a larger one.
+    The sizes take turns, and the (lower) median of a size's times counts, so that a short
+    disturbance does not spoil a size. Sizes are measured in rising order until SECONDS are over: a
+    large model may lack the largest ones. Later rounds measure the small sizes again, and those
+    that took longer than a larger one.
     """
     largest = min(SIZES[-1], session.n_batch)
     n_past = max(1, min(N_PAST, session.n_ctx - largest))
@@ -86,10 +88,10 @@ def measure(session: Session) -> CostTable:
         draw = random.Random(0)
         n_vocab = twin.model.n_vocab
         prefix = [draw.randrange(n_vocab) for _ in range(n_past)]
-        # Two continuations that differ at once: either drops the other and is evaluated whole.
+        # Two continuations that differ in their first token, so that each is evaluated whole.
         one = [draw.randrange(n_vocab - 1) for _ in range(largest)]
         turns = (one, [token + 1 for token in one])
-        twin.want_hidden(False)  # with it every state of a batch is wanted
+        twin.want_hidden(False)  # with hidden states every token of a batch is an output
         kinds = [(n, False) for n in SIZES if n <= min(largest, twin.n_ctx - n_past)]
         if (SEVERAL, False) in kinds:
             kinds.insert(kinds.index((SEVERAL, False)) + 1, (SEVERAL, True))
@@ -99,8 +101,8 @@ def measure(session: Session) -> CostTable:
         begun, turn = perf_counter(), 0
         for i in range(ROUNDS):
             for kind in _again(times) if i else kinds:
-                # llama.cpp keeps its graph from one decode to the next of the same size, as in a
-                # loop of single tokens; for a very small model that is a third of the time.
+                # llama.cpp reuses its graph when the next decode has the same size, as in a loop of
+                # single tokens. Building it takes a third of the time of a very small model.
                 n, all_states = kind
                 for _ in range(3):
                     before, turn = twin.seconds, 1 - turn
@@ -115,7 +117,7 @@ def measure(session: Session) -> CostTable:
 
 
 def _again(times: dict[tuple[int, bool], list[float]]) -> list[tuple[int, bool]]:
-    """Return what to measure once more: the small sizes, and where another is doubtful."""
+    """Return what to measure again: the small sizes, and those slower than a larger one."""
     found, least = list[tuple[int, bool]](), math.inf
     for kind, taken in reversed(times.items()):
         took = statistics.median_low(taken)
@@ -141,11 +143,20 @@ def _cache_file(session: Session) -> Path:
     home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     builds = [library.stat().st_size for library in cpu_libraries()]
     settings = (
-        VERSION, platform.node(), llama_cpp.__version__, builds, model_params().use_extra_bufts,
-        llama_cpp.llama_print_system_info(), session.model.n_gpu_layers, session.model.rpc,
+        VERSION,
+        platform.node(),
+        llama_cpp.__version__,
+        builds,
+        model_params().use_extra_bufts,
+        llama_cpp.llama_print_system_info(),
+        session.model.n_gpu_layers,
+        session.model.rpc,
         session.n_threads,
-        session.n_batch, session.n_ubatch, session.flash_attn, session.options.cache_type_k,
+        session.n_batch,
+        session.n_ubatch,
+        session.flash_attn,
+        session.options.cache_type_k,
         session.options.cache_type_v,
-    )  # fmt: skip
+    )
     key = hashlib.sha256(repr((session.model.fingerprint, settings)).encode()).hexdigest()
     return Path(home) / "colm-edge" / "costs" / f"{key[:24]}.json"

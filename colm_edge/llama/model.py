@@ -1,4 +1,7 @@
-"""Model: a GGUF file in llama.cpp, its vocabulary at once, its weights at the first evaluation."""
+"""Model: a GGUF file in llama.cpp, and whether two models share a vocabulary.
+
+The vocabulary is read at once, the weights at the first evaluation.
+"""
 
 from __future__ import annotations
 
@@ -18,22 +21,23 @@ from colm_edge.llama import huge_pages
 from colm_edge.llama.backend import last_errors, model_params
 from colm_edge.llama.rpc import check_servers, device_list
 
-# llama.cpp takes two vocabularies as one when they differ in at most so many rows.
+# llama.cpp's limit: two vocabularies may differ in size by this many rows.
 MAX_VOCAB_DIFFERENCE = 128
-# Ids below this are special tokens that families of one vocabulary name differently.
+# Lower ids are special tokens, which models of one vocabulary may name differently.
 FIRST_COMPARED_TOKEN = 5
-FINGERPRINT_PLACES = 1024  # of a model's file, evenly spread
-FINGERPRINT_BYTES = 4096  # at each
+FINGERPRINT_PLACES = 1024  # in a model's file, evenly spread
+FINGERPRINT_BYTES = 4096  # read at each place
 
 
 class Model:
     """A GGUF file. The vocabulary is read at once, the weights at the first `load`.
 
-    lora: a LoRA adapter in GGUF for these weights; every context of the model runs with it.
-    rpc: machines that hold the layers instead of this one, HOST:PORT of llama.cpp's RPC servers.
-    progress: told the share of the weights that is read; what it raises ends the load.
+    lora: a LoRA adapter in GGUF for these weights; every context of the model uses it.
+    rpc: addresses (HOST:PORT) of llama.cpp's RPC servers that hold the layers instead of this
+        machine.
+    progress: called with the share of the weights that is read; an exception in it ends the load.
 
-    Raises ModelError when a file is missing, not a GGUF or truncated, or the model recurrent.
+    Raises ModelError when a file is missing, not a GGUF or truncated, or the model is recurrent.
     """
 
     def __init__(
@@ -54,7 +58,7 @@ class Model:
         self._handle: Any = None
         self._adapter: Any = None  # llama.cpp frees it with the model
         self._loaded = False
-        # Loading the weights replaces the handle; others may be asking the vocabulary meanwhile.
+        # Loading the weights replaces the handle, which other threads may be using to tokenize.
         self._lock = threading.RLock()
         for file in self.files:
             _check_gguf(file)
@@ -63,30 +67,30 @@ class Model:
         if llama.llama_model_is_recurrent(handle) or llama.llama_model_is_hybrid(handle):
             self.close()
             raise ModelError(
-                f"{self.path}: a recurrent model cannot drop the end of its state, which "
-                "following another model needs; use an attention model"
+                f"{self.path}: a recurrent model cannot roll back its state, as a collaboration "
+                "needs; use an attention model"
             )
 
     @property
     def files(self) -> tuple[Path, ...]:
-        """The files that decide what the model says: its weights, and its adapter if any."""
+        """The files that make up the model: its weights, and its adapter if it has one."""
         return (self.path,) if self.lora is None else (self.path, self.lora)
 
     @cached_property
     def fingerprint(self) -> str:
-        """What tells this model, its adapter included, from others."""
+        """A hash that identifies the model and its adapter."""
         return fingerprint(*self.files)
 
     def _open(self, vocab_only: bool, check: Callable[[], None] | None = None) -> Any:
         params = model_params()
         params.vocab_only = vocab_only
         params.n_gpu_layers = self.n_gpu_layers
-        raised: list[BaseException] = []  # ctypes would print it to stderr and go on
+        raised: list[BaseException] = []  # ctypes would print the exception and continue
         devices = None if vocab_only or not self.rpc else device_list(self.rpc)
         if devices is not None:
             params.devices = ctypes.cast(devices, ctypes.c_void_p)
         if not vocab_only:
-            # The parameters keep it alive.
+            # `params` keeps the callback alive.
             params.progress_callback = _progress_callback(self._progress, check, raised)
         last_errors.clear()
         handle = llama.llama_model_load_from_file(os.fsencode(self.path), params)
@@ -107,7 +111,7 @@ class Model:
     def load(self, check: Callable[[], None] | None = None) -> Any:
         """Return llama.cpp's model, reading the weights on the first call.
 
-        check: called now and then meanwhile; what it raises ends the load.
+        check: called repeatedly during the load; an exception in it ends the load.
         """
         with self._lock:
             if not self._loaded:
@@ -131,13 +135,13 @@ class Model:
             reason = next((m for m in last_errors if "lora" in m), "llama.cpp refused the file")
             reason = reason.split("adapter: ", 1)[-1]
             raise ModelError(
-                f"{self.lora}: no LoRA adapter for {self.path}: {reason}; expected one that was "
-                "trained on this model and written as GGUF"
+                f"{self.lora}: not a LoRA adapter for {self.path}: {reason}; expected a GGUF file "
+                "with an adapter that was trained on this model"
             )
         return adapter
 
     def adapt(self, context: Any) -> None:
-        """Put the model's adapter, if it has one, on a fresh llama.cpp context of it.
+        """Apply the model's adapter, if it has one, to a new llama.cpp context of the model.
 
         Raises ModelError when llama.cpp refuses.
         """
@@ -152,8 +156,8 @@ class Model:
         return self._loaded
 
     def unload(self) -> None:
-        """Free the weights and keep the vocabulary; the next `load` reads them again. Contexts of
-        the model must be freed before."""
+        """Free the weights and keep the vocabulary; the next `load` reads the weights again. Free
+        the model's contexts first."""
         with self._lock:
             if self._loaded:
                 vocabulary = self._open(vocab_only=True)
@@ -161,7 +165,7 @@ class Model:
                 self._handle, self._adapter, self._loaded = vocabulary, None, False
 
     def close(self) -> None:
-        """Free the model; its sessions must be closed before it."""
+        """Free the model. Close its sessions first."""
         with self._lock:
             if self._handle is not None:
                 llama.llama_model_free(self._handle)
@@ -221,7 +225,7 @@ class Model:
         return {}
 
     def piece(self, token: int) -> bytes:
-        """Return the bytes a token stands for; a special token's are empty."""
+        """Return the bytes of a token; a special token has none."""
         found = self._pieces.get(token)
         if found is None:
             size = 64
@@ -244,8 +248,8 @@ class Model:
     def tokenize(self, text: str, *, special: bool = True, bos: bool = True) -> list[int]:
         """Return the token ids of a text.
 
-        special: read the names of special tokens in the text as those tokens.
-        bos: put the begin token first, where the vocabulary wants one.
+        special: turn the names of special tokens in the text into those tokens.
+        bos: put the begin token first, if the vocabulary adds one.
         """
         raw = text.encode("utf-8", "replace")
         size = len(raw) + 8
@@ -259,7 +263,7 @@ class Model:
 
     @cached_property
     def bos_text(self) -> str:
-        # Without the key llama.cpp names a default that many vocabularies use otherwise.
+        # Without this key llama.cpp returns a default id, which may be an ordinary token here.
         if self.metadata("tokenizer.ggml.bos_token_id") is None:
             return ""
         token = llama.llama_vocab_bos(self._vocab)
@@ -272,7 +276,7 @@ class Model:
 
     @cached_property
     def end_token(self) -> int:
-        """The token that ends a turn (or the text, where turns have no token of their own)."""
+        """The token that ends a turn, or the text if the vocabulary has no end-of-turn token."""
         token = int(llama.llama_vocab_eot(self._vocab))
         return token if token >= 0 else int(llama.llama_vocab_eos(self._vocab))
 
@@ -284,11 +288,12 @@ class Model:
             return frozenset(i for i in range(self.n_vocab) if llama.llama_vocab_is_eog(vocab, i))
 
     def token_id(self, text: str) -> int | None:
-        """Return the id of a token by its spelling; the added ones stand last."""
+        """Return the id of a token by its spelling, or None; added tokens are last, so it searches
+        from the end."""
         return next((i for i in reversed(range(self.n_vocab)) if self.token_text(i) == text), None)
 
     def vocab_kind(self) -> tuple[tuple[str, int], ...]:
-        """What two vocabularies must have in common besides their tokens."""
+        """Return what two vocabularies must have in common besides their tokens."""
         vocab = self._vocab
         add_bos = bool(llama.llama_vocab_get_add_bos(vocab))
         add_eos = bool(llama.llama_vocab_get_add_eos(vocab))
@@ -306,14 +311,15 @@ def _progress_callback(
     check: Callable[[], None] | None,
     raised: list[BaseException],
 ) -> Any:
-    """Return llama.cpp's callback that tells `progress`, and ends the load where either raises."""
+    """Return llama.cpp's callback. It calls `progress` and `check`, keeps what they raise in
+    `raised`, and then ends the load."""
     ask_for_huge_pages: Callable[[], None] | None = huge_pages.watch()
 
     @llama.llama_progress_callback  # type: ignore[untyped-decorator]
     def on_progress(share: float, _: Any) -> bool:
         nonlocal ask_for_huge_pages
         try:
-            # At the first call the weights' buffers are there, and nothing is in them yet.
+            # At the first call the buffers of the weights are allocated and still empty.
             if ask_for_huge_pages is not None:
                 ask_for_huge_pages()
                 ask_for_huge_pages = None
@@ -329,7 +335,7 @@ def _progress_callback(
 
 
 def fingerprint(*paths: Path) -> str:
-    """Tell files apart without reading all of them: by their sizes, and bytes from all over."""
+    """Return a hash of the files' sizes and of samples of their bytes, without reading it all."""
     digest = hashlib.sha256()
     for path in paths:
         size = path.stat().st_size
@@ -352,10 +358,10 @@ def _check_gguf(path: Path) -> None:
 
 
 def shared_vocab(base: Model, expert: Model) -> int:
-    """Return how many ids two models share; ids at or above it belong to one of them alone.
+    """Return how many ids two models share; higher ids belong to one of them only.
 
     The rule is llama.cpp's for draft models: type, BOS, EOS and add flags agree, sizes differ by
-    at most 128, token texts agree from id 5 on. Raises MismatchError naming what differs.
+    at most 128, and token texts agree from id 5 on. Raises MismatchError that names the difference.
     """
     names = f"{base.path.name} and {expert.path.name}"
     for (what, ours), (_, theirs) in zip(base.vocab_kind(), expert.vocab_kind(), strict=True):

@@ -1,4 +1,4 @@
-"""Both sessions of a pair in one file: what was evaluated once need not be again."""
+"""Save both sessions of a pair in a file, so that a prompt is not evaluated again after a restart."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ def save_prompts(path: str | os.PathLike[str], base: Session, expert: Session) -
 
 
 def load_prompts(path: str | os.PathLike[str], base: Session, expert: Session) -> None:
-    """Take up what `save_prompts` wrote; the expert stays unloaded until it is asked.
+    """Restore what `save_prompts` wrote; the expert is still loaded at its first call only.
 
     Raises ColmError when the file is missing, broken, or of other models or settings.
     """
     try:
-        # Opened here, since np.load leaves a file open that it cannot read.
+        # Opened here, because np.load does not close a file that it cannot read.
         with open(path, "rb") as file, np.load(file, allow_pickle=False) as loaded:
             parts = {name: loaded[name] for name in loaded.files}
         about = json.loads(str(parts["about"]))
@@ -42,19 +42,19 @@ def load_prompts(path: str | os.PathLike[str], base: Session, expert: Session) -
     except OSError as e:
         raise ColmError(f"{path}: cannot read the prompt cache: {e.strerror or e}") from e
     except (ValueError, TypeError, KeyError, EOFError, zipfile.BadZipFile) as e:
-        raise ColmError(f"{path}: not a prompt cache, or a broken one; name another file") from e
+        raise ColmError(f"{path}: not a prompt cache, or a broken one; give another file") from e
     ours = _about(base, expert)
     differs = [key for key in ours if about.get(key) != ours[key]]
     if differs:
         raise ColmError(
-            f"{path}: a prompt cache of another {differs[0].replace('_', ' ')}; name another file"
+            f"{path}: a prompt cache of another {differs[0].replace('_', ' ')}; give another file"
         )
     for session, state in zip((base, expert), states, strict=True):
         session.restore(state)
 
 
 def _about(base: Session, expert: Session) -> dict[str, object]:
-    """Return what two pairs must have in common to share a prompt cache."""
+    """Return what must be equal for two pairs to share a prompt cache."""
     import llama_cpp
 
     options = base.options

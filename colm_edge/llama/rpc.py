@@ -1,7 +1,7 @@
-"""Weights on other machines, through llama.cpp's RPC backend.
+"""Put a model's weights on other machines, through llama.cpp's RPC backend.
 
-Each machine runs llama.cpp's own ggml-rpc-server, of the same version as here. A model's layers
-are sent there when its weights are loaded; after that only activations are sent.
+Each machine runs llama.cpp's ggml-rpc-server, of the same version as here. A model's layers are
+sent there when its weights are loaded; after that only activations are sent.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from colm_edge.errors import ModelError
 from colm_edge.llama import ggml
 
 CONNECT_TIMEOUT = 5.0  # seconds
-HELLO, HELLO_BYTES = 14, 24  # the number of the command, in all versions, and its argument's size
+HELLO, HELLO_BYTES = 14, 24  # the command's number, in all versions, and its argument's size
 _greeted: set[str] = set()  # servers that have answered this process
 
 
 def check_servers(servers: Sequence[str]) -> None:
     """Raise ModelError if this llama.cpp has no RPC, or a server does not answer.
 
-    llama.cpp itself ends the process when it cannot connect.
+    llama.cpp itself aborts the process when it cannot connect.
     """
     if not llama.llama_supports_rpc():
         raise ModelError(
@@ -36,7 +36,7 @@ def check_servers(servers: Sequence[str]) -> None:
         host, _, port = server.rpartition(":")
         if not host or not (port.isascii() and port.isdigit()):
             raise ModelError(f"{server!r} is not the address of an RPC server; expected HOST:PORT")
-        if server in _greeted:  # it serves one client at a time, now this process
+        if server in _greeted:  # it serves one client at a time, and that is this process
             continue
         try:
             with socket.create_connection((host, int(port)), CONNECT_TIMEOUT) as connection:
@@ -62,9 +62,9 @@ def _greet(connection: socket.socket) -> None:
         raise ValueError(
             "it does not answer: it may be serving another client, or is not an RPC server"
         ) from e
-    # 8 bytes with the length of the rest: 4 of the version, and HELLO_BYTES of capabilities.
+    # 8 bytes for the length of the rest: 4 bytes of version and HELLO_BYTES of capabilities.
     if answer[:8] != struct.pack("<Q", 4 + HELLO_BYTES):
-        raise ValueError("its answer is not the one of this llama.cpp's version")
+        raise ValueError("its answer is not that of this llama.cpp's version")
 
 
 def device_list(servers: Sequence[str]) -> Any:

@@ -1,4 +1,4 @@
-"""Draw tokens with llama.cpp's own samplers, in llama.cpp's order."""
+"""Sample tokens with llama.cpp's own samplers, in llama.cpp's order."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _CANDIDATE = np.dtype([("id", np.int32), ("logit", np.float32), ("p", np.float32
 
 
 class ChainSampler:
-    """Pick a token from logits; one seed and one sequence of logits give one answer.
+    """Pick a token from logits. The same seed and the same logits give the same tokens.
 
     history: tokens already written, for the penalties.
     never: ids that are never picked.
@@ -34,7 +34,7 @@ class ChainSampler:
         never: Sequence[int] = (),
     ) -> None:
         self._never = list(never)
-        # Samplers sort and cut the candidates where they stand, so they are written anew each time.
+        # Samplers sort and cut the candidates in place, so they are written again for each token.
         self._candidates = np.zeros(n_vocab, _CANDIDATE)
         self._ids = np.arange(n_vocab, dtype=np.int32)
         chain = llama.llama_sampler_chain_init(llama.llama_sampler_chain_default_params())
@@ -79,7 +79,7 @@ class ChainSampler:
         return token
 
     def copy(self) -> Self:
-        """Return a sampler that would pick what this one would; it shares the scratch memory."""
+        """Return a sampler that makes the same picks from now on; it shares the scratch memory."""
         twin = copy.copy(self)
         twin._chain = llama.llama_sampler_clone(self._chain)
         return twin

@@ -1,4 +1,4 @@
-"""A scoring pass: many documents of one model, evaluated together."""
+"""A scoring pass: evaluate many documents with one model, several per batch."""
 
 from __future__ import annotations
 
@@ -13,25 +13,23 @@ from colm_edge.llama.session import Session
 
 Ints = npt.NDArray[np.int64]
 
-# The logits of one batch of a scoring pass are kept under this many bytes.
-SCORE_BYTES = 256 << 20
-SCORE_BATCH = 512  # its tokens
-# Documents that a scoring pass evaluates together.
-MAX_SEQUENCES = 64
+SCORE_BYTES = 256 << 20  # the most bytes of a batch's logits
+SCORE_BATCH = 512  # the tokens of a batch
+MAX_SEQUENCES = 64  # the documents that are evaluated together
 
 
 class Scorer:
-    """Many documents of one model, several at a time, in a context of its own; use it in `with`.
+    """Evaluates documents in a context of its own; use it in `with`.
 
-    A batch holds as many documents as fit, each a sequence, since short documents one by one would
-    leave the processor idle. The session's timeline is left alone, its account is kept.
+    A batch has as many documents as fit, one sequence each: one short document at a time would
+    leave the processor idle. The session's timeline does not change; its account counts the tokens.
 
-    n_cells: how many tokens the context holds. hidden: whether the hidden states are wanted too.
+    n_cells: how many tokens the context holds. hidden: whether to return hidden states as well.
     """
 
     def __init__(self, session: Session, n_cells: int, *, hidden: bool) -> None:
         self.model, self._hidden = session.model, hidden
-        # llama.cpp wants no more sequences than a batch has tokens.
+        # llama.cpp allows at most as many sequences as a batch has tokens.
         n = max(MAX_SEQUENCES, min(SCORE_BATCH, n_cells))
         self._context = session.new_context(max(n_cells, n), n, MAX_SEQUENCES)
         self._n_outputs = min(n, max(8, SCORE_BYTES // (4 * self.model.n_vocab)))
@@ -46,19 +44,19 @@ class Scorer:
     def score(
         self, tokens: npt.NDArray[np.int32], lengths: Ints, starts: Ints
     ) -> Iterator[tuple[Floats, Floats]]:
-        """Evaluate documents together; yield the outputs that predict their scored tokens.
+        """Evaluate documents together; yield the states that predict their scored tokens.
 
-        tokens: those of all documents, one after the other. lengths, starts: (k,), k at most
-        MAX_SEQUENCES, starts at least 1; the lengths' sum is at most n_cells.
-        Yields (logits (n, n_vocab), hidden (n, n_embd), or (0,) where not wanted) for the next n
-        of the scored tokens: views that the next step overwrites.
+        tokens: the tokens of all documents, concatenated. lengths: (k,), k at most MAX_SEQUENCES,
+        their sum at most n_cells. starts: (k,), the first scored token of each, at least 1.
+        Yields (logits (n, n_vocab), hidden (n, n_embd) or (0,)) for the next n of the scored
+        tokens: views that the next step overwrites.
         """
         context = self._context
         document = np.repeat(np.arange(len(lengths)), lengths)
         begins = np.cumsum(lengths) - lengths
         position = np.arange(len(tokens)) - begins[document]
-        # The state at a position predicts the token after it, so the last one is never evaluated,
-        # and with embeddings on every token of a batch is an output: prompts go first, without.
+        # The state at a position predicts the token after it, so the last token is not evaluated.
+        # With embeddings on, every token of a batch is an output, so prompts go first, without.
         is_prompt = position < starts[document] - 1
         is_last = position == lengths[document] - 1
         context.clear()
@@ -72,5 +70,5 @@ class Scorer:
 
 
 def _in_batches(rows: npt.NDArray[np.intp], most: int) -> list[npt.NDArray[np.intp]]:
-    """Split into the fewest batches, of one size: a last one of a few tokens is a slow one."""
+    """Split into the fewest batches, all of about one size: a small last one would be slow."""
     return np.array_split(rows, -(-len(rows) // most)) if len(rows) else []

@@ -1,7 +1,7 @@
 """Session: one timeline of one model, as token ids.
 
-The caller hands over the whole token prefix with `sync`; the session works out what to keep, drop
-and evaluate, and in which batches.
+The caller passes the whole token prefix to `sync`. The session decides what to keep, roll back and
+evaluate, and in which batches.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from colm_edge.llama.context import Account, Bytes, Context, ContextOptions, Flo
 from colm_edge.llama.costs import CostTable
 from colm_edge.llama.model import Model
 
-# Tokens (n,), and llama.cpp's state of them.
+# Tokens (n,), and llama.cpp's state after them.
 Snapshot = tuple[npt.NDArray[np.int32], Bytes]
 
 
 class Piece(NamedTuple):
-    """Tokens start to end of a prefix, evaluated in one batch that is filled up to `size`."""
+    """Tokens start to end of a prefix, evaluated in one batch that is padded to `size`."""
 
     start: int
     end: int
@@ -34,11 +34,11 @@ class Piece(NamedTuple):
 
 
 class Session:
-    """One timeline of a model. The context is created, and weights read, at the first `sync`.
+    """One timeline of a model. The first `sync` reads the weights and creates the context.
 
-    hidden: whether the last hidden state is wanted beside the logits.
-    costs: what decodes cost here; with it, batches are cut, or filled up, to the cheapest sizes.
-    progress: told the share that is done of a `sync` longer than one batch.
+    hidden: whether `state` returns the hidden state as well as the logits.
+    costs: what decodes cost here; if set, batches are cut or padded to the cheapest sizes.
+    progress: called with the share that is done of a `sync` longer than one batch.
     """
 
     def __init__(self, model: Model, options: ContextOptions, *, hidden: bool = False) -> None:
@@ -52,18 +52,18 @@ class Session:
         self._positions: npt.NDArray[np.int32]  # 0, 1, 2 …
         self._tokens = array("i")  # what the KV cache holds
         self._torn = False  # a decode was interrupted: the cache may hold more than _tokens
-        self._fresh = False  # logits and hidden belong to the last of _tokens
+        self._fresh = False  # llama.cpp's outputs belong to the last of _tokens
         self._first = 0  # the position of the first token of the last decode
-        self._saved: Snapshot | None = None  # taken up when the context is made
+        self._saved: Snapshot | None = None  # restored when the context is created
 
     @property
     def created(self) -> bool:
-        """Whether the context exists, that is, whether anything was ever evaluated."""
+        """Whether the context exists and so takes memory."""
         return self._context.created
 
     @property
     def n_evaluated(self) -> int:
-        """Tokens evaluated, whatever became of them."""
+        """Tokens evaluated, rolled back ones included."""
         return self.account.n_evaluated
 
     @property
@@ -78,7 +78,7 @@ class Session:
 
     @property
     def load_seconds(self) -> float:
-        """Seconds of reading the weights and making the context."""
+        """Seconds of reading the weights and creating the context."""
         return self.account.load_seconds
 
     @property
@@ -101,16 +101,16 @@ class Session:
         """Whether flash attention is used."""
         return self.options.flash_attn_of(self.model)
 
-    # What the model is, for whoever does not ask where it runs.
+    # What every kind of expert tells of its model.
 
     @property
     def name(self) -> str:
-        """The model's file."""
+        """The path of the model's file."""
         return str(self.model.path)
 
     @property
     def fingerprint(self) -> str:
-        """What tells the model from others."""
+        """A hash that identifies the model."""
         return self.model.fingerprint
 
     @property
@@ -119,14 +119,14 @@ class Session:
         return self.model.end_tokens
 
     def want_hidden(self, wanted: bool) -> bool:
-        """Set whether `sync` leaves the hidden state beside the logits; return what was set."""
+        """Set whether `state` returns the hidden state too; return the previous setting."""
         before, self.wants_hidden = self.wants_hidden, wanted
         if wanted and not before:
-            self._fresh = False  # the last token must be evaluated again for its hidden state
+            self._fresh = False  # evaluate the last token again, for its hidden state
         return before
 
     def open(self, cancel: Cancel | None = None) -> None:
-        """Read the weights and make the context now rather than at the first `sync`."""
+        """Read the weights and create the context now instead of at the first `sync`."""
         if self._context.created:
             return
         self._context.open(cancel)
@@ -136,12 +136,12 @@ class Session:
             self._restore(*saved)
 
     def new_context(self, n_ctx: int, n_batch: int, n_sequences: int = 1) -> Context:
-        """Return another context of the same model and settings, on this session's account."""
+        """Return another context of the same model and settings, which shares the account."""
         return Context(self.model, self.options, n_ctx, n_batch, n_sequences, self.account)
 
     @contextmanager
     def twin(self, n_ctx: int) -> Iterator[Session]:
-        """Have another session of the same model and settings for a while."""
+        """Yield another session of the same model and settings; close it at the end."""
         options = replace(self.options, n_ctx=n_ctx, n_batch=min(self.n_batch, n_ctx))
         twin = Session(self.model, options, hidden=self.wants_hidden)
         try:
@@ -150,26 +150,26 @@ class Session:
             twin.close()
 
     def forget(self) -> None:
-        """Drop every token, so that the next `sync` evaluates all of its own."""
+        """Empty the KV cache, so that the next `sync` evaluates every token."""
         self._saved = None
         if self._context.created:
             self._drop(0)
 
     def follow(self, tokens: array[int]) -> None:
-        """Do nothing: this expert catches up when it is asked. `Background` does it beside."""
+        """Do nothing: a session catches up at its next `sync`. `Background` does it earlier."""
 
     def sync(
         self, tokens: Sequence[int], outputs: Sequence[int] = (), cancel: Cancel | None = None
     ) -> int:
-        """Make this timeline equal to `tokens` and its outputs current.
+        """Make this timeline equal to `tokens`; return the number of tokens evaluated.
 
-        Keeps the common prefix, drops what differs, evaluates the rest in batches; returns the
-        number of tokens evaluated. Afterwards `state` gives logits (n_vocab,) and, if wanted,
-        the hidden state (n_embd,): views on llama.cpp's own memory, valid until the next call.
+        Keeps the common prefix, rolls back what differs, and evaluates the rest in batches. Then
+        `state` returns logits (n_vocab,) and, if wanted, the hidden state (n_embd,): views on
+        llama.cpp's memory, valid until the next call.
 
-        outputs: rising indexes of tokens whose states are wanted, the last token's among them;
-            they are evaluated in one batch, and `state` gives them. By default the last alone.
-        cancel: ends the load of the weights, and a `sync` of several batches between two of them.
+        outputs: rising positions of the tokens whose states are needed; the last one must be the
+            last token's. They are evaluated in one batch. By default the last token only.
+        cancel: ends the load of the weights, or a `sync` of several batches between two of them.
 
         Raises PromptError when the tokens do not fit the context.
         """
@@ -196,7 +196,7 @@ class Session:
         return self._evaluate(tokens, keep, outputs, cancel)
 
     def _append(self, token: int) -> int:
-        """Evaluate one more token: what `sync` does most of the time, in as little of Python."""
+        """Evaluate one more token: the most common case of `sync`, with little Python."""
         context, at = self._context, len(self._tokens)
         batch = context.batch
         self._torn, self._fresh = True, False
@@ -210,7 +210,7 @@ class Session:
     def _evaluate(
         self, tokens: array[int], keep: int, outputs: Sequence[int], cancel: Cancel | None
     ) -> int:
-        """Evaluate tokens[keep:]; return how many, what batches were filled up with included."""
+        """Evaluate tokens[keep:]; return how many tokens that took, padding included."""
         n, n_done = len(tokens), 0
         is_long = n - keep > self.n_batch
         self._torn, self._fresh = True, False
@@ -226,12 +226,12 @@ class Session:
         return n_done
 
     def _pieces(self, n: int, start: int, first_output: int) -> Iterator[Piece]:
-        """Cut the tokens from start to n into batches, the outputs all in the last one."""
+        """Cut the tokens from start to n into batches, with all outputs in the last one."""
         most = self.n_batch
         n_outputs = n - first_output
         if n_outputs > most:
             raise ValueError(f"{n_outputs} outputs, but a batch of at most {most}")
-        # With embeddings on every token is an output, so what is none goes first by itself.
+        # With embeddings on, every token is an output; the others go first, without embeddings.
         ends = [first_output, n] if self.wants_hidden else [n]
         for end in ends:
             tail = n_outputs if end == n else 0
@@ -246,7 +246,8 @@ class Session:
                     start += length
 
     def _cheapest(self, n: int, start: int, whole: bool) -> list[tuple[int, int]]:
-        """Return how n tokens behind `start` are best evaluated: (tokens, size of the batch)."""
+        """Return the cheapest way to evaluate n tokens from `start` on: (tokens, size of the
+        batch), in order."""
         if self.costs is None:
             return [(n, n)]
         return self.costs.pieces(n, min(self.n_batch, self.n_ctx - start), whole=whole)
@@ -267,7 +268,7 @@ class Session:
         return size
 
     def state(self, i: int) -> tuple[Floats, Floats]:
-        """Return (logits, hidden) after token i of the last `sync`, one of its outputs; views."""
+        """Return (logits, hidden) after token i, an output of the last `sync`: views."""
         return self._context.state(i - self._first, hidden=self.wants_hidden)
 
     @property
@@ -277,22 +278,22 @@ class Session:
 
     @property
     def hidden(self) -> Floats:
-        """The hidden state after the last token, (n_embd,), or (0,) where it is not wanted."""
+        """The hidden state after the last token, (n_embd,), or (0,) if it is not wanted."""
         return self.state(len(self._tokens) - 1)[1]
 
     def n_known(self, tokens: array[int]) -> int:
-        """Return how many of these tokens, from the first on, are evaluated already."""
+        """Return how many of these tokens, from the first on, are in the KV cache."""
         return common_prefix(self._tokens, tokens)
 
     def _drop(self, keep: int) -> None:
-        """Forget every position from `keep` on."""
+        """Roll the KV cache back to the first `keep` tokens."""
         self._torn, self._fresh = True, False
         del self._tokens[keep:]
         self._context.drop(0, keep)
         self._torn = False
 
     def snapshot(self) -> Snapshot:
-        """Return the tokens of this timeline and llama.cpp's state of them, for `restore`."""
+        """Return the tokens of this timeline and llama.cpp's state after them, for `restore`."""
         if self._saved is not None:
             return self._saved
         if not self._context.created or self._torn or not self._tokens:
@@ -300,8 +301,8 @@ class Session:
         return np.array(self._tokens, np.int32), self._context.save(0)
 
     def restore(self, snapshot: Snapshot) -> None:
-        """Take up a snapshot of a session of the same model and settings; where nothing was
-        evaluated yet, at the first evaluation.
+        """Restore a snapshot of a session of the same model and settings: now, or when the context
+        is created.
 
         Raises ModelError when llama.cpp refuses it, PromptError when it does not fit the context.
         """
@@ -327,7 +328,7 @@ class Session:
         self._tokens, self._torn = array("i", tokens.tolist()), False
 
     def close(self) -> None:
-        """Free the context; the session can be used again and starts anew."""
+        """Free the context. The session can be used again; it starts empty."""
         self._context.close()
         self._tokens, self._torn, self._fresh = array("i"), False, False
         self._saved = None
@@ -336,7 +337,7 @@ class Session:
 def common_prefix(one: array[int], other: array[int]) -> int:
     """Return how many tokens two prefixes have in common."""
     n = min(len(one), len(other))
-    # Slices are copied and compared as memory: microseconds for thousands of tokens.
+    # Comparing slices is a copy and a memcmp: microseconds for thousands of tokens.
     if one[:n] == other[:n]:
         return n
     low, high = 0, n  # equal before low, different before high

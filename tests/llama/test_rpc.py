@@ -64,7 +64,7 @@ def test_a_server_of_another_kind_is_told_from_one(monkeypatch):
 
         thread = threading.Thread(target=answer)
         thread.start()
-        with pytest.raises(ModelError, match=r"its answer is not the one of this llama.cpp"):
+        with pytest.raises(ModelError, match=r"its answer is not that of this llama.cpp"):
             check_servers([f"127.0.0.1:{listening.getsockname()[1]}"])
         thread.join(10)
 

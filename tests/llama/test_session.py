@@ -216,7 +216,7 @@ def test_a_compiler_whose_amx_code_crashes_is_known(note, breaks):
 
 
 def test_settings_that_contradict_each_other_are_refused():
-    with pytest.raises(ColmError, match="a cache of values in q8_0 needs flash attention"):
+    with pytest.raises(ColmError, match="a value cache in q8_0 needs flash attention"):
         ContextOptions(flash_attn="off", cache_type_v="q8_0")
     assert ContextOptions(flash_attn="off", cache_type_k="q8_0").cache_type_v == "f16"
 
