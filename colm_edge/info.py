@@ -9,14 +9,14 @@ from typing import Any
 
 import llama_cpp as llama
 
-from colm_edge.errors import MismatchError, SwitchError
+from colm_edge.errors import MismatchError
 from colm_edge.llama.context import ContextOptions
 from colm_edge.llama.costs import CostTable
 from colm_edge.llama.measure import cost_table, kept_table
 from colm_edge.llama.model import Model, shared_vocab
 from colm_edge.llama.session import Session
 from colm_edge.references import resolve
-from colm_edge.switch.file import ARCHITECTURE, Switch
+from colm_edge.switch.file import ARCHITECTURE, HEAD_BYTES, Switch, architecture
 
 N_CTX = 4096  # tokens that the memory is stated for, or fewer if the model was trained for fewer
 
@@ -52,21 +52,11 @@ def describe_files(
 def _as_switch(path: str) -> Switch | None:
     """Return the switch in a file, or None for a file of another kind."""
     try:
-        return Switch.load(path)
-    except SwitchError:
-        if _architecture(path) == ARCHITECTURE:
-            raise
-        return None
-
-
-def _architecture(path: str) -> str:
-    from gguf import GGUFReader
-
-    try:
-        field = GGUFReader(path).fields.get("general.architecture")
-    except Exception:  # gguf raises many types; reading the file as a model says more
-        return ""
-    return str(field.contents()) if field is not None else ""
+        with open(path, "rb") as file:
+            is_switch = architecture(file.read(HEAD_BYTES)) == ARCHITECTURE
+    except OSError:
+        return None  # reading the file as a model says what is wrong
+    return Switch.load(path) if is_switch else None
 
 
 def _switch_facts(switch: Switch) -> dict[str, Any]:
@@ -85,7 +75,7 @@ def _model_facts(model: Model, costs: bool, n_threads: int) -> dict[str, Any]:
     n_ctx = min(N_CTX, model.n_ctx_train) or N_CTX
     session = Session(model, ContextOptions(n_ctx=n_ctx, n_threads=n_threads))
     table = cost_table(session) if costs else kept_table(session)
-    weights = model.load()
+    weights = model.header()
     kind = llama.ctypes.create_string_buffer(128)
     llama.llama_model_desc(weights, kind, len(kind))
     size, n_params = (f(weights) for f in (llama.llama_model_size, llama.llama_model_n_params))
