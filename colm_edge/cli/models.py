@@ -87,9 +87,7 @@ def quantize_command(
     from colm_edge.references import resolve
 
     if allow_requantize:
-        say(
-            "Quantising a second time loses quality; the original in F16 or BF16 gives a better file."
-        )
+        say("Quantising a second time loses quality; start from F16 or BF16 where you can.")
     path = resolve(source, note=say)
     quantize(path, target, type_name, allow_requantize=allow_requantize, n_threads=n_threads)
     before, after = (Path(file).stat().st_size / 1e6 for file in (path, target))
