@@ -22,3 +22,6 @@ hiddenimports = [
     "_colm_edge_native",
     *collect_submodules("colm_edge", filter=lambda name: "_pyinstaller" not in name),
 ]
+# Training a switch needs scipy, and scipy takes PyTorch along where that is installed: gigabytes
+# that an app which only answers does without.
+excludedimports = ["scipy"]

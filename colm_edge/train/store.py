@@ -20,6 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from colm_edge.errors import DataError
+from colm_edge.files import replacing
 from colm_edge.train.documents import Documents, Ints
 
 Columns = dict[str, npt.NDArray[Any]]
@@ -175,10 +176,8 @@ class FolderStore:
         to_do = np.flatnonzero(~np.isin(documents.keys, known["key"]))
         self._index = np.concatenate([known, _entries(documents)[to_do]])
         if len(to_do):
-            temporary = self._folder / "documents.tmp"
-            with temporary.open("wb") as file:
+            with replacing(self._folder / INDEX_FILE) as temporary, temporary.open("wb") as file:
                 np.save(file, self._index)
-            os.replace(temporary, self._folder / INDEX_FILE)
         return to_do
 
     def _matches(self) -> bool:
@@ -227,13 +226,9 @@ def stored(
     path: Path, kind: np.dtype[Any], n: int, parts: Iterable[npt.NDArray[Any]]
 ) -> npt.NDArray[Any]:
     """Write n rows, part by part, to a file that appears once it is whole; return it mapped."""
-    temporary = path.with_suffix(".tmp")
+    with replacing(path) as temporary, disk_errors(path.parent):
+        _write_file(temporary, parts)
     with disk_errors(path.parent):
-        try:
-            _write_file(temporary, parts)
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
         return mapped(path, kind, n)
 
 

@@ -7,9 +7,8 @@ to make sure that it is the one in the file.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -20,7 +19,8 @@ from gguf import GGMLQuantizationType as Type
 from gguf.quants import dequantize, quantize
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from colm_edge.errors import ColmError, ModelError
+from colm_edge.errors import ModelError
+from colm_edge.files import replacing
 from colm_edge.llama.context import ContextOptions
 from colm_edge.llama.model import Model
 from colm_edge.llama.session import Session
@@ -222,14 +222,6 @@ def _stored(shape: tuple[int, ...], kind: Type) -> tuple[tuple[int, ...], type]:
 
 @contextmanager
 def _writing(path: Path, architecture: str) -> Iterator[gguf.GGUFWriter]:
-    """Give a writer on a temporary file; put it in its place if all goes well."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    writer = gguf.GGUFWriter(str(temporary), architecture)
-    try:
+    """Give a writer of a GGUF file that appears once it is whole."""
+    with replacing(path) as temporary, closing(gguf.GGUFWriter(temporary, architecture)) as writer:
         yield writer
-        writer.close()
-        os.replace(temporary, path)
-    except OSError as e:
-        raise ColmError(f"{path}: cannot write: {e.strerror or e}") from e
-    finally:
-        temporary.unlink(missing_ok=True)

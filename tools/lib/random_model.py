@@ -7,7 +7,6 @@ byte-level vocabulary, so any two make a pair.
 from __future__ import annotations
 
 import itertools
-import os
 import string
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -20,6 +19,7 @@ from gguf import GGMLQuantizationType as Type
 from gguf import GGUFWriter
 from gguf.constants import GGML_QUANT_SIZES
 
+from colm_edge.files import replacing
 from lib.llama_gguf import Shape, describe_llama
 
 END = "<|end|>"
@@ -130,24 +130,23 @@ def write_model(
     """
     rng = np.random.default_rng(seed)
     tokens, merges = vocabulary(shape.n_vocab)
-    temporary = path.with_name(path.name + ".tmp")
-    writer = GGUFWriter(str(temporary), architecture, use_temp_file=True)
-    writer.add_name(f"random {path.stem}")
-    describe_llama(
-        writer, shape, tokens, merges, extra_tokens=extra_tokens, chat_template=chat_template
-    )
-    for name, size, kind in tensors(shape, len(tokens) + len(extra_tokens), mix):
-        data = np.ones(size, np.float32) if len(size) == 1 else random_matrix(size, kind, rng)
-        if name == "output" and kind == Type.F32:
-            data *= np.float32(gain)
-            if endless:
-                data[0] = 0
-        writer.add_tensor(f"{name}.weight", data, raw_dtype=kind)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    os.replace(temporary, path)
+    with replacing(path) as temporary:
+        writer = GGUFWriter(str(temporary), architecture, use_temp_file=True)
+        writer.add_name(f"random {path.stem}")
+        describe_llama(
+            writer, shape, tokens, merges, extra_tokens=extra_tokens, chat_template=chat_template
+        )
+        for name, size, kind in tensors(shape, len(tokens) + len(extra_tokens), mix):
+            data = np.ones(size, np.float32) if len(size) == 1 else random_matrix(size, kind, rng)
+            if name == "output" and kind == Type.F32:
+                data *= np.float32(gain)
+                if endless:
+                    data[0] = 0
+            writer.add_tensor(f"{name}.weight", data, raw_dtype=kind)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
 
 
 def tensors(shape: Shape, n_tokens: int, mix: str) -> Iterator[tuple[str, tuple[int, ...], Type]]:

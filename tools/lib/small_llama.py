@@ -6,7 +6,6 @@ The studies share it. PyTorch and tokenizers are imported where they are used.
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from gguf import GGMLQuantizationType as Type
 from gguf import GGUFWriter, LlamaFileType
 from gguf.quants import quantize
 
+from colm_edge.files import replacing
 from lib.llama_gguf import Shape, describe_llama
 
 PRETOKEN = (  # the pre-tokenizer llama.cpp calls "qwen2": every digit stands alone
@@ -145,8 +145,8 @@ def train_model(
             print(f"{name} {done}/{steps} loss {average:.4f} {left:.0f} min left", flush=True)
         if done % SAVE_STEPS == 0 or done == steps:
             state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": done}
-            torch.save(state, checkpoint.with_suffix(".tmp"))
-            os.replace(checkpoint.with_suffix(".tmp"), checkpoint)
+            with replacing(checkpoint) as temporary:
+                torch.save(state, temporary)
     torch.save({"model": model.state_dict()}, work / f"{name}.pt")
 
 
@@ -179,33 +179,34 @@ def export(
     tokens = sorted(vocab["vocab"], key=vocab["vocab"].__getitem__)
     merges = [" ".join(m) if isinstance(m, list) else m for m in vocab["merges"]]
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    writer = GGUFWriter(str(temporary), "llama")
-    writer.add_name(title)
-    writer.add_license("MIT")
-    writer.add_file_type(LlamaFileType.MOSTLY_Q8_0)
-    describe_llama(writer, shape, tokens, merges, chat_template=chat_template)
+    with replacing(path) as temporary:
+        writer = GGUFWriter(str(temporary), "llama")
+        writer.add_name(title)
+        writer.add_license("MIT")
+        writer.add_file_type(LlamaFileType.MOSTLY_Q8_0)
+        describe_llama(writer, shape, tokens, merges, chat_template=chat_template)
 
-    def matrix(key: str, value: np.ndarray) -> None:
-        raw = quantize(np.ascontiguousarray(value), Type.Q8_0)
-        writer.add_tensor(f"{key}.weight", raw, raw_dtype=Type.Q8_0)
+        def matrix(key: str, value: np.ndarray) -> None:
+            raw = quantize(np.ascontiguousarray(value), Type.Q8_0)
+            writer.add_tensor(f"{key}.weight", raw, raw_dtype=Type.Q8_0)
 
-    matrix("token_embd", weights["token_embd.weight"])
-    writer.add_tensor("output_norm.weight", weights["output_norm.weight"])
-    for i in range(shape.n_layer):
-        layer = f"blk.{i}."
-        for norm in ("attn_norm", "ffn_norm"):
-            writer.add_tensor(f"{layer}{norm}.weight", weights[f"{layer}{norm}.weight"])
-        for part, value in zip("qkv", np.split(weights[f"{layer}attn_qkv.weight"], 3), strict=True):
-            matrix(f"{layer}attn_{part}", value)
-        gate, up = np.split(weights[f"{layer}ffn_gate_up.weight"], 2)
-        matrix(f"{layer}ffn_gate", gate)
-        matrix(f"{layer}ffn_up", up)
-        for part in ("attn_output", "ffn_down"):
-            matrix(f"{layer}{part}", weights[f"{layer}{part}.weight"])
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    os.replace(temporary, path)
+        matrix("token_embd", weights["token_embd.weight"])
+        writer.add_tensor("output_norm.weight", weights["output_norm.weight"])
+        for i in range(shape.n_layer):
+            layer = f"blk.{i}."
+            for norm in ("attn_norm", "ffn_norm"):
+                writer.add_tensor(f"{layer}{norm}.weight", weights[f"{layer}{norm}.weight"])
+            for part, value in zip(
+                "qkv", np.split(weights[f"{layer}attn_qkv.weight"], 3), strict=True
+            ):
+                matrix(f"{layer}attn_{part}", value)
+            gate, up = np.split(weights[f"{layer}ffn_gate_up.weight"], 2)
+            matrix(f"{layer}ffn_gate", gate)
+            matrix(f"{layer}ffn_up", up)
+            for part in ("attn_output", "ffn_down"):
+                matrix(f"{layer}{part}", weights[f"{layer}{part}.weight"])
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
     print(f"{path}: {path.stat().st_size / 1e6:.1f} MB")

@@ -25,6 +25,7 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from colm_edge.errors import ColmError, DataError, ModelError
+from colm_edge.files import replacing
 from colm_edge.switch.file import Switch
 from colm_edge.switch.reading import HIDDEN, sigmoids
 from colm_edge.switch.rules import DEFER_TOKEN
@@ -300,9 +301,8 @@ class Run:
         }
         if self.model.device.startswith("cuda"):
             state["rng_cuda"] = torch.cuda.get_rng_state(self.model.device)
-        temporary = self.state.with_suffix(".tmp")
-        torch.save(state, temporary)
-        os.replace(temporary, self.state)
+        with replacing(self.state) as temporary:
+            torch.save(state, temporary)
 
     def steps(self) -> Iterator[int]:
         """Take the remaining steps; yield the number of steps taken after each."""
