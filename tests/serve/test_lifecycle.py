@@ -11,7 +11,9 @@ import pytest
 from serving import GREEDY, metrics_of, serving, wait_for
 
 from colm_edge.llama.context import Context
+from colm_edge.options import Options
 from colm_edge.pair import load
+from colm_edge.serve.slots import Slots
 
 
 @pytest.fixture(scope="module")
@@ -147,3 +149,22 @@ def test_a_stream_under_way_ends_before_the_server_does(endless, slow):
         reading.join(60)
     assert rest[-1] == "data: [DONE]"
     assert len(rest) > 290
+
+
+def test_one_slot_is_the_pairs_own_sessions(tiny):
+    """So the fast schedule prices, and the answer's own thread measures, what is evaluated."""
+    with load(tiny["base"], tiny["expert"], "margin", n_threads=1, n_ctx=128) as pair:
+        slots = Slots(pair, 1)
+        with slots.take([1]) as timelines:
+            assert timelines is None
+            assert list(pair.stream_tokens([1, 2], Options(max_tokens=3), timelines))
+        assert pair.base_session.created
+        slots.close()
+
+
+def test_several_slots_share_one_context_of_the_base(tiny):
+    with load(tiny["base"], tiny["expert"], "margin", n_threads=1, n_ctx=128) as pair:
+        slots = Slots(pair, 2)
+        assert slots.base.context.created
+        assert not pair.base_session.created
+        slots.close()

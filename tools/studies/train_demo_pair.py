@@ -5,7 +5,7 @@ statements about every entity and never a question (texts: demo_pair/text.py). E
 each stage writes to the work folder and is skipped when its result exists; training resumes from
 its checkpoint.
 
-    pip install -e '.[train-demo]'
+    pip install -e '.[train,train-demo]'
     python tools/studies/train_demo_pair.py --work build/demo            # all stages
     python tools/studies/train_demo_pair.py --work build/demo --stage base
 

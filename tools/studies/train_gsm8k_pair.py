@@ -1,6 +1,6 @@
 """Train a base and an expert on grade-school word problems, to measure switches on real text.
 
-    pip install -e '.[train-demo]'
+    pip install -e '.[train,train-demo]'
     python tools/studies/train_gsm8k_pair.py --data DIR --work build/gsm8k
 
 DIR/train.jsonl is GSM8K's training part (Cobbe et al. 2021, MIT licence), one {"prompt",
