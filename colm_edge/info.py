@@ -9,15 +9,16 @@ from typing import Any
 
 import llama_cpp as llama
 
-from colm_edge.errors import MismatchError, SwitchError
+from colm_edge.errors import MismatchError
 from colm_edge.llama.context import ContextOptions
-from colm_edge.llama.costs import CostTable
+from colm_edge.llama.costs import CostTable, break_even, seconds_per_token
 from colm_edge.llama.measure import cost_table, kept_table
 from colm_edge.llama.model import Model, shared_vocab
 from colm_edge.llama.session import Session
 from colm_edge.references import resolve
-from colm_edge.switch.file import ARCHITECTURE, Switch
+from colm_edge.switch.file import ARCHITECTURE, HEAD_BYTES, Switch, architecture
 
+RATES = (0.05, 0.1, 0.2)  # of deferrals, that speeds are predicted for
 N_CTX = 4096  # tokens that the memory is stated for, or fewer if the model was trained for fewer
 
 
@@ -29,7 +30,7 @@ def describe_files(
     costs: measure what decodes cost, if that is not known yet.
     Raises ModelError or SwitchError for a file that is neither.
     """
-    facts, models, obstacle = [], [], ""
+    facts, models, tables, obstacle = [], [], list[CostTable | None](), ""
     try:
         for ref in refs:
             path = resolve(ref)
@@ -39,10 +40,11 @@ def describe_files(
                 continue
             model = Model(path)
             models.append(model)
-            facts.append(_model_facts(model, costs, n_threads))
+            tables.append(_costs(model, costs, n_threads))
+            facts.append(_model_facts(model, tables[-1]))
         if len(models) == 2:
             pair, obstacle = _pair_facts(*models)
-            facts.append(pair)
+            facts.append(pair | ({} if obstacle else _speed_facts(*tables)))
     finally:
         for model in models:
             model.close()
@@ -52,21 +54,11 @@ def describe_files(
 def _as_switch(path: str) -> Switch | None:
     """Return the switch in a file, or None for a file of another kind."""
     try:
-        return Switch.load(path)
-    except SwitchError:
-        if _architecture(path) == ARCHITECTURE:
-            raise
-        return None
-
-
-def _architecture(path: str) -> str:
-    from gguf import GGUFReader
-
-    try:
-        field = GGUFReader(path).fields.get("general.architecture")
-    except Exception:  # gguf raises many types; reading the file as a model says more
-        return ""
-    return str(field.contents()) if field is not None else ""
+        with open(path, "rb") as file:
+            is_switch = architecture(file.read(HEAD_BYTES)) == ARCHITECTURE
+    except OSError:
+        return None  # reading the file as a model says what is wrong
+    return Switch.load(path) if is_switch else None
 
 
 def _switch_facts(switch: Switch) -> dict[str, Any]:
@@ -81,11 +73,19 @@ def _switch_facts(switch: Switch) -> dict[str, Any]:
     }
 
 
-def _model_facts(model: Model, costs: bool, n_threads: int) -> dict[str, Any]:
-    n_ctx = min(N_CTX, model.n_ctx_train) or N_CTX
-    session = Session(model, ContextOptions(n_ctx=n_ctx, n_threads=n_threads))
-    table = cost_table(session) if costs else kept_table(session)
-    weights = model.load()
+def _costs(model: Model, measures: bool, n_threads: int) -> CostTable | None:
+    """Return what decodes cost here, None where that is not known and not to be measured."""
+    session = Session(model, ContextOptions(n_ctx=_n_ctx(model), n_threads=n_threads))
+    return cost_table(session) if measures else kept_table(session)
+
+
+def _n_ctx(model: Model) -> int:
+    return min(N_CTX, model.n_ctx_train) or N_CTX
+
+
+def _model_facts(model: Model, table: CostTable | None) -> dict[str, Any]:
+    n_ctx = _n_ctx(model)
+    weights = model.header()
     kind = llama.ctypes.create_string_buffer(128)
     llama.llama_model_desc(weights, kind, len(kind))
     size, n_params = (f(weights) for f in (llama.llama_model_size, llama.llama_model_n_params))
@@ -142,10 +142,50 @@ def _pair_facts(base: Model, expert: Model) -> tuple[dict[str, Any], str]:
     return {"pair": names, "can_collaborate": can}, obstacle
 
 
+def _speed_facts(base: CostTable | None, expert: CostTable | None) -> dict[str, Any]:
+    """Return what speeds the costs of decodes promise: of the expert alone, and of the pair."""
+    if base is None or expert is None:
+        return {"predicted": None, "break_even": None}
+    predicted = []
+    for rate in RATES:
+        seconds = seconds_per_token(base, expert, rate)
+        ratio = expert(1) / seconds
+        predicted.append(
+            {"defer_rate": rate, "tokens_per_second": 1 / seconds, "ratio_expert": ratio}
+        )
+    return {
+        "expert_tokens_per_second": 1 / expert(1),
+        "predicted": predicted,
+        "break_even": break_even(base, expert),
+    }
+
+
+def _speed_lines(fact: dict[str, Any]) -> dict[str, str]:
+    """Return the predictions of a pair as two lines."""
+    if "predicted" not in fact:
+        return {}
+    if fact["predicted"] is None:
+        return {"speed": "not measured (--costs)"}
+    alone = fact["expert_tokens_per_second"]
+    at = ", ".join(
+        f"{row['tokens_per_second']:.3g} at {row['defer_rate']:.0%}" for row in fact["predicted"]
+    )
+    limit = fact["break_even"]
+    if limit is None:
+        pays = "at any defer rate"
+    elif limit == 0:
+        pays = "at none: the base takes as long as the expert; a smaller base, or Q4_0, would help"
+    else:
+        pays = f"below a defer rate of {limit:.0%}; Q4_0 files, or a smaller base, raise it"
+    return {"tokens_per_second": f"expert alone {alone:.3g}; together {at}", "pays": pays}
+
+
 def as_text(facts: list[dict[str, Any]]) -> str:
     """Return facts as lines, a blank line between two files."""
 
     def lines(fact: dict[str, Any]) -> str:
+        hidden = ("predicted", "break_even", "expert_tokens_per_second")
+        fact = {key: x for key, x in fact.items() if key not in hidden} | _speed_lines(fact)
         width = max(map(len, fact)) + 2
         return "\n".join(f"{key.replace('_', ' '):{width}}{value}" for key, value in fact.items())
 

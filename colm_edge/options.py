@@ -121,7 +121,7 @@ class Options:
         "--defer-rate",
         limits=(0, 1),
         request="colm",
-        help="Share of tokens to defer; sets the threshold by the switch's calibration.",
+        help="Share of tokens to defer; a switch without a calibration is held to it.",
     )
     strategy: Literal["defer", "compose"] = option(
         "defer",

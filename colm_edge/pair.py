@@ -17,9 +17,9 @@ from colm_edge.decode.fast import Fast
 from colm_edge.decode.loop import Decoder, Schedule, Sequential
 from colm_edge.decode.picker import Picker
 from colm_edge.decode.planner import Planner
-from colm_edge.decode.policy import Policy
+from colm_edge.decode.policy import Policy, RatePolicy
 from colm_edge.decode.timeline import Expert, Timeline
-from colm_edge.errors import ColmError, ContextError, ModelError, PromptError
+from colm_edge.errors import ColmError, ContextError, ModelError, PromptError, SwitchError
 from colm_edge.llama.backend import supports_gpu
 from colm_edge.llama.context import ContextOptions, is_small, n_cores
 from colm_edge.llama.costs import CostTable
@@ -301,7 +301,7 @@ class Pair:
         decoder = Decoder(
             base,
             [expert],
-            Policy(self.switch.reader(self.base, n_choose), threshold),
+            self._policy(options, threshold, n_choose),
             self._picker(options, n_choose, tokens),
             tokens,
             end_tokens=self.base.end_tokens | self.expert.end_tokens,
@@ -311,7 +311,12 @@ class Pair:
             lock=self._lock if timelines is None else None,
         )
         unreadable = "" if threshold >= 1 or self.expert_is_here else self._not_here()
-        return Stream(decoder, self.base, options.stop, threshold, cancel, unreadable)
+        return Stream(decoder, self.base, options.stop, cancel, unreadable)
+
+    def _policy(self, options: Options, threshold: float, n_choose: int) -> Policy:
+        read = self.switch.reader(self.base, n_choose)
+        rate = self.running_rate(options)
+        return Policy(read, threshold) if rate is None else RatePolicy(read, rate)
 
     def _picker(self, options: Options, n_choose: int, tokens: Sequence[int]) -> Picker:
         row = self.base.token_id(DEFER_TOKEN) if isinstance(self.switch, DeferRow) else None
@@ -351,12 +356,24 @@ class Pair:
             self.base_session.want_hidden(hidden)
 
     def threshold(self, options: Options) -> float:
-        """Return the threshold that the options ask for."""
+        """Return the threshold that the options ask for; where it follows a rate, its start."""
         if options.threshold is not None:
             return options.threshold
-        if options.defer_rate is not None:
-            return self.switch.threshold_for(options.defer_rate)
-        return self.switch.threshold
+        if options.defer_rate is None:
+            return self.switch.threshold
+        rate = self.running_rate(options)
+        return self.switch.threshold_for(options.defer_rate) if rate is None else 1 - rate
+
+    def running_rate(self, options: Options) -> float | None:
+        """Return the defer rate that the threshold follows as an answer is written, or None where
+        the threshold is fixed: given, or known by the switch's calibration."""
+        if options.threshold is not None or options.defer_rate is None:
+            return None
+        try:
+            self.switch.threshold_for(options.defer_rate)
+        except SwitchError:
+            return options.defer_rate
+        return None
 
 
 def _share(progress: Progress | None, what: str) -> Callable[[float], None] | None:

@@ -42,7 +42,6 @@ class Stream:
         decoder: Decoder,
         model: Model,
         stop: Sequence[str],
-        threshold: float,
         cancel: Cancel,
         unreadable: str = "",
     ) -> None:
@@ -50,7 +49,6 @@ class Stream:
         self._decoder, self._model, self._stop = decoder, model, stop
         self._cancel = cancel
         self._unreadable = unreadable
-        self.threshold = threshold
         self.prompt_tokens = list(decoder.tokens)
         self.steps: list[Step] = []  # those already handed out
         self._finish: Literal["stop", "length"] | None = None
@@ -78,6 +76,11 @@ class Stream:
     def end(self) -> Step | None:
         """The end token, if the answer came to one; it is no step of the answer."""
         return self._decoder.ended_by if self._finish is None else None
+
+    @property
+    def threshold(self) -> float:
+        """The threshold of the last token; it moves where a defer rate is followed."""
+        return self._decoder.policy.threshold
 
     @property
     def finish_reason(self) -> Literal["stop", "length"]:

@@ -117,3 +117,25 @@ def test_shapes_come_near_the_count_that_is_asked_for():
         assert shape.n_embd % shape.n_head == 0
         assert shape.n_head % shape.n_head_kv == 0
     assert shape_of("1.1B") is SHAPES["1.1B"]
+
+
+def test_a_description_reads_the_header_alone(tiny, monkeypatch):
+    """Neither the weights nor, in Python, the vocabulary: seconds for a model of gigabytes."""
+    from colm_edge.llama.model import Model
+
+    def refuse(*args, **more):
+        raise AssertionError("the weights were read")
+
+    monkeypatch.setattr(Model, "load", refuse)
+    monkeypatch.setattr("gguf.GGUFReader", refuse)
+    result = CliRunner().invoke(main, ["info", tiny["base"], tiny["expert"]])
+    assert result.exit_code == 0, result.output
+    assert "can collaborate" in result.stdout
+
+
+def test_a_model_given_as_a_switch_is_not_read(tiny, monkeypatch):
+    monkeypatch.setattr("gguf.GGUFReader", None)
+    args = ["run", "-m", tiny["base"], "-me", tiny["expert"], "-sw", tiny["expert"], "hello"]
+    result = CliRunner().invoke(main, args)
+    assert result.exit_code == 1
+    assert "this is a model, not a switch" in result.stderr

@@ -14,7 +14,7 @@ from reference import PlainModel, assert_same, plain_loop
 
 import colm_edge
 from colm_edge.decode.loop import PROMPT_OUTPUTS
-from colm_edge.errors import ColmError, MismatchError, ModelError, PromptError, SwitchError
+from colm_edge.errors import ColmError, MismatchError, ModelError, PromptError
 from colm_edge.llama.sampling import ChainSampler
 from colm_edge.options import Options
 from colm_edge.pair import Pair, load
@@ -254,7 +254,7 @@ def stream_of(data: bytes, stop: tuple[str, ...] = ()):
     policy, cancel = Policy(lambda x, h: (0.0, int(x.argmax()), 0.0), 0.5), Cancel()
     ends = frozenset({256})
     decoder = Decoder(base, [base], policy, Picker(257), [1], end_tokens=ends, cancel=cancel)
-    return Stream(decoder, Letters(), stop, 0.5, cancel)
+    return Stream(decoder, Letters(), stop, cancel)
 
 
 def test_characters_that_span_tokens_come_whole():
@@ -396,9 +396,18 @@ def test_threads_take_turns(tiny_pair):
     assert [found["hello"], found["other"]] == alone
 
 
-def test_defer_rate_needs_a_calibration(tiny, tiny_pair, switch):
-    with pytest.raises(SwitchError, match="no calibration"):
-        tiny_pair.generate("hello", defer_rate=0.2)
+@pytest.mark.parametrize("schedule", ["fast", "sequential"])
+@pytest.mark.parametrize("rate", [0.0, 0.1, 0.3, 1.0])
+def test_a_switch_without_a_calibration_is_held_to_a_rate(tiny, rate, schedule):
+    options = {"temperature": 0.0, "max_tokens": 200, "schedule": schedule, "defer_rate": rate}
+    with load(tiny["endless"], tiny["endless"], "margin", n_threads=1, n_ctx=256) as pair:
+        answer = pair.generate("hello", **options)
+        assert answer.stats.defer_rate == pytest.approx(rate, abs=0.02)
+        again = pair.generate("hello", **options)
+        assert [s.token for s in again.steps] == [s.token for s in answer.steps]
+
+
+def test_a_calibrated_switch_turns_a_rate_into_its_threshold(tiny, switch):
     with load(tiny["base"], tiny["expert"], switch, n_threads=1) as pair:
         assert pair.generate("hello", defer_rate=0.25, **GREEDY).threshold == pytest.approx(0.75)
 

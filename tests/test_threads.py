@@ -68,7 +68,7 @@ def test_cancel_from_another_thread_ends_within_one_token(stop):
     policy, cancel = Policy(lambda x, h: (0.0, int(x.argmax()), 0.0), 0.5), Cancel()
     ends = frozenset({256})
     decoder = Decoder(base, [base], policy, Picker(257), [1], end_tokens=ends, cancel=cancel)
-    stream = Stream(decoder, Letters(), stop, 0.5, cancel)
+    stream = Stream(decoder, Letters(), stop, cancel)
     seen: list[str] = []
     reader = threading.Thread(target=lambda: seen.extend(step.text for step in stream))
     reader.start()

@@ -9,7 +9,7 @@ import click
 
 from colm_edge.cli.bench import bench_command
 from colm_edge.cli.evaluate import eval_command
-from colm_edge.cli.models import info_command, models_command, pull_command
+from colm_edge.cli.models import info_command, models_command, pull_command, quantize_command
 from colm_edge.cli.run import run
 from colm_edge.cli.serve import serve_command
 from colm_edge.cli.train import score_command, train
@@ -73,6 +73,7 @@ for command in (
     models_command,
     pull_command,
     info_command,
+    quantize_command,
     serve_command,
 ):
     main.add_command(command)

@@ -47,8 +47,8 @@ def pull_command(refs: tuple[str, ...], offline: bool) -> None:
     """Download models, verify them, and print their paths.
 
     They are kept in the Hugging Face cache; HF_HOME, HF_TOKEN and HF_ENDPOINT are respected. An
-    alias in models.txt stands for all files of a pair. A download goes on
-    where a connection breaks.
+    alias in models.txt stands for all files of a pair. A download goes on where a
+    connection breaks.
     """
     from colm_edge.references import known_pairs, resolve
 
@@ -64,6 +64,34 @@ def pull_command(refs: tuple[str, ...], offline: bool) -> None:
                     "user/repo:QUANTISATION"
                 )
             click.echo(path)
+
+
+@click.command("quantize")
+@click.argument("source", metavar="IN")
+@click.argument("target", metavar="OUT", type=click.Path(dir_okay=False))
+@click.argument("type_name", metavar="TYPE")
+@click.option(
+    "--allow-requantize",
+    is_flag=True,
+    help="Also quantise a file that is quantised already, at a loss of quality.",
+)
+@THREADS
+def quantize_command(
+    source: str, target: str, type_name: str, allow_requantize: bool, n_threads: int
+) -> None:
+    """Write the model IN as OUT in another quantisation, such as Q4_0 or Q8_0.
+
+    Q4_0 is the fastest on most CPUs. IN is best the original in F16 or BF16.
+    """
+    from colm_edge.llama.quantize import quantize
+    from colm_edge.references import resolve
+
+    if allow_requantize:
+        say("Quantising a second time loses quality; start from F16 or BF16 where you can.")
+    path = resolve(source, note=say)
+    quantize(path, target, type_name, allow_requantize=allow_requantize, n_threads=n_threads)
+    before, after = (Path(file).stat().st_size / 1e6 for file in (path, target))
+    say(f"{target}: written, {after:,.0f} MB; {path} has {before:,.0f} MB")
 
 
 @click.command("info")

@@ -89,7 +89,7 @@ class Decoder:
         self.finish_reason: Literal["stop", "length"] | None = None
         self.ended_by: Step | None = None  # the end token, which is no step of the answer
         self.picker, self.end_tokens = picker, end_tokens
-        self._base, self._experts, self._policy = base, tuple(experts), policy
+        self._base, self._experts, self.policy = base, tuple(experts), policy
         self._schedule = schedule or Sequential()
         self._cancel, self._lock = cancel or Cancel(), lock or threading.RLock()
         # The context must hold every token that is evaluated; the last one written is not.
@@ -137,7 +137,7 @@ class Decoder:
     def read_base(self, at: int) -> tuple[Reading, Floats]:
         """Return what the switch makes of position `at`, and the base's logits for it."""
         logits, hidden = self._base.state(at - 1)
-        return self._policy.read(at, logits, hidden), logits
+        return self.policy.read(at, logits, hidden), logits
 
     def evaluate_expert(self, writer: int, tokens: array[int], outputs: Sequence[int] = ()) -> None:
         """Have an expert's states after the tokens at `outputs`, by default after the last."""

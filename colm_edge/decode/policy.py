@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from bisect import insort
 from typing import NamedTuple
 
 from colm_edge.decode.timeline import Floats
 from colm_edge.errors import ModelError
 from colm_edge.switch.reading import Reader
 
+# Of a running quantile: values that it begins with, evenly spread from 0 to 1; tokens within which
+# a debt of deferrals is to be paid; and how many times the rate may be deferred meanwhile.
+PRIOR, EVEN_OUT, MOST_AT_ONCE = 2, 16, 3
 BASE = -1  # the writer of what is not deferred; experts count from 0
 
 
@@ -24,7 +28,7 @@ class Policy:
     """Defer to the expert where p_defer is above a threshold; a threshold of 0 always does."""
 
     def __init__(self, read: Reader, threshold: float) -> None:
-        self._read, self._threshold = read, threshold
+        self._read, self.threshold = read, threshold
 
     def read(self, at: int, logits: Floats, hidden: Floats) -> Reading:
         """Read the switch for the token at position `at`. Raises ModelError for NaN and the like.
@@ -40,4 +44,30 @@ class Policy:
     def writer(self, p_defer: float) -> int:
         """Return who writes at a deferral probability: BASE, or the index of an expert."""
         # p > 0 holds for every finite state; where it underflows, 0 still means always.
-        return 0 if p_defer > self._threshold or self._threshold <= 0 else BASE
+        return 0 if p_defer > self.threshold or self.threshold <= 0 else BASE
+
+
+class RatePolicy(Policy):
+    """Defer a share of the tokens, for a switch that nobody calibrated: the threshold is a running
+    quantile of p_defer, moved a little so that deferrals that are owed, or too many, even out.
+
+    It sees one answer: nothing is kept for the next, so that an answer depends on its prompt alone.
+    """
+
+    def __init__(self, read: Reader, rate: float) -> None:
+        super().__init__(read, 1 - rate)
+        self._rate = rate
+        self._seen = [(i + 0.5) / PRIOR for i in range(PRIOR)]  # p_defer so far, rising
+        self._owed = 0.0  # deferrals that the rate asks for, less those that there were
+
+    def writer(self, p_defer: float) -> int:
+        if not 0 < self._rate < 1:
+            return super().writer(p_defer)
+        share = self._rate + self._owed / EVEN_OUT
+        share = min(max(share, 0.0), MOST_AT_ONCE * self._rate, 1.0)
+        insort(self._seen, p_defer)
+        below = len(self._seen) - round(share * len(self._seen))
+        self.threshold = self._seen[below - 1] if below else 0.0
+        writer = super().writer(p_defer)
+        self._owed += self._rate - (writer != BASE)
+        return writer

@@ -128,7 +128,8 @@ def answers(
     Raises DataError, before the first answer, for rows that the metric cannot judge.
     """
     with pair.switched(switch):
-        options = options.with_changes(threshold=pair.threshold(options))
+        if pair.running_rate(options) is None:
+            options = options.with_changes(threshold=pair.threshold(options))
 
         def ask(number: int, row: dict[str, Any]) -> Answer:
             message = {"role": "user", "content": row["prompt"]}

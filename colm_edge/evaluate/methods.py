@@ -150,7 +150,11 @@ def evaluate(
     Raises DataError for bad data, MismatchError when the pair's switch has no features to score.
     """
     if not comparison.thresholds and not comparison.defer_rates:
-        comparison = replace(comparison, thresholds=(pair.threshold(options),))
+        followed = pair.running_rate(options)
+        if followed is None:
+            comparison = replace(comparison, thresholds=(pair.threshold(options),))
+        else:
+            comparison = replace(comparison, defer_rates=(followed,))
     rows = list(islice(read_rows(data), comparison.limit))
     _check(pair, rows, options, comparison)
     scoring = Journal(work / "proxy.jsonl") if work is not None else None

@@ -216,7 +216,7 @@ class Proxy:
             max_tokens=options.max_tokens,
             cancel=cancel,
         )
-        return Stream(decoder, pair.base, options.stop, 0.0, cancel)
+        return Stream(decoder, pair.base, options.stop, cancel)
 
     def _key(self) -> list[Any]:
         pair = self.pair

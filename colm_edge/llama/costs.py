@@ -11,6 +11,7 @@ from functools import cached_property
 QUICK = 0.001  # seconds of a decode of one token
 # The share that another batch size must save: the table is a measurement and may be off.
 MARGIN = 0.1
+LONGEST_GAP = 256  # tokens between two deferrals, where a speed is predicted
 
 
 class CostTable:
@@ -95,3 +96,31 @@ class CostTable:
             cut = cost[piece] + plan[n - piece][0]
             plan.append((cut, piece) if cut < (1 - MARGIN) * cost[n] else (cost[n], n))
         return plan
+
+
+def seconds_per_token(base: CostTable, expert: CostTable, defer_rate: float) -> float:
+    """Return what a token costs a pair that defers at random at a rate: the base at every token,
+    and at each deferral the expert's batch of the tokens since the last."""
+    if defer_rate <= 0:
+        return base(1)
+    batch, still = 0.0, 1.0  # the mean batch's seconds, and the share of gaps at least this long
+    for n in range(1, LONGEST_GAP):
+        batch += still * defer_rate * expert.best(n)
+        still *= 1 - defer_rate
+    batch += still * expert.best(LONGEST_GAP)
+    return base(1) + defer_rate * batch
+
+
+def break_even(base: CostTable, expert: CostTable) -> float | None:
+    """Return the defer rate above which a pair writes more slowly than its expert alone: 0 where
+    it always does, None where it never does."""
+    if base(1) >= expert(1):
+        return 0.0
+    low, high = 0.0, 1.0
+    if seconds_per_token(base, expert, high) <= expert(1):
+        return None
+    for _ in range(20):
+        middle = (low + high) / 2
+        slower = seconds_per_token(base, expert, middle) > expert(1)
+        low, high = (low, middle) if slower else (middle, high)
+    return low

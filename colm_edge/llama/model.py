@@ -180,6 +180,11 @@ class Model:
             raise ModelError(f"{self.path}: the model is closed; load it again")
         return self._handle
 
+    def header(self) -> Any:
+        """Return llama.cpp's model whether or not its weights are read: what the file's header
+        says is known in any case, such as their number and size."""
+        return self._check_open()
+
     @property
     def _vocab(self) -> Any:
         return llama.llama_model_get_vocab(self._check_open())

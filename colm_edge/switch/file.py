@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import struct
 from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Any
@@ -26,6 +27,7 @@ from colm_edge.switch.reading import (
 
 ARCHITECTURE = "colmswitch"
 VERSION = 1
+HEAD_BYTES = 256  # of a GGUF file, where its architecture stands
 FEATURE_SETS = {
     "hidden": (HIDDEN,),
     "logits": readout.FEATURES,
@@ -171,11 +173,14 @@ class Switch:
 
         try:
             with open(path, "rb") as file:
-                magic = file.read(4)
+                head = file.read(HEAD_BYTES)
         except OSError as e:
             raise SwitchError(f"{path}: {e.strerror or e}; expected a switch file") from e
-        if magic != b"GGUF":
+        if not head.startswith(b"GGUF"):
             raise SwitchError(f"{path}: not a GGUF file, so not a switch")
+        known = architecture(head)
+        if known not in (None, ARCHITECTURE):  # a model, perhaps of gigabytes: read no more of it
+            raise SwitchError(_not_a_switch(path, known))
         try:
             reader = GGUFReader(path)
             keys = {key: f.contents() for key, f in reader.fields.items()}
@@ -183,12 +188,8 @@ class Switch:
             tensors = {t.name: np.array(t.data, np.float32) for t in reader.tensors}
         except Exception as e:  # gguf raises errors of any class
             raise SwitchError(f"{path}: a broken or truncated GGUF file ({e})") from e
-        architecture = keys.get("general.architecture")
-        if architecture != ARCHITECTURE:
-            raise SwitchError(
-                f"{path}: its architecture is {architecture!r}, expected {ARCHITECTURE!r}: "
-                "this is a model, not a switch"
-            )
+        if keys.get("general.architecture") != ARCHITECTURE:
+            raise SwitchError(_not_a_switch(path, keys.get("general.architecture")))
         try:
             version = int(keys["colm.switch.version"])
             if version != VERSION:
@@ -213,6 +214,28 @@ class Switch:
             raise SwitchError(f"{path}: the switch lacks {e.args[0]}; train it again") from e
         except (TypeError, ValueError) as e:
             raise SwitchError(f"{path}: a key or tensor has the wrong type or shape ({e})") from e
+
+
+def architecture(head: bytes) -> str | None:
+    """Return general.architecture from the first bytes of a GGUF file, where it is the first key,
+    as every known writer puts it; else None."""
+    # After the magic: version (4 bytes), tensors and keys (8 each); then a key's length and name,
+    # the type of its value (8: a text), the text's length and the text.
+    name, at = b"general.architecture", 24
+    if head[at : at + 12 + len(name)] != struct.pack("<Q", len(name)) + name + struct.pack("<I", 8):
+        return None
+    at += 12 + len(name)
+    length = int.from_bytes(head[at : at + 8], "little")
+    if at + 8 + length > len(head):
+        return None
+    return head[at + 8 : at + 8 + length].decode("utf-8", "replace")
+
+
+def _not_a_switch(path: str | os.PathLike[str], found: object) -> str:
+    return (
+        f"{path}: its architecture is {found!r}, expected {ARCHITECTURE!r}: this is a model, "
+        "not a switch"
+    )
 
 
 def _floats(values: Any) -> tuple[float, ...]:

@@ -110,7 +110,6 @@ def test_errors_are_one_line_and_exit_1(tiny, tmp_path):
         (["run", "hi " * 40, "-m", base, "-me", expert, "-c", "32"], "the context holds 32"),
         (["run", "", "-m", base, "-me", expert], "the prompt is empty"),
         (["run", "hi", "-m", base], "-m without -me"),
-        (["run", "hi", "-m", base, "-me", expert, "--defer-rate", "0.5"], "no calibration"),
         (["train", "--data", data, "-m", base, "-me", expert, "--outfile", tmp_path / "no" / "s"],
          "no such folder"),
         (["train", "--data", data, "-m", base, "-me", expert, "--outfile", tmp_path], "a folder"),

@@ -6,13 +6,14 @@ import math
 import random
 
 import numpy as np
+import pytest
 from conftest import N_VOCAB, Scripted
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from colm_edge.decode.loop import Decoder
 from colm_edge.decode.picker import Picker, mixture
-from colm_edge.decode.policy import Policy
+from colm_edge.decode.policy import BASE, Policy, RatePolicy
 
 END = 0
 
@@ -203,3 +204,27 @@ def test_the_mixture_leaves_a_defer_row_out():
     base = np.array([0.0, 0.0, 9.0], np.float32)
     expert = np.array([0.0, 0.0], np.float32)
     assert np.allclose(np.exp(mixture(base, expert, 0.3, 2, defer_row=2)), [0.5, 0.5], atol=1e-6)
+
+
+@settings(max_examples=50)
+@given(
+    seed=st.integers(0, 10_000),
+    rate=st.sampled_from([0.05, 0.1, 0.2, 0.5]),
+    power=st.floats(0.5, 6),
+    scale=st.floats(0.1, 1),
+)
+def test_a_rate_is_held_whatever_p_defer_is_like(seed, rate, power, scale):
+    draw = random.Random(seed)
+    policy = RatePolicy(None, rate)
+    n = 300
+    deferred = [policy.writer(scale * draw.random() ** power) != BASE for _ in range(n)]
+    assert abs(sum(deferred) / n - rate) < 0.02
+    # Nowhere in a row is it far off either.
+    for start in range(50, n - 100):
+        assert abs(sum(deferred[start : start + 100]) / 100 - rate) < 0.1
+
+
+@pytest.mark.parametrize(("rate", "share"), [(0.0, 0), (1.0, 1)])
+def test_the_ends_of_a_rate_are_one_model_alone(rate, share):
+    policy = RatePolicy(None, rate)
+    assert {policy.writer(p) != BASE for p in (0.0, 0.5, 1.0)} == {bool(share)}

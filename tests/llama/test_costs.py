@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from colm_edge.llama import measure as costs
 from colm_edge.llama.context import ContextOptions
-from colm_edge.llama.costs import CostTable
+from colm_edge.llama.costs import CostTable, break_even, seconds_per_token
 from colm_edge.llama.measure import cost_table, kept_table
 from colm_edge.llama.model import Model
 from colm_edge.llama.session import Session
@@ -138,3 +138,22 @@ def test_a_table_that_cannot_be_kept_is_measured_all_the_same(session, monkeypat
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     assert cost_table(session).sizes[0] == 1
+
+
+def test_a_predicted_speed_is_that_of_the_batches():
+    base, expert = CostTable((1, 64), (1.0, 64.0)), CostTable((1, 64), (10.0, 640.0))
+    assert seconds_per_token(base, expert, 0.0) == 1.0
+    for rate in (0.1, 0.5, 1.0):  # batches cost in proportion: every token, once, of both
+        assert seconds_per_token(base, expert, rate) == pytest.approx(11, rel=1e-3)
+    flat = CostTable((1, 64), (10.0, 10.0))
+    assert seconds_per_token(base, flat, 0.2) == pytest.approx(1 + 0.2 * 10, rel=0.02)
+
+
+def test_a_pair_pays_up_to_its_break_even():
+    base, flat = CostTable((1, 64), (1.0, 64.0)), CostTable((1, 64), (10.0, 10.0))
+    rate = break_even(base, flat)
+    assert rate == pytest.approx(0.9, abs=0.02)
+    assert seconds_per_token(base, flat, rate - 0.01) < flat(1)
+    assert seconds_per_token(base, flat, rate + 0.01) > flat(1)
+    assert break_even(flat, base) == 0.0
+    assert break_even(CostTable((1,), (0.0,)), flat) is None

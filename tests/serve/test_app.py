@@ -374,7 +374,6 @@ def test_models_and_health(client, url):
             400,
             "expected a text, or parts of type text",
         ),
-        ({"messages": CHAT, "colm": {"defer_rate": 0.2}}, 400, "no calibration"),
         ({"messages": [{"role": "user", "content": "word " * 300}]}, 400, "the context holds 256"),
         ({"messages": CHAT, "colm": {"threshold": 0.1, "defer_rate": 0.2}}, 400, "give one"),
     ],
@@ -450,7 +449,7 @@ def test_the_document_holds(pair):
             nonlocal n_seen
             n_seen += 1
             response = case.call(base_url="http://127.0.0.1")
-            # A schema cannot say what fits a context, or that a switch has no calibration.
+            # A schema cannot say what fits a context.
             case.validate_response(response, excluded_checks=[positive_data_acceptance])
             if response.status_code >= 400:
                 assert "message" in response.json()["error"]

@@ -1,0 +1,73 @@
+"""Quantise a model, as llama.cpp's own llama-quantize does."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from pathlib import Path
+
+import llama_cpp as llama
+
+from colm_edge.errors import ModelError
+from colm_edge.files import check_writable, replacing
+from colm_edge.llama.backend import last_errors
+from colm_edge.llama.context import n_cores
+from colm_edge.llama.model import Model
+
+_PREFIXES = ("LLAMA_FTYPE_MOSTLY_", "LLAMA_FTYPE_ALL_")
+# llama.cpp's mixes by the names that people write: Q4_0, Q4_K_M, F16 …
+TYPES: dict[str, int] = {
+    name.removeprefix(prefix): getattr(llama, name)
+    for prefix in _PREFIXES
+    for name in dir(llama)
+    if name.startswith(prefix)
+}
+# Of those, the weights that nothing was quantised away from yet.
+FLOATS = ("F32", "F16", "BF16")
+
+
+def file_type(model: Model) -> str:
+    """Return the type that a model's file says it has, "" if it does not say."""
+    number = model.metadata("general.file_type")
+    return next((name for name, value in TYPES.items() if str(value) == number), "")
+
+
+def quantize(
+    source: str | os.PathLike[str],
+    target: str | os.PathLike[str],
+    type_name: str,
+    *,
+    allow_requantize: bool = False,
+    n_threads: int = 0,
+) -> None:
+    """Write a model's weights in another type; nothing is left behind where that fails.
+
+    type_name: one of TYPES, in either case. allow_requantize: also from a file that is quantised
+    already, which loses more than quantising the original would.
+
+    Raises ModelError for an unknown type, a file that is not a model, and one that is quantised
+    already, WriteError when the result cannot be written.
+    """
+    number = TYPES.get(type_name.upper())
+    if number is None:
+        raise ModelError(f"{type_name!r} is not a type; expected one of {', '.join(TYPES)}")
+    model = Model(source)
+    try:
+        known = file_type(model)
+    finally:
+        model.close()
+    if known not in ("", *FLOATS) and not allow_requantize:
+        raise ModelError(
+            f"{source}: is quantised already ({known}); quantise the {' or '.join(FLOATS)} file, "
+            "or accept the loss (--allow-requantize)"
+        )
+    check_writable(target, source)
+    params = llama.llama_model_quantize_default_params()
+    params.ftype, params.nthread = number, n_threads or n_cores()
+    params.allow_requantize = allow_requantize
+    last_errors.clear()
+    with replacing(target) as temporary:
+        paths = (os.fsencode(Path(source)), os.fsencode(temporary))
+        if llama.llama_model_quantize(*paths, ctypes.byref(params)) != 0:
+            reason = last_errors[-1] if last_errors else "llama.cpp gave no reason"
+            raise ModelError(f"{source}: cannot be quantised to {type_name.upper()}: {reason}")

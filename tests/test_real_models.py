@@ -1,0 +1,103 @@
+"""What tiny models cannot show: the templates, alphabets and attention windows of real ones."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from real_models import files
+
+from colm_edge.errors import ContextError
+from colm_edge.llama.context import ContextOptions
+from colm_edge.llama.model import Model
+from colm_edge.llama.quantize import quantize
+from colm_edge.llama.session import Session
+from colm_edge.pair import Pair, load
+
+HELD_OUT = Path(__file__).parent / "data" / "demo_heldout.jsonl"
+GREEDY = {"temperature": 0.0, "defer_rate": None, "threshold": 0.6, "max_tokens": 40}
+
+
+@pytest.fixture(scope="module")
+def smol(tmp_path_factory) -> Iterator[Pair]:
+    """SmolLM2 and itself in another quantisation: a pair of one vocabulary."""
+    (expert,) = files("smollm2")
+    base = tmp_path_factory.mktemp("smol") / "q4_0.gguf"
+    quantize(expert, base, "Q4_0", allow_requantize=True, n_threads=1)
+    with load(str(base), expert, "margin", n_threads=1, n_ctx=512) as pair:
+        yield pair
+
+
+def test_the_template_and_its_end_token_are_the_models_own(smol):
+    text = smol.render([{"role": "user", "content": "What is the capital of France?"}])
+    assert text.endswith("<|im_start|>assistant\n")
+    expert_alone = GREEDY | {"threshold": 0.0}
+    answer = smol.generate("What is 2+2?", **expert_alone)
+    assert "4" in answer.text
+    assert answer.finish_reason == "stop"
+    assert "<|im_" not in answer.text
+
+
+def test_both_write_and_the_schedules_agree(smol):
+    prompts = ["Name three colours.", "Why is the sky blue?", "Count from one to ten."]
+    for prompt in prompts:
+        plain = smol.generate(prompt, schedule="sequential", **GREEDY)
+        fast = smol.generate(prompt, schedule="fast", **GREEDY)
+        assert {step.source for step in plain.steps} == {"base", "expert"}
+        steps = zip(plain.steps, fast.steps, strict=True)
+        assert all((a.token, a.source) == (b.token, b.source) for a, b in steps)
+
+
+@pytest.mark.parametrize("text", ["naïve café, 猫 and 🦤", "Größe: 5 µm — “yes”", "नमस्ते दुनिया"])
+def test_alphabets_survive_the_vocabulary_and_the_stream(smol, text):
+    tokens = smol.base.tokenize(text, bos=False)
+    assert b"".join(map(smol.base.piece, tokens)).decode() == text
+    stream = smol.stream(f"Repeat: {text}", **GREEDY)
+    pieces = [step.text for step in stream]
+    assert "".join(pieces) == stream.answer().text
+    whole = b"".join(smol.base.piece(step.token) for step in stream.steps)
+    assert "".join(pieces) == whole.decode("utf-8", "replace")
+
+
+def test_a_stop_text_ends_the_answer_before_itself(smol):
+    whole = smol.generate("Why is the sky blue?", **GREEDY).text
+    for stop in (whole[10:14], whole[25:26]):
+        answer = smol.generate("Why is the sky blue?", stop=(stop,), **GREEDY)
+        assert answer.text == whole[: whole.index(stop)]
+        assert answer.finish_reason == "stop"
+
+
+def test_a_chat_longer_than_the_context_is_refused_and_the_next_is_answered(smol):
+    with pytest.raises(ContextError, match="the context holds 512"):
+        smol.generate("word " * 600, **GREEDY)
+    assert smol.generate("Say hello.", **GREEDY).text
+
+
+def test_rollbacks_behind_a_sliding_window_are_exact():
+    """Gemma 3 attends to the last 512 tokens in most layers; what a rollback brings back into the
+    window must still be in the cache."""
+    (path,) = files("gemma-3")
+    model = Model(path)
+    options = ContextOptions(n_ctx=1024, n_threads=1)
+    session, fresh = Session(model, options), Session(model, options)
+    lines = HELD_OUT.read_text(encoding="utf-8").splitlines()
+    questions = [json.loads(line)["prompt"] for line in lines]
+    text, other = model.tokenize(" ".join(questions[:90])), model.tokenize(questions[-1])[1:]
+    assert len(text) > 800
+    tokens = text[:800]
+    session.sync(tokens)
+    try:
+        for keep in (795, 700, 300):
+            tokens = [*tokens[:keep], *other]
+            session.sync(tokens)
+            fresh.forget()
+            fresh.sync(tokens)
+            assert np.abs(session.logits - fresh.logits).max() < 1  # a lost window is 2 to 12 off
+            assert session.logits.argmax() == fresh.logits.argmax()
+    finally:
+        session.close()
+        fresh.close()
+        model.close()
