@@ -150,11 +150,7 @@ def evaluate(
     Raises DataError for bad data, MismatchError when the pair's switch has no features to score.
     """
     if not comparison.thresholds and not comparison.defer_rates:
-        followed = pair.running_rate(options)
-        if followed is None:
-            comparison = replace(comparison, thresholds=(pair.threshold(options),))
-        else:
-            comparison = replace(comparison, defer_rates=(followed,))
+        comparison = replace(comparison, **_point(pair, options))
     rows = list(islice(read_rows(data), comparison.limit))
     _check(pair, rows, options, comparison)
     scoring = Journal(work / "proxy.jsonl") if work is not None else None
@@ -185,6 +181,14 @@ def evaluate(
             row |= _generated(given)
         table.append(row)
     return table
+
+
+def _point(pair: Pair, options: Options) -> dict[str, Any]:
+    """Return the one threshold, or rate, that the decoding options ask for."""
+    rate = pair.running_rate(options)
+    if rate is None:
+        return {"thresholds": (pair.threshold(options),)}
+    return {"defer_rates": (rate,)}
 
 
 def _check(pair: Pair, rows: list[Row], options: Options, comparison: Comparison) -> None:

@@ -1,4 +1,4 @@
-"""Save both sessions of a pair in a file, so that a prompt is not evaluated again after a restart."""
+"""Save both sessions of a pair in a file, so that no prompt is evaluated again after a restart."""
 
 from __future__ import annotations
 

@@ -106,7 +106,7 @@ def test_errors_are_one_line_and_exit_1(tiny, tmp_path):
         (["run", "hi", "-m", base, "-me", expert, "-sw", tmp_path / "nan.gguf"], "NaN"),
         (["run", "hi", "-m", base, "-me", expert, "-sw", base], "a model, not a switch"),
         (["run", "hi", "-m", base, "-me", tiny["foreign"]], "vocabularies .* differ"),
-        (["run", "hi", "-m", base, "-me", tiny["recurrent"]], "recurrent model cannot drop"),
+        (["run", "hi", "-m", base, "-me", tiny["recurrent"]], "recurrent model cannot roll back"),
         (["run", "hi " * 40, "-m", base, "-me", expert, "-c", "32"], "the context holds 32"),
         (["run", "", "-m", base, "-me", expert], "the prompt is empty"),
         (["run", "hi", "-m", base], "-m without -me"),
