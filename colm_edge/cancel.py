@@ -1,14 +1,14 @@
-"""One object that ends an answer, from whatever thread, down to the evaluation under way."""
+"""End an answer from any thread: one object, passed from the stream down to llama.cpp."""
 
 from __future__ import annotations
 
 
 class CancelledError(Exception):
-    """Raised between two evaluations of an answer that nobody wants any more."""
+    """Raised between two evaluations of an answer that was cancelled."""
 
 
 class Cancel:
-    """Handed down from the stream to llama.cpp; `request` ends what checks it, from any thread."""
+    """Any thread may call `request`; the evaluating thread calls `check` between evaluations."""
 
     __slots__ = ("requested",)
 
@@ -19,6 +19,6 @@ class Cancel:
         self.requested = True
 
     def check(self) -> None:
-        """Raise CancelledError once the end was requested."""
+        """Raise CancelledError if `request` was called."""
         if self.requested:
             raise CancelledError

@@ -48,10 +48,9 @@ Progress = Callable[[str, float], None]
 class Pair:
     """A base, an expert and a switch that answer together. See `load`.
 
-    Any thread may use it. `generate` and `chat` are written one after the other, a second caller
-    waits; streams take turns token by token and stay right, since a session evaluates whatever
-    prefix it is handed, but two at once evaluate each other's prompts anew at every turn: better
-    finish one before the next.
+    Any thread may use it. `generate` and `chat` run one after the other; a second caller waits. Two
+    streams at once take turns token by token and stay correct, but each turn evaluates the other's
+    prompt again, so it is better to finish one first.
     """
 
     def __init__(
@@ -69,7 +68,7 @@ class Pair:
     ) -> None:
         """Check that the three fit each other and open the base; nothing is evaluated yet.
 
-        overlap, note: as for `load`; progress: likewise, of prompts alone.
+        overlap, note: as for `load`. progress: as for `load`, but of prompts only.
 
         Raises MismatchError naming what differs, ModelError for files that cannot take part.
         """
@@ -120,7 +119,7 @@ class Pair:
 
     @property
     def expert_session(self) -> Session:
-        """The expert's own session in this process, with nothing under way on it.
+        """The expert's session in this process, once no catch-up is running on it.
 
         Raises ColmError where the expert is on a server.
         """
@@ -141,7 +140,7 @@ class Pair:
         return self._here is not None and self._here.model.loaded
 
     def unload_expert(self) -> None:
-        """Give the memory of an expert in this process back; its next token reads it again."""
+        """Free the memory of an expert in this process; its next token loads it again."""
         with self._lock:
             session = self.expert_session
             session.close()
@@ -154,32 +153,32 @@ class Pair:
         )
 
     def _overlaps(self, expert: Session) -> bool:
-        """Say whether both models can work at once without being in each other's way."""
+        """Return whether both models can run at once without slowing each other down."""
         base = self.base_session
         if expert.model.rpc:
             return True
         on_gpu = [s.model.n_gpu_layers != 0 and supports_gpu() for s in (base, expert)]
         if on_gpu[0] != on_gpu[1]:
             return True
-        # A decode of a small model takes no longer than handing it to another thread.
+        # A decode of a small model is as fast as handing it to another thread.
         if any(on_gpu) or is_small(expert.model):
             return False
         return base.n_threads + expert.n_threads <= n_cores()
 
     def cost_tables(self, *, fresh: bool = False) -> tuple[CostTable, CostTable]:
-        """Return what decodes cost base and expert here: measured once, then kept on disk."""
+        """Return the cost tables of base and expert: measured once, then cached on disk."""
         with self._lock:
             base = cost_table(self.base_session, fresh=fresh, note=self._note)
             return base, cost_table(self.expert_session, fresh=fresh, note=self._note)
 
     def _weigh(self) -> tuple[CostTable, CostTable]:
-        """Have the costs of decodes, and the expert catch up in the batches that cost least."""
+        """Return the cost tables, and from now on cut the expert's batches by its table."""
         base, expert = self.cost_tables()
         self.expert_session.costs = None if base.is_quick else expert
         return base, expert
 
     def save_prompts(self, path: str | os.PathLike[str]) -> None:
-        """Keep what both models have evaluated in a file, for `load_prompts` of such a pair.
+        """Save what both models have evaluated to a file, for `load_prompts`.
 
         Raises ColmError when it cannot be written.
         """
@@ -187,9 +186,9 @@ class Pair:
             save_prompts(path, self.base_session, self.expert_session)
 
     def load_prompts(self, path: str | os.PathLike[str]) -> None:
-        """Take up what `save_prompts` kept: an answer evaluates only what differs from it.
+        """Load what `save_prompts` saved: the next answer evaluates only what differs from it.
 
-        Raises ColmError when the file is broken or of other models or settings.
+        Raises ColmError when the file is broken, or belongs to other models or settings.
         """
         with self._lock:
             load_prompts(path, self.base_session, self.expert_session)
@@ -230,7 +229,7 @@ class Pair:
     def prompt_tokens(self, messages: Sequence[Message], *, raw: bool = False) -> list[int]:
         """Return a conversation as token ids, as the base's chat template writes it.
 
-        Without a template (or raw), the contents follow each other, a blank line between.
+        Without a template (or raw), the contents are joined with a blank line between them.
         """
         if isinstance(messages, str) or not isinstance(messages, Sequence):
             raise PromptError(f"a conversation is {messages!r}; expected a list of messages")
@@ -257,12 +256,12 @@ class Pair:
                     self.base.chat_template or "", self.base.eos_text, self.base.bos_text
                 )
             text: str = self._template(messages=[dict(m) for m in messages]).prompt
-        except Exception as e:  # a template raises what it likes, for example on roles
+        except Exception as e:  # templates raise anything, for example for unknown roles
             raise PromptError(f"the base's chat template refuses this conversation: {e}") from e
         return text
 
     def check_prompt(self, tokens: Sequence[int], threshold: float) -> None:
-        """Raise PromptError when tokens are none, not in the vocabulary, or too many."""
+        """Raise PromptError when there are no tokens, too many, or some are not in the vocabulary."""
         if not tokens:
             raise PromptError("the prompt is empty; write at least one word")
         if len(tokens) > self.n_ctx:
@@ -270,7 +269,7 @@ class Pair:
                 f"the prompt has {len(tokens)} tokens, the context holds {self.n_ctx}; "
                 "shorten it or raise -c"
             )
-        # The base alone reads whatever it has.
+        # Alone, the base can read its whole vocabulary.
         n = self.n_shared if threshold < 1 else self.base.n_vocab
         out_of_range = next((t for t in tokens if not 0 <= t < n), None)
         if out_of_range is not None:
@@ -287,14 +286,14 @@ class Pair:
     ) -> Stream:
         """Continue token ids.
 
-        timelines: of base and expert, where they are not the pair's own sessions; one thread at a
-            time may use them, and they may run beside others.
+        timelines: of base and expert, if not the pair's own sessions. One thread at a time may use
+            them; other answers may run at the same time.
 
-        Raises PromptError when the tokens are none or do not fit the context.
+        Raises PromptError when there are no tokens or they do not fit the context.
         """
         threshold = self.threshold(options)
         self.check_prompt(tokens, threshold)
-        # The base alone may write whatever it has.
+        # Alone, the base can write its whole vocabulary.
         n_choose = self.n_shared if threshold < 1 else self.base.n_vocab
         base, expert = timelines or (self.base_session, self.expert)
         cancel = Cancel()
@@ -333,7 +332,7 @@ class Pair:
 
     def _schedule(self, options: Options, *, follows: bool) -> Schedule:
         follow = self.expert.follow if follows else None
-        # A bet is weighed by what decodes cost, of which a server tells nothing.
+        # A bet needs the costs of decodes, which a server does not report.
         if options.schedule == "fast" and self.expert_is_here:
             return Fast(self.planner, follow)
         return Sequential(follow)
@@ -346,7 +345,7 @@ class Pair:
 
     @contextmanager
     def switched(self, switch: AnySwitch) -> Iterator[None]:
-        """Answer with another switch for a while, whatever it reads of the base."""
+        """Answer with another switch inside the `with` block."""
         own, self.switch = self.switch, switch
         hidden = self.base_session.want_hidden(switch.needs_hidden)
         try:
@@ -423,7 +422,7 @@ def load(
         the models are on different devices, or there are cores enough for the threads of both.
     offline: download nothing; what is not in the Hub's cache is an error.
     expert_required: a remote expert that fails is a ModelError; else the base goes on alone.
-    note: told, in a line, of what takes a while; by default the logger "colm_edge" is.
+    note: called with a line about anything that takes a while; by default that line is logged.
     progress: told what is under way and the share of it that is done, 0 to 1: "base" and "expert",
         whose weights are read (the expert's at its first token), "base prompt" and "expert prompt",
         evaluations longer than one batch. Called on the thread that does it; what it raises ends
@@ -442,7 +441,7 @@ def load(
             )
     files = choose_pair(refs[0], refs[1], refs[2], pair, offline=offline, note=told)
     head = load_switch(files.switch)
-    with ExitStack() as opened:  # closed again where something does not fit
+    with ExitStack() as opened:  # closed again if something does not fit
         base = Model(files.base, n_gpu_layers, lora, _share(progress, "base"))
         opened.callback(base.close)
         other: Model | RemoteExpert

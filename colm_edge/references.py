@@ -94,7 +94,7 @@ def resolve(
 
     It is a path, an alias in models.txt, or user/repo:FILE on the Hub, in this order; `package:`
     stands for the files that ship with colm-edge. A server's address is returned as it is, and so
-    is what is none of these: whoever opens it says what is wrong.
+    is anything else: opening it reports what is wrong.
 
     role: which of a pair's models an alias means. offline, note: as for `hub.fetch`; offline, a
         server must be on this machine.

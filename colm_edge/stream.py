@@ -1,4 +1,4 @@
-"""An answer as it is written: its text, cut at stop strings; for a thread and for asyncio."""
+"""Stream an answer as it is written, for a thread or for asyncio, and cut it at stop strings."""
 
 from __future__ import annotations
 
@@ -32,9 +32,8 @@ class Answer:
 class Stream:
     """An answer as it is written: an iterator of steps, `answer()` at any time.
 
-    Steps that end inside a character, or whose text may turn out to begin a stop text, are held
-    back until that is decided.
-    Leaving it early costs nothing: the pair can answer again at once.
+    Steps that end inside a character, or whose text may be the start of a stop text, are held back
+    until that is decided. It can be left early at no cost: the pair can answer again at once.
     """
 
     def __init__(
@@ -208,7 +207,7 @@ class AsyncStream:
         loop = asyncio.get_running_loop()
 
         def hand_over(item: Step | BaseException | None) -> None:
-            with suppress(RuntimeError):  # the loop was closed meanwhile: nobody is there to read
+            with suppress(RuntimeError):  # the loop is closed: nothing reads the answer any more
                 loop.call_soon_threadsafe(put, item)
 
         # The thread knows the stream and not this object, which so goes when its reader does.

@@ -48,9 +48,9 @@ def memory_of(pair: Pair, trace: Trace, name: str, note: Note) -> float | None:
 
 
 def peak_memory() -> float | None:
-    """Return the most MB that this process ever had in memory, or None where nobody tells."""
+    """Return the most MB that this process had in memory, or None if the system does not say."""
     status = Path("/proc/self/status")
-    if status.exists():  # Linux's getrusage tells of the parent as well
+    if status.exists():  # Linux's getrusage includes the parent
         line = next(x for x in status.read_text().splitlines() if x.startswith("VmHWM"))
         return int(line.split()[1]) * 1024 / 1e6
     try:

@@ -70,7 +70,7 @@ class Process:
         """Return a trace of n tokens.
 
         Of DRAWS draws the one whose rate is nearest is taken, so that a short trace too defers as
-        often as it says; likewise for the agreements, at deferrals and elsewhere.
+        often as it says; the same for the agreements, at deferrals and elsewhere.
         """
         draw, rate = random.Random(seed), self.rate
         stay = 1 - 1 / self.run if self.run else rate
@@ -125,7 +125,7 @@ def recorded(path: str | os.PathLike[str]) -> Trace:
 
 
 class ReplayPolicy(Policy):
-    """The switch read as ever, and then what a trace says of the token.
+    """Reads the switch as usual, then decides as the trace says.
 
     Where base and expert differ, the base chooses another token, and past it decides as the trace
     does there: deferrals belong to positions.

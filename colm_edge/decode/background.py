@@ -11,15 +11,15 @@ from colm_edge.cancel import Cancel
 from colm_edge.decode.timeline import Floats
 from colm_edge.llama.session import Session
 
-# Shorter gaps are left for the deferral: several tokens cost less in one batch.
+# Shorter gaps wait for the deferral: one batch costs less than several.
 MIN_GAP = 16
 
 
 class Background:
-    """An expert around a session, whose `follow` evaluates without being waited for.
+    """An expert that catches up in the background: `follow` starts an evaluation and returns.
 
-    What is evaluated so was written already, so a deferral that has to wait for it loses nothing.
-    An expert that nobody has asked yet stays unloaded.
+    It evaluates only tokens that are already written, so a deferral that waits for it loses
+    nothing. An expert that was never called stays unloaded.
     """
 
     def __init__(self, session: Session) -> None:
@@ -29,8 +29,8 @@ class Background:
         self._job: Future[int] | None = None
         self._account = replace(session.account)
 
-    # A copy of the session's account, so that work in the background counts for the next call
-    # that needs it.
+    # A copy of the session's account, updated by `sync`: work in the background counts for the next
+    # call.
 
     @property
     def n_evaluated(self) -> int:
@@ -61,7 +61,7 @@ class Background:
         self.session.open(cancel)
 
     def follow(self, tokens: array[int]) -> None:
-        """Begin to catch up with `tokens`, unless a catch-up is under way or the gap is small."""
+        """Start to catch up with `tokens`, unless a catch-up is running or the gap is small."""
         if self._job is not None and not self._job.done():
             return
         self.wait()
@@ -70,7 +70,7 @@ class Background:
             self._job = self._worker.submit(session.sync, tokens[:])
 
     def wait(self) -> None:
-        """Return once nothing is under way. Raises what the catch-up raised."""
+        """Wait until no catch-up is running. Raises what the catch-up raised."""
         job, self._job = self._job, None
         if job is not None:
             job.result()
@@ -78,7 +78,7 @@ class Background:
     def sync(
         self, tokens: Sequence[int], outputs: Sequence[int] = (), cancel: Cancel | None = None
     ) -> int:
-        """As a session's, after what is under way."""
+        """Wait for a running catch-up, then do what `Session.sync` does."""
         self.wait()
         n = self.session.sync(tokens, outputs, cancel)
         self._account = replace(self.session.account)

@@ -1,9 +1,9 @@
 """The fast twin of the sequential schedule: the same text with fewer calls of the expert.
 
-One bet, which cannot change what is written: *the expert will repeat the base's choice.* At a
-deferral the expert's batch holds that choice as well. If the expert writes it too, its state after
-it is at hand: a deferral right there takes no call, and a later one is shorter. It is speculative
-decoding with a draft of one token, at the deferred positions alone.
+It places one bet, which cannot change the text: *the expert will write the base's choice.* At a
+deferral the expert's batch includes that choice. If the expert accepts it, its state after the
+choice is already computed: a deferral at the next token needs no call, and a later call is one
+token shorter. This is speculative decoding with a draft of one token, only at deferred positions.
 
 Longer drafts and runs of tokens written ahead by the expert were tried as well. On real text, at
 defer rates up to 15 %, they save less than 1 %: deferrals are far apart, and at two in five of them
@@ -20,23 +20,23 @@ from colm_edge.decode.planner import Planner
 from colm_edge.decode.policy import BASE
 from colm_edge.decode.step import Step
 
-EXPERT = 0  # the one there is
+EXPERT = 0  # the only one
 
 
 class Fast:
-    """A schedule that writes token for token what `Sequential` writes, with a planner's bets.
+    """A schedule that writes the same tokens as `Sequential`, and bets where the planner says so.
 
-    For one expert, of this process. It belongs to one answer.
+    It works with one expert, in this process, and belongs to one answer.
     """
 
     def __init__(self, planner: Planner, follow: Follow | None = None) -> None:
         self._planner, self._follow = planner, follow
         self._one_by_one = Sequential(follow)
-        self._expert_at = 0  # tokens that the expert has evaluated, and that were accepted
+        self._expert_at = 0  # evaluated and accepted tokens in the expert's cache
         self._after_deferral = False
 
     def next(self, loop: Decoder) -> Step:
-        # A mixture needs the states of both models at once.
+        # The mixture needs the states of both models for the same position.
         if loop.picker.composes or self._planner.rests:
             return self._one_by_one.next(loop)
         tokens, picker = loop.tokens, loop.picker
@@ -58,7 +58,7 @@ class Fast:
         """Return the expert's step where the base would write `guess`."""
         planner, tokens, at = self._planner, loop.tokens, len(loop.tokens)
         begun = perf_counter()
-        planner.prepare()  # where it has to measure, that is no part of the answer
+        planner.prepare()  # measuring, if needed, does not count as part of the answer
         loop.stats.total_seconds -= perf_counter() - begun
         may_go_on = at + 1 < loop.end and guess.token not in loop.end_tokens
         confidence = math.exp(guess.logprob)

@@ -1,10 +1,10 @@
 """The collaborative loop: token ids in, one `Step` per token out.
 
-It is made of parts that know nothing of each other: what the models say (timelines), who writes
-(a policy), what is picked (a picker), and in which batches (a schedule). The schedule here is the
-exact Co-LLM procedure (arXiv 2403.03870, section 2): the base is evaluated at every position, the
-switch reads its state, and only where p_defer > threshold does the expert catch up, in one batch,
-and write the token. Then control is the base's again. `fast` has its fast twin.
+It combines parts that do not know each other: timelines (what the models say), a policy (who
+writes), a picker (which token is picked), and a schedule (in which batches the models run). The
+schedule here is the exact Co-LLM procedure (arXiv 2403.03870, section 2). The base is evaluated at
+every position, and the switch reads its state. Only where p_defer > threshold does the expert
+catch up, in one batch, and write the token. `fast` has the fast twin of this schedule.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from colm_edge.decode.step import Stats, Step
 from colm_edge.decode.timeline import Floats, Timeline
 from colm_edge.errors import AbsentExpertError
 
-# Of a prompt whose tokens are to be told, so many are outputs at once: each takes n_vocab floats.
+# Outputs evaluated at once when a prompt is read back; each takes n_vocab floats.
 PROMPT_OUTPUTS = 64
 Follow = Callable[["array[int]"], None]
 
@@ -37,7 +37,8 @@ class Schedule(Protocol):
 class Sequential:
     """The base evaluates every token by itself; the expert is called at each deferral.
 
-    follow: told the written tokens before each next one, for an expert that catches up beside.
+    follow: called with the written tokens before each step, so that an expert on a thread of its
+        own can catch up.
     """
 
     def __init__(self, follow: Follow | None = None) -> None:
@@ -55,7 +56,7 @@ class Sequential:
             return picker.write("base", p_defer, logits, choice, logsumexp)
         try:
             loop.evaluate_expert(writer, tokens)
-        except AbsentExpertError:  # a remote one, which has said so
+        except AbsentExpertError:  # a server that fails; the user was warned
             loop.stats.expert_failures += 1
             return picker.write("base", p_defer, logits, choice, logsumexp)
         return picker.write("expert", p_defer, *loop.read_expert(writer, at, logits, p_defer))
@@ -65,9 +66,9 @@ class Decoder:
     """An answer being written: an iterator of steps.
 
     base, experts: their timelines; the policy says which of them writes.
-    end_tokens: they end the answer and are no step of it.
+    end_tokens: end the answer and are not a step of it.
     cancel: ends the answer before its next evaluation, or within a long one.
-    lock: held while a step is made, where others use the same timelines.
+    lock: held during each step, if other answers use the same timelines.
     """
 
     def __init__(
@@ -87,7 +88,7 @@ class Decoder:
         self.tokens = array("i", prompt)
         self.stats = Stats(n_prompt=len(self.tokens))
         self.finish_reason: Literal["stop", "length"] | None = None
-        self.ended_by: Step | None = None  # the end token, which is no step of the answer
+        self.ended_by: Step | None = None  # the end token, which is not a step of the answer
         self.picker, self.end_tokens = picker, end_tokens
         self._base, self._experts, self.policy = base, tuple(experts), policy
         self._schedule = schedule or Sequential()
@@ -124,10 +125,11 @@ class Decoder:
         stats.n_deferred += step.source == "expert"
         return step
 
-    # What a schedule is written with.
+    # Methods for schedules.
 
     def evaluate_base(self, tokens: array[int], outputs: Sequence[int] = ()) -> None:
-        """Have the base's states after the tokens at `outputs`, by default after the last."""
+        """Evaluate the base so that its states after the tokens at `outputs` can be read; by
+        default after the last token."""
         self._cancel.check()
         base, stats = self._base, self.stats
         seconds = base.seconds
@@ -135,19 +137,20 @@ class Decoder:
         stats.base_seconds += base.seconds - seconds
 
     def read_base(self, at: int) -> tuple[Reading, Floats]:
-        """Return what the switch makes of position `at`, and the base's logits for it."""
+        """Return the switch's reading for position `at`, and the base's logits for it."""
         logits, hidden = self._base.state(at - 1)
         return self.policy.read(at, logits, hidden), logits
 
     def evaluate_expert(self, writer: int, tokens: array[int], outputs: Sequence[int] = ()) -> None:
-        """Have an expert's states after the tokens at `outputs`, by default after the last."""
+        """Evaluate an expert so that its states after the tokens at `outputs` can be read; by
+        default after the last token."""
         self._cancel.check()
         expert, stats = self._experts[writer], self.stats
         calls, evaluated = expert.n_calls, expert.n_evaluated
         seconds, loading = expert.seconds, expert.load_seconds
         try:
             expert.sync(tokens, outputs, self._cancel)
-        finally:  # a remote one may fail, which takes time as well
+        finally:  # a server may fail, which takes time as well
             stats.expert_calls += expert.n_calls - calls
             stats.expert_tokens += expert.n_evaluated - evaluated
             stats.expert_seconds += expert.seconds - seconds
@@ -156,20 +159,23 @@ class Decoder:
     def read_expert(
         self, writer: int, at: int, base: Floats | None = None, p_defer: float = 1.0
     ) -> tuple[Floats, int, float]:
-        """Return the logits that an expert has for position `at`, or with the base's logits there
-        the mixture's where the picker composes; their likeliest token and their log-sum-exp."""
+        """Return an expert's logits for position `at`, their likeliest token and their log-sum-exp.
+
+        base: the base's logits there; with them the mixture's logits are returned if the picker
+        composes.
+        """
         logits, _ = self._experts[writer].state(at - 1)
         if base is not None:
             logits = self.picker.deferred(base, logits, p_defer)
         return logits, *self.picker.likeliest(at, logits)
 
-    # The prompt, read back.
+    # Reading a prompt back.
 
     def read_prompt(self) -> list[Step]:
-        """Return the prompt's tokens after the first as if they had been written: by whom each
-        would have been, and how likely it was to that model. The expert must be here.
+        """Return a step for each token of the prompt after the first: which model would have
+        written it, and how likely it was there. The expert must be in this process.
 
-        Returns fewer when the answer is cancelled meanwhile.
+        Returns fewer steps if the answer is cancelled meanwhile.
         """
         begun, steps = perf_counter(), list[Step]()
         last = len(self.tokens) - 1
@@ -178,7 +184,7 @@ class Decoder:
                 for start in range(0, last, PROMPT_OUTPUTS):
                     steps += self._read_tokens(start, min(start + PROMPT_OUTPUTS, last))
         except CancelledError:
-            pass  # the next step says so
+            pass  # the next step ends the answer
         self.stats.total_seconds += perf_counter() - begun
         return steps
 

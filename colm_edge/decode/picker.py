@@ -1,4 +1,5 @@
-"""What is written: from the logits of whoever writes to one token and its record."""
+"""Pick a token from the logits of the model that writes, and make its record; also the mixture of
+both models (`compose`)."""
 
 from __future__ import annotations
 
@@ -15,7 +16,7 @@ from colm_edge.errors import ModelError
 
 
 class Sampler(Protocol):
-    """Picks a token from logits (n_choose,). `copy` is one that would pick the same from now on."""
+    """Picks a token from logits (n_choose,); a `copy` picks the same from here on."""
 
     def __call__(self, logits: Floats) -> int: ...
     def copy(self) -> Self: ...
@@ -26,7 +27,7 @@ class Picker:
 
     n_choose: ids at or above it are never written.
     sampler: None writes the likeliest token.
-    n_probs: how many of the likeliest tokens each step tells.
+    n_probs: how many of the likeliest tokens each step holds.
     composes: at a deferral, pick from the mixture of both models instead of the expert's logits.
     defer_row: the id in the base's vocabulary that is the switch and not a token, or -1.
     """
@@ -62,7 +63,7 @@ class Picker:
     def write(
         self, source: Source, p_defer: float, logits: Floats, choice: int, logsumexp: float
     ) -> Step:
-        """Return the step that the writer's logits lead to. choice: the likeliest token."""
+        """Pick a token from the writer's logits, return its step. choice: the likeliest token."""
         if self._sampler is not None:
             choice = self._sampler(logits[: self._n_choose])
         return self.tell(choice, source, p_defer, logits, logsumexp)
@@ -70,18 +71,19 @@ class Picker:
     def tell(
         self, token: int, source: Source, p_defer: float, logits: Floats, logsumexp: float
     ) -> Step:
-        """Return the step of a token that is given."""
+        """Return the step of a given token."""
         step = Step(token, source, p_defer, float(logits[token]) - logsumexp)
         if self._n_probs:
             step.top = likeliest(logits[: self._n_choose], logsumexp, self._n_probs)
         return step
 
     def mark(self) -> Sampler | None:
-        """Return what `rollback` needs to pick again as if nothing had been picked since."""
+        """Return the state of the sampler, for `rollback`."""
         return self._sampler.copy() if self._sampler is not None else None
 
     def rollback(self, mark: Sampler | None) -> Sampler | None:
-        """Pick from now on as after `mark`, which may be used once; return a mark of what was."""
+        """Restore the sampler's state from a mark, which may be used once; return a mark of the
+        state before."""
         replaced, self._sampler = self._sampler, mark
         return replaced
 

@@ -1,5 +1,5 @@
-"""Whether the fast schedule's bet pays: by the measured costs of batches, and by what was seen of
-agreements and of deferrals that follow each other."""
+"""Decide whether the bet of the fast schedule pays: from the measured costs of batches, the
+acceptance seen so far, and how often deferrals follow each other."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from collections.abc import Callable
 
 from colm_edge.llama.costs import CostTable
 
-# What a bet must promise to save, as a share of what it costs.
+# A bet must promise to save this much more than it costs.
 MARGIN = 0.15
 HORIZON = 64  # tokens within which the next deferral is expected
-# Estimates forget: an observation counts half after about 70 later ones.
+# Old observations fade: one counts half after about 70 later ones.
 DECAY = 0.99
 CAUTION = 0.7  # standard errors
 ROUGH = 0.04  # of the rates that savings are kept for
@@ -20,7 +20,7 @@ CONFIDENCE = (0.25, 0.5, 0.75)
 
 
 class Rate:
-    """How often something happens, learnt as it goes, old observations fading.
+    """How often something happens, learnt from observations; old ones fade.
 
     prior: the rate before any; weight: how many observations it stands for.
     """
@@ -37,13 +37,13 @@ class Rate:
 
     @property
     def cautious(self) -> float:
-        """The rate less what it may be off by, while little was seen."""
+        """The rate, lowered by its uncertainty while few observations were seen."""
         value = self.value
         return max(0.0, value - CAUTION * math.sqrt(value * (1 - value) / self.n))
 
 
 class Planner:
-    """Decides about bets; it lives as long as its pair and learns from every answer.
+    """Decides about bets. It lives as long as its pair and learns from every answer.
 
     tables: called at the first deferral; returns what decodes cost the base and the expert.
     """
@@ -51,7 +51,7 @@ class Planner:
     def __init__(self, tables: Callable[[], tuple[CostTable, CostTable]]) -> None:
         self._tables = tables
         self._expert: CostTable | None = None
-        self.rests = False  # whether the models are too quick for planning to pay
+        self.rests = False  # whether the models are too fast for planning to pay
         self.agreement = Rate(0.4, 4)
         self._by_confidence = [Rate(0.0, 0.0) for _ in range(len(CONFIDENCE) + 1)]
         # Of deferrals after a token of the base, and after another deferral.
@@ -59,13 +59,13 @@ class Planner:
         self._saved: dict[tuple[float, float], float] = {}  # by these two rates, for `saves`
 
     def prepare(self) -> None:
-        """Have the tables at hand."""
+        """Get the cost tables, if that was not done yet."""
         if self._expert is None:
             base, self._expert = self._tables()
             self.rests = base.is_quick
 
     def saw_agreement(self, confidence: float, agreed: bool) -> None:
-        """Learn from a deferral: the base's probability for its choice, whether it was repeated."""
+        """Learn from a deferral: how sure the base was of its choice, and if the expert agreed."""
         self.agreement.add(agreed)
         self._by_confidence[_bucket(confidence)].add(agreed)
 
@@ -74,19 +74,20 @@ class Planner:
         (self.run if after_deferral else self.onset).add(deferred)
 
     def agrees(self, confidence: float) -> float:
-        """Return the probability that the expert repeats a choice of this probability."""
+        """Return the probability that the expert agrees with a choice of this confidence."""
         seen = self._by_confidence[_bucket(confidence)]
         return (seen.hits + 8 * self.agreement.cautious) / (seen.n + 8)
 
     def saves(self, agrees: float, n_pending: int) -> float:
-        """Return the seconds, or 0, that it promises to save if the expert's batch at a deferral
-        holds the base's choice as well.
+        """Return the seconds that are expected to be saved, or 0, if the expert's batch at a
+        deferral includes the base's choice.
 
-        That makes it one token longer. If the expert repeats the choice, the call at the next
-        deferral is by so much shorter, and there is none if that deferral comes at once.
+        The batch gets one token longer. If the expert agrees, the call at the next deferral is one
+        token shorter, and not needed at all if that deferral is the next token.
 
-        agrees: the probability that it does. n_pending: tokens that the expert would evaluate
-        without the choice; none where its state is at hand, which the longer batch needs again.
+        agrees: the probability that the expert agrees. n_pending: tokens that the expert would
+        evaluate without the choice; 0 if its state is computed already, but then the longer batch
+        has to compute it again.
         """
         expert = self._expert
         if expert is None or self.rests:
@@ -100,8 +101,8 @@ class Planner:
 
 
 def _saved_later(onset: float, run: float, expert: CostTable) -> float:
-    """Return the seconds that the expert saves on average at the next deferral, having evaluated
-    one more token than up to the last.
+    """Return the seconds that the expert saves on average at the next deferral, if it has already
+    evaluated one token more.
 
     onset, run: rates of deferrals after a token of the base's and after another deferral.
     """
@@ -114,7 +115,7 @@ def _saved_later(onset: float, run: float, expert: CostTable) -> float:
 
 
 def _roughly(rate: float) -> float:
-    """Return a rate, rounded so that what is made of it can be kept."""
+    """Return a rate, rounded so that results for it can be cached."""
     return min(round(rate / ROUGH) * ROUGH, 1 - ROUGH)
 
 

@@ -9,19 +9,19 @@ from colm_edge.decode.timeline import Floats
 from colm_edge.errors import ModelError
 from colm_edge.switch.reading import Reader
 
-# Of a running quantile: values that it begins with, evenly spread from 0 to 1; tokens within which
-# a debt of deferrals is to be paid; and how many times the rate may be deferred meanwhile.
+# Of RatePolicy: the number of values that the quantile starts with, evenly spread from 0 to 1; the
+# tokens over which missing deferrals are made up; and the highest share meanwhile, times the rate.
 PRIOR, EVEN_OUT, MOST_AT_ONCE = 2, 16, 3
 BASE = -1  # the writer of what is not deferred; experts count from 0
 
 
 class Reading(NamedTuple):
-    """What the base's state says of one position."""
+    """What the switch and the base say about one position."""
 
     p_defer: float
     choice: int  # the base's likeliest token
     logsumexp: float  # of its logits
-    writer: int  # BASE, or the index of an expert
+    writer: int  # BASE, or an expert's index
 
 
 class Policy:
@@ -43,22 +43,22 @@ class Policy:
 
     def writer(self, p_defer: float) -> int:
         """Return who writes at a deferral probability: BASE, or the index of an expert."""
-        # p > 0 holds for every finite state; where it underflows, 0 still means always.
+        # p > 0 for every finite state; where it underflows to 0, a threshold of 0 still defers.
         return 0 if p_defer > self.threshold or self.threshold <= 0 else BASE
 
 
 class RatePolicy(Policy):
-    """Defer a share of the tokens, for a switch that nobody calibrated: the threshold is a running
-    quantile of p_defer, moved a little so that deferrals that are owed, or too many, even out.
+    """Defer a share of the tokens, with a switch that has no calibration. The threshold is a
+    running quantile of p_defer, moved so that the share deferred so far returns to the rate.
 
-    It sees one answer: nothing is kept for the next, so that an answer depends on its prompt alone.
+    It belongs to one answer, so that an answer depends on its prompt alone.
     """
 
     def __init__(self, read: Reader, rate: float) -> None:
         super().__init__(read, 1 - rate)
         self._rate = rate
         self._seen = [(i + 0.5) / PRIOR for i in range(PRIOR)]  # p_defer so far, rising
-        self._owed = 0.0  # deferrals that the rate asks for, less those that there were
+        self._owed = 0.0  # deferrals that the rate asks for, minus those so far
 
     def writer(self, p_defer: float) -> int:
         if not 0 < self._rate < 1:

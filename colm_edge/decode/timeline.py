@@ -1,4 +1,4 @@
-"""What the loop needs of a model: a timeline of token ids, wherever the model runs."""
+"""What the loop needs of a model, wherever it runs: a timeline of token ids."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Floats = npt.NDArray[np.float32]
 
 
 class Timeline(Protocol):
-    """One model's view of one answer: `llama.Session` is the model case, its docstrings count."""
+    """One model's token prefix and its state; `llama.session.Session` documents the methods."""
 
     @property
     def n_ctx(self) -> int: ...
@@ -36,7 +36,7 @@ class Timeline(Protocol):
 
 
 class Expert(Timeline, Protocol):
-    """The timeline of an expert, and what it is: in this process, on a thread, or on a server."""
+    """The timeline of an expert: in this process, on a thread of its own, or on a server."""
 
     @property
     def name(self) -> str:
@@ -44,17 +44,17 @@ class Expert(Timeline, Protocol):
 
     @property
     def fingerprint(self) -> str:
-        """What tells it from other models."""
+        """Identifies the model."""
 
     @property
     def end_tokens(self) -> frozenset[int]:
         """Every token that ends a generation for it."""
 
     def open(self, cancel: Cancel | None = None) -> None:
-        """Get ready now rather than at the first `sync`."""
+        """Load now rather than at the first `sync`."""
 
     def follow(self, tokens: array[int]) -> None:
-        """Catch up with written tokens beside the loop, if it can; return at once."""
+        """Start to catch up with written tokens in the background, if it can; return at once."""
 
     def close(self) -> None:
-        """Give back what it holds."""
+        """Free what it holds."""

@@ -1,10 +1,10 @@
-"""Several answers at once: slots that share each model's context and are evaluated together.
+"""Several answers at once: slots that share one context per model and are evaluated in one batch.
 
-Every answer runs the same loop as ever, on a thread of its own, over timelines whose `sync` waits.
-Once all answers under way wait, the worker, the one thread that touches llama.cpp, evaluates what
-they ask of one model in one batch, and they go on. So a batch is as large as it can be.
+Every answer runs the usual loop on a thread of its own, over timelines whose `sync` waits. Once all
+running answers wait, the worker, the only thread that calls llama.cpp, evaluates their requests to
+one model in one batch, and they go on. So batches are as large as possible.
 
-A single slot is the pair's own sessions: nothing to share, and the fast schedule's batches.
+A single slot uses the pair's own sessions, and so the fast schedule.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ SHORT = 64
 
 @dataclass(eq=False)
 class _Request:
-    """What a slot waits for: its timeline equal to `tokens`, outputs from `outputs` on current."""
+    """What a slot waits for: its timeline to hold `tokens`, with the states at `outputs`."""
 
     slot: int
     tokens: array[int]
@@ -44,8 +44,8 @@ class _Request:
 
 @dataclass
 class _Part:
-    """What of a request is still to be evaluated: its tokens from `start` on, which are prompt up
-    to the first output; and up to where a batch takes it."""
+    """The part of a request that a batch evaluates: tokens start to end. Tokens before the first
+    output are prompt."""
 
     request: _Request
     start: int
@@ -77,15 +77,15 @@ class SharedContext:
         self.held = [array("i") for _ in range(n_slots)]
         self._wants_hidden = session.wants_hidden
         self._rows: dict[tuple[int, int], int] = {}  # (slot, position) -> place in the last batch
-        self._prompts_next = False  # whose turn it is, of prompts and outputs
+        self._prompts_next = False  # prompts and outputs take turns
 
     def open(self) -> None:
         self.context.open()
 
     def evaluate(self, requests: Sequence[_Request]) -> list[_Request]:
-        """Evaluate one batch of what is asked for; return the requests that are done with it.
+        """Evaluate one batch of the requests; return those that are complete after it.
 
-        Short requests go first and whole; what room is left takes the beginning of longer ones.
+        Short requests go first and whole; the room that is left takes the start of longer ones.
         """
         self.open()
         parts = sorted(map(self._rest_of, requests), key=lambda part: part.end - part.start)
@@ -134,7 +134,7 @@ class SharedContext:
         try:
             self.context.decode(row, hidden=hidden)
             self.context.settle()
-        except BaseException:  # what was evaluated of it is not known
+        except BaseException:  # how much was evaluated is not known
             for part in chosen:
                 self.context.drop(part.request.slot, part.start)
             raise
@@ -178,13 +178,13 @@ class SharedTimeline:
         return len(tokens) - keep
 
     def state(self, i: int) -> tuple[Floats, Floats]:
-        # While this slot waits for its other model, the others' batches overwrite what stands here.
+        # Batches of other slots overwrite these views while this slot waits for its other model.
         logits, hidden = self._shared.state(self._slot, i)
         return logits.copy(), hidden.copy()
 
 
 class AwayTimeline(RemoteSession):
-    """A slot's timeline of an expert on a server; no other slot waits for what is asked there."""
+    """A slot's timeline of an expert on a server; the other slots go on while it waits."""
 
     def __init__(self, slots: Slots, expert: RemoteExpert) -> None:
         super().__init__(expert)
@@ -207,7 +207,7 @@ class Slots:
         self.pair, self.n_slots = pair, n_slots
         self._changed = threading.Condition()
         self._taken: set[int] = set()
-        self._n_away = 0  # of the slots taken, those whose expert's server is at work
+        self._n_away = 0  # taken slots that wait for an expert's server
         self._closed = False
         self._waiting: dict[SharedContext, list[_Request]] = {}
         self.base: SharedContext | None = None
@@ -233,8 +233,8 @@ class Slots:
 
     @contextmanager
     def take(self, tokens: Sequence[int]) -> Iterator[tuple[Timeline, Timeline] | None]:
-        """Have a free slot's timelines for a while, of base and expert: those of the slot that
-        knows most of these tokens. None stands for the pair's own sessions."""
+        """Take a free slot, the one that holds most of these tokens, and give its timelines of base
+        and expert. None stands for the pair's own sessions."""
         wanted = array("i", tokens)
         with self._changed:
             free = [slot for slot in range(self.n_slots) if slot not in self._taken]
@@ -258,8 +258,8 @@ class Slots:
         return base, SharedTimeline(self, self.expert, slot)
 
     def _worth(self, slot: int, wanted: array[int]) -> tuple[int, int]:
-        """Rank a free slot for a prompt: what it knows of it, if that is a good part; and of those
-        that know little, the one with the least to lose."""
+        """Rank a free slot for a prompt: by the length of the common prefix, if that is at least
+        half; otherwise the slot with the shortest cache is best, since it loses least."""
         if self.base is None:
             return 0, 0
         held = self.base.held[slot]
@@ -277,11 +277,11 @@ class Slots:
             raise request.error
 
     def _next(self) -> SharedContext | None:
-        """Return the context to evaluate next, or None while an answer is still at work.
+        """Return the context to evaluate next, or None while an answer still runs.
 
-        The base goes first: meanwhile more answers come to defer, and the expert's batch grows.
-        Once three quarters wait for the expert it is its turn: later the base's own batches are
-        too small, sooner the expert's are.
+        The base goes first: meanwhile more answers defer, and the expert's batch grows. Once three
+        quarters of the answers wait for the expert, it runs: later the base's batches would be too
+        small, sooner the expert's.
         """
         base = len(self._waiting[self.base]) if self.base is not None else 0
         expert = len(self._waiting[self.expert]) if self.expert is not None else 0
@@ -300,7 +300,7 @@ class Slots:
                 requests = list(self._waiting[context])
             try:
                 done, error = context.evaluate(requests), None
-            except BaseException as e:  # raised where it was asked for
+            except BaseException as e:  # raised in the thread that waits
                 done, error = requests, e
             with self._changed:
                 for request in done:
@@ -310,7 +310,7 @@ class Slots:
 
     @contextmanager
     def away(self) -> Iterator[None]:
-        """Let the others go on meanwhile."""
+        """Let the other slots go on inside the `with` block."""
         with self._changed:
             self._n_away += 1
             self._changed.notify_all()
@@ -328,7 +328,7 @@ class Slots:
         return self.base is None and self.pair.expert_is_loaded
 
     def unload_expert(self) -> None:
-        """Give the expert's memory back; it is read again when it is asked."""
+        """Free the expert's memory; its next call loads it again."""
         with self._changed:
             if not self.expert_loaded:
                 return
