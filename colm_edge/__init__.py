@@ -20,11 +20,19 @@ if TYPE_CHECKING:
     from colm_edge.switch.file import Switch
 
 __all__ = [
-    "Answer", "AsyncStream", "ColmError", "Options", "Pair", "Stats", "Step", "Stream", "Switch",
+    "Answer",
+    "AsyncStream",
+    "ColmError",
+    "Options",
+    "Pair",
+    "Stats",
+    "Step",
+    "Stream",
+    "Switch",
     "load",
-]  # fmt: skip
+]
 
-# A library writes nothing to stderr by itself; without a handler Python would.
+# A library must not write to stderr; without a handler, Python's logging would.
 logging.getLogger("colm_edge").addHandler(logging.NullHandler())
 
 _HOMES = {
@@ -42,7 +50,7 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
-    # `import colm_edge` stays cheap: llama.cpp is loaded when a name that needs it is asked for.
+    # Keeps `import colm_edge` cheap: llama.cpp is loaded at the first use of a name that needs it.
     if name == "__version__":
         from importlib.metadata import version
 

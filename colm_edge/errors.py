@@ -1,4 +1,4 @@
-"""What a user can fix: each message says what is wrong, what was expected, and the cure."""
+"""Errors that a user can fix: each message says what is wrong, what was expected, and the cure."""
 
 
 class ColmError(Exception):
@@ -6,7 +6,7 @@ class ColmError(Exception):
 
 
 class ModelError(ColmError):
-    """A model file is missing, broken, or of a kind that cannot take part."""
+    """A model file is missing, broken, or of a kind that cannot collaborate."""
 
 
 class MismatchError(ColmError):
@@ -26,7 +26,7 @@ class ContextError(PromptError):
 
 
 class AbsentExpertError(ColmError):
-    """A remote expert does not answer; the base can go on alone."""
+    """A remote expert does not answer; the base can continue alone."""
 
 
 class DataError(ColmError):

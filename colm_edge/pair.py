@@ -261,7 +261,7 @@ class Pair:
         return text
 
     def check_prompt(self, tokens: Sequence[int], threshold: float) -> None:
-        """Raise PromptError when there are no tokens, too many, or some are not in the vocabulary."""
+        """Raise PromptError for no tokens, too many, or some that are not in the vocabulary."""
         if not tokens:
             raise PromptError("the prompt is empty; write at least one word")
         if len(tokens) > self.n_ctx:

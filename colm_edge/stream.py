@@ -1,4 +1,4 @@
-"""Stream an answer as it is written, for a thread or for asyncio, and cut it at stop strings."""
+"""An answer as it is written: its steps and text, cut at stop strings, for threads and asyncio."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from colm_edge.llama.model import Model
 
 @dataclass
 class Answer:
-    """A whole answer: its text, one record per token, why it ended, and what it took."""
+    """An answer: its text, one record per token, why it ended, and its statistics."""
 
     text: str
     steps: list[Step] = field(repr=False)
@@ -30,10 +30,10 @@ class Answer:
 
 
 class Stream:
-    """An answer as it is written: an iterator of steps, `answer()` at any time.
+    """An answer as it is written: an iterator of steps, with `answer()` at any time.
 
-    Steps that end inside a character, or whose text may be the start of a stop text, are held back
-    until that is decided. It can be left early at no cost: the pair can answer again at once.
+    A step that ends inside a character, or whose text may begin a stop string, is held back until
+    later tokens decide. You can stop iterating at any time; the pair can answer again at once.
     """
 
     def __init__(
@@ -49,7 +49,7 @@ class Stream:
         self._cancel = cancel
         self._unreadable = unreadable
         self.prompt_tokens = list(decoder.tokens)
-        self.steps: list[Step] = []  # those already handed out
+        self.steps: list[Step] = []  # already handed out
         self._finish: Literal["stop", "length"] | None = None
         self._iterator = self._run()
 
@@ -60,20 +60,20 @@ class Stream:
         return next(self._iterator)
 
     def close(self) -> None:
-        """End the answer here; what was written so far stays. For the thread that reads it."""
+        """End the answer and keep what was written so far. Only for the thread that reads it."""
         self._iterator.close()
 
     def cancel(self) -> None:
         """End the answer from any thread: the reader gets at most one more step, and no error.
 
-        An evaluation under way is not broken off: one token's, or one batch's of a prompt. The
-        expert's load is.
+        This interrupts the load of the expert's weights, but not a running evaluation of a token or
+        of one batch of a prompt.
         """
         self._cancel.request()
 
     @property
     def end(self) -> Step | None:
-        """The end token, if the answer came to one; it is no step of the answer."""
+        """The end token, if the answer ended with one; it is not one of the steps."""
         return self._decoder.ended_by if self._finish is None else None
 
     @property
@@ -83,14 +83,14 @@ class Stream:
 
     @property
     def finish_reason(self) -> Literal["stop", "length"]:
-        """Why the answer ended; "stop" as well when the reader ended it."""
+        """Why the answer ended; also "stop" when the reader ended it."""
         return self._finish or self._decoder.finish_reason or "stop"
 
     def read_prompt(self) -> list[Step]:
-        """Return one record for each token of the prompt after the first, as if it had been
-        written: by whom it would have been, and how likely it was. Before the first step.
+        """Return a step for each token of the prompt after the first, as if it had been written:
+        which model would have written it, and how likely it was. Call it before the first step.
 
-        Raises ColmError where the expert is on a server, which tells only of a last token.
+        Raises ColmError if the expert is on a server, which gives only the last token's state.
         """
         if self._unreadable:
             raise ColmError(self._unreadable)
@@ -102,8 +102,8 @@ class Stream:
         return steps
 
     def answer(self, n_steps: int | None = None) -> Answer:
-        """Return what was written so far (the whole answer, once the stream is exhausted), or its
-        first n_steps."""
+        """Return what was written so far, or its first n_steps. Once the stream is exhausted, that
+        is the whole answer."""
         steps = self.steps[:n_steps]
         deferred = sum(step.source == "expert" for step in steps)
         stats = replace(self._decoder.stats, n_generated=len(steps), n_deferred=deferred)
@@ -117,7 +117,7 @@ class Stream:
 
     def _run(self) -> Generator[Step, None, None]:
         utf8 = codecs.getincrementaldecoder("utf-8")("replace")
-        held: list[Step] = []  # not handed out yet: a later token may complete or cut their text
+        held: list[Step] = []  # a later token may complete or cut their text
         for step in self._decoder:
             step.text = utf8.decode(self._model.piece(step.token))
             held.append(step)
@@ -140,7 +140,7 @@ class Stream:
             yield self._hand_out(step)
 
     def _cut_at_stop(self, held: list[Step]) -> bool:
-        """Cut the held steps at the first stop text, if they hold one; say whether they did."""
+        """Cut the held steps at the first stop string in them; return whether there was one."""
         text = "".join(step.text for step in held)
         found = [at for at in (text.find(stop) for stop in self._stop) if at >= 0]
         if not found:
@@ -155,7 +155,7 @@ class Stream:
         return True
 
     def _may_begin_stop(self, held: list[Step]) -> bool:
-        """Say whether a stop text may begin inside the first held step's text."""
+        """Return whether a stop string may begin inside the first held step's text."""
         text = "".join(step.text for step in held)
         return any(
             stop.startswith(text[at : at + len(stop)])
@@ -168,11 +168,12 @@ Put = Callable[[Step | BaseException | None], Any]
 
 
 class AsyncStream:
-    """An answer as it is written, for `async for` in one event loop; `answer()` at any time.
+    """An answer as it is written, for `async for` in one event loop, with `answer()` at any time.
 
-    The thread begins at the first step that is asked for, and may be ahead of a slow reader.
-    Leaving the loop or cancelling the task that reads cancels the answer as `Stream.cancel` does;
-    `async with` does so for certain, also where something else still refers to this object.
+    A thread writes the answer. It starts at the first step that is read, and may be ahead of the
+    reader. Leaving the loop, or cancelling the task that reads, cancels the answer as
+    `Stream.cancel` does. Use `async with` if something else still refers to this object: it always
+    cancels at its end.
     """
 
     def __init__(self, stream: Stream) -> None:
@@ -207,10 +208,10 @@ class AsyncStream:
         loop = asyncio.get_running_loop()
 
         def hand_over(item: Step | BaseException | None) -> None:
-            with suppress(RuntimeError):  # the loop is closed: nothing reads the answer any more
+            with suppress(RuntimeError):  # the event loop was closed: nothing reads any more
                 loop.call_soon_threadsafe(put, item)
 
-        # The thread knows the stream and not this object, which so goes when its reader does.
+        # The thread does not refer to this object, so it is freed, and cancels, with its reader.
         writing = threading.Thread(
             target=_write, args=(self._stream, hand_over), name="colm-edge-answer", daemon=True
         )
@@ -223,16 +224,16 @@ class AsyncStream:
         self.cancel()
 
     async def aclose(self) -> None:
-        """End the answer here, as leaving `async with` does."""
+        """End the answer, as leaving `async with` does."""
         self.cancel()
 
     def cancel(self) -> None:
-        """End the answer; any thread may ask for it. Steps that were not read yet are lost."""
+        """End the answer, from any thread. Steps that were not read yet are lost."""
         self._done = True
         self._stream.cancel()
 
     def answer(self) -> Answer:
-        """Return what was read so far (the whole answer, once the stream is exhausted)."""
+        """Return what was read so far; once the stream is exhausted, the whole answer."""
         return self._stream.answer(self._read)
 
     def __del__(self) -> None:
@@ -244,5 +245,5 @@ def _write(stream: Stream, put: Put) -> None:
         for step in stream:
             put(step)
         put(None)
-    except BaseException as e:  # raised where the answer is read
+    except BaseException as e:  # raised by AsyncStream.__anext__
         put(e)

@@ -1,4 +1,4 @@
-"""What PyInstaller asks of this package (the entry point pyinstaller40 in pyproject.toml)."""
+"""Tell PyInstaller where its hooks are (the entry point pyinstaller40 in pyproject.toml)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The record of a written token, and what an answer took."""
+"""The record of a written token (`Step`), and the statistics of an answer (`Stats`)."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ Source = Literal["base", "expert"]
 
 @dataclass(slots=True)
 class Step:
-    """One written token: who wrote it, how sure the switch was, and how likely it was."""
+    """One written token: which model wrote it, its p_defer, and how likely it was."""
 
     token: int
     source: Source
     p_defer: float
-    logprob: float  # of the token, under the model (or mixture) that wrote it, unfiltered
-    text: str = ""  # whole characters only: a split one arrives with its last token
-    # The likeliest tokens, best first, and their log-probabilities, where they were asked for.
+    logprob: float  # of the token, under the model (or mixture) that wrote it, before sampling
+    text: str = ""  # whole characters only: a split one comes with its last token
+    # The likeliest tokens, best first, and their log-probabilities, if requested.
     top: tuple[tuple[int, float], ...] = ()
 
     def record(self) -> dict[str, Any]:
@@ -27,9 +27,9 @@ class Step:
 
 @dataclass(slots=True)
 class Stats:
-    """What an answer took; `base_tokens` and `expert_tokens` count every token that was evaluated,
-    the prompt and what was rolled back included. Where the expert works in the background, its
-    seconds are partly the base's as well."""
+    """The statistics of an answer. `base_tokens` and `expert_tokens` count every evaluated token,
+    including the prompt and tokens that were rolled back. If the expert works in the background,
+    its seconds overlap with the base's."""
 
     n_prompt: int = 0
     n_generated: int = 0
@@ -38,7 +38,7 @@ class Stats:
     base_tokens: int = 0
     expert_calls: int = 0
     expert_tokens: int = 0
-    expert_failures: int = 0  # deferrals that the base wrote, for a remote expert was absent
+    expert_failures: int = 0  # deferrals that the base wrote because a remote expert was absent
     base_seconds: float = 0.0
     expert_seconds: float = 0.0
     expert_load_seconds: float = 0.0  # of expert_seconds: weights and context, at its first call
