@@ -1,4 +1,5 @@
-"""Read the switch off a base's logits and hidden state: the C extension, or its slow twin.
+"""The switch's arithmetic on logits and hidden state: the C extension (native/switch.c), or its
+slow twin in numpy, in this module.
 
 `implementation` names the one in use: avx512, avx2, neon or portable in C, or numpy. The
 environment variable COLM_EDGE_NATIVE forces one; unset, it is the best that the CPU can run.

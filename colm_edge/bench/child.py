@@ -1,4 +1,4 @@
-"""One method run once, in a process of its own, which prints the memory that it took.
+"""The child process of `memory`: run one method once and print the memory that it took.
 
 `memory.memory_of` starts it and writes what to run to its standard input.
 """
@@ -19,7 +19,7 @@ from colm_edge.pair import load
 
 
 def main() -> None:
-    """Run one method once, as standard input says; print the MB of memory this process took."""
+    """Run the method that standard input names; print this process's peak memory in MB."""
     task = json.load(sys.stdin)
     trace, name = Trace(**task["trace"]), task["name"]
     arguments = task["arguments"]
@@ -28,7 +28,7 @@ def main() -> None:
         HighLevel(Session(Model(arguments["expert"]), options)).run(trace)
     else:
         with load(**arguments) as pair, Methods(pair, trace) as methods:
-            # With itself as the expert, a model alone is the base alone.
+            # memory_of made the expert the base, so that only one model is loaded.
             methods.names["base" if name == "expert" else name]()
     print(json.dumps(peak_memory()))
 

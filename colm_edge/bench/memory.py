@@ -1,4 +1,4 @@
-"""Peak memory of a method, in a process of its own."""
+"""Measure the peak memory of a method, in a process of its own."""
 
 from __future__ import annotations
 
@@ -20,26 +20,32 @@ CONTEXT = ("n_ctx", "n_threads", "n_ubatch", "flash_attn", "cache_type_k", "cach
 
 
 def memory_of(pair: Pair, trace: Trace, name: str, note: Note) -> float | None:
-    """Return the MB that a process of its own has in memory at most when it runs a method once, or
-    None where the system does not tell."""
+    """Return the peak memory, in MB, of a process that only runs a method once, or None where the
+    system does not report it."""
     note(f"memory: {name}")
     base, expert = pair.base, pair.expert_session.model
-    if name in ("expert", "expert-llama-cpp-python"):  # the base is not to be loaded
+    if name in ("expert", "expert-llama-cpp-python"):  # the base must not be loaded
         base = expert
     options = pair.base_session.options
     arguments = {
-        "model": str(base.path), "expert": str(expert.path), "switch": pair.switch.name,
-        "lora": None if base.lora is None else str(base.lora), "n_gpu_layers": base.n_gpu_layers,
+        "model": str(base.path),
+        "expert": str(expert.path),
+        "switch": pair.switch.name,
+        "lora": None if base.lora is None else str(base.lora),
+        "n_gpu_layers": base.n_gpu_layers,
         "n_gpu_layers_expert": expert.n_gpu_layers,
         **{name: getattr(options, name) for name in CONTEXT},
-    }  # fmt: skip
+    }
     if base is expert:
         arguments["switch"] = "margin"
     task = {"arguments": arguments, "trace": trace.__dict__, "name": name}
     done = subprocess.run(
-        [sys.executable, "-P", "-m", "colm_edge.bench.child"], input=json.dumps(task), text=True,
-        capture_output=True, check=False,
-    )  # fmt: skip
+        [sys.executable, "-P", "-m", "colm_edge.bench.child"],
+        input=json.dumps(task),
+        text=True,
+        capture_output=True,
+        check=False,
+    )
     if done.returncode != 0:
         last = (done.stderr.strip().splitlines() or ["no message"])[-1]
         raise ColmError(f"the memory of {name} could not be measured: {last}")
@@ -48,9 +54,9 @@ def memory_of(pair: Pair, trace: Trace, name: str, note: Note) -> float | None:
 
 
 def peak_memory() -> float | None:
-    """Return the most MB that this process had in memory, or None if the system does not say."""
+    """Return this process's peak memory in MB, or None where the system does not report it."""
     status = Path("/proc/self/status")
-    if status.exists():  # Linux's getrusage includes the parent
+    if status.exists():  # Linux's getrusage includes the parent's memory
         line = next(x for x in status.read_text().splitlines() if x.startswith("VmHWM"))
         return int(line.split()[1]) * 1024 / 1e6
     try:

@@ -1,4 +1,4 @@
-"""Speed side by side: every way to answer, in one process, in rounds that interleave."""
+"""Measure the speed of every way to answer, in one process, in rounds that interleave."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
+from colm_edge.bench.memory import Note, memory_of
+from colm_edge.bench.peers import HighLevel, Sample, Tools, timed
 from colm_edge.bench.replay import Trace, replay
 from colm_edge.bench.speculative import Speculative
 from colm_edge.decode.fast import Fast
@@ -25,12 +27,10 @@ from colm_edge.switch.rules import Untrained
 if TYPE_CHECKING:
     from colm_edge.llama.session import Session
     from colm_edge.pair import Pair
-from colm_edge.bench.memory import Note, memory_of
-from colm_edge.bench.peers import HighLevel, Sample, Tools, timed
 
 
 class Methods:
-    """Every way to write a trace's tokens that runs in this process, by name."""
+    """Every way to write a trace's tokens in this process, by name."""
 
     def __init__(self, pair: Pair, trace: Trace) -> None:
         self._pair, self._trace = pair, trace
@@ -86,8 +86,8 @@ class Methods:
 
     def _fast(self) -> Sample:
         expert, session = self._pair.expert, self._pair.expert_session
-        # A planner that has to learn anew in every round; batches cut by what they cost; and the
-        # expert in the background, where there is room for it.
+        # A new planner, which learns again in every round; batches of the cheapest sizes; and the
+        # expert in the background, if the pair has it there.
         schedule = Fast(Planner(lambda: self.tables), expert.follow)
         session.costs = None if self.tables[0].is_quick else self.tables[1]
         try:
@@ -97,7 +97,7 @@ class Methods:
 
     def _expert_alone(self) -> Sample:
         expert, base = self._pair.expert_session, self._pair.base_session
-        # It reads no switch, but its own likeliest token.
+        # Instead of the switch, any rule that also gives the likeliest token.
         read = Untrained("margin").reader(expert.model, self._pair.n_shared)
         expert.forget()
         sample = timed(replay(expert, base, read, self._trace, 1.0, self._pair.n_shared))
@@ -106,8 +106,8 @@ class Methods:
         return replace(sample, expert_calls=n, expert_tokens=evaluated)
 
     def decodes_alone(self, names: Collection[str]) -> dict[str, float]:
-        """Return the seconds inside llama.cpp that the methods' decodes take when each model does
-        all of its own at a stretch; of the fast schedule, the sequential one's."""
+        """Return the seconds inside llama.cpp of each method's decodes when each model does all of
+        its own in one go; for the fast schedule, those of the sequential one."""
         n_prompt, n = len(self._trace.prompt), len(self._trace.tokens)
         base, expert = self._pair.base_session, self._pair.expert_session
         one_by_one = range(n_prompt, n_prompt + n)
@@ -123,7 +123,7 @@ class Methods:
         return found
 
     def _decode(self, session: Session, lengths: Sequence[int]) -> float:
-        """Return the seconds that evaluating these prefixes of the trace, in turn, takes."""
+        """Return the seconds of evaluating the trace's prefixes of these lengths, in order."""
         tokens = [*self._trace.prompt, *self._trace.tokens]
         costs, session.costs = session.costs, None
         session.forget()
@@ -143,22 +143,26 @@ class Methods:
 
 
 def bench(
-    pair: Pair, trace: Trace, rounds: int, note: Note, *, only: Sequence[str] = (),
-    tools: Path | None = None, memory: bool = True,
-) -> list[dict[str, Any]]:  # fmt: skip
-    """Return a row for each method: medians over the rounds, in which all take turns.
+    pair: Pair,
+    trace: Trace,
+    rounds: int,
+    note: Note,
+    *,
+    only: Sequence[str] = (),
+    tools: Path | None = None,
+    memory: bool = True,
+) -> list[dict[str, Any]]:
+    """Return a row for each method: medians over the rounds, in which all methods take turns.
 
-    tokens_per_second is of the whole answer, its prompt included, and …_low and …_high are the
-    slowest and fastest round; first_token_seconds from an empty cache; ratio_expert and
-    ratio_sequential to the rows expert and colm; ratio_limit to what the decodes of the method (for
-    the fast schedule: of the sequential one), n·c_base(1) + Σ c_expert(kᵢ), take right before and
-    after the round when each model does its own at a stretch; outside_us, the microseconds a token
-    outside llama.cpp; peak_memory_mb, the most that a process doing nothing else has in memory.
+    ratio_limit compares with the time of the method's decodes (for the fast schedule: the
+    sequential one's), n·c_base(1) + Σ c_expert(kᵢ), right before and after the round, each model
+    on its own. docs/speed.md explains the other columns.
 
-    only: names of methods, all by default. tools: where llama.cpp's own programs are, for two more
-    rows. memory: whether to measure it, in a process for each method.
+    only: names of methods, all by default. tools: the folder of llama.cpp's own programs, for two
+    more rows. memory: whether to measure it, in a process for each method.
 
-    Raises ColmError when the trace does not fit the context or the vocabulary, or a name is none.
+    Raises ColmError when the trace does not fit the context or the vocabulary, or for an unknown
+    name.
     """
     n = len(trace.tokens)
     if len(trace.prompt) + n > pair.n_ctx:
@@ -167,7 +171,9 @@ def bench(
             "give a smaller -n or a larger -c"
         )
     if max(*trace.prompt, *trace.tokens) >= pair.n_shared:
-        raise ColmError("the trace has tokens that this pair does not share; record it with it")
+        raise ColmError(
+            "the trace has tokens that this pair's models do not share; record it with this pair"
+        )
     with Methods(pair, trace) as methods:
         ways = dict(methods.names)
         if tools is not None:
@@ -186,7 +192,7 @@ def bench(
                     samples[name].append(sample)
             note(f"after round {i} of {rounds}: decodes alone")
             alone.append(methods.decodes_alone(ways))
-        # A round's is halfway between those before and after it, since machines drift.
+        # The mean of before and after a round, because machines drift.
         limits = [
             {name: (before[name] + after[name]) / 2 for name in before}
             for before, after in pairwise(alone)
@@ -197,9 +203,12 @@ def bench(
 
 
 def _row(
-    name: str, samples: dict[str, list[Sample]], trace: Trace, limits: list[dict[str, float]],
+    name: str,
+    samples: dict[str, list[Sample]],
+    trace: Trace,
+    limits: list[dict[str, float]],
     peak: float | None,
-) -> dict[str, Any]:  # fmt: skip
+) -> dict[str, Any]:
     n = len(trace.tokens)
     seconds = {name: [sample.seconds for sample in taken] for name, taken in samples.items()}
     ours, median, last = seconds[name], statistics.median(seconds[name]), samples[name][-1]
@@ -207,7 +216,7 @@ def _row(
     outside = [s.outside_seconds for s in samples[name] if s.outside_seconds is not None]
 
     def ratio(others: list[float]) -> float | None:
-        # Of rounds, so that what slowed a whole round down slows both sides of the ratio.
+        # Per round, so that a disturbance of a whole round affects both sides of the ratio.
         ratios = [theirs / own for own, theirs in zip(ours, others, strict=True)] if others else []
         return statistics.median(ratios) if ratios else None
 
@@ -230,7 +239,7 @@ def _row(
 
 
 def measured_on(pair: Pair) -> str:
-    """Return a line that says on what machine and with what settings, today."""
+    """Return a line with the machine, the date and the settings."""
     base, expert = pair.base_session, pair.expert_session
     options = base.options
     return (
@@ -243,7 +252,7 @@ def measured_on(pair: Pair) -> str:
 
 
 def cpu_name() -> str:
-    """Return what the processor calls itself."""
+    """Return the name of the processor."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         return next(line.split(": ")[1] for line in lines if line.startswith("model name"))

@@ -1,4 +1,4 @@
-"""What others offer for the same work: llama-cpp-python's `Llama`, llama.cpp's own programs."""
+"""Run other programs for comparison: llama-cpp-python's `Llama` and llama.cpp's own programs."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Sample:
-    """One run of one method; what only another program knows is None."""
+    """One run of one method; None where another program does not report a figure."""
 
     seconds: float
     first_token_seconds: float | None = None
@@ -37,13 +37,13 @@ def timed(decoder: Decoder) -> Sample:
     for _ in decoder:
         pass
     seconds, stats = perf_counter() - begun, decoder.stats
-    # Nothing, where the expert works in the background.
+    # With the expert in the background, the two overlap.
     outside = max(0.0, seconds - stats.base_seconds - stats.expert_seconds)
     return Sample(seconds, first, outside, stats.expert_calls, stats.expert_tokens)
 
 
 class HighLevel:
-    """The expert through llama-cpp-python's own `Llama`, what a user would pick."""
+    """The expert through llama-cpp-python's own `Llama`, which a user would choose."""
 
     def __init__(self, session: Session) -> None:
         from llama_cpp import Llama, llama_cpp
@@ -51,20 +51,24 @@ class HighLevel:
         from colm_edge.llama.backend import model_params
 
         made = llama_cpp.llama_model_default_params
-        # So that it, too, runs where llama.cpp's AMX code crashes.
+        # So that it also runs where llama.cpp's AMX code crashes.
         llama_cpp.llama_model_default_params = model_params
         try:
             self._llama = Llama(
-                str(session.model.path), n_ctx=session.n_ctx, n_batch=session.n_batch,
-                n_threads=session.n_threads, n_threads_batch=session.n_threads,
-                n_gpu_layers=session.model.n_gpu_layers, flash_attn=session.flash_attn == "on",
+                str(session.model.path),
+                n_ctx=session.n_ctx,
+                n_batch=session.n_batch,
+                n_threads=session.n_threads,
+                n_threads_batch=session.n_threads,
+                n_gpu_layers=session.model.n_gpu_layers,
+                flash_attn=session.flash_attn == "on",
                 verbose=False,
-            )  # fmt: skip
+            )
         finally:
             llama_cpp.llama_model_default_params = made
 
     def run(self, trace: Trace) -> Sample:
-        self._llama.reset()  # else it would keep the prompt
+        self._llama.reset()  # otherwise it would reuse the prompt
         begun, n = perf_counter(), len(trace.tokens)
         generated = self._llama.generate(trace.prompt, temp=0.0, repeat_penalty=1.0)
         next(generated)
@@ -80,23 +84,38 @@ class HighLevel:
 
 
 class Tools:
-    """llama.cpp's own programs, each run a process: their figures are without loading, and of
-    texts of their own. Raises ColmError when a program is missing or fails."""
+    """llama.cpp's own programs, a process for each run. Their figures do not include loading, and
+    are for texts of their own. Raises ColmError when a program is missing or fails."""
 
     def __init__(self, folder: Path, pair: Pair, n: int) -> None:
         self._folder = folder
         expert, base = pair.expert_session, pair.base_session
-        # A layer count of its own on the GPU for each model; on a CPU they mean nothing.
+        # Each model has its own number of GPU layers; on a CPU they have no effect.
         layers = ["-ngl", str(expert.model.n_gpu_layers)]
         threads = ["-t", str(expert.n_threads)]
         model = ["-m", str(expert.model.path), *threads, *layers]
         self._n = n
         self._bench = ["llama-bench", *model, "-p", "0", "-n", str(n), "-r", "1", "-o", "json"]
         self._speculative = [
-            "llama-speculative-simple", *model, "-c", str(pair.n_ctx), "--temp", "0",
-            "-md", str(pair.base.path), "-td", str(base.n_threads), "--spec-type", "draft-simple",
-            "-ngld", str(pair.base.n_gpu_layers), "-n", str(n), "-p", "Once upon a time",
-        ]  # fmt: skip
+            "llama-speculative-simple",
+            *model,
+            "-c",
+            str(pair.n_ctx),
+            "--temp",
+            "0",
+            "-md",
+            str(pair.base.path),
+            "-td",
+            str(base.n_threads),
+            "--spec-type",
+            "draft-simple",
+            "-ngld",
+            str(pair.base.n_gpu_layers),
+            "-n",
+            str(n),
+            "-p",
+            "Once upon a time",
+        ]
         self.names = {"llama-bench": self._run_bench, "llama-speculative-simple": self._run_draft}
 
     def _run_bench(self) -> Sample:
@@ -112,13 +131,16 @@ class Tools:
         program = self._folder / command[0]
         try:
             done = subprocess.run(
-                [program, *command[1:]], capture_output=True, text=True, errors="replace",
+                [program, *command[1:]],
+                capture_output=True,
+                text=True,
+                errors="replace",
                 check=True,
-            )  # fmt: skip
+            )
         except OSError as e:
             raise ColmError(f"{program}: {e.strerror or e}; build llama.cpp's programs") from e
         except subprocess.CalledProcessError as e:
             last = (e.stderr.strip().splitlines() or ["no message"])[-1]
             raise ColmError(f"{program} failed: {last}") from e
-        # The figures are on one or the other, as the version likes.
+        # Versions differ in which of the two they print the figures to.
         return done.stdout + done.stderr

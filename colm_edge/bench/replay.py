@@ -1,8 +1,8 @@
-"""Traces: which tokens are written, which of them are deferred, where the two models agree.
+"""Traces: which tokens are written, which of them are deferred, and where the two models agree.
 
-A trace is imposed on real decodes of real models: both are evaluated and the switch is read as
-ever, only the choices are the trace's. So the speed of a pair can be measured whatever its weights
-say, and one trace serves every schedule.
+A replay evaluates both real models and reads the switch as usual, but takes the choices from the
+trace. So the speed of a pair does not depend on what its weights would say, and every schedule
+writes the same tokens.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ if TYPE_CHECKING:
 
 
 SEED = 0
-PROMPT_TOKENS = 32  # of a drawn trace
+PROMPT_TOKENS = 32  # the prompt of a drawn trace
 DRAWS = 100
 AGREE = 0.6
 
 
 @dataclass(frozen=True)
 class Trace:
-    """A prompt, and the tokens written after it; whether each is deferred, and whether base and
-    expert would both choose it, (n,) each."""
+    """A prompt and the tokens written after it, (n,); for each, whether it is deferred and whether
+    base and expert would both choose it."""
 
     prompt: list[int]
     tokens: list[int]
@@ -47,8 +47,8 @@ class Trace:
 
 @dataclass(frozen=True)
 class Process:
-    """What traces are drawn from: the defer rate, the probability that the expert repeats the
-    base's choice, and the mean run of deferrals (0: every token on its own)."""
+    """The distribution of traces: the defer rate, the probability that the expert repeats the
+    base's choice, and the mean length of runs of deferrals (0: each token is independent)."""
 
     rate: float
     agree: float = AGREE
@@ -56,7 +56,7 @@ class Process:
 
     @classmethod
     def parse(cls, text: str) -> Process:
-        """Read f=0.2,agree=0.6,run=2. Raises ValueError for anything else."""
+        """Parse a text like f=0.2,agree=0.6,run=2. Raises ValueError for anything else."""
         parts = [part.partition("=") for part in text.split(",")]
         values = {name: float(value) for name, _, value in parts}
         rate, agree = values.pop("f", -1.0), values.pop("agree", AGREE)
@@ -69,8 +69,8 @@ class Process:
     def draw(self, n: int, n_vocab: int, seed: int = SEED) -> Trace:
         """Return a trace of n tokens.
 
-        Of DRAWS draws the one whose rate is nearest is taken, so that a short trace too defers as
-        often as it says; the same for the agreements, at deferrals and elsewhere.
+        It takes the one of DRAWS draws whose defer rate is nearest, so that the rate of a short
+        trace is right too. The share of agreements is exact, at deferrals and elsewhere.
         """
         draw, rate = random.Random(seed), self.rate
         stay = 1 - 1 / self.run if self.run else rate
@@ -91,7 +91,7 @@ class Process:
             return best
 
         deferred = nearest((deferrals() for _ in range(DRAWS)), rate)
-        # As many agreements as promised at deferrals, and as many elsewhere, in a drawn order.
+        # The same share of agreements at deferrals and elsewhere, at drawn places.
         agrees = [False] * n
         for kind in (True, False):
             places = [i for i in range(n) if deferred[i] is kind]
@@ -102,8 +102,8 @@ class Process:
 
 
 def recorded(path: str | os.PathLike[str]) -> Trace:
-    """Read what `run --json` printed. What the base would have written at a deferral is not in it,
-    so the two never agree there. Raises DataError when the file is not that."""
+    """Return the trace of an answer that `run --json` printed. The base's choices at deferrals are
+    not in it, so the models never agree there. Raises DataError for any other file."""
     try:
         with open(path, encoding="utf-8") as file:
             answer = json.load(file)
@@ -125,12 +125,12 @@ def recorded(path: str | os.PathLike[str]) -> Trace:
 
 
 class ReplayPolicy(Policy):
-    """Reads the switch as usual, then decides as the trace says.
+    """Reads the switch as usual, then returns the trace's decision and token instead.
 
-    Where base and expert differ, the base chooses another token, and past it decides as the trace
-    does there: deferrals belong to positions.
+    Where the models do not agree, the base chooses another token than the trace's. Decisions depend
+    on the position only, so they also hold after a token that differs.
 
-    everywhere: they may differ at tokens that are not deferred too; else only at deferrals.
+    everywhere: the models may also disagree at tokens that are not deferred.
     """
 
     def __init__(
@@ -150,7 +150,7 @@ class ReplayPolicy(Policy):
 
 
 class ReplayPicker(Picker):
-    """An expert whose likeliest tokens are a trace's."""
+    """Takes the trace's tokens as the expert's likeliest ones."""
 
     def __init__(self, n_choose: int, trace: Trace) -> None:
         super().__init__(n_choose)
@@ -172,7 +172,7 @@ def replay(
     *,
     everywhere: bool = False,
 ) -> Decoder:
-    """Return a Decoder that is about to write a trace's tokens; everywhere: of ReplayPolicy."""
+    """Return a Decoder that will write a trace's tokens. everywhere: as for `ReplayPolicy`."""
     return Decoder(
         base,
         [expert],

@@ -1,7 +1,6 @@
-"""Speculative decoding: the expert alone, with the base as its draft.
+"""Speculative decoding, for comparison: the expert alone, with the base as its draft model.
 
-What others do with two models of one vocabulary, here to compare with: the same loop, sessions and
-measured costs, in other batches.
+It uses the same loop, sessions and measured costs as the collaboration, in other batches.
 """
 
 from __future__ import annotations
@@ -13,16 +12,16 @@ from colm_edge.decode.planner import Rate
 from colm_edge.decode.step import Step
 from colm_edge.llama.costs import CostTable
 
-MAX_DRAFT = 16  # llama.cpp's servers draft as many
+MAX_DRAFT = 16  # as in llama.cpp's server
 EXPERT = 0
 
 
 class Speculative:
-    """A schedule that writes the expert's own greedy text: the base drafts, the expert verifies a
-    draft in one batch. It wants a policy that always defers.
+    """A schedule that writes the expert's own greedy text: the base drafts, and the expert verifies
+    a draft in one batch. It needs a policy that always defers.
 
-    The length of drafts is the one of the best speed by the models' tables, for the share of
-    tokens accepted so far.
+    The length of a draft is the fastest one by the models' cost tables and the acceptance rate so
+    far.
     """
 
     def __init__(self, tables: tuple[CostTable, CostTable]) -> None:
@@ -36,7 +35,7 @@ class Speculative:
         return self._ready.popleft()
 
     def _length(self) -> int:
-        """Return the tokens of the next draft: with each accepted at rate a, K of them and the
+        """Return the length of the next draft. At acceptance rate a, a draft of K tokens and the
         bonus token give (1 − a^(K+1)) / (1 − a) tokens for K decodes of the base and one batch."""
         a = min(self._acceptance.value, 0.99)
         base, expert = self._costs

@@ -1,4 +1,4 @@
-"""Which settings make a pair's models fastest on this machine."""
+"""Find the settings that make a pair's models fastest on this machine."""
 
 from __future__ import annotations
 
@@ -16,29 +16,31 @@ if TYPE_CHECKING:
 
 
 ROUNDS = 5
-N_PAST = 512  # tokens in the cache: attention has its part in the time
+N_PAST = 512  # tokens in the KV cache, so that attention takes its part of the time
 PROMPT_ROUNDS = 3
 CATCH_UP = 5  # tokens an expert evaluates at once, at a defer rate of 0.2
-# A setting is changed for what saves as much as this; less is noise. What else is measured may
-# become dearer by as much as that.
+# A setting must save the first share, since less is noise; no other time may rise by more than the
+# second.
 WORTH, DEARER = 0.03, 0.1
 
 
 def tune(pair: Pair, note: Callable[[str], None]) -> tuple[list[dict[str, Any]], list[str]]:
-    """Return a row for each setting tried, in milliseconds, and lines of advice.
+    """Return a row for each tried setting, in milliseconds, and lines of advice.
 
-    One setting after the other is varied and the best kept: threads, flash attention, the type of
-    the KV cache, tokens of a prompt at a time. The base is judged by decodes of one token, the
-    expert by those of CATCH_UP, and the last setting by the prompt; what makes one of these
-    much slower is not kept.
+    Settings are varied one after the other, and the best value is kept: threads, flash attention,
+    the type of the KV cache, n_ubatch. The base is judged by decodes of one token, the expert by
+    decodes of CATCH_UP tokens, and n_ubatch by the prompt. A value that makes one of these much
+    slower is not kept.
     """
     rows: list[dict[str, Any]] = []
     best: dict[str, ContextOptions] = {}
     for role, session in (("base", pair.base_session), ("expert", pair.expert_session)):
         options = replace(
-            session.options, n_threads=session.n_threads, n_ubatch=session.n_ubatch,
+            session.options,
+            n_threads=session.n_threads,
+            n_ubatch=session.n_ubatch,
             flash_attn=session.flash_attn,
-        )  # fmt: skip
+        )
         for field, values in (
             ("n_threads", _thread_counts()),
             ("flash_attn", ("on", "off")),
@@ -71,7 +73,8 @@ def tune(pair: Pair, note: Callable[[str], None]) -> tuple[list[dict[str, Any]],
 
 
 def _best(times: Sequence[tuple[float, ...]], judged: int) -> int:
-    """Return which is best by the column `judged`: the first, unless another is worth it."""
+    """Return the index of the best row by column `judged`: the first, unless another one saves
+    enough."""
     first = times[0]
     better = [
         i
@@ -89,7 +92,7 @@ def _thread_counts() -> tuple[int, ...]:
 
 def _with(options: ContextOptions, field: str, value: Any) -> ContextOptions:
     if field == "cache_type":
-        # llama.cpp needs flash attention for quantised values.
+        # llama.cpp needs flash attention for a quantised value cache.
         flash = "on" if options.flash_attn == "off" and value != "f16" else options.flash_attn
         return replace(options, cache_type_k=value, cache_type_v=value, flash_attn=flash)
     if value == "off" and options.cache_type_v not in PLAIN_TYPES:
@@ -105,8 +108,8 @@ def _flags(options: ContextOptions) -> str:
 
 
 def _times(tried: Sequence[tuple[Model, ContextOptions]]) -> list[tuple[float, float, float]]:
-    """Return the medians of (one token, CATCH_UP tokens, a prompt of about N_PAST) of each, in
-    seconds, all taking turns."""
+    """Return the median seconds of (one token, CATCH_UP tokens, a prompt of about N_PAST) for each
+    setting; all take turns."""
     sessions = []
     for model, options in tried:
         n_ctx = min(options.n_ctx, N_PAST + CATCH_UP + 1)

@@ -1,8 +1,8 @@
-"""Proxy Tuning (Liu et al. 2024, arXiv 2401.08565), a method to compare with.
+"""Proxy Tuning (Liu et al. 2024, arXiv 2401.08565), for comparison.
 
-Three models of one vocabulary run at every token, and their logits are added up:
-base + alpha · (expert − anti-expert). With alpha 1, the paper's choice, base and expert play the
-same part, so that the anti-expert may be either one as it was before it was tuned.
+Three models of one vocabulary run at every token, and their logits are combined:
+base + alpha · (expert − anti-expert). With alpha 1, the paper's choice, base and expert are
+symmetric, so the anti-expert may be the untuned version of either.
 """
 
 from __future__ import annotations
@@ -44,9 +44,9 @@ NAME = "proxy"
 
 
 class Contrast:
-    """Expert and anti-expert as one timeline, whose logits are those of all three models.
+    """Expert and anti-expert as one timeline, whose logits combine all three models.
 
-    The base must have been synced to the same tokens before; the decoding loop does so.
+    The base must be synced to the same tokens first; the decoding loop does that.
     """
 
     def __init__(
@@ -85,9 +85,9 @@ def contrast(base: Floats, expert: Floats, anti: Floats, alpha: float, n_shared:
 
 
 class Proxy:
-    """A pair and the anti-expert beside it.
+    """A pair and an anti-expert.
 
-    n_threads and n_gpu_layers are those of the anti-expert, as in `load`.
+    n_threads, n_gpu_layers: of the anti-expert, as in `load`.
     Raises ModelError when its file cannot be read, MismatchError when its vocabulary differs.
     """
 
@@ -122,7 +122,7 @@ class Proxy:
     ) -> npt.NDArray[np.float64]:
         """Return the log-probability of every scored token, (n,), normalised over the shared ids.
 
-        journal: keeps them for each document.
+        journal: where each document's results are kept.
         """
         what = self._key() if journal is not None else []
         sessions = (self.pair.base_session, self.pair.expert_session, self.session)
@@ -165,8 +165,8 @@ class Proxy:
             logprob = logits[np.arange(len(gold)), gold] - np.log(np.exp(logits).sum(axis=1))
             if not np.isfinite(logprob).all():
                 raise ModelError(
-                    f"{self.model.path}: with the pair it gives NaN or zero probability to a token "
-                    "of the data; one of the files is broken"
+                    f"{self.model.path}: combined with the pair, it gives a token of the data NaN "
+                    "or probability zero; one of the files is broken"
                 )
             logprobs += logprob.tolist()
         return logprobs
@@ -180,7 +180,8 @@ class Proxy:
         *,
         journal: Journal | None = None,
     ) -> Generated:
-        """Answer every row's prompt and judge the answers, as `answers` does with a switch."""
+        """Answer every row's prompt and judge the answers, as `generate.answers` does with a
+        switch."""
 
         def ask(number: int, row: dict[str, Any]) -> Answer:
             message = {"role": "user", "content": row["prompt"]}
@@ -191,14 +192,15 @@ class Proxy:
                 pass
             return stream.answer()
 
-        # Options that proxy ignores must not change the keys in the journal.
+        # Options that have no effect here must not change the keys in the journal.
         options = replace(options, threshold=None, defer_rate=None, strategy="defer")
         what = [*self._key(), asdict(options)] if journal is not None else []
         return judged(ask, rows, metric, progress, label=NAME, journal=journal, what=what)
 
     def stream_tokens(self, tokens: Sequence[int], options: Options) -> Stream:
-        """Continue token ids. It is the pair's own loop, which defers every token to `Contrast`:
-        a step's source is "expert", and `expert_tokens` counts the anti-expert's tokens too."""
+        """Continue a prompt that is given as token ids. The pair's own loop defers every token to
+        `Contrast`: a step's source is "expert", and `expert_tokens` counts the anti-expert's tokens
+        too."""
         pair = self.pair
         base, expert = pair.base_session, pair.expert_session
         sampler = None
@@ -227,8 +229,8 @@ class Proxy:
 def _side_by_side(
     scorers: Sequence[Scorer], tokens: list[int], start: int
 ) -> Iterator[tuple[int, list[Floats]]]:
-    """Yield (position, every model's logits (n, n_vocab) for the tokens from there on); the
-    blocks that the scorers yield may differ in length."""
+    """Yield (position, every model's logits (n, n_vocab) for the tokens from there on). The blocks
+    of the scorers may differ in length."""
     ids, length, first = np.array(tokens, np.int32), np.array([len(tokens)]), np.array([start])
     streams = [scorer.score(ids, length, first) for scorer in scorers]
     blocks = [next(stream)[0] for stream in streams]

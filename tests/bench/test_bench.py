@@ -202,7 +202,7 @@ def test_what_cannot_be_replayed_is_said(tiny_pair, tmp_path):
         recorded(tmp_path / "x.json")
     with pytest.raises(ColmError, match="do not fit the context of 256"):
         bench(tiny_pair, Process(0.2).draw(300, 200), 1, quiet)
-    with pytest.raises(ColmError, match="does not share"):
+    with pytest.raises(ColmError, match="do not share"):
         bench(tiny_pair, Process(0.2).draw(20, 10**6), 1, quiet)
 
 
