@@ -26,7 +26,7 @@ def test_a_frozen_script_answers(tmp_path):
     folders = ["--distpath", "dist", "--workpath", "work", "--specpath", "."]
     subprocess.run(
         [sys.executable, "-m", "PyInstaller", "--log-level", "ERROR", *folders, script],
-        cwd=tmp_path, check=True, capture_output=True, timeout=300,
+        cwd=tmp_path, check=True, capture_output=True, timeout=900,
     )  # fmt: skip
     elsewhere = tmp_path / "elsewhere"
     (tmp_path / "dist" / "script").rename(elsewhere)
