@@ -71,9 +71,13 @@ class Background:
 
     def wait(self) -> None:
         """Wait until no catch-up is running. Raises what the catch-up raised."""
-        job, self._job = self._job, None
-        if job is not None:
-            job.result()
+        if self._job is None:
+            return
+        # An interrupt here keeps the job, so that no other thread uses the context meanwhile.
+        error = self._job.exception()
+        self._job = None
+        if error is not None:
+            raise error
 
     def sync(
         self, tokens: Sequence[int], outputs: Sequence[int] = (), cancel: Cancel | None = None

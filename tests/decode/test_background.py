@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import threading
+import time
 from array import array
 
 import pytest
@@ -96,6 +99,49 @@ def test_what_goes_wrong_there_is_raised_here(session, monkeypatch):
         expert.sync([1, 2])
     monkeypatch.undo()
     assert expert.sync([1, 2]) == 1
+    expert.close()
+
+
+@pytest.fixture
+def interruptible():
+    """A process that was started in the background ignores SIGINT."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="sends SIGINT, which Windows lacks")
+def test_an_interrupt_lets_no_second_thread_into_the_context(session, monkeypatch, interruptible):
+    expert = Background(session)
+    expert.sync([1])
+    waits, may_end = threading.Event(), threading.Event()
+    sync, users, most = session.sync, [], []
+
+    def slow(tokens, *rest):
+        users.append(1)
+        most.append(len(users))
+        assert may_end.wait(30)
+        try:
+            return sync(tokens, *rest)
+        finally:
+            users.pop()
+
+    def interrupt() -> None:
+        assert waits.wait(30)
+        time.sleep(0.1)  # so that it is most likely inside `sync`
+        os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(session, "sync", slow)
+    expert.follow(array("i", range(1, 40)))
+    interrupting = threading.Thread(target=interrupt)
+    interrupting.start()
+    with pytest.raises(KeyboardInterrupt):  # noqa: PT012 (the signal must not come earlier)
+        waits.set()
+        expert.sync([1, 2])
+    interrupting.join(30)
+    may_end.set()
+    assert expert.sync([1, 2, 3]) == 1  # the catch-up knew the others
+    assert most == [1, 1]
     expert.close()
 
 
