@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from colm_edge.cancel import Cancel
+from colm_edge.cancel import Cancel, CancelledError
 from colm_edge.decode.timeline import Floats, Timeline
 from colm_edge.errors import ColmError, PromptError
 from colm_edge.llama.session import Session, common_prefix
@@ -38,8 +38,13 @@ class _Request:
     slot: int
     tokens: array[int]
     outputs: Sequence[int]
+    cancel: Cancel | None = None
     done: threading.Event = field(default_factory=threading.Event)
     error: BaseException | None = None
+
+    @property
+    def is_cancelled(self) -> bool:
+        return self.cancel is not None and self.cancel.requested
 
 
 @dataclass
@@ -151,7 +156,10 @@ class SharedContext:
 
 
 class SharedTimeline:
-    """A slot's timeline of one model, with a session's methods; `sync` waits for the worker."""
+    """A slot's timeline of one model, with a session's methods; `sync` waits for the worker.
+
+    seconds: of the batches that it waited for, which other slots' tokens are part of.
+    """
 
     def __init__(self, slots: Slots, shared: SharedContext, slot: int) -> None:
         self._slots, self._shared, self._slot = slots, shared, slot
@@ -169,10 +177,11 @@ class SharedTimeline:
         tokens = tokens if isinstance(tokens, array) else array("i", tokens)
         outputs = tuple(outputs) or (len(tokens) - 1,)
         account = self._shared.context.account
-        before = account.seconds
+        seconds, loading = account.seconds, account.load_seconds
         keep = min(common_prefix(self._shared.held[self._slot], tokens), outputs[0])
-        self._slots.wait_for(self._shared, _Request(self._slot, tokens, outputs))
-        self.seconds += account.seconds - before
+        self._slots.wait_for(self._shared, _Request(self._slot, tokens, outputs, cancel))
+        self.seconds += account.seconds - seconds
+        self.load_seconds += account.load_seconds - loading
         self.n_calls += 1
         self.n_evaluated += len(tokens) - keep
         return len(tokens) - keep
@@ -293,15 +302,20 @@ class Slots:
     def _work(self) -> None:
         while True:
             with self._changed:
-                while (context := self._next()) is None:
-                    if self._closed:
-                        return
+                while (context := self._next()) is None and not self._closed:
                     self._changed.wait()
+                if context is None or self._closed:
+                    return
                 requests = list(self._waiting[context])
-            try:
-                done, error = context.evaluate(requests), None
-            except BaseException as e:  # raised in the thread that waits
-                done, error = requests, e
+            error: BaseException | None = None  # raised in the thread that waits
+            done = [request for request in requests if request.is_cancelled]
+            if done:
+                error = CancelledError()
+            else:
+                try:
+                    done = context.evaluate(requests)
+                except BaseException as e:
+                    done, error = requests, e
             with self._changed:
                 for request in done:
                     self._waiting[context].remove(request)
@@ -328,27 +342,31 @@ class Slots:
         return self.base is None and self.pair.expert_is_loaded
 
     def unload_expert(self) -> None:
-        """Free the expert's memory; its next call loads it again."""
+        """Free the expert's memory, unless an answer is being written, which may read it; the
+        expert's next call loads it again."""
         with self._changed:
-            if not self.expert_loaded:
+            if self._taken or not self.expert_loaded:
                 return
             if self.expert is not None:
-                if self._waiting[self.expert]:
-                    return
                 self.expert.close()
             self.pair.unload_expert()
 
     def close(self) -> None:
-        """End the worker and free the contexts; answers under way end with an error."""
+        """End the worker, and free the contexts once no answer reads them. Answers in shared
+        contexts end with an error at their next evaluation; a single slot's answer is completed."""
         with self._changed:
             self._closed = True
             self._changed.notify_all()
         if self._worker is not None:
             self._worker.join()
-        for context, requests in self._waiting.items():
+        for requests in self._waiting.values():
             for request in requests:
                 request.error = ColmError("the models are closed")
                 request.done.set()
+        with self._changed:
+            while self._taken:
+                self._changed.wait()
+        for context in self._waiting:
             context.close()
 
 

@@ -12,7 +12,7 @@ from colm_edge.llama.context import Context
 from colm_edge.llama.session import common_prefix
 from colm_edge.options import Options
 from colm_edge.pair import load
-from colm_edge.serve.slots import BusyError, Slots
+from colm_edge.serve.slots import BusyError, SharedTimeline, Slots
 from colm_edge.switch.file import Switch
 
 PROMPTS = ["hello", "what is this about, and why", "one two three four five six seven", "so"]
@@ -189,6 +189,56 @@ def test_the_experts_memory_is_given_back_and_taken_again(pair):
     assert not pair.expert_is_loaded
     assert not slots.expert_loaded
     assert answer(pair, slots, "hello", options)[0] == first
+    slots.close()
+
+
+@pytest.mark.parametrize("ends", ["close", "unload_expert"])
+def test_no_context_is_freed_while_an_answer_reads_it(pair, monkeypatch, ends):
+    slots, threads = Slots(pair, 2), []
+    read = SharedTimeline.state
+
+    def state(timeline, i):
+        if not threads and timeline._shared is slots.expert:
+            threads.append(threading.Thread(target=getattr(slots, ends)))
+            threads[0].start()
+            threads[0].join(0.2)  # it waits, or leaves the expert as it is
+        return read(timeline, i)
+
+    monkeypatch.setattr(SharedTimeline, "state", state)
+    options = Options(temperature=0.0, max_tokens=5, threshold=0.0)
+    tokens = pair.base.tokenize("hello there")
+    written = []
+    with slots.take(tokens) as timelines:
+        stream = pair.stream_tokens(tokens, options, timelines)
+        if ends == "close":
+            with pytest.raises(ColmError, match="the models are closed"):
+                written += stream
+        written += stream
+    assert len(stream.steps) == (1 if ends == "close" else 5)
+    threads[0].join(60)
+    assert not threads[0].is_alive()
+    assert slots.base.context.created is (ends != "close")
+    slots.close()
+
+
+def test_a_cancelled_prompt_ends_at_the_next_batch(pair, monkeypatch):
+    slots = Slots(pair, 2)
+    slots.base.n_batch = 16
+    tokens = pair.base.tokenize("x y z " * 30)[:100]
+    decode, n_decodes = Context.decode, []
+
+    def decoded(context, n, *, hidden=False):
+        n_decodes.append(n)
+        if len(n_decodes) == 2:
+            stream.cancel()
+        decode(context, n, hidden=hidden)
+
+    monkeypatch.setattr(Context, "decode", decoded)
+    with slots.take(tokens) as timelines:
+        stream = pair.stream_tokens(tokens, Options(temperature=0.0, max_tokens=5), timelines)
+        assert list(stream) == []
+    assert len(n_decodes) == 2
+    assert answer(pair, slots, "hello", Options(temperature=0.0, max_tokens=3))[0]
     slots.close()
 
 
