@@ -74,7 +74,9 @@ class Picker:
         """Return the step of a given token."""
         step = Step(token, source, p_defer, float(logits[token]) - logsumexp)
         if self._n_probs:
-            step.top = likeliest(logits[: self._n_choose], logsumexp, self._n_probs)
+            n, row = self._n_probs, self._defer_row
+            best = likeliest(logits[: self._n_choose], logsumexp, n + (row >= 0))
+            step.top = tuple(one for one in best if one[0] != row)[:n]
         return step
 
     def mark(self) -> Sampler | None:
