@@ -1,8 +1,10 @@
-"""Files that colm-edge writes: each is written whole, or what was there before stays."""
+"""Files: those that colm-edge writes are written whole, or what was there before stays; those of a
+model may be several."""
 
 from __future__ import annotations
 
 import os
+import re
 import stat
 import tempfile
 from collections.abc import Iterator
@@ -13,6 +15,17 @@ from secrets import token_hex
 from colm_edge.errors import WriteError
 
 AnyPath = str | os.PathLike[str]
+_PART = re.compile(r"-(\d{5})-of-(\d{5})\.gguf$")
+
+
+def parts_of(name: str) -> list[str]:
+    """Return the names of all files of a model, given that of any one. llama.cpp splits large
+    models and numbers the parts."""
+    part = _PART.search(name)
+    if part is None:
+        return [name]
+    count = int(part[2])
+    return [f"{name[: part.start()]}-{i:05d}-of-{count:05d}.gguf" for i in range(1, count + 1)]
 
 
 @contextmanager

@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from colm_edge.errors import ModelError
+from colm_edge.files import parts_of
 
 # user/repo:file.gguf or user/repo:QUANT; a file may be in a folder of the repository.
 REFERENCE = re.compile(r"([\w.-]+/[\w.-]+):([\w./-]+)")
-_SHARD = re.compile(r"-(\d{5})-of-(\d{5})\.gguf$")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 SPARE_BYTES = 1 << 30  # of the disk, left free by a download
 TRIES = 5  # of a download whose connection is reset
@@ -44,7 +44,7 @@ def fetch(reference: str, *, offline: bool = False, note: Note = lambda text: No
     with _explained(reference):
         if not _is_gguf(name):
             name = _file_of(repo, name, offline)
-        first, *_ = [_fetch_file(repo, part, offline, note) for part in _parts(name)]
+        first, *_ = [_fetch_file(repo, part, offline, note) for part in parts_of(name)]
         return first
 
 
@@ -59,7 +59,7 @@ def find_cached(reference: str) -> Path | None:
         if found is None:
             return None
         name = found
-    first, *others = (_cached_file(repo, part) for part in _parts(name))
+    first, *others = (_cached_file(repo, part) for part in parts_of(name))
     return None if None in others else first
 
 
@@ -72,15 +72,6 @@ def _parse(reference: str) -> tuple[str, str]:
 
 def _is_gguf(name: str) -> bool:
     return name.lower().endswith(".gguf")
-
-
-def _parts(name: str) -> list[str]:
-    """Return the names of all files of a model, given that of any one."""
-    shard = _SHARD.search(name)
-    if shard is None:
-        return [name]
-    count = int(shard[2])
-    return [f"{name[: shard.start()]}-{i:05d}-of-{count:05d}.gguf" for i in range(1, count + 1)]
 
 
 def _cached_file(repo: str, name: str) -> Path | None:

@@ -17,6 +17,7 @@ from typing import Any
 import llama_cpp as llama
 
 from colm_edge.errors import MismatchError, ModelError
+from colm_edge.files import parts_of
 from colm_edge.llama import huge_pages
 from colm_edge.llama.backend import last_errors, model_params
 from colm_edge.llama.rpc import check_servers, device_list
@@ -73,8 +74,10 @@ class Model:
 
     @property
     def files(self) -> tuple[Path, ...]:
-        """The files that make up the model: its weights, and its adapter if it has one."""
-        return (self.path,) if self.lora is None else (self.path, self.lora)
+        """The files that make up the model: its weights, all parts of them if they are split, and
+        its adapter if it has one."""
+        weights = [self.path.with_name(name) for name in parts_of(self.path.name)]
+        return tuple(weights) if self.lora is None else (*weights, self.lora)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -187,7 +190,12 @@ class Model:
 
     @property
     def _vocab(self) -> Any:
+        """llama.cpp's vocabulary; hold the lock while it is read."""
         return llama.llama_model_get_vocab(self._check_open())
+
+    def _read_vocab(self, read: Callable[[Any], Any]) -> int:
+        with self._lock:
+            return int(read(self._vocab))
 
     def metadata(self, key: str) -> str | None:
         """Return a GGUF key's value as text, or None."""
@@ -210,7 +218,7 @@ class Model:
     @cached_property
     def n_vocab(self) -> int:
         """Rows of the vocabulary, padding and added tokens included."""
-        return int(llama.llama_vocab_n_tokens(self._vocab))
+        return self._read_vocab(llama.llama_vocab_n_tokens)
 
     @cached_property
     def n_embd(self) -> int:
@@ -271,19 +279,19 @@ class Model:
         # Without this key llama.cpp returns a default id, which may be an ordinary token here.
         if self.metadata("tokenizer.ggml.bos_token_id") is None:
             return ""
-        token = llama.llama_vocab_bos(self._vocab)
+        token = self._read_vocab(llama.llama_vocab_bos)
         return "" if token < 0 else self.token_text(token)
 
     @cached_property
     def eos_text(self) -> str:
-        token = llama.llama_vocab_eos(self._vocab)
+        token = self._read_vocab(llama.llama_vocab_eos)
         return "" if token < 0 else self.token_text(token)
 
     @cached_property
     def end_token(self) -> int:
         """The token that ends a turn, or the text if the vocabulary has no end-of-turn token."""
-        token = int(llama.llama_vocab_eot(self._vocab))
-        return token if token >= 0 else int(llama.llama_vocab_eos(self._vocab))
+        token = self._read_vocab(llama.llama_vocab_eot)
+        return token if token >= 0 else self._read_vocab(llama.llama_vocab_eos)
 
     @cached_property
     def end_tokens(self) -> frozenset[int]:
@@ -299,15 +307,15 @@ class Model:
 
     def vocab_kind(self) -> tuple[tuple[str, int], ...]:
         """Return what two vocabularies must have in common besides their tokens."""
-        vocab = self._vocab
-        add_bos = bool(llama.llama_vocab_get_add_bos(vocab))
-        add_eos = bool(llama.llama_vocab_get_add_eos(vocab))
+        read = self._read_vocab
+        add_bos = bool(read(llama.llama_vocab_get_add_bos))
+        add_eos = bool(read(llama.llama_vocab_get_add_eos))
         return (
-            ("its type", int(llama.llama_vocab_type(vocab))),
+            ("its type", read(llama.llama_vocab_type)),
             ("whether a begin token is added", add_bos),
             ("whether an end token is added", add_eos),
-            ("the begin token", int(llama.llama_vocab_bos(vocab)) if add_bos else -1),
-            ("the end token", int(llama.llama_vocab_eos(vocab)) if add_eos else -1),
+            ("the begin token", read(llama.llama_vocab_bos) if add_bos else -1),
+            ("the end token", read(llama.llama_vocab_eos) if add_eos else -1),
         )
 
 

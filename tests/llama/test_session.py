@@ -9,6 +9,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from gguf import GGUFReader, GGUFWriter
+from gguf.scripts.gguf_new_metadata import copy_with_new_metadata
 from reference import PlainModel
 
 from colm_edge.errors import ColmError, MismatchError, ModelError, PromptError
@@ -266,3 +268,29 @@ def test_flash_attention_is_off_where_it_slows(model, monkeypatch):
     assert np.allclose(auto.logits, fresh.logits, atol=2e-2)
     for session in (auto, fresh, quantised):
         session.close()
+
+
+def test_a_split_model_is_all_of_its_files(tiny, tmp_path, model):
+    """llama.cpp finds the other parts itself; their bytes and sizes count here."""
+    reader = GGUFReader(tiny["base"])
+    writer = GGUFWriter(str(tmp_path / "m"), "llama", split_max_tensors=8)
+    copy_with_new_metadata(reader, writer, {}, [])
+    first, *others = sorted(tmp_path.iterdir())
+    assert others
+    split = Model(first)
+    assert split.files == (first, *others)
+    before = split.fingerprint
+    session = Session(split, CONTEXT)
+    session.sync([5, 6, 7])
+    whole = Session(model, CONTEXT)
+    whole.sync([5, 6, 7])
+    assert np.array_equal(session.logits, whole.logits)
+    session.close()
+    split.close()
+    content = bytearray(others[-1].read_bytes())
+    content[-1] ^= 1
+    others[-1].write_bytes(content)
+    assert Model(first).fingerprint != before
+    others[-1].unlink()
+    with pytest.raises(ModelError, match=f"{others[-1].name}: No such file"):
+        Model(first)
