@@ -106,7 +106,7 @@ class ContextOptions:
 
 def is_small(model: Model) -> bool:
     """Return whether a model is too small to gain from several threads."""
-    return model.path.stat().st_size < SMALL_MODEL_BYTES
+    return sum(file.stat().st_size for file in model.files) < SMALL_MODEL_BYTES
 
 
 def n_cores() -> int:
@@ -218,7 +218,11 @@ class Context:
                 f"{self.model.path}: no context of {self.n_ctx} tokens: {reason}; "
                 "try a smaller one (-c)"
             )
-        self.model.adapt(handle)
+        try:
+            self.model.adapt(handle)
+        except ModelError:
+            llama.llama_free(handle)
+            raise
         self._handle, self._memory = handle, llama.llama_get_memory(handle)
         self.batch = Batch(self.n_batch)
         took = perf_counter() - begun
@@ -318,8 +322,9 @@ class Context:
     def restore(self, sequence: int, state: Bytes) -> bool:
         """Replace the state of a sequence; return whether llama.cpp accepted it."""
         state = np.ascontiguousarray(state)
-        n = llama.llama_state_seq_set_data(self._handle, _pointer_to(state), len(state), sequence)
-        return bool(n == len(state))
+        pointer = _pointer_to(state)
+        n = int(llama.llama_state_seq_set_data(self._handle, pointer, len(state), sequence))
+        return 0 < n == len(state)
 
     def close(self) -> None:
         """Free the context; it can be opened again, empty."""

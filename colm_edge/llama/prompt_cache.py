@@ -49,8 +49,13 @@ def load_prompts(path: str | os.PathLike[str], base: Session, expert: Session) -
         raise ColmError(
             f"{path}: a prompt cache of another {differs[0].replace('_', ' ')}; give another file"
         )
-    for session, state in zip((base, expert), states, strict=True):
-        session.restore(state)
+    try:
+        for session, state in zip((base, expert), states, strict=True):
+            session.restore(state)
+    except ColmError:  # both or neither
+        base.forget()
+        expert.forget()
+        raise
 
 
 def _about(base: Session, expert: Session) -> dict[str, object]:

@@ -93,9 +93,26 @@ def test_a_broken_state_leaves_an_empty_timeline(tiny, tmp_path):
     with pair_of(tiny) as pair:
         whole = pair.generate("hello", **GREEDY)
         tokens, state = pair.base_session.snapshot()
+        for length in (len(state) // 2, 0):
+            with pytest.raises(ColmError, match="the saved state is not of this model"):
+                pair.base_session.restore((tokens, state[:length]))
+            assert pair.generate("hello", **GREEDY).text == whole.text
+
+
+def test_a_broken_state_of_the_expert_leaves_both_empty(tiny, tmp_path):
+    path = tmp_path / "prompts"
+    with pair_of(tiny) as pair:
+        whole = pair.generate("hello", **GREEDY)
+        pair.save_prompts(path)
+        parts = dict(np.load(path))
+        parts["expert_state"] = parts["expert_state"][:9]
+        with path.open("wb") as file:
+            np.savez(file, **parts)
         with pytest.raises(ColmError, match="the saved state is not of this model"):
-            pair.base_session.restore((tokens, state[: len(state) // 2]))
-        assert pair.generate("hello", **GREEDY).text == whole.text
+            pair.load_prompts(path)
+        again = pair.generate("hello", **GREEDY)
+        assert again.text == whole.text
+        assert again.stats.base_tokens == whole.stats.base_tokens
 
 
 def test_the_command_keeps_and_takes_up_a_cache(tiny, tmp_path):
