@@ -49,6 +49,7 @@ class HighLevel:
         from llama_cpp import Llama, llama_cpp
 
         from colm_edge.llama.backend import model_params
+        from colm_edge.llama.context import CACHE_TYPES
 
         made = llama_cpp.llama_model_default_params
         # So that it also runs where llama.cpp's AMX code crashes.
@@ -61,7 +62,10 @@ class HighLevel:
                 n_threads=session.n_threads,
                 n_threads_batch=session.n_threads,
                 n_gpu_layers=session.model.n_gpu_layers,
+                n_ubatch=session.n_ubatch,
                 flash_attn=session.flash_attn == "on",
+                type_k=CACHE_TYPES[session.options.cache_type_k],
+                type_v=CACHE_TYPES[session.options.cache_type_v],
                 verbose=False,
             )
         finally:
