@@ -30,7 +30,7 @@ from colm_edge.llama.sampling import ChainSampler
 from colm_edge.llama.session import Session
 from colm_edge.options import Options
 from colm_edge.references import LOCAL_HOSTS, choose_pair, is_url
-from colm_edge.remote.client import RemoteExpert
+from colm_edge.remote.client import RemoteExpert, RemoteSession
 from colm_edge.stream import Answer, AsyncStream, Stream
 from colm_edge.switch.load import load_switch
 from colm_edge.switch.reading import AnySwitch
@@ -78,11 +78,12 @@ class Pair:
         self._lock = threading.RLock()
         self._template: Any = None
         if isinstance(expert, RemoteExpert):
-            self.n_shared, longest = expert.n_shared, expert.n_ctx
+            n_shared, longest = expert.n_shared, expert.n_ctx
         else:
-            self.n_shared, longest = shared_vocab(base, expert), expert.n_ctx_train
+            n_shared, longest = shared_vocab(base, expert), expert.n_ctx_train
+        self._n_shared = n_shared
         # Checks the width of the switch before the first token.
-        switch.reader(base, self.n_shared)
+        switch.reader(base, n_shared)
         context = context or ContextOptions()
         trained = [n for n in (base.n_ctx_train, longest) if n > 0]
         self.n_ctx = context.n_ctx or min([DEFAULT_N_CTX, *trained])
@@ -100,6 +101,7 @@ class Pair:
             self._here.progress = _share(progress, "expert prompt")
             beside = self._overlaps(self._here) if overlap is None else overlap
             self.expert = Background(self._here) if beside else self._here
+        self._costs: CostTable | None = None  # of the expert, once the fast schedule needs them
         self.planner = Planner(self._weigh)
         self.base_session.open()
 
@@ -116,6 +118,14 @@ class Pair:
             self.base_session.close()
             for model in self._owned:
                 model.close()
+
+    @property
+    def n_shared(self) -> int:
+        """Token ids below this are in the vocabulary of both models."""
+        # A server that was down when the pair was loaded tells it later.
+        if isinstance(self.expert, RemoteSession):
+            return self.expert.n_shared
+        return self._n_shared
 
     @property
     def expert_session(self) -> Session:
@@ -165,16 +175,27 @@ class Pair:
             return False
         return base.n_threads + expert.n_threads <= n_cores()
 
-    def cost_tables(self, *, fresh: bool = False) -> tuple[CostTable, CostTable]:
+    def cost_tables(
+        self, *, fresh: bool = False, cancel: Cancel | None = None
+    ) -> tuple[CostTable, CostTable]:
         """Return the cost tables of base and expert: measured once, then cached on disk."""
         with self._lock:
-            base = cost_table(self.base_session, fresh=fresh, note=self._note)
-            return base, cost_table(self.expert_session, fresh=fresh, note=self._note)
+            base, expert = (
+                cost_table(session, fresh=fresh, note=self._note, cancel=cancel)
+                for session in (self.base_session, self.expert_session)
+            )
+            return base, expert
 
-    def _weigh(self) -> tuple[CostTable, CostTable]:
-        """Return the cost tables, and from now on cut the expert's batches by its table."""
-        base, expert = self.cost_tables()
-        self.expert_session.costs = None if base.is_quick else expert
+    def _weigh(self, cancel: Cancel | None) -> tuple[CostTable, CostTable] | None:
+        """Return the cost tables, and cut the batches of this and later answers of the fast
+        schedule by the expert's; return None where they cannot be measured."""
+        try:
+            base, expert = self.cost_tables(cancel=cancel)
+        except ModelError as e:  # for example, no memory for another context
+            self._note(f"the fast schedule works without bets: {e}")
+            return None
+        self._costs = None if base.is_quick else expert
+        self.expert_session.costs = self._costs
         return base, expert
 
     def save_prompts(self, path: str | os.PathLike[str]) -> None:
@@ -333,9 +354,10 @@ class Pair:
     def _schedule(self, options: Options, *, follows: bool) -> Schedule:
         follow = self.expert.follow if follows else None
         # A bet needs the costs of decodes, which a server does not report.
-        if options.schedule == "fast" and self.expert_is_here:
-            return Fast(self.planner, follow)
-        return Sequential(follow)
+        is_fast = options.schedule == "fast" and self.expert_is_here
+        if self._here is not None:
+            self._here.costs = self._costs if is_fast else None
+        return Fast(self.planner, follow) if is_fast else Sequential(follow)
 
     def _exhaust(self, stream: Stream) -> Answer:
         with self._lock:

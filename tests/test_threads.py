@@ -204,7 +204,9 @@ def test_what_progress_raises_ends_the_load(tiny, capfd):
 
 
 @pytest.mark.parametrize("overlap", [False, True])
-def test_cancel_ends_the_load_of_the_expert(tiny, told, overlap):
+def test_cancel_ends_the_load_of_the_expert(tiny, told, overlap, monkeypatch, tmp_path):
+    """Also where the costs of its decodes are measured first."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     streams = []
 
     def progress(what, share):

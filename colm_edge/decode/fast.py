@@ -58,7 +58,7 @@ class Fast:
         """Return the expert's step where the base would write `guess`."""
         planner, tokens, at = self._planner, loop.tokens, len(loop.tokens)
         begun = perf_counter()
-        planner.prepare()  # measuring, if needed, does not count as part of the answer
+        planner.prepare(loop.cancel)  # measuring, if needed, does not count as part of the answer
         loop.stats.total_seconds -= perf_counter() - begun
         may_go_on = at + 1 < loop.end and guess.token not in loop.end_tokens
         confidence = math.exp(guess.logprob)

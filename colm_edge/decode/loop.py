@@ -92,7 +92,7 @@ class Decoder:
         self.picker, self.end_tokens = picker, end_tokens
         self._base, self._experts, self.policy = base, tuple(experts), policy
         self._schedule = schedule or Sequential()
-        self._cancel, self._lock = cancel or Cancel(), lock or threading.RLock()
+        self.cancel, self._lock = cancel or Cancel(), lock or threading.RLock()
         # The context must hold every token that is evaluated; the last one written is not.
         self.end = min(timeline.n_ctx for timeline in (base, *experts)) + 1
         if max_tokens >= 0:
@@ -104,7 +104,7 @@ class Decoder:
     def __next__(self) -> Step:
         if self.finish_reason is None and len(self.tokens) >= self.end:
             self.finish_reason = "length"
-        if self.finish_reason is None and self._cancel.requested:
+        if self.finish_reason is None and self.cancel.requested:
             self.finish_reason = "stop"
         if self.finish_reason is not None:
             raise StopIteration
@@ -130,10 +130,10 @@ class Decoder:
     def evaluate_base(self, tokens: array[int], outputs: Sequence[int] = ()) -> None:
         """Evaluate the base so that its states after the tokens at `outputs` can be read; by
         default after the last token."""
-        self._cancel.check()
+        self.cancel.check()
         base, stats = self._base, self.stats
         seconds = base.seconds
-        stats.base_tokens += base.sync(tokens, outputs, self._cancel)
+        stats.base_tokens += base.sync(tokens, outputs, self.cancel)
         stats.base_seconds += base.seconds - seconds
 
     def read_base(self, at: int) -> tuple[Reading, Floats]:
@@ -144,12 +144,12 @@ class Decoder:
     def evaluate_expert(self, writer: int, tokens: array[int], outputs: Sequence[int] = ()) -> None:
         """Evaluate an expert so that its states after the tokens at `outputs` can be read; by
         default after the last token."""
-        self._cancel.check()
+        self.cancel.check()
         expert, stats = self._experts[writer], self.stats
         calls, evaluated = expert.n_calls, expert.n_evaluated
         seconds, loading = expert.seconds, expert.load_seconds
         try:
-            expert.sync(tokens, outputs, self._cancel)
+            expert.sync(tokens, outputs, self.cancel)
         finally:  # a server may fail, which takes time as well
             stats.expert_calls += expert.n_calls - calls
             stats.expert_tokens += expert.n_evaluated - evaluated

@@ -6,6 +6,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
+from colm_edge.cancel import Cancel
 from colm_edge.llama.costs import CostTable
 
 # A bet must promise to save this much more than it costs.
@@ -15,6 +16,7 @@ HORIZON = 64  # tokens within which the next deferral is expected
 DECAY = 0.99
 CAUTION = 0.7  # standard errors
 ROUGH = 0.04  # of the rates that savings are kept for
+Tables = Callable[[Cancel | None], tuple[CostTable, CostTable] | None]
 # An expert agrees more often where the base is sure of itself.
 CONFIDENCE = (0.25, 0.5, 0.75)
 
@@ -45,23 +47,30 @@ class Rate:
 class Planner:
     """Decides about bets. It lives as long as its pair and learns from every answer.
 
-    tables: called at the first deferral; returns what decodes cost the base and the expert.
+    tables: called at the first deferral, with what may cancel it; returns what decodes cost the
+        base and the expert, or None where that cannot be measured.
     """
 
-    def __init__(self, tables: Callable[[], tuple[CostTable, CostTable]]) -> None:
+    def __init__(self, tables: Tables) -> None:
         self._tables = tables
         self._expert: CostTable | None = None
-        self.rests = False  # whether the models are too fast for planning to pay
+        # Whether the models are too fast for planning to pay, or cannot be measured.
+        self.rests = False
         self.agreement = Rate(0.4, 4)
         self._by_confidence = [Rate(0.0, 0.0) for _ in range(len(CONFIDENCE) + 1)]
         # Of deferrals after a token of the base, and after another deferral.
         self.onset, self.run = Rate(0.05, 5), Rate(0.2, 5)
         self._saved: dict[tuple[float, float], float] = {}  # by these two rates, for `saves`
 
-    def prepare(self) -> None:
-        """Get the cost tables, if that was not done yet."""
-        if self._expert is None:
-            base, self._expert = self._tables()
+    def prepare(self, cancel: Cancel | None = None) -> None:
+        """Get the cost tables, if that was not done yet. Raises CancelledError."""
+        if self._expert is not None or self.rests:
+            return
+        tables = self._tables(cancel)
+        if tables is None:
+            self.rests = True
+        else:
+            base, self._expert = tables
             self.rests = base.is_quick
 
     def saw_agreement(self, confidence: float, agreed: bool) -> None:

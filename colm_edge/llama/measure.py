@@ -19,6 +19,7 @@ from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING
 
+from colm_edge.cancel import Cancel
 from colm_edge.errors import WriteError
 from colm_edge.files import replacing
 from colm_edge.llama.costs import CostTable
@@ -47,19 +48,24 @@ def kept_table(session: Session) -> CostTable | None:
 
 
 def cost_table(
-    session: Session, *, fresh: bool = False, note: Callable[[str], None] = lambda text: None
+    session: Session,
+    *,
+    fresh: bool = False,
+    note: Callable[[str], None] = lambda text: None,
+    cancel: Cancel | None = None,
 ) -> CostTable:
     """Return a session's table from the cache, or measure it and cache it.
 
     The cache has a file per model, machine and settings under $XDG_CACHE_HOME (or
     ~/.cache)/colm-edge. fresh: measure in any case. note: called with a message before a
-    measurement, which takes seconds. The session's own timeline does not change.
+    measurement, which takes seconds. cancel: ends the load of the weights or the measurement. The
+    session's own timeline does not change.
     """
     kept = None if fresh else kept_table(session)
     if kept is not None:
         return kept
     note(f"measuring {session.model.path.name} on this machine, once")
-    table = measure(session)
+    table = measure(session, cancel)
     path = _cache_file(session)
     with suppress(OSError, WriteError):  # without a cache it is measured again next time
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -74,7 +80,7 @@ def cost_table(
     return table
 
 
-def measure(session: Session) -> CostTable:
+def measure(session: Session, cancel: Cancel | None = None) -> CostTable:
     """Time decodes of every size behind the same prefix, in a context of their own.
 
     The sizes take turns, and the (lower) median of a size's times counts, so that a short
@@ -96,6 +102,7 @@ def measure(session: Session) -> CostTable:
         if (SEVERAL, False) in kinds:
             kinds.insert(kinds.index((SEVERAL, False)) + 1, (SEVERAL, True))
         times: dict[tuple[int, bool], list[float]] = {}
+        twin.open(cancel)
         twin.sync(prefix)
         twin.sync(prefix + turns[0][:1])  # warms up
         begun, turn = perf_counter(), 0
@@ -104,6 +111,8 @@ def measure(session: Session) -> CostTable:
                 # llama.cpp reuses its graph when the next decode has the same size, as in a loop of
                 # single tokens. Building it takes a third of the time of a very small model.
                 n, all_states = kind
+                if cancel is not None:
+                    cancel.check()
                 for _ in range(3):
                     before, turn = twin.seconds, 1 - turn
                     tokens = prefix + turns[turn][:n]

@@ -248,9 +248,10 @@ class Session:
     def _cheapest(self, n: int, start: int, whole: bool) -> list[tuple[int, int]]:
         """Return the cheapest way to evaluate n tokens from `start` on: (tokens, size of the
         batch), in order."""
-        if self.costs is None:
+        costs = self.costs  # another thread may change it
+        if costs is None:
             return [(n, n)]
-        return self.costs.pieces(n, min(self.n_batch, self.n_ctx - start), whole=whole)
+        return costs.pieces(n, min(self.n_batch, self.n_ctx - start), whole=whole)
 
     def _decode(self, tokens: array[int], piece: Piece, outputs: Sequence[int]) -> int:
         """Evaluate a piece; return how many tokens that took."""

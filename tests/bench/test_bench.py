@@ -148,7 +148,7 @@ def test_every_schedule_writes_the_trace(tiny_pair, rate, agree):
     sources = ["expert" if deferred else "base" for deferred in trace.deferred]
     expected = list(zip(trace.tokens, sources, strict=True))
     assert written(tiny_pair, trace, 0.5)[0] == expected
-    planner = Bold(lambda: (flat, flat))
+    planner = Bold(lambda cancel: (flat, flat))
     assert written(tiny_pair, trace, 0.5, Fast(planner))[0] == expected
     deferrals = sum(trace.deferred)
     if deferrals:

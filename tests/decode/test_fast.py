@@ -27,7 +27,7 @@ class Bold(Planner):
     """Bets at random, far more often than a sensible planner."""
 
     def __init__(self, seed: int, share: float) -> None:
-        super().__init__(lambda: (FLAT, FLAT))
+        super().__init__(lambda cancel: (FLAT, FLAT))
         self._draw, self._share = random.Random(seed), share
 
     def saves(self, agrees: float, n_pending: int) -> float:
@@ -122,7 +122,7 @@ def test_a_deferral_after_a_repeated_choice_takes_no_call():
     choose = writer(1)
     base, expert = Scripted(choose, 200), Scripted(choose, 200)
     read = lambda logits, hidden: (0.9, int(logits.argmax()), 0.0)  # noqa: E731
-    run = fast(base, expert, read, Eager(lambda: (FLAT, FLAT)), max_tokens=100)
+    run = fast(base, expert, read, Eager(lambda cancel: (FLAT, FLAT)), max_tokens=100)
     assert {s.source for s in run} == {"expert"}
     assert run.stats.expert_calls == expert.n_calls == 50
     assert expert.n_evaluated == 3 + 99
@@ -131,7 +131,7 @@ def test_a_deferral_after_a_repeated_choice_takes_no_call():
 def test_what_several_states_cost_is_weighed():
     def planner(several):
         expert = CostTable((1, 64), (1.0, 1.1), several)
-        found = Planner(lambda: (CostTable((1, 64), (0.1, 6.4)), expert))
+        found = Planner(lambda cancel: (CostTable((1, 64), (0.1, 6.4)), expert))
         found.prepare()
         for i in range(100):
             found.saw_agreement(0.9, True)
@@ -144,7 +144,7 @@ def test_what_several_states_cost_is_weighed():
 
 @pytest.mark.parametrize("tables", [(STEEP, STEEP), (STEEP, FLAT), (FLAT, FLAT)])
 def test_a_planner_that_never_agreed_does_not_bet(tables):
-    planner = Planner(lambda: tables)
+    planner = Planner(lambda cancel: tables)
     planner.prepare()
     for _ in range(200):
         planner.saw_agreement(0.4, False)
@@ -154,7 +154,7 @@ def test_a_planner_that_never_agreed_does_not_bet(tables):
 
 
 def test_a_planner_bets_where_it_pays():
-    planner = Planner(lambda: (CostTable((1, 64), (0.1, 6.4)), FLAT))
+    planner = Planner(lambda cancel: (CostTable((1, 64), (0.1, 6.4)), FLAT))
     assert planner.saves(1.0, 5) == 0  # nothing measured yet
     planner.prepare()
     for _ in range(300):
@@ -170,7 +170,7 @@ def test_a_planner_bets_where_it_pays():
     # Where the state is at hand the longer batch is a whole call more.
     assert planner.saves(planner.agrees(0.9), 0) == 0
     # An expert whose batches cost in proportion gains nothing by them.
-    proportional = Planner(lambda: (FLAT, STEEP))
+    proportional = Planner(lambda cancel: (FLAT, STEEP))
     proportional.prepare()
     assert proportional.saves(1.0, 5) == 0
 
@@ -222,7 +222,7 @@ def test_the_fast_schedule_never_costs_more(machine, rate, agree, run):
         return base.cost + expert.cost
 
     seeds = range(10 if rate == 0.05 else 5)  # luck evens out over about as many deferrals
-    fast = sum(cost(seed, Fast(Planner(lambda: tables))) for seed in seeds)
+    fast = sum(cost(seed, Fast(Planner(lambda cancel: tables))) for seed in seeds)
     plain = sum(cost(seed) for seed in seeds)
     assert fast <= 1.02 * plain
     if agree == 0.9 and rate >= 0.4 and machine in ("fours", "gpu"):
@@ -232,7 +232,7 @@ def test_the_fast_schedule_never_costs_more(machine, rate, agree, run):
 def test_models_too_quick_to_plan_for_run_one_by_one():
     read, _ = reader(3, 0.4)
     quick = CostTable((1, 64), (1e-4, 1e-4))
-    planner = Planner(lambda: (quick, quick))
+    planner = Planner(lambda cancel: (quick, quick))
     sessions = [(Scripted(writer(1)), Scripted(writer(1))) for _ in range(2)]
     list(fast(*sessions[0], read, planner, max_tokens=40))
     list(decoder(*sessions[1], read, [1, 2, 3], max_tokens=40))

@@ -10,8 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from colm_edge.cancel import Cancel, CancelledError
 from colm_edge.llama import measure as costs
-from colm_edge.llama.context import ContextOptions
+from colm_edge.llama.context import Context, ContextOptions
 from colm_edge.llama.costs import CostTable, break_even, seconds_per_token
 from colm_edge.llama.measure import cost_table, kept_table
 from colm_edge.llama.model import Model
@@ -121,6 +122,24 @@ def test_costs_are_measured_once_for_a_model_and_its_settings(tiny, session):
 def test_a_slow_model_is_measured_in_bounded_time(session, monkeypatch):
     monkeypatch.setattr(costs, "SECONDS", 0.0)
     assert costs.measure(session).sizes == (1,)
+
+
+def test_a_measurement_is_cancelled_between_two_decodes(session, monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    cancel, n_asked = Cancel(), []
+    decode = Context.decode
+
+    def asked(context, n, *, hidden=False):
+        n_asked.append(n)
+        if len(n_asked) == 4:
+            cancel.request()
+        decode(context, n, hidden=hidden)
+
+    monkeypatch.setattr(Context, "decode", asked)
+    with pytest.raises(CancelledError):
+        cost_table(session, cancel=cancel)
+    assert len(n_asked) <= 6  # those of one size are not interrupted
+    assert kept_table(session) is None
 
 
 def test_what_took_longer_than_a_larger_batch_is_measured_again():

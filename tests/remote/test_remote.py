@@ -1,6 +1,6 @@
 """Experts behind HTTP: what is asked of each kind of server, and what becomes of failures.
 
-612 lines: every test wants the same three fake servers.
+Over 600 lines: every test wants the same three fake servers.
 """
 
 from __future__ import annotations
@@ -267,10 +267,13 @@ def test_an_expert_may_come_up_later(tiny, local):
         answer = pair.generate(PROMPT)
         assert {step.source for step in answer.steps} == {"base"}
         assert len(notes) == 1
-        with faking("llamacpp", tiny["expert"], port):
+        assert pair.n_shared == 400
+        with faking("llamacpp", tiny["expert"], port) as (_, fake):
+            fake.n_vocab = 390  # of which nobody was told at the start
             answer = pair.generate(PROMPT)
             assert answer.text == local.generate(PROMPT).text
             assert answer.stats.expert_failures == 0
+            assert pair.n_shared == 390
         pair.generate("another outage")
         assert len(notes) == 2
 
