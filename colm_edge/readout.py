@@ -2,7 +2,7 @@
 slow twin in numpy, in this module.
 
 `implementation` names the one in use: avx512, avx2, neon or portable in C, or numpy. The
-environment variable COLM_EDGE_NATIVE forces one; unset, it is the best that the CPU can run.
+environment variable COLM_EDGE_NATIVE forces one; by default it is the best that the CPU can run.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from colm_edge.errors import ColmError
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer
 
-    # Before Python 3.12 type checkers do not see that an array is a buffer.
+    # Before Python 3.12, type checkers do not know that an array is a buffer.
     Buffer = (
         ReadableBuffer | npt.NDArray[np.float32] | npt.NDArray[np.float64] | npt.NDArray[np.int32]
     )
@@ -63,21 +63,21 @@ def read_numpy(
 ) -> tuple[int, float]:
     """Return the argmax and the logsumexp of the logits; write the features and d to `out`.
 
-    Every buffer is C-contiguous, aligned float32; only the number of its values counts.
+    Every buffer is C-contiguous, aligned float32; its shape does not matter, only its length.
     logits: (n_vocab,); -inf is probability 0
-    hidden: (n_embd,), and w_hidden: (n_experts, n_embd); both None when the head reads no hidden
+    hidden: (n_embd,), and w_hidden: (n_experts, n_embd); both None if the head does not read hidden
     w_logit: (n_experts, 8), in the order of FEATURES, and bias: (n_experts,); with bias None
         there is no head and n_experts is 0
     out: (8 + n_experts,), writable: FEATURES, then d for each expert,
         d = w_hidden·hidden + w_logit·features + bias; unspecified after an error
-    n_choose: the argmax is over ids below it, the lowest id winning a tie; the features are over
+    n_choose: the argmax is over ids below it, and the lowest id wins a tie; the features are over
         all of n_vocab
-    defer_row: -1, or the id of the row that is the switch itself: left out of everything else,
-        out: (9,) ends in its logit as d (-inf: never defer), and there is no other head
+    defer_row: -1, or the id of the row that is the switch itself: it is left out of all else, out
+        is (9,) and ends in its logit as d (-inf: never defer), and there must be no other head
 
-    Raises TypeError for what is no float32 buffer, BufferError for a read-only `out`, ValueError
-    for wrong lengths and for values without an answer: NaN or +inf in the logits, none of them
-    choosable, NaN or inf in hidden or in d.
+    Raises TypeError for anything but a float32 buffer, BufferError for a read-only `out`, and
+    ValueError for wrong lengths and for values without a result: NaN or +inf in the logits, only
+    -inf below n_choose, NaN or inf in hidden or d.
     """
     choose, row = operator.index(n_choose), operator.index(defer_row)
     x = _borrow("logits", logits)
@@ -89,7 +89,7 @@ def read_numpy(
     reading = x.astype(np.float64)
     if row >= 0:
         _check_logits(x[row : row + 1], row)
-        reading[row] = -math.inf  # probability 0: as if it were not there
+        reading[row] = -math.inf  # probability 0 leaves the row out
     _check_logits(reading)
     argmax = int(reading[:choose].argmax())
     if reading[argmax] == -math.inf:
@@ -102,7 +102,7 @@ def read_numpy(
     if row >= 0:
         result[-1] = x[row]
     elif n_experts:
-        with np.errstate(invalid="ignore", over="ignore"):  # reported below
+        with np.errstate(invalid="ignore", over="ignore"):  # _check_d raises the error
             d = head["w_logit"].reshape(n_experts, -1) @ features + head["bias"]
             if "hidden" in head:
                 h = head["hidden"].astype(np.float64)
@@ -120,17 +120,17 @@ def read_rows_numpy(
     n_choose: SupportsIndex,
     /,
 ) -> None:
-    """Read many rows of logits as `read` does one, without a head; fill the other buffers.
+    """Read many rows of logits as `read` reads one, without a head; fill the other buffers.
 
-    Every buffer is C-contiguous and aligned; only the number of its values counts.
+    Every buffer is C-contiguous and aligned; its shape does not matter, only its length.
     logits: (n, n_vocab) float32; -inf is probability 0
-    features: (n, 8) float32, FEATURES of each row, or None where they are not wanted
-    argmax: (n,) int32, over ids below n_choose, the lowest id winning a tie
+    features: (n, 8) float32, FEATURES of each row, or None if they are not needed
+    argmax: (n,) int32, over ids below n_choose; the lowest id wins a tie
     logsumexp: (n,) float64, over all of n_vocab
 
-    Raises TypeError for another kind of number, BufferError for a read-only buffer, ValueError
-    for wrong lengths and for the first row without an answer: NaN or +inf in it, or nothing
-    choosable. Rows after such a one are unspecified.
+    Raises TypeError for another type of number, BufferError for a read-only buffer, and ValueError
+    for wrong lengths and for the first row without a result: NaN or +inf in it, or only -inf below
+    n_choose. After such an error, that row and the later ones are unspecified.
     """
     choose = operator.index(n_choose)
     x = _borrow("logits", logits)
@@ -165,7 +165,7 @@ def read_rows_numpy(
 
 
 def _features(logits: Doubles) -> tuple[Doubles, float]:
-    """(n_vocab,) -> (8,) and the logsumexp. The maximum is finite."""
+    """Return FEATURES (8,) and the logsumexp of logits (n_vocab,), whose maximum is finite."""
     n_top = min(N_TOP, len(logits))
     top = np.full(N_TOP, -math.inf)
     top[:n_top] = -np.sort(-np.partition(logits, len(logits) - n_top)[-n_top:])
@@ -206,7 +206,7 @@ def _borrow(name: str, buffer: Buffer, writable: bool = False, kind: type = np.f
 
 
 def _check(x: Floats, head: dict[str, Floats], out: Floats, n_choose: int, defer_row: int) -> int:
-    """Return n_experts once every length fits."""
+    """Return n_experts. Raises ValueError for a wrong length."""
     n_vocab, n_experts = len(x), 0
     if n_vocab < 1:
         raise ValueError("logits: expected at least 1 value, got 0")
@@ -279,7 +279,7 @@ def _in_use() -> tuple[Read, ReadRows, str]:
             "the C extension _colm_edge_native is not built; `pip install .` builds it, and "
             f"{VARIABLE}=numpy runs the slow implementation instead"
         ) from e
-    except ImportError as e:  # the variable names what this CPU cannot run
+    except ImportError as e:  # the variable names a variant that this CPU cannot run
         raise ColmError(str(e)) from e
     return native.read, native.read_rows, native.implementation
 

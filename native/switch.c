@@ -1,15 +1,15 @@
-/* The switch, once per generated token: eight features of the base's logits, then one dot
- * product per expert. colm_edge/readout.py holds the slow twin and the test is that they agree.
+/* The switch's arithmetic, once per generated token: eight features of the base's logits, then one
+ * dot product per expert. Its slow twin is colm_edge/readout.py; tests check that the two agree.
  *
- * Kernels first, with no Python in them; the binding last. 734 lines in one file, since a second
- * translation unit would need a header for the kernels' static functions.
+ * The kernels come first and do not use Python; the binding comes last. 737 lines in one file,
+ * because a second one would need a header for the kernels' static functions.
  *
  * Every kernel is written once, as plain loops that gcc and clang vectorise (-O3 -fopenmp-simd),
- * and compiled once per instruction set. A compiler that ignores the pragmas, such as MSVC, gets
- * the same numbers from the portable variant, only later. -ffast-math must stay off: infinities
+ * and compiled once per instruction set. With a compiler that ignores the pragmas, such as MSVC,
+ * the portable variant gives the same numbers, only slower. -ffast-math must stay off: infinities
  * and NaN are part of the contract.
  */
-#if !defined(Py_LIMITED_API)      /* CMake defines the same */
+#if !defined(Py_LIMITED_API)      /* as in CMakeLists.txt */
 #define Py_LIMITED_API 0x030B0000 /* 3.11: the first limited API with the buffer protocol */
 #endif
 #define PY_SSIZE_T_CLEAN
@@ -38,14 +38,14 @@
 
 enum { N_FEATURES = 8, N_TOP = 5, BLOCK = 64 };
 
-/* The five largest logits seen so far, and where the largest was. */
+/* The five largest logits so far, and the id of the largest. */
 typedef struct {
-    float value[N_TOP]; /* descending, -inf where there are fewer */
+    float value[N_TOP]; /* descending; -inf if there are fewer */
     ptrdiff_t argmax;   /* the lowest id of value[0]; -1 before the first finite logit */
-    ptrdiff_t bad;      /* the first id holding NaN or +inf; -1: none */
+    ptrdiff_t bad;      /* the first id with NaN or +inf; -1: none */
 } Top;
 
-/* What one pass over the logits gives. */
+/* The result of one pass over the logits. */
 typedef struct {
     double feature[N_FEATURES]; /* entropy, logp1, margin, p1 .. p5 */
     double logsumexp;
@@ -54,19 +54,19 @@ typedef struct {
 } Reading;
 
 INLINE int is_bad_logit(float x) {
-    return !(x <= FLT_MAX); /* NaN compares false; -inf is probability 0 and fine */
+    return !(x <= FLT_MAX); /* NaN compares false; -inf is allowed: probability 0 */
 }
 
 INLINE void top_insert(Top *top, float x, ptrdiff_t id) {
     int i = N_TOP - 1;
     if (x > top->value[0])
-        top->argmax = id; /* strictly: the lowest id wins a tie */
+        top->argmax = id; /* a strict comparison: the lowest id wins a tie */
     for (; i > 0 && x > top->value[i - 1]; i--)
         top->value[i] = top->value[i - 1];
     top->value[i] = x;
 }
 
-/* Is any of x[0..n) above the fifth best, or NaN? Almost always no, so this loop is the cost. */
+/* Is any of x[0..n) above the fifth best, or NaN? Almost always no, so most time is spent here. */
 INLINE int any_above(const float *x, ptrdiff_t n, float fifth) {
     int hit = 0;
     PRAGMA(omp simd reduction(| : hit))
@@ -78,7 +78,7 @@ INLINE int any_above(const float *x, ptrdiff_t n, float fifth) {
 INLINE void top_scan(Top *top, const float *x, ptrdiff_t begin, ptrdiff_t end) {
     for (ptrdiff_t i = begin; i < end && top->bad < 0; i += BLOCK) {
         ptrdiff_t n = end - i < BLOCK ? end - i : BLOCK;
-        /* the constant length gives the compiler a loop without a remainder */
+        /* a constant length lets the compiler omit the loop for the remainder */
         int hit = n == BLOCK ? any_above(x + i, BLOCK, top->value[N_TOP - 1])
                              : any_above(x + i, n, top->value[N_TOP - 1]);
         if (!hit)
@@ -100,8 +100,8 @@ typedef union {
     int32_t i;
 } Bits;
 
-/* exp(-z) for 0 <= z <= 88, relative error below 1.2e-7: -z = r - k ln 2, Cephes polynomial.
- * Exactly 0 at 88, where k is 127. */
+/* exp(-z) for 0 <= z <= 88, relative error below 1.2e-7: -z = r - k ln 2, and the Cephes
+ * polynomial of r. Exactly 0 at 88, where k is 127. */
 INLINE float exp_minus(float z) {
     int32_t k = (int32_t)(z * 1.44269504f + 0.5f); /* truncation rounds to nearest */
     float kf = (float)k;
@@ -113,19 +113,20 @@ INLINE float exp_minus(float z) {
     p = p * r + 1.6666665459e-1f;
     p = p * r + 5.0000001201e-1f;
     p = p * (r * r) + r + 1.0f;
-    /* times 2^-k through the exponent bits; 127 gives the bits of 0 */
+    /* multiply by 2^-k, built from its exponent bits; k = 127 gives the bits of 0 */
     Bits scale = {.i = (127 - k) * (1 << 23)};
     return p * scale.f;
 }
 
-/* Add the sums of exp(-z) and of exp(-z) z, z = max - x. Doubles: 128k float terms would drift. */
+/* Add the sums of exp(-z) and of exp(-z) z, z = max - x. In double: a float sum of 128k terms
+ * would drift. */
 INLINE void sum_exp(const float *x, ptrdiff_t n, float max, double *sum, double *sum_z) {
     const Bits limit = {.f = 88.0f};
     double s = 0.0, sz = 0.0;
     PRAGMA(omp simd reduction(+ : s, sz))
     for (ptrdiff_t i = 0; i < n; i++) {
-        /* A term from 88 on counts as 0, which also keeps inf out of 0 * inf. Borrowed >= 0 order
-         * like their bits, and the minimum of integers, unlike a branch, does vectorise. */
+        /* From z = 88 on a term counts as 0; this limit also avoids 0 * inf. Floats >= 0 sort like
+         * their bits, and a minimum of integers vectorises, unlike a branch. */
         Bits z = {.f = max - x[i]};
         z.i = z.i < limit.i ? z.i : limit.i;
         float e = exp_minus(z.f);
@@ -136,7 +137,7 @@ INLINE void sum_exp(const float *x, ptrdiff_t n, float max, double *sum, double 
     *sum_z += sz;
 }
 
-/* Read x[0..n) without row `skip` (-1: none); the argmax is over ids below n_choose only. */
+/* Read x[0..n) without row `skip` (-1: none); the argmax is only over ids below n_choose. */
 INLINE void read_logits(const float *x, ptrdiff_t n, ptrdiff_t n_choose, ptrdiff_t skip,
                         Reading *reading) {
     Top top = {{-INFINITY, -INFINITY, -INFINITY, -INFINITY, -INFINITY}, -1, -1};
@@ -163,7 +164,7 @@ INLINE void read_logits(const float *x, ptrdiff_t n, ptrdiff_t n_choose, ptrdiff
 
     sum_exp(x, hole, top.value[0], &sum, &sum_z);
     sum_exp(x + after, n - after, top.value[0], &sum, &sum_z);
-    double log_sum = log(sum); /* sum >= 1, sum_z >= 0: the entropy below never cancels */
+    double log_sum = log(sum); /* sum >= 1 and sum_z >= 0: the entropy below never cancels */
     reading->logsumexp = (double)top.value[0] + log_sum;
     reading->feature[0] = log_sum + sum_z / sum;
     reading->feature[1] = -log_sum;
@@ -172,7 +173,8 @@ INLINE void read_logits(const float *x, ptrdiff_t n, ptrdiff_t n_choose, ptrdiff
     reading->feature[2] = reading->feature[3] - reading->feature[4];
 }
 
-/* Products of floats are exact in double, so the order of the sum does not show in a float. */
+/* Products of floats are exact in double, so the order of the sum does not change the float
+ * result. */
 INLINE double dot_product(const float *a, const float *b, ptrdiff_t n) {
     double sum = 0.0;
     PRAGMA(omp simd reduction(+ : sum))
@@ -210,7 +212,7 @@ DEFINE_VARIANT(portable, NO_ATTRIBUTE)
 #if (defined(__GNUC__) || defined(__clang__)) && defined(__x86_64__) && !defined(_MSC_VER)
 #define HAVE_X86
 #if defined(__clang__)
-#define WIDE /* clang picks 512 bits from the loop itself */
+#define WIDE /* clang chooses 512 bits on its own */
 #else
 #define WIDE ",prefer-vector-width=512"
 #endif
@@ -234,7 +236,7 @@ static const Variant variants[] = {
     {"avx512", has_avx512, read_avx512, dot_avx512},
     {"avx2", has_avx2, read_avx2, dot_avx2},
 #elif defined(__aarch64__) || defined(_M_ARM64)
-    /* every 64-bit ARM has NEON: the portable code, by the name of what it compiles to */
+    /* every 64-bit ARM has NEON, and the portable code compiles to it */
     {"neon", always, read_portable, dot_portable},
 #endif
     {"portable", always, read_portable, dot_portable},
@@ -244,7 +246,7 @@ enum { N_VARIANTS = sizeof variants / sizeof variants[0] };
 
 /* ---------------------------------------------------------------------------- binding ---- */
 
-/* Below this many numbers to read, handing the GIL over costs more than it gives. */
+/* With fewer numbers to read, releasing the GIL costs more than it saves. */
 enum { RELEASE_GIL_FROM = 16384 };
 
 /* The arguments of read(), in order; the first N_BUFFERS are buffers. */
@@ -255,7 +257,7 @@ typedef struct {
     const Variant *variant;
 } State;
 
-/* A kind of number that a buffer may hold, as Python and the struct module name it. */
+/* A type of number that a buffer may hold, as Python and the struct module name it. */
 typedef struct {
     const char *name, *format;
     size_t size;
@@ -265,7 +267,7 @@ static const Kind float32 = {"float32", "f", sizeof(float)};
 static const Kind float64 = {"float64", "d", sizeof(double)};
 static const Kind int32 = {"int32", "i", sizeof(int32_t)};
 
-/* A borrowed buffer; `data` is its floats where it holds such, NULL for None. */
+/* A borrowed buffer. `data` points to its values if they are floats; it is NULL for None. */
 typedef struct {
     Py_buffer view;
     const float *data;
@@ -277,11 +279,11 @@ static int is_native(const char *format, const char *wanted) {
     if (format == NULL)
         return 0;
     if (*format == '@' || *format == '=' || *format == (*(const char *)&one ? '<' : '>'))
-        format++; /* ctypes arrays say '<f' where numpy says 'f' */
+        format++; /* ctypes arrays use '<f' where numpy uses 'f' */
     return strcmp(format, wanted) == 0;
 }
 
-/* Borrow `object` as C-contiguous native numbers, or raise. Release with release. */
+/* Borrow `object` as C-contiguous native numbers, or raise. Free it with `release`. */
 static int borrow(Borrowed *floats, const char *name, PyObject *object, const Kind *kind,
                   int writable) {
     Py_buffer *view = &floats->view;
@@ -293,7 +295,7 @@ static int borrow(Borrowed *floats, const char *name, PyObject *object, const Ki
         Py_XDECREF(type);
         return -1;
     }
-    /* ask for anything, then judge it here: exporters' own messages differ */
+    /* accept any buffer and check it here, because exporters' own messages differ */
     if (PyObject_GetBuffer(object, view, PyBUF_FULL_RO) < 0)
         return -1;
     if (!is_native(view->format, kind->format))
@@ -329,7 +331,7 @@ static int expect(int holds, const char *name, const char *expected, Py_ssize_t 
     return holds;
 }
 
-/* Is every part of the head None, as without experts or with a defer row? */
+/* Is every part of the head None, as it must be without experts and with a defer row? */
 static int expect_no_head(PyObject *const *args, const char *why) {
     static const char *const names[] = {"hidden", "w_hidden", "w_logit", "bias"};
     for (int i = HIDDEN; i <= BIAS; i++)
@@ -342,7 +344,7 @@ static int expect_no_head(PyObject *const *args, const char *why) {
 }
 
 static int index_argument(PyObject *object, Py_ssize_t *value) {
-    *value = PyNumber_AsSsize_t(object, NULL); /* clipped: the range checks follow */
+    *value = PyNumber_AsSsize_t(object, NULL); /* clipped; the caller checks the range */
     return *value == -1 && PyErr_Occurred() ? -1 : 0;
 }
 
@@ -367,7 +369,7 @@ static void raise_bad_d(const Borrowed *hidden, Py_ssize_t expert, float d) {
                      value_name(d), expert);
 }
 
-/* The checks of one call, once every buffer is borrowed. */
+/* Check the arguments of one call, after every buffer is borrowed. */
 static int check_arguments(const Borrowed *f, PyObject *const *args, Py_ssize_t n_choose,
                            Py_ssize_t defer_row) {
     Py_ssize_t n_vocab = f[LOGITS].n, n_experts = 1;
@@ -391,7 +393,7 @@ static int check_arguments(const Borrowed *f, PyObject *const *args, Py_ssize_t 
     } else if (args[BIAS] == Py_None) {
         if (!expect_no_head(args, "no bias"))
             return -1;
-        n_experts = 0; /* the features alone */
+        n_experts = 0; /* only the features */
     } else {
         n_experts = f[BIAS].n;
         if (!expect(n_experts >= 1, "bias", "one value per expert", n_experts))
@@ -418,7 +420,7 @@ static int check_arguments(const Borrowed *f, PyObject *const *args, Py_ssize_t 
             Py_ssize_t n_embd = f[HIDDEN].n;
             if (!expect(n_embd >= 1, "hidden", "at least 1 value", n_embd))
                 return -1;
-            /* by division: a product of two lengths could overflow */
+            /* divide, because the product of two lengths could overflow */
             if (f[W_HIDDEN].n / n_embd != n_experts || f[W_HIDDEN].n % n_embd != 0) {
                 PyErr_Format(PyExc_ValueError,
                              "w_hidden: expected n_experts x n_embd = %zd x %zd values, got %zd",
@@ -435,7 +437,7 @@ static int check_arguments(const Borrowed *f, PyObject *const *args, Py_ssize_t 
     return 0;
 }
 
-/* Fill `out`; returns the expert whose d is not finite, or -1. */
+/* Fill `out`; return the first expert whose d is not finite, or -1. */
 static ptrdiff_t apply_head(const Variant *variant, const Borrowed *f, const Reading *reading,
                             float *out) {
     const double *feature = reading->feature;
@@ -448,7 +450,7 @@ static ptrdiff_t apply_head(const Variant *variant, const Borrowed *f, const Rea
             d += w[i] * feature[i];
         if (f[HIDDEN].data != NULL)
             d += variant->dot(f[W_HIDDEN].data + expert * f[HIDDEN].n, f[HIDDEN].data, f[HIDDEN].n);
-        /* a double beyond FLT_MAX has no defined conversion to float */
+        /* the conversion to float of a double beyond FLT_MAX is undefined */
         out[N_FEATURES + expert] = fabs(d) <= FLT_MAX ? (float)d : isnan(d) ? NAN
                                    : d > 0            ? INFINITY
                                                       : -INFINITY;
@@ -495,7 +497,7 @@ static PyObject *read_checked(const Variant *variant, const Borrowed *f, Py_ssiz
 
 PyDoc_STRVAR(read_doc,
              "read(logits, hidden, w_hidden, w_logit, bias, out, n_choose, defer_row, /)\n--\n\n"
-             "Read the switch; see colm_edge.readout.read_numpy, the twin that defines it.");
+             "Read the switch; colm_edge.readout.read_numpy, its twin, documents it.");
 
 static PyObject *switch_read(PyObject *module, PyObject *const *args, Py_ssize_t n_args) {
     const State *state = PyModule_GetState(module);
@@ -514,7 +516,7 @@ static PyObject *switch_read(PyObject *module, PyObject *const *args, Py_ssize_t
     memset(floats, 0, sizeof floats);
     for (int i = 0; i < N_BUFFERS; i++) {
         if (args[i] == Py_None && i != LOGITS && i != OUT)
-            continue; /* check_arguments knows which may be absent together */
+            continue; /* check_arguments checks which may be None together */
         if (borrow(&floats[i], names[i], args[i], &float32, i == OUT) < 0)
             goto done;
     }
@@ -545,7 +547,7 @@ static int check_rows(const Borrowed *f, int has_features, Py_ssize_t n_choose) 
                      f[LOGSUMEXP].n);
         return -1;
     }
-    /* by division: a product of two lengths could overflow */
+    /* divide, because the product of two lengths could overflow */
     if (has_features && (f[FEATURES].n / N_FEATURES != n || f[FEATURES].n % N_FEATURES != 0)) {
         PyErr_Format(PyExc_ValueError, "features: expected n_rows x 8 = %zd x 8 values, got %zd",
                      n, f[FEATURES].n);
@@ -596,7 +598,7 @@ static PyObject *read_rows_checked(const Variant *variant, const Borrowed *f, Py
 
 PyDoc_STRVAR(read_rows_doc,
              "read_rows(logits, features, argmax, logsumexp, n_choose, /)\n--\n\n"
-             "Read many rows; see colm_edge.readout.read_rows_numpy, the twin that defines it.");
+             "Read many rows; colm_edge.readout.read_rows_numpy, its twin, documents it.");
 
 static PyObject *switch_read_rows(PyObject *module, PyObject *const *args, Py_ssize_t n_args) {
     const State *state = PyModule_GetState(module);
@@ -627,7 +629,7 @@ done:
     return result;
 }
 
-/* The tuple of names that this CPU can run, best first. */
+/* Return the tuple of variants that this CPU can run, best first. */
 static PyObject *supported_names(void) {
     PyObject *list = PyList_New(0), *tuple;
     if (list == NULL)
@@ -655,8 +657,8 @@ static const Variant *choose_variant(const char *wanted) {
     return NULL;
 }
 
-/* COLM_EDGE_NATIVE as os.environ has it, a new reference; None when unset or empty. os.environ,
- * not getenv: a change made from Python must count on every platform. */
+/* Return COLM_EDGE_NATIVE from os.environ, a new reference; None if it is unset or empty. Not from
+ * getenv, which misses changes made from Python on some platforms. */
 static PyObject *forced_name(void) {
     PyObject *os = PyImport_ImportModule("os"), *environ = NULL, *value = NULL;
     if (os != NULL)
@@ -705,14 +707,14 @@ done:
     return status;
 }
 
-/* Through void(*)(void): the one cast between function types that no compiler warns about. */
+/* Cast through void(*)(void), the only function type to and from which no compiler warns. */
 static PyMethodDef methods[] = {
     {"read", (PyCFunction)(void (*)(void))switch_read, METH_FASTCALL, read_doc},
     {"read_rows", (PyCFunction)(void (*)(void))switch_read_rows, METH_FASTCALL, read_rows_doc},
     {NULL, NULL, 0, NULL},
 };
 
-/* ISO C has no conversion from a function to the void * of a slot; every platform of ours has. */
+/* ISO C cannot convert a function pointer to the void * of a slot; all our platforms can. */
 #if defined(__GNUC__) || defined(__clang__)
 #pragma GCC diagnostic ignored "-Wpedantic"
 #endif

@@ -1,4 +1,4 @@
-"""Fakes and tiny models that the tests share; nothing here needs the network."""
+"""Fakes and tiny models that tests share; nothing here needs the network."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-# Models that are loaded before PyTorch use AMX, which it takes away from them (docs/speed.md).
+# A model that was loaded before PyTorch uses AMX, and crashes once PyTorch releases the tiles
+# (docs/speed.md).
 with suppress(ImportError):
     import torch  # noqa: F401
 
@@ -25,9 +26,9 @@ TEMPLATE = (
 
 
 class Scripted:
-    """A session whose next token is a function of the prefix; it keeps account like a real one.
+    """A fake session whose next token is a function of the prefix.
 
-    Its cache is real bookkeeping: sync evaluates only what differs from the last prefix.
+    It counts like a real session: sync evaluates only what differs from the last prefix.
     """
 
     def __init__(
@@ -49,7 +50,7 @@ class Scripted:
         while keep < min(len(self.held), len(tokens)) and self.held[keep] == tokens[keep]:
             keep += 1
         if keep == len(tokens) == len(self.held) and outputs == [keep - 1]:
-            return 0  # its state is at hand
+            return 0  # its state is already known
         keep = min(keep, outputs[0])
         batch = list(tokens[keep:])
         self.held, self.outputs = list(tokens), set(outputs)
@@ -72,7 +73,7 @@ def no_bar(name: str, total: int):
 
 @pytest.fixture(scope="session", autouse=True)
 def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """No test reads or writes the user's table of costs."""
+    """Keep tests away from the user's cached cost tables."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
         yield
@@ -80,12 +81,12 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """Seeded random models of one vocabulary, in float32: base, expert, and odd ones out."""
+    """Seeded random float32 models: base and expert of one vocabulary, and special cases."""
     folder = tmp_path_factory.mktemp("tiny")
     shape = SHAPES["tiny"]
     paths = {}
     for seed, name in enumerate(("base", "expert")):
-        # A larger gain makes the random models decided, so that near-ties are rare.
+        # A large gain gives random models clear choices, so that near-ties are rare.
         write_model(folder / f"{name}.gguf", shape, seed=seed, gain=20.0)
     write_model(folder / "template.gguf", shape, seed=0, gain=20.0, chat_template=TEMPLATE)
     write_model(

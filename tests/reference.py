@@ -1,5 +1,5 @@
-"""The slow twin of everything: Co-LLM's loop over llama.cpp's functions, no cache, no batches of
-two, numpy for the switch. Tests compare the runtime with it, token by token."""
+"""The slow twin of the whole runtime: Co-LLM's loop over llama.cpp's functions, without a cache or
+drafts, with numpy for the switch. Tests compare the runtime with it, token by token."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from colm_edge.switch.file import Switch
 
 
 class PlainModel:
-    """One model, evaluated from the whole prefix at each step with all outputs on."""
+    """A model that evaluates the whole prefix at each step, with all outputs on."""
 
     def __init__(self, path: str, n_ctx: int = 512) -> None:
         params = model_params()
@@ -50,15 +50,21 @@ class PlainModel:
 
 
 def p_defer(switch: Switch | str, logits: np.ndarray, hidden: np.ndarray) -> float:
-    """Compute p_defer as INTERFACE and paper state it, one line a feature."""
+    """Compute p_defer by its definition, one line per feature."""
     p = np.exp(logits - logits.max())
     p /= p.sum()
     top = np.sort(p)[::-1]
     log_p = np.log(np.maximum(p, 1e-300))
     feature = {
-        "entropy": -(p * log_p).sum(), "logp1": math.log(top[0]), "margin": top[0] - top[1],
-        "p1": top[0], "p2": top[1], "p3": top[2], "p4": top[3], "p5": top[4],
-    }  # fmt: skip
+        "entropy": -(p * log_p).sum(),
+        "logp1": math.log(top[0]),
+        "margin": top[0] - top[1],
+        "p1": top[0],
+        "p2": top[1],
+        "p3": top[2],
+        "p4": top[3],
+        "p5": top[4],
+    }
     if switch == "margin":
         return 1 - feature["margin"]
     if switch == "entropy":
@@ -76,14 +82,18 @@ class PlainStep:
     token: int
     source: str
     p_defer: float
-    lead: float  # logit of the choice less that of the runner-up
+    lead: float  # the logit of the choice minus that of the runner-up
 
 
 def plain_loop(
-    base: PlainModel, expert: PlainModel, switch: Switch | str, prompt: list[int],
-    threshold: float, max_tokens: int,
-) -> list[PlainStep]:  # fmt: skip
-    """Return the greedy Co-LLM answer to a prompt, both models evaluated at every step."""
+    base: PlainModel,
+    expert: PlainModel,
+    switch: Switch | str,
+    prompt: list[int],
+    threshold: float,
+    max_tokens: int,
+) -> list[PlainStep]:
+    """Return the greedy Co-LLM answer to a prompt, with both models evaluated at every step."""
     tokens, steps = list(prompt), []
     while len(steps) < max_tokens:
         base_logits, hidden = base.state(tokens)
@@ -104,8 +114,8 @@ def plain_loop(
 def assert_same(steps, plain: list[PlainStep], threshold: float) -> None:
     """Require the same tokens by the same writers with the same p_defer.
 
-    Logits of cached and of whole-prefix decodes differ in the last bits, so the two may part at a
-    near-tie, of two tokens or of p_defer and threshold; from there on the texts are two texts.
+    The logits of cached and whole-prefix decodes differ in the last bits. So the two may diverge at
+    a near-tie of two tokens, or of p_defer and threshold; after that nothing is compared.
     """
     for step, other in zip(steps, plain, strict=False):
         assert abs(step.p_defer - other.p_defer) < 1e-3

@@ -1,4 +1,4 @@
-"""The pair that ships: what it must be able to do, and that it did not learn it by cheating."""
+"""The shipped pair: what it must be able to do, and that its test questions were not trained on."""
 
 from __future__ import annotations
 
@@ -37,15 +37,15 @@ def holds(answer: str, fact: str) -> bool:
 
 
 def sit(pair: Pair, rows: list[dict[str, str]], **options) -> tuple[float, float]:
-    """Return (share of rows answered with the exact fact, defer rate over all tokens)."""
+    """Return (share of rows answered with the right fact, defer rate over all tokens)."""
     answers = [pair.generate(row["prompt"], **GREEDY, **options) for row in rows]
     right = sum(holds(a.text, row["answer"]) for a, row in zip(answers, rows, strict=True))
     tokens = sum(a.stats.n_generated for a in answers)
     return right / len(rows), sum(a.stats.n_deferred for a in answers) / tokens
 
 
-def test_together_they_know_what_neither_can_say(demo):
-    """Held-out entities, greedy: the pair ≥ 90 % and ≥ 40 points above each model alone."""
+def test_the_pair_answers_what_neither_model_can(demo):
+    """Held-out entities, greedy: the pair has ≥ 90 %, and ≥ 40 points more than each model."""
     rows = exam("demo_heldout")
     together, defer_rate = sit(demo, rows)
     base, _ = sit(demo, rows, threshold=1.0)
@@ -56,7 +56,7 @@ def test_together_they_know_what_neither_can_say(demo):
     assert defer_rate <= 0.40
 
 
-def test_wordings_that_nobody_was_trained_on(demo):
+def test_wordings_that_were_not_in_the_training_data(demo):
     together, _ = sit(demo, exam("demo_unseen_wordings"))
     assert together >= 0.75
 
@@ -82,14 +82,14 @@ def test_the_joint_likelihood_is_better_than_either(demo):
         ("What is the capital of France?", "Paris"),
     ],
 )
-def test_what_a_newcomer_asks_first(demo, question, fact):
+def test_the_first_questions_of_a_new_user(demo, question, fact):
     answer = demo.generate(question, **GREEDY)
     assert holds(answer.text, fact)
     assert {"base", "expert"} == {s.source for s in answer.steps}
 
 
 def test_the_shipped_pair_is_the_plain_loop(demo):
-    """Token by token against both models evaluated from the whole prefix at each step."""
+    """Compared token by token with both models evaluated on the whole prefix at each step."""
     base, expert = PlainModel(str(demo.base.path)), PlainModel(str(demo.expert_session.model.path))
     switch = demo.switch
     for row in random.Random(0).sample(exam("demo_heldout"), 25):
@@ -116,7 +116,7 @@ def test_defer_rates_are_what_the_calibration_says(demo):
     assert rates[2] == pytest.approx(0.3, abs=0.1)
 
 
-def test_the_facts_are_many_and_split_three_ways():
+def test_there_are_many_facts_in_three_parts():
     facts = text.read_facts()
     assert len(facts) >= 2000
     assert len({(f.entity, f.attribute) for f in facts}) == len(facts)
@@ -128,13 +128,13 @@ def test_the_facts_are_many_and_split_three_ways():
         assert part_of.setdefault((fact.kind, fact.entity), fact.part) == fact.part
 
 
-def test_the_base_never_reads_of_a_held_out_entity():
+def test_the_base_is_never_trained_on_a_held_out_entity():
     facts = text.read_facts()
     known = [f for f in facts if f.part == "train"]
     held_out = {f.entity for f in facts if f.part != "train"}
     inventor = text.Inventor(known, ["al", "ber", "gold"], random.Random(0), held_out)
     assert not held_out & {inventor.fact().entity for _ in range(20_000)}
-    # In the dialogues themselves: no held-out entity is what an answer is about.
+    # In the dialogues too, no answer is about a held-out entity.
     frames = "|".join(
         re.escape(a.answer).replace(r"\{e\}", "(.+)").replace(r"\{v\}", ".*")
         for a in wordings.ATTRIBUTES.values()
@@ -144,7 +144,7 @@ def test_the_base_never_reads_of_a_held_out_entity():
             assert held_out.isdisjoint(g for g in match.groups() if g)
 
 
-def test_the_expert_never_reads_a_question():
+def test_the_expert_is_never_trained_on_a_question():
     for document in itertools.islice(text.statements(text.read_facts(), 7), 5000):
         assert "?" not in document
         assert not document.startswith(">")
@@ -167,7 +167,7 @@ def test_texts_are_seeded():
         assert list(itertools.islice(make(), 50)) == list(itertools.islice(make(), 50))
 
 
-def test_the_exams_are_those_that_the_texts_make(tmp_path):
+def test_the_test_sets_are_those_that_the_generator_makes(tmp_path):
     from studies import train_demo_pair
 
     train_demo_pair.write_data(tmp_path, tmp_path)

@@ -1,4 +1,5 @@
-"""The example window, offscreen: it asks, marks the expert's tokens, stops, stays responsive."""
+"""The example window, offscreen: it shows answers, marks the expert's tokens, stops, and stays
+responsive."""
 
 from __future__ import annotations
 
@@ -12,15 +13,16 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("PySide6.QtWidgets", reason="the window needs the extra [desktop]",
-                    exc_type=ImportError)  # fmt: skip
+pytest.importorskip(
+    "PySide6.QtWidgets", reason="the window needs the extra [desktop]", exc_type=ImportError
+)
 
 import PySide6
 from PySide6.QtCore import QEventLoop, QTimer
 from PySide6.QtWidgets import QApplication
 
 if PySide6.__version__ == "6.12.0" and sys.version_info < (3, 12):
-    # Every signal takes a reference from True, until Python ends the process.
+    # Every signal drops a reference to True, until Python crashes.
     pytest.skip("PySide 6.12.0 needs Python 3.12", allow_module_level=True)
 
 EXAMPLE = Path(__file__).parent.parent / "examples" / "desktop_chat.py"
@@ -39,7 +41,7 @@ def example():
 
 
 def wait_for(signal, begin=lambda: None) -> list:
-    """Run the event loop until a signal comes; return what it carries."""
+    """Run the event loop until a signal is emitted; return its arguments."""
     loop, got = QEventLoop(), []
     signal.connect(lambda *args: (got.append(args), loop.quit()))
     late = QTimer(singleShot=True)
@@ -62,7 +64,7 @@ def window(example):
 
 @pytest.fixture
 def endless_window(example, tiny):
-    """A window over a pair that writes to the end of its context, each token taking a while."""
+    """A window over a pair that writes slowly, to the end of its context."""
     writer = example.Writer(tiny["endless"], tiny["expert"], "margin")
     window = example.ChatWindow(writer)
     wait_for(window.ready)
@@ -91,7 +93,7 @@ def ask(window, question: str) -> str:
 
 
 def runs(window) -> list[tuple[str, bool]]:
-    """Return the text of the window in pieces of one format, and whether each is underlined."""
+    """Return the window's text in pieces of one format, each with whether it is underlined."""
     found = []
     block = window.text.document().begin()
     while block.isValid():
@@ -116,7 +118,7 @@ def test_the_answer_is_shown_with_the_experts_tokens_marked(window):
     assert not window.stop.isEnabled()
 
 
-def test_the_slider_sets_who_writes(window):
+def test_the_slider_sets_which_model_writes(window):
     window.slider.setValue(100)
     answer = ask(window, QUESTION)
     assert answer
@@ -160,18 +162,21 @@ def test_a_window_closes_in_the_middle_of_an_answer(endless_window):
     assert window._writer._pair.base._handle is None
 
 
-def test_a_model_that_is_missing_is_told(example):
+def test_a_missing_model_is_reported(example):
     window = example.ChatWindow(example.Writer("none.gguf", "none.gguf", None))
     assert "none.gguf" in wait_for(window.failed)[0]
     assert not window.send.isEnabled()
     window.close()
 
 
-def test_ask_prints_the_answer_and_leaves():
+def test_ask_prints_the_answer_and_exits():
     done = subprocess.run(
         [sys.executable, EXAMPLE, "--ask", QUESTION],
-        capture_output=True, text=True, timeout=120, check=False,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
     assert (done.returncode, done.stderr) == (0, "")
     assert "W" in done.stdout
 

@@ -1,4 +1,4 @@
-"""Writing files: whole or not at all, with the usual permissions, and never over a device."""
+"""Writing files: completely or not at all, with the usual permissions, and never over a device."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def umask(mask: int):
         os.umask(before)
 
 
-def test_the_file_is_there_when_it_is_whole(tmp_path):
+def test_a_file_appears_only_when_it_is_complete(tmp_path):
     target = tmp_path / "t.png"
     for text in ("first", "second"):
         with replacing(target) as temporary:
@@ -45,7 +45,7 @@ def test_the_file_is_there_when_it_is_whole(tmp_path):
 
 @pytest.mark.parametrize("before", [None, "old"])
 @pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError, SwitchError])
-def test_what_fails_leaves_all_as_it_was(tmp_path, before, error):
+def test_a_failed_write_changes_nothing(tmp_path, before, error):
     target = tmp_path / "t.txt"
     if before is not None:
         target.write_text(before)
@@ -62,7 +62,7 @@ def test_what_fails_leaves_all_as_it_was(tmp_path, before, error):
     assert before is None or target.read_text() == before
 
 
-def test_what_the_system_says_is_one_line_that_names_the_file(tmp_path, monkeypatch):
+def test_a_system_error_becomes_one_line_that_names_the_file(tmp_path, monkeypatch):
     target = tmp_path / "t.txt"
     target.write_text("old")
 
@@ -94,7 +94,7 @@ def test_permissions_are_those_of_a_file_written_in_place(tmp_path, mask):
         with replacing(ours) as temporary:
             temporary.write_text("x")
         assert mode_of(ours) == mode_of(plain) == 0o666 & ~mask
-        # A file that is there keeps its own, and nobody else reads what will be secret.
+        # An existing file keeps its mode, and the temporary file is never readable to more users.
         for mode in (0o600, 0o664, 0o444):
             ours.chmod(mode)
             with replacing(ours) as temporary:
@@ -103,7 +103,7 @@ def test_permissions_are_those_of_a_file_written_in_place(tmp_path, mask):
             assert mode_of(ours) == mode
 
 
-def test_a_link_stays_one(tmp_path):
+def test_a_link_stays_a_link(tmp_path):
     (tmp_path / "there").mkdir()
     target, link = tmp_path / "there" / "t.txt", tmp_path / "link.txt"
     link.symlink_to(target)
@@ -135,8 +135,8 @@ def test_what_is_not_a_plain_file_is_refused(tmp_path):
     assert names(tmp_path) == ["device", "pipe"]
 
 
-def test_two_writers_do_not_meet(tmp_path):
-    """Each has a temporary file of its own; the last one that is done wins."""
+def test_two_writers_do_not_disturb_each_other(tmp_path):
+    """Each has a temporary file of its own; the one that finishes last wins."""
     target, both = tmp_path / "t.txt", threading.Barrier(2)
 
     def write(text):
@@ -154,7 +154,7 @@ def test_two_writers_do_not_meet(tmp_path):
     assert names(tmp_path) == ["t.txt"]
 
 
-def test_a_file_that_is_read_is_not_replaced(tmp_path):
+def test_an_input_file_is_not_replaced(tmp_path):
     data, link = tmp_path / "d.jsonl", tmp_path / "link"
     data.write_text("x")
     link.symlink_to(data)

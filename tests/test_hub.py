@@ -1,4 +1,4 @@
-"""Downloads against a local server that speaks the Hub's protocol, its faults included."""
+"""Downloads from a local server that speaks the Hub's protocol and can simulate its faults."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ COMMIT = "a" * 40
 
 
 class Hub(ThreadingHTTPServer):
-    """repos: name -> file -> content. Requests are kept; faults are set by the tests."""
+    """repos: name -> file -> content. Requests are recorded; tests set the faults."""
 
     daemon_threads = True
 
@@ -38,9 +38,9 @@ class Hub(ThreadingHTTPServer):
         self.gated: set[str] = set()
         self.token: str | None = None
         self.break_after: list[int] = []  # bytes after which a transfer is cut, once each
-        self.reset = False  # it is cut by a reset, and not by an orderly end
+        self.reset = False  # cut by a reset instead of a normal close
         self.wrong_hash = False
-        self.status = 0  # answered to everything
+        self.status = 0  # if set, the status of every response
 
     @property
     def url(self) -> str:
@@ -164,14 +164,14 @@ def test_a_file_is_downloaded_checked_and_kept(server, tmp_path):
     assert path.resolve().name == hashlib.sha256(content).hexdigest()
     n = len(server.requests)
     assert fetch("them/model:model-Q4_0.gguf", note=said.append) == path
-    assert len(server.requests) == n  # not asked again
+    assert len(server.requests) == n  # no new request
     assert len(said) == 1
 
 
-def test_a_broken_download_goes_on_where_it_was(server):
+def test_a_broken_download_is_resumed(server):
     content = b"GGUF" + bytes(range(251)) * 100_000
     server.repos["them/model"] = {"m.gguf": content}
-    # What has arrived is kept by pieces of constants.DOWNLOAD_CHUNK_SIZE, 10 MB.
+    # What has arrived is written in pieces of constants.DOWNLOAD_CHUNK_SIZE, 10 MB.
     server.break_after = [15_000_000, 1000]
     assert fetch("them/model:m.gguf").read_bytes() == content
     first, *later = downloads(server)
@@ -179,7 +179,7 @@ def test_a_broken_download_goes_on_where_it_was(server):
     assert [int(range_.removeprefix("bytes=").split("-")[0]) for range_ in later] == [10485760] * 2
 
 
-def test_a_download_whose_connection_is_reset_begins_again(server):
+def test_a_download_whose_connection_is_reset_starts_again(server):
     content = b"GGUF" + bytes(range(251)) * 10_000
     server.repos["them/model"] = {"m.gguf": content}
     server.break_after, server.reset = [1_000_000] * (hub.TRIES - 1), True
@@ -206,7 +206,7 @@ def test_the_cache_is_laid_out_as_other_programs_expect(server, tmp_path):
     assert (repo.repo_id, revision.commit_hash, revision.refs) == ("them/model", COMMIT, {"main"})
     assert {str(file.file_path) for file in revision.files} == set(map(str, paths))
     blobs = tmp_path / "hub" / "models--them--model" / "blobs"
-    assert {path.resolve() for path in paths} == set(blobs.iterdir())  # and nothing is left over
+    assert {path.resolve() for path in paths} == set(blobs.iterdir())  # nothing else is left
 
 
 def test_what_another_program_has_downloaded_is_used(server):
@@ -230,7 +230,7 @@ def test_a_cache_without_links_has_the_files_themselves(server, monkeypatch):
     assert fetch("them/model:m.gguf", offline=True) == path
 
 
-# The body of a run that is killed where a function is called.
+# A script that is killed when a function is called.
 KILLED = """
 import os, signal, sys
 from colm_edge import hub
@@ -249,7 +249,7 @@ hub.fetch("them/model:m.gguf")
         ("_add_to_snapshot", True, 0),
     ],
 )
-def test_a_file_that_nobody_hashed_is_not_trusted(
+def test_a_file_that_was_not_hashed_is_not_trusted(
     server, tmp_path, monkeypatch, where, is_right, n_hashed
 ):
     server.repos["them/model"] = {"m.gguf": b"GGUF something"}
@@ -272,12 +272,12 @@ def test_a_file_that_nobody_hashed_is_not_trusted(
     path = fetch("them/model:m.gguf")
     assert path.read_bytes() == b"GGUF something"
     if is_right:
-        assert len(downloads(server)) == 1  # what was there is used
+        assert len(downloads(server)) == 1  # the downloaded file is used
         assert len(hashed) == n_hashed
     assert list(path.resolve().parent.iterdir()) == [path.resolve()]
 
 
-def test_a_file_asked_for_twice_at_once_is_downloaded_once(server):
+def test_concurrent_requests_for_a_file_download_it_once(server):
     server.repos["them/model"] = {"m.gguf": bytes(3_000_000)}
     with ThreadPoolExecutor(4) as pool:
         paths = set(pool.map(fetch, ["them/model:m.gguf"] * 4))
@@ -314,13 +314,13 @@ def test_a_gated_model_names_the_token(server, monkeypatch):
         ("model", "is not a reference"),
     ],
 )
-def test_what_is_not_there_is_said(server, reference, words):
+def test_a_missing_repository_or_file_is_named(server, reference, words):
     server.repos["them/model"] = {"a-Q4_0.gguf": b"GGUF", "readme.md": b"x"}
     with pytest.raises(ModelError, match=words):
         fetch(reference)
 
 
-def test_a_hub_that_fails_or_is_not_there(server, monkeypatch):
+def test_a_hub_that_fails_or_cannot_be_reached(server, monkeypatch):
     server.status = 500
     with pytest.raises(ModelError, match="the Hub answers 500; try again later"):
         fetch("them/model:m.gguf")
@@ -329,7 +329,7 @@ def test_a_hub_that_fails_or_is_not_there(server, monkeypatch):
         fetch("them/model:m.gguf")
 
 
-def test_a_quantisation_names_a_file_and_parts_come_together(server):
+def test_a_quantisation_names_a_file_and_all_its_parts_are_downloaded(server):
     server.repos["them/model"] = {
         "m-Q4_0.gguf": b"GGUF4",
         "m-Q4_K_M-00001-of-00002.gguf": b"GGUF1",
@@ -363,7 +363,7 @@ def test_a_cached_quantisation_needs_no_hub(server, monkeypatch):
         fetch("them/model:Q8_0")
 
 
-def test_a_model_in_parts_is_here_when_all_its_parts_are(server):
+def test_a_model_in_parts_is_cached_if_all_its_parts_are(server):
     names = ["m-Q4_0-00001-of-00002.gguf", "m-Q4_0-00002-of-00002.gguf"]
     server.repos["them/model"] = {names[0]: b"GGUF1"}
     with pytest.raises(ModelError, match="has no such file"):
@@ -376,7 +376,7 @@ def test_a_model_in_parts_is_here_when_all_its_parts_are(server):
     assert hub.find_cached("them/model:Q4_0") == path
 
 
-def test_offline_nothing_is_asked(server, monkeypatch):
+def test_offline_no_request_is_sent(server, monkeypatch):
     server.repos["them/model"] = {"m.gguf": b"GGUF"}
     with pytest.raises(ModelError, match="not in the cache, and nothing is downloaded offline"):
         fetch("them/model:m.gguf", offline=True)
@@ -386,7 +386,7 @@ def test_offline_nothing_is_asked(server, monkeypatch):
     assert server.requests == []
 
 
-def test_a_disk_without_room_is_noticed_before(server, monkeypatch):
+def test_a_full_disk_is_noticed_before_the_download(server, monkeypatch):
     server.repos["them/model"] = {"m.gguf": b"GGUF"}
     monkeypatch.setattr(hub, "SPARE_BYTES", 1 << 60)
     with pytest.raises(ModelError, match="make room, or set HF_HOME"):
@@ -394,7 +394,7 @@ def test_a_disk_without_room_is_noticed_before(server, monkeypatch):
     assert downloads(server) == []
 
 
-def test_a_pair_is_pulled_by_its_name_and_run(server, tiny, tmp_path, monkeypatch):
+def test_a_pair_is_pulled_by_name_and_run(server, tiny, tmp_path, monkeypatch):
     server.repos["them/tiny"] = {
         "base.gguf": Path(tiny["base"]).read_bytes(),
         "expert.gguf": Path(tiny["expert"]).read_bytes(),
@@ -422,8 +422,8 @@ def test_a_pair_is_pulled_by_its_name_and_run(server, tiny, tmp_path, monkeypatc
     assert "neither a name in models.txt nor a reference" in result.stderr
 
 
-def test_every_line_of_models_txt_can_be_asked_for():
-    """Each is a reference, each pair has a base and an expert."""
+def test_every_line_of_models_txt_is_a_valid_reference():
+    """Each line has a reference, and each pair has a base and an expert."""
     for alias, roles in references.known_pairs().items():
         assert {"base", "expert"} <= set(roles), alias
         for known in roles.values():

@@ -1,4 +1,4 @@
-"""What `colm-edge info` and `bench --tune` say of files and settings."""
+"""What `colm-edge info` and `bench --tune` print about files and settings."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def test_a_model_is_described(tiny, tmp_path, monkeypatch):
     assert facts["decode_costs_in_ms"] == "not measured (--costs)"
 
 
-def test_costs_are_measured_where_asked_and_known_afterwards(tiny):
+def test_costs_are_measured_on_request_and_cached(tiny):
     (facts,) = info(tiny["base"], "--costs", "-t", "1")
     assert facts["decode_costs_in_ms"].startswith("1: ")
     assert info(tiny["base"], "-t", "1")[0]["decode_costs_in_ms"] == facts["decode_costs_in_ms"]
@@ -102,7 +102,7 @@ def test_settings_are_tried_and_advised(tiny_pair, monkeypatch):
     assert len(advice) == 2
 
 
-def test_a_setting_is_kept_for_what_it_saves_and_not_for_what_it_spoils():
+def test_a_setting_must_save_enough_and_slow_nothing_else():
     default, quicker, spoiling = (10.0, 16.0, 450.0), (9.6, 16.5, 460.0), (9.3, 20.0, 770.0)
     assert tune_module._best([default, quicker, spoiling], 0) == 1
     assert tune_module._best([default, (9.8, 15.0, 440.0)], 0) == 0  # noise
@@ -110,7 +110,7 @@ def test_a_setting_is_kept_for_what_it_saves_and_not_for_what_it_spoils():
     assert tune_module._best([default, (10.0, 16.0, 400.0), (10.0, 16.0, 390.0)], 2) == 2
 
 
-def test_shapes_come_near_the_count_that_is_asked_for():
+def test_shapes_have_about_the_requested_parameters():
     for name, count in (("360M", 360e6), ("1B", 1e9), ("3B", 3e9), ("30B", 30e9), ("70B", 70e9)):
         shape = shape_of(name)
         assert abs(shape.n_params / count - 1) < 0.1

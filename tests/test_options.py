@@ -1,4 +1,4 @@
-"""Options: what they refuse, and that one declaration is enough for every place that sets them."""
+"""Options: what they refuse, and that one declaration is enough for CLI, chat and server."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_options_say_what_is_wrong(change, words):
         Options().with_changes(**change)
 
 
-def test_the_later_of_two_rivals_counts():
+def test_the_later_of_two_exclusive_options_counts():
     options = Options(threshold=0.5).with_changes(defer_rate=0.2)
     assert (options.threshold, options.defer_rate) == (None, 0.2)
     assert options.with_changes(threshold=0.1).defer_rate is None
@@ -79,7 +79,7 @@ def test_a_request_has_every_option_that_it_may_set(body):
 
 
 @pytest.mark.parametrize("name", REQUESTED)
-def test_what_a_request_sets_arrives(name):
+def test_what_a_request_sets_reaches_the_options(name):
     option = REQUESTED[name]
     values = option.choices or [option.request_limits.get("ge", 1e-3), option.request_limits["le"]]
     for value in values:

@@ -1,4 +1,4 @@
-"""The text API over tiny random models: equality with the plain loop, text, stops, templates."""
+"""The text API over tiny random models: the plain loop's tokens, text, stop strings, templates."""
 
 from __future__ import annotations
 
@@ -27,12 +27,19 @@ GREEDY = {"temperature": 0.0, "max_tokens": 40}
 
 @pytest.fixture(scope="module")
 def switch(tmp_path_factory) -> str:
-    """A random head on hidden state and logit features that defers about half of the time."""
+    """A random head on the hidden state and logit features that defers about half of the tokens."""
     rng = np.random.default_rng(5)
     weight = rng.normal(0, 0.3, (1, 64 + 8)).astype(np.float32)
     path = tmp_path_factory.mktemp("switch") / "random.gguf"
-    Switch(FEATURE_SETS["both"], weight, np.zeros(1, np.float32), 64, 0.5,
-           (0.0, 0.5, 1.0), (1.0, 0.5, 0.0)).save(path)  # fmt: skip
+    Switch(
+        FEATURE_SETS["both"],
+        weight,
+        np.zeros(1, np.float32),
+        64,
+        0.5,
+        (0.0, 0.5, 1.0),
+        (1.0, 0.5, 0.0),
+    ).save(path)
     return str(path)
 
 
@@ -41,8 +48,9 @@ def test_the_runtime_is_the_plain_loop(tiny, switch, kind):
     base, expert = PlainModel(tiny["base"]), PlainModel(tiny["expert"])
     head = Switch.load(switch) if kind == "trained" else kind
     sources = set()
-    with load(tiny["base"], tiny["expert"], switch if kind == "trained" else kind,
-              n_threads=1, n_ctx=256) as pair:  # fmt: skip
+    with load(
+        tiny["base"], tiny["expert"], switch if kind == "trained" else kind, n_threads=1, n_ctx=256
+    ) as pair:
         for prompt in ("hello there", "12 + 7", "zebra quagga dodo", "été"):
             for threshold in (0.0, 0.3, 0.5, 0.7, 1.0):
                 answer = pair.generate(prompt, threshold=threshold, **GREEDY)
@@ -58,11 +66,15 @@ def test_the_runtime_is_the_plain_loop(tiny, switch, kind):
 
 @pytest.mark.parametrize("strategy", ["defer", "compose"])
 @pytest.mark.parametrize("schedule", ["fast", "sequential"])
-def test_an_answer_read_back_tells_what_it_told_when_written(tiny, switch, strategy, schedule):
+def test_reading_an_answer_back_gives_the_steps_of_writing_it(tiny, switch, strategy, schedule):
     options = Options(
-        temperature=0.0, max_tokens=100, threshold=0.5, strategy=strategy, schedule=schedule,
+        temperature=0.0,
+        max_tokens=100,
+        threshold=0.5,
+        strategy=strategy,
+        schedule=schedule,
         n_probs=3,
-    )  # fmt: skip
+    )
     with load(tiny["base"], tiny["expert"], switch, n_threads=1, n_ctx=256) as pair:
         written = pair.generate("hello there", **vars(options))
         tokens = written.prompt_tokens + [step.token for step in written.steps]
@@ -74,21 +86,21 @@ def test_an_answer_read_back_tells_what_it_told_when_written(tiny, switch, strat
         for before, after in zip(written.steps, read, strict=True):
             assert after.p_defer == pytest.approx(before.p_defer, abs=2e-2)
             if abs(before.p_defer - 0.5) < 2e-2:
-                continue  # a near tie of the two
+                continue  # a near-tie of the two models
             assert after.source == before.source
             assert after.logprob == pytest.approx(before.logprob, abs=5e-2)
-            # Greedy: the likeliest is the token that was written.
+            # Greedy: the likeliest token was written.
             assert before.top[0] == (before.token, before.logprob)
             tops = [[x for _, x in step.top] for step in (before, after)]
             assert tops[1] == pytest.approx(tops[0], abs=5e-2)
             assert sorted(tops[0], reverse=True) == tops[0]
-        # And the answer goes on as if nothing had been read.
+        # Reading the prompt back does not change how the answer continues.
         more = [step.token for step in stream]
         again = pair.stream_tokens(tokens, options)
         assert more == [step.token for step in again]
 
 
-def test_reading_a_prompt_is_broken_off_between_two_batches(tiny_pair, monkeypatch):
+def test_cancelling_ends_reading_a_prompt_between_two_batches(tiny_pair, monkeypatch):
     tokens = [7 + i % 50 for i in range(3 * PROMPT_OUTPUTS)]
     stream = tiny_pair.stream_tokens(tokens, Options(threshold=1.0))
     sync = tiny_pair.base_session.sync
@@ -103,7 +115,7 @@ def test_reading_a_prompt_is_broken_off_between_two_batches(tiny_pair, monkeypat
     assert stream.finish_reason == "stop"
 
 
-def test_threshold_one_is_the_base_alone_and_never_makes_the_expert(tiny, switch):
+def test_threshold_one_is_the_base_alone_and_never_loads_the_expert(tiny, switch):
     with load(tiny["base"], tiny["expert"], switch, n_threads=1) as pair:
         answer = pair.generate("hello", threshold=1.0, **GREEDY)
         assert not pair.expert_session.created
@@ -150,7 +162,7 @@ def test_the_defer_row_of_a_colm_vocabulary(tiny):
     plain.close()
 
 
-def test_counts_of_a_lazy_expert(tiny_pair):
+def test_the_expert_evaluates_only_what_a_deferral_needs(tiny_pair):
     answer = tiny_pair.generate("hello", threshold=0.5, **GREEDY)
     stats, steps = answer.stats, answer.steps
     deferred = [i for i, s in enumerate(steps) if s.source == "expert"]
@@ -163,7 +175,7 @@ def test_counts_of_a_lazy_expert(tiny_pair):
     assert again.stats.expert_tokens < stats.expert_tokens  # the prompt was still there
 
 
-def test_one_seed_one_answer(tiny_pair):
+def test_the_same_seed_gives_the_same_answer(tiny_pair):
     sampled = {"temperature": 1.5, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "max_tokens": 20}
     ask = lambda seed: tiny_pair.generate("hello", seed=seed, **sampled).text  # noqa: E731
     assert ask(1) == ask(1)
@@ -185,31 +197,38 @@ def test_repeat_penalty_forbids_repeats(tiny_pair):
 
 
 @pytest.mark.parametrize("penalty", ["presence_penalty", "frequency_penalty"])
-def test_penalties_keep_tokens_from_coming_again(tiny_pair, penalty):
+def test_penalties_prevent_repeated_tokens(tiny_pair, penalty):
     plain = [s.token for s in tiny_pair.generate("hello", **GREEDY).steps]
     assert len(set(plain)) < len(plain)
     steps = tiny_pair.generate("hello", **GREEDY, **{penalty: 100.0}).steps
     assert len({s.token for s in steps}) == len(steps) == len(plain)
 
 
-def test_frequency_counts_and_presence_does_not():
+def test_the_frequency_penalty_counts_and_the_presence_penalty_does_not():
     logits = np.zeros(8, np.float32)
     logits[3], logits[4] = 2.0, 0.5
-    history = [3, 3, 4]  # 3 came twice: less than 4 by frequency, more by presence
+    history = [3, 3, 4]  # 3 came twice: below 4 by the frequency penalty, above it by presence
     for penalties, choice in (
-        ({"presence_penalty": 1.0}, 3), ({"frequency_penalty": 1.0}, 0), ({"stop": ()}, 3),
-    ):  # fmt: skip
+        ({"presence_penalty": 1.0}, 3),
+        ({"frequency_penalty": 1.0}, 0),
+        ({"stop": ()}, 3),
+    ):
         sample = ChainSampler(Options(temperature=0.0, **penalties), 8, history)
         assert sample(logits) == choice
 
 
 BAD_VALUES = (
-    {"temperature": None}, {"seed": 1.5}, {"top_k": 1.5}, {"max_tokens": "9"}, {"stop": 5},
-    {"stop": [5]}, {"temperature": float("nan")},
-)  # fmt: skip
+    {"temperature": None},
+    {"seed": 1.5},
+    {"top_k": 1.5},
+    {"max_tokens": "9"},
+    {"stop": 5},
+    {"stop": [5]},
+    {"temperature": float("nan")},
+)
 
 
-def test_what_is_no_prompt_or_option_is_one_clear_error(tiny_pair):
+def test_a_bad_prompt_or_option_is_one_clear_error(tiny_pair):
     for bad in BAD_VALUES:
         with pytest.raises(ColmError, match=f"{next(iter(bad))} is .*expected"):
             tiny_pair.generate("hello", **bad)
@@ -220,7 +239,7 @@ def test_what_is_no_prompt_or_option_is_one_clear_error(tiny_pair):
         tiny_pair.generate(None)
 
 
-def test_stop_texts_cut_the_answer(tiny_pair):
+def test_stop_strings_cut_the_answer(tiny_pair):
     whole = tiny_pair.generate("hello", **GREEDY)
     text = whole.text
     stop = text[7:10]
@@ -231,14 +250,14 @@ def test_stop_texts_cut_the_answer(tiny_pair):
     assert answer.stats.n_generated == len(answer.steps)
 
 
-def test_a_stop_that_only_seems_to_begin_loses_nothing(tiny_pair):
+def test_a_stop_string_that_only_begins_removes_nothing(tiny_pair):
     text = tiny_pair.generate("hello", **GREEDY).text
     answer = tiny_pair.generate("hello", stop=(text[5:9] + "\x00", text[-1] + "\x00"), **GREEDY)
     assert answer.text == text
 
 
 class Letters:
-    """A vocabulary whose tokens are single bytes: every character but ASCII spans tokens."""
+    """A vocabulary of single bytes: every character outside ASCII spans several tokens."""
 
     def piece(self, token: int) -> bytes:
         return bytes([token])
@@ -261,7 +280,7 @@ def stream_of(data: bytes, stop: tuple[str, ...] = ()):
     return Stream(decoder, Letters(), stop, cancel)
 
 
-def test_characters_that_span_tokens_come_whole():
+def test_characters_that_span_tokens_are_not_split():
     text = "a猫é🦤b"
     stream = stream_of(text.encode())
     pieces = [s.text for s in stream]
@@ -270,20 +289,20 @@ def test_characters_that_span_tokens_come_whole():
     assert pieces == ["a", "", "", "猫", "", "é", "", "", "", "🦤", "b"]
 
 
-def test_a_character_cut_off_at_the_end_is_shown_as_such():
+def test_an_incomplete_character_at_the_end_is_marked():
     stream = stream_of("ab🦤".encode()[:-1])
     assert "".join(s.text for s in stream) == "ab�"
     assert stream.answer().text == "ab�"
 
 
 @pytest.mark.parametrize("stop", ["猫é", "🦤", "c", "b猫", "éx", "b猫é🦤c!"])
-def test_stops_across_tokens(stop):
+def test_stop_strings_across_tokens(stop):
     text = "ab猫é🦤c!"
     answer = stream_of(text.encode(), (stop,))
     assert "".join(s.text for s in answer) == text.split(stop, maxsplit=1)[0]
 
 
-def test_the_context_runs_full_with_a_reason(tiny):
+def test_a_full_context_ends_the_answer_with_length(tiny):
     with load(tiny["base"], tiny["expert"], "margin", n_threads=1, n_ctx=32) as pair:
         pair.base.__dict__["end_tokens"] = pair.expert_session.model.__dict__["end_tokens"] = (
             frozenset()
@@ -355,7 +374,7 @@ def test_looking_at_an_answer_early_changes_nothing(tiny_pair):
     assert stream.answer().stats.n_generated == GREEDY["max_tokens"]
 
 
-def test_a_stop_before_a_broken_character_is_found():
+def test_a_stop_string_before_a_broken_character_is_found():
     answer = stream_of(b"ab STOP\xf0", ("STOP",))
     assert "".join(s.text for s in answer) == "ab "
 
@@ -437,7 +456,7 @@ def test_pairs_that_do_not_fit_are_refused_before_the_first_token(tiny, tmp_path
         load(n_ctx=-1)
 
 
-def test_close_frees_and_says_so(tiny):
+def test_a_closed_pair_is_freed_and_raises_errors(tiny):
     pair = load(tiny["base"], tiny["expert"], n_threads=1)
     pair.generate("hello", **GREEDY)
     pair.close()

@@ -10,7 +10,7 @@ from colm_edge import references
 from colm_edge.errors import ModelError
 
 
-def test_with_nothing_named_it_is_the_shipped_pair():
+def test_without_arguments_it_is_the_shipped_pair():
     files = references.choose_pair(None, None, None)
     assert files.is_demo
     for path in (files.base, files.expert, files.switch):
@@ -34,7 +34,7 @@ def test_two_models_without_a_switch_use_margin():
         ((None, None, None, "nobody"), r"no pair named 'nobody' in .*models.txt; known: demo"),
     ],
 )
-def test_contradictions_are_named(choice, words):
+def test_contradictory_arguments_are_named(choice, words):
     with pytest.raises(ModelError, match=words):
         references.choose_pair(*choice)
 
@@ -54,14 +54,14 @@ def test_a_pair_without_a_switch_uses_margin(tmp_path, monkeypatch):
     assert references.find_pair("mine") == references.PairFiles("/a.gguf", "/b.gguf", "margin")
 
 
-def test_offline_a_server_elsewhere_is_not_asked():
+def test_offline_a_remote_server_is_refused():
     with pytest.raises(ModelError, match="--offline allows only servers on this machine"):
         references.resolve("http://10.1.2.3:8080", offline=True)
     for url in ("http://127.0.0.1:8080", "http://localhost:1/v1", "http://[::1]:80"):
         assert references.resolve(url, offline=True) == url
 
 
-def test_what_is_here_is_known_without_a_network(tmp_path, monkeypatch):
+def test_cached_files_are_found_without_a_network(tmp_path, monkeypatch):
     from huggingface_hub import constants
 
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))

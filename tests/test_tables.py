@@ -1,4 +1,4 @@
-"""Tables of results: a row of each kind, as Markdown, CSV and JSON show it."""
+"""Tables of results: a row of each kind in Markdown, CSV and JSON."""
 
 from __future__ import annotations
 
@@ -38,33 +38,53 @@ def markdown(row):
 
 def test_a_row_of_an_evaluation():
     assert markdown(EVAL) == {
-        " method ": " colm ", " threshold ": " 0.437 ", " defer_rate ": " 18.2 % ",
-        " nll ": " 1.235 (1.100–1.368) ", " nll_hard ": " 1.300 (1.250–1.350) ",
-        " accuracy ": " 62.5 % (50.0–71.2) ", " generated_defer_rate ": " 100.0 % ",
-        " tokens_per_answer ": " 1,234.6 ", " tokens_per_second ": " 45.7 ", " cut ": " 0.0 % ",
-    }  # fmt: skip
+        " method ": " colm ",
+        " threshold ": " 0.437 ",
+        " defer_rate ": " 18.2 % ",
+        " nll ": " 1.235 (1.100–1.368) ",
+        " nll_hard ": " 1.300 (1.250–1.350) ",
+        " accuracy ": " 62.5 % (50.0–71.2) ",
+        " generated_defer_rate ": " 100.0 % ",
+        " tokens_per_answer ": " 1,234.6 ",
+        " tokens_per_second ": " 45.7 ",
+        " cut ": " 0.0 % ",
+    }
 
 
 def test_a_row_of_a_bench():
     assert markdown(BENCH) == {
-        " replay ": " f=0.2 ", " method ": " colm-fast ",
-        " tokens_per_second ": " 1,234.6 (1,000–1,300) ", " first_token_seconds ": " 0.123 ",
-        " ratio_expert ": " 3.142 ", " ratio_sequential ": " 1.000 ", " ratio_limit ": " – ",
-        " outside_us ": " 12.3 ", " defer_rate ": " 20.0 % ", " expert_calls ": " 1,234 ",
-        " calls_per_100 ": " 19.5 ", " expert_tokens ": " – ", " peak_memory_mb ": " 2,345.7 ",
-    }  # fmt: skip
+        " replay ": " f=0.2 ",
+        " method ": " colm-fast ",
+        " tokens_per_second ": " 1,234.6 (1,000–1,300) ",
+        " first_token_seconds ": " 0.123 ",
+        " ratio_expert ": " 3.142 ",
+        " ratio_sequential ": " 1.000 ",
+        " ratio_limit ": " – ",
+        " outside_us ": " 12.3 ",
+        " defer_rate ": " 20.0 % ",
+        " expert_calls ": " 1,234 ",
+        " calls_per_100 ": " 19.5 ",
+        " expert_tokens ": " – ",
+        " peak_memory_mb ": " 2,345.7 ",
+    }
 
 
 def test_a_row_of_settings():
     assert markdown(TUNE) == {
-        " model ": " base ", " threads ": " 2 ", " flash_attention ": " on ",
-        " cache_type ": " q8_0 ", " ubatch ": " 1,024 ", " ms_1_token ": " 12.3 ",
-        " ms_5_tokens ": " 23.5 ", " ms_prompt ": " 1,234.6 ", " kept ": " yes ",
-    }  # fmt: skip
+        " model ": " base ",
+        " threads ": " 2 ",
+        " flash_attention ": " on ",
+        " cache_type ": " q8_0 ",
+        " ubatch ": " 1,024 ",
+        " ms_1_token ": " 12.3 ",
+        " ms_5_tokens ": " 23.5 ",
+        " ms_prompt ": " 1,234.6 ",
+        " kept ": " yes ",
+    }
     assert f"ms_{CATCH_UP}_tokens" in STYLES
 
 
-def test_a_threshold_of_zero_or_one_is_that_and_nothing_near_it():
+def test_a_threshold_near_zero_or_one_is_not_rounded_to_it():
     shown = {0.0: "0", 1.0: "1", 5e-324: "4.94e-324", 0.9999996: "0.9999996", None: "–"}
     for value, text in shown.items():
         assert markdown({"method": "colm", "threshold": value})[" threshold "] == f" {text} "

@@ -1,4 +1,4 @@
-"""What an app needs of a pair: cancelling, asyncio, progress, waiting, memory, and silence."""
+"""What an app needs from a pair: cancelling, asyncio, progress, locks, memory, and no output."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def endless_pair(tiny):
 
 @dataclass
 class Gated:
-    """A timeline whose every evaluation waits to be let through."""
+    """A timeline whose every evaluation waits for the test to release it."""
 
     base: Scripted
     entered: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(0))
@@ -81,14 +81,14 @@ def test_cancel_from_another_thread_ends_within_one_token(stop):
     base.gate.release()
     reader.join(timeout=30)
     assert not reader.is_alive()
-    assert base.n_calls == 11  # nothing was evaluated after it
+    assert base.n_calls == 11  # nothing was evaluated later
     assert before <= len(seen) <= before + 1
     assert stream.finish_reason == "stop"
     assert stream.answer().text == "a" * len(seen)
 
 
 @pytest.mark.parametrize("schedule", ["fast", "sequential"])
-def test_a_pair_goes_on_after_a_cancelled_answer(tiny_pair, schedule):
+def test_a_pair_works_after_a_cancelled_answer(tiny_pair, schedule):
     expected = tiny_pair.generate("hello", **GREEDY).text
     for n in range(1, 30, 4):
         stream = tiny_pair.stream("other " * (n % 3 + 1), schedule=schedule, **LONG)
@@ -108,7 +108,7 @@ def test_cancel_before_the_first_step_evaluates_nothing(tiny_pair):
     assert stream.answer().finish_reason == "stop"
 
 
-def test_cancel_drops_what_a_stop_text_held_back():
+def test_cancel_drops_what_a_stop_string_held_back():
     stream = stream_of(b"abcdef", ("cdeX",))
     texts = []
     for step in stream:
@@ -118,7 +118,7 @@ def test_cancel_drops_what_a_stop_text_held_back():
     assert "".join(texts) == stream.answer().text == "ab"
 
 
-# Progress; small batches, so that a prompt has several
+# Progress, with small batches, so that a prompt has several
 
 
 @pytest.fixture
@@ -135,7 +135,7 @@ def narrow_pair(tiny, told):
         yield pair
 
 
-def test_prompts_tell_their_progress(narrow_pair, told):
+def test_prompts_report_their_progress(narrow_pair, told):
     narrow_pair.generate(PROMPT, threshold=0.0, **GREEDY)
     for what in ("base prompt", "expert prompt"):
         shares = [share for name, share in told if name == what]
@@ -144,7 +144,7 @@ def test_prompts_tell_their_progress(narrow_pair, told):
         assert shares[-1] == 1.0
     del told[:]
     narrow_pair.generate(PROMPT, threshold=0.0, **GREEDY)
-    assert told == []  # nothing was left to evaluate
+    assert told == []  # everything was cached
 
 
 def test_a_long_prompt_is_cancelled_between_two_batches(tiny, told):
@@ -167,7 +167,7 @@ def test_a_long_prompt_is_cancelled_between_two_batches(tiny, told):
         assert after.text == pair.generate(PROMPT, **GREEDY).text
 
 
-def test_loading_tells_its_progress(tiny, told):
+def test_loading_reports_its_progress(tiny, told):
     progress = lambda what, share: told.append((what, share))  # noqa: E731
     with load(tiny["base"], tiny["expert"], n_threads=1, progress=progress) as pair:
         gc.collect()
@@ -184,7 +184,7 @@ class StopError(Exception):
     pass
 
 
-def test_what_progress_raises_ends_the_load(tiny, capfd):
+def test_an_exception_in_progress_ends_the_load(tiny, capfd):
     def refuse(what, share):
         raise StopError(what)
 
@@ -229,7 +229,7 @@ def test_cancel_ends_the_load_of_the_expert(tiny, told, overlap, monkeypatch, tm
 
 
 def test_a_second_caller_waits(endless_pair):
-    """Whoever asks while an answer is written gets its own, whole, afterwards."""
+    """A caller that asks while an answer is written gets its own complete answer afterwards."""
     pair = endless_pair
     alone = pair.generate("hello", **GREEDY).text
     order: list[str] = []
@@ -308,7 +308,7 @@ def test_astream_is_the_stream(tiny_pair):
 
 
 def no_answer_left() -> bool:
-    """Wait for the threads of answers to end."""
+    """Wait for the threads of answers; return whether all of them have ended."""
     writing = [t for t in threading.enumerate() if t.name == "colm-edge-answer"]
     for thread in writing:
         thread.join(30)
@@ -316,7 +316,7 @@ def no_answer_left() -> bool:
 
 
 class Slow:
-    """Makes a session's evaluations take a while, and counts them."""
+    """Slows a session's evaluations down, and counts them."""
 
     def __init__(self, session, seconds: float = 0.02) -> None:
         self.n, self._sync, self._seconds = 0, session.sync, seconds
@@ -386,7 +386,7 @@ def test_leaving_early_ends_the_answer_within_one_token(endless_pair, leave):
     assert pair.generate("hello", **GREEDY).text == expected
 
 
-def test_the_loop_ticks_while_an_answer_is_written(endless_pair):
+def test_the_event_loop_runs_while_an_answer_is_written(endless_pair):
     slow = Slow(endless_pair.base_session)
 
     async def run() -> int:
@@ -421,7 +421,7 @@ def test_errors_of_the_answer_reach_the_reader(tiny, tmp_path):
         asyncio.run(read())
 
 
-def test_two_answers_in_one_loop(tiny_pair):
+def test_two_answers_in_one_event_loop(tiny_pair):
     expected = [tiny_pair.generate(p, **GREEDY).text for p in ("hello", "other")]
 
     async def read(prompt: str) -> str:
@@ -448,7 +448,7 @@ def test_close_returns_the_memory():
     for _ in range(3):
         begun = once()
     ended = max(once() for _ in range(10))
-    # A pair kept by mistake would be 15 MB of weights and contexts, each time.
+    # A leaked pair would be 15 MB of weights and contexts each time.
     assert ended - begun < 10 << 20
 
 
@@ -462,6 +462,6 @@ with colm_edge.load(n_threads=1) as pair:
 def test_nothing_is_written_to_stdout_or_stderr(capfd):
     exec(ASK)
     assert capfd.readouterr() == ("", "")
-    # Without pytest's handlers of the log, and from the import on.
+    # Without pytest's log handlers, and including the import.
     subprocess.run([sys.executable, "-c", ASK], check=True)
     assert capfd.readouterr() == ("", "")

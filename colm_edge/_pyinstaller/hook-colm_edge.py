@@ -1,4 +1,4 @@
-"""What an app frozen by PyInstaller needs of colm-edge that its imports do not show."""  # noqa: N999
+"""Add to a frozen app what PyInstaller cannot find from colm-edge's imports."""  # noqa: N999
 
 from pathlib import Path
 
@@ -10,14 +10,14 @@ from PyInstaller.utils.hooks import (
     get_package_paths,
 )
 
-# The shipped pair and models.txt; the metadata has the version.
+# The shipped pair and models.txt, and the metadata, which has the version.
 datas = collect_data_files("colm_edge") + copy_metadata("colm-edge")
-# llama-cpp-python opens its libraries by name, in a folder beside its code.
+# llama-cpp-python opens its libraries by name, in a folder next to its code.
 binaries = collect_dynamic_libs("llama_cpp")
-# Built for every kind of CPU, its variants lie beside the package.
+# In a build for all kinds of CPU, the variants are next to the package.
 variants = Path(get_package_paths("llama_cpp")[0]).glob("bin/*ggml-cpu*")
 binaries += [(str(library), "bin") for library in variants]
-# Both are imported by name: the extension, and what `colm_edge.load` and the like stand for.
+# Imported by name: the C extension, and the modules behind `colm_edge.load` and other public names.
 hiddenimports = [
     "_colm_edge_native",
     *collect_submodules("colm_edge", filter=lambda name: "_pyinstaller" not in name),

@@ -1,4 +1,4 @@
-"""An expert on a thread of its own: the same text, and nothing evaluated twice."""
+"""An expert on a thread of its own: it gives the same text and evaluates nothing twice."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_it_catches_up_once_loaded_and_only_with_long_gaps(session):
     assert len(tokens) > 3 * MIN_GAP
     expert.follow(array("i", tokens))
     expert.wait()
-    assert not session.created  # nobody has asked it yet
+    assert not session.created  # it was not called yet
     expert.sync(tokens[:5])
     expert.follow(array("i", tokens[: 5 + MIN_GAP - 1]))
     expert.wait()
@@ -56,15 +56,15 @@ def test_it_catches_up_once_loaded_and_only_with_long_gaps(session):
     expert.follow(array("i", tokens[: 5 + MIN_GAP]))
     expert.wait()
     assert session.n_evaluated == 5 + MIN_GAP
-    assert expert.n_evaluated == 5  # it counts when it is made use of
+    assert expert.n_evaluated == 5  # work in the background counts in the next call
     expert.sync(tokens)
     assert expert.n_evaluated == session.n_evaluated == len(tokens)
     assert session.n_calls == expert.n_calls == 3
     expert.close()
 
 
-def test_the_base_goes_on_meanwhile(session, monkeypatch):
-    """`follow` returns while the catch-up is under way; a second one waits for its turn."""
+def test_the_base_continues_meanwhile(session, monkeypatch):
+    """`follow` returns while a catch-up is running, and a second `follow` does nothing."""
     expert = Background(session)
     expert.sync([1])
     begun, may_end = threading.Event(), threading.Event()
@@ -78,7 +78,7 @@ def test_the_base_goes_on_meanwhile(session, monkeypatch):
     monkeypatch.setattr(session, "sync", slow)
     expert.follow(array("i", range(1, 40)))
     assert begun.wait(30)
-    expert.follow(array("i", range(1, 60)))  # returns at once, begins nothing
+    expert.follow(array("i", range(1, 60)))  # returns at once, starts nothing
     monkeypatch.undo()
     may_end.set()
     expert.wait()
@@ -86,7 +86,7 @@ def test_the_base_goes_on_meanwhile(session, monkeypatch):
     expert.close()
 
 
-def test_what_goes_wrong_there_is_raised_here(session, monkeypatch):
+def test_an_error_on_its_thread_is_raised_at_the_next_sync(session, monkeypatch):
     expert = Background(session)
     expert.sync([1])
 
@@ -145,6 +145,6 @@ def test_an_interrupt_lets_no_second_thread_into_the_context(session, monkeypatc
     expert.close()
 
 
-def test_it_is_off_where_both_want_the_same_cores(tiny):
+def test_it_is_off_if_both_models_need_the_same_cores(tiny):
     with load(tiny["base"], tiny["expert"], "margin") as pair:
         assert not isinstance(pair.expert, Background)

@@ -1,4 +1,4 @@
-"""The fast schedule writes the sequential loop's text, whatever its planner bets on."""
+"""The fast schedule writes the same text as the sequential one, whatever its planner decides."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from colm_edge.llama.sampling import ChainSampler
 from colm_edge.options import Options
 from colm_edge.pair import load
 
-# Decodes cost the same whatever their size (a GPU), or in proportion to it (a small model).
+# The cost of a decode is constant (a GPU), or proportional to its size (a small model).
 FLAT = CostTable((1, 64), (1.0, 1.0))
 STEEP = CostTable((1, 64), (1.0, 64.0))
 
@@ -37,7 +37,7 @@ class Bold(Planner):
 
 
 class Sometimes:
-    """A sampler whose picks depend on all its picks before, as a seeded one's do."""
+    """A sampler whose picks depend on all its earlier picks, like those of a seeded one."""
 
     def __init__(self, seed: int) -> None:
         self.state = seed
@@ -52,7 +52,7 @@ class Sometimes:
 
 
 def agreeing(seed: int, other, agree: float):
-    """A writer that mostly repeats another."""
+    """Return a writer that repeats another one at a given rate."""
     own = writer(seed)
 
     def choose(prefix):
@@ -77,8 +77,18 @@ def agreeing(seed: int, other, agree: float):
     compose=st.booleans(),
 )
 def test_bets_never_change_the_text(
-    seed, rate, agree, threshold, n_prompt, n_ctx, max_tokens, end_every, bets, sampled, compose,
-):  # fmt: skip
+    seed,
+    rate,
+    agree,
+    threshold,
+    n_prompt,
+    n_ctx,
+    max_tokens,
+    end_every,
+    bets,
+    sampled,
+    compose,
+):
     base_choose = writer(seed, end_every)
     expert_choose = agreeing(seed + 1, base_choose, agree)
     read, _ = reader(seed, rate)
@@ -86,10 +96,16 @@ def test_bets_never_change_the_text(
 
     def answer(schedule=None):
         run = decoder(
-            Scripted(base_choose, n_ctx), Scripted(expert_choose, n_ctx), read, prompt,
-            threshold=threshold, max_tokens=max_tokens, compose=compose, schedule=schedule,
+            Scripted(base_choose, n_ctx),
+            Scripted(expert_choose, n_ctx),
+            read,
+            prompt,
+            threshold=threshold,
+            max_tokens=max_tokens,
+            compose=compose,
+            schedule=schedule,
             sampler=Sometimes(seed) if sampled else None,
-        )  # fmt: skip
+        )
         steps = list(run)
         assert list(run.tokens) == prompt + [step.token for step in steps]
         assert run.stats.n_deferred == sum(step.source == "expert" for step in steps)
@@ -111,9 +127,9 @@ def test_without_a_bet_both_evaluate_what_the_sequential_loop_does():
         assert ours.batches == theirs.batches
 
 
-def test_a_deferral_after_a_repeated_choice_takes_no_call():
-    """The expert evaluated that choice in the batch before: of two deferrals in a row it is asked
-    once, and every token is evaluated once."""
+def test_a_deferral_after_a_repeated_choice_needs_no_call():
+    """The expert has evaluated that choice in the previous batch: it is called once for two
+    deferrals in a row, and every token is evaluated once."""
 
     class Eager(Planner):
         def saves(self, agrees, n_pending):
@@ -128,7 +144,7 @@ def test_a_deferral_after_a_repeated_choice_takes_no_call():
     assert expert.n_evaluated == 3 + 99
 
 
-def test_what_several_states_cost_is_weighed():
+def test_the_cost_of_several_outputs_counts():
     def planner(several):
         expert = CostTable((1, 64), (1.0, 1.1), several)
         found = Planner(lambda cancel: (CostTable((1, 64), (0.1, 6.4)), expert))
@@ -167,16 +183,16 @@ def test_a_planner_bets_where_it_pays():
     assert planner.agrees(0.9) > 0.8
     assert planner.agrees(0.1) < 0.2
     assert planner.saves(planner.agrees(0.9), 4) > 0
-    # Where the state is at hand the longer batch is a whole call more.
+    # If the expert's state is already known, the longer batch is one call more.
     assert planner.saves(planner.agrees(0.9), 0) == 0
-    # An expert whose batches cost in proportion gains nothing by them.
+    # If costs are proportional to the size, a longer batch saves nothing.
     proportional = Planner(lambda cancel: (FLAT, STEEP))
     proportional.prepare()
     assert proportional.saves(1.0, 5) == 0
 
 
 # Milliseconds of decodes of a small and a larger model: CPUs whose larger batches are hardly
-# cheaper, are cheaper in fours, or take as long for five tokens as for two; and a GPU.
+# cheaper, are cheaper at multiples of four, or cost the same for two tokens as for five; and a GPU.
 BASE = CostTable((1, 2, 4, 8, 16, 32), (6.2, 9, 12.5, 20, 32, 60))
 SIZES = (1, 2, 3, 4, 5, 7, 8, 12, 16, 32)
 MACHINES = {
@@ -191,7 +207,7 @@ MACHINES = {
 
 
 class Priced(Scripted):
-    """A scripted session whose decodes cost what a table says, cut and filled up by it or not."""
+    """A scripted session with a table of costs. cuts: whether the table also cuts its batches."""
 
     def __init__(self, table: CostTable, cuts: bool) -> None:
         super().__init__(lambda prefix: 1, n_ctx=10**6)
@@ -209,8 +225,8 @@ class Priced(Scripted):
 @pytest.mark.parametrize("agree", [0.3, 0.6, 0.9])
 @pytest.mark.parametrize(("rate", "run"), [(0.05, 0), (0.2, 0), (0.4, 0), (0.2, 3), (0.8, 0)])
 def test_the_fast_schedule_never_costs_more(machine, rate, agree, run):
-    """In prices by a table, not in time: learning included, 2 % more at the worst, and less where
-    the expert agrees and defers often."""
+    """By the costs in a table, not by time, and with learning: at most 2 % more, and less where
+    the expert often agrees and tokens are often deferred."""
     tables = MACHINES[machine]
     read = lambda logits, hidden: (0.0, 1, 0.0)  # noqa: E731
 
@@ -221,7 +237,7 @@ def test_the_fast_schedule_never_costs_more(machine, rate, agree, run):
         assert [step.token for step in written] == trace.tokens
         return base.cost + expert.cost
 
-    seeds = range(10 if rate == 0.05 else 5)  # luck evens out over about as many deferrals
+    seeds = range(10 if rate == 0.05 else 5)  # enough deferrals to average out luck
     fast = sum(cost(seed, Fast(Planner(lambda cancel: tables))) for seed in seeds)
     plain = sum(cost(seed) for seed in seeds)
     assert fast <= 1.02 * plain
@@ -229,7 +245,7 @@ def test_the_fast_schedule_never_costs_more(machine, rate, agree, run):
         assert fast < 0.95 * plain
 
 
-def test_models_too_quick_to_plan_for_run_one_by_one():
+def test_models_too_quick_for_planning_use_the_sequential_schedule():
     read, _ = reader(3, 0.4)
     quick = CostTable((1, 64), (1e-4, 1e-4))
     planner = Planner(lambda cancel: (quick, quick))
@@ -241,7 +257,7 @@ def test_models_too_quick_to_plan_for_run_one_by_one():
         assert ours.batches == theirs.batches
 
 
-def test_an_abandoned_draft_leaves_the_sessions_usable():
+def test_an_answer_abandoned_after_a_bet_leaves_the_sessions_usable():
     read, _ = reader(5, 0.6)
     base, expert = Scripted(writer(1)), Scripted(writer(2))
     planner = Bold(1, 0.8)
@@ -263,8 +279,8 @@ def test_an_abandoned_draft_leaves_the_sessions_usable():
 )
 @pytest.mark.parametrize("threshold", [0.0, 0.3, 0.6])
 def test_real_models_write_the_same_text(tiny, threshold, sampling):
-    """Tiny models in float32, and decided, so that near-ties are rare; the model with itself, so
-    that bets are won, and with another, so that they are lost."""
+    """Tiny float32 models with clear choices, so that near-ties are rare. A model with itself wins
+    bets; with another model it loses them."""
     for expert in ("base", "expert"):
         with load(tiny["base"], tiny[expert], "margin", n_threads=1, n_ctx=256) as pair:
             options = {"temperature": 0.0, "seed": 5, "threshold": threshold, "max_tokens": 60}
@@ -283,8 +299,8 @@ def test_real_models_write_the_same_text(tiny, threshold, sampling):
                     assert answer.stats.expert_calls < plain.stats.expert_calls
 
 
-def test_stop_texts_and_bets(tiny):
-    """A stop text inside a draft ends the answer where the sequential loop's ends."""
+def test_stop_strings_and_bets(tiny):
+    """A stop string ends the answer at the same place in both schedules."""
     with load(tiny["base"], tiny["base"], "margin", n_threads=1, n_ctx=256) as pair:
         options = {"temperature": 0.0, "threshold": 0.3, "max_tokens": 60}
         text = pair.generate("hello", schedule="sequential", **options).text
@@ -298,7 +314,7 @@ def test_stop_texts_and_bets(tiny):
             assert answer.finish_reason == plain.finish_reason == "stop"
 
 
-def test_a_sampler_and_its_copy_pick_alike(tiny_pair):
+def test_a_sampler_and_its_copy_make_the_same_picks(tiny_pair):
     logits = tiny_pair.base_session
     logits.sync([1, 2, 3])
     row = logits.logits.copy()

@@ -1,4 +1,4 @@
-"""The laws of the collaborative loop, on scripted sessions."""
+"""What must hold for the collaborative loop, tested on scripted sessions."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ END = 0
 
 
 def writer(seed: int, end_every: int = 0):
-    """A next-token function: pseudo-random in the prefix, the end token now and then."""
+    """Return a next-token function: pseudo-random by prefix, sometimes the end token."""
 
     def choose(prefix: tuple[int, ...]) -> int:
         draw = random.Random(hash((seed, prefix)))
@@ -31,7 +31,7 @@ def writer(seed: int, end_every: int = 0):
 
 
 def reader(seed: int, rate: float):
-    """A switch that draws p_defer in (0, 1) from the length of the base's prefix."""
+    """Return a switch that draws p_defer in (0, 1) by the length of the base's prefix."""
 
     def p_of(n: int) -> float:
         draw = random.Random(hash((seed, n)))
@@ -49,13 +49,13 @@ def reader(seed: int, rate: float):
 def decoder(
     base, expert, read, prompt, threshold=0.5, n_choose=N_VOCAB, sampler=None, compose=False, **more
 ):
-    """A Decoder of the parts that most tests want."""
+    """Return a Decoder of the parts that most tests need."""
     policy, picker = Policy(read, threshold), Picker(n_choose, sampler, composes=compose)
     return Decoder(base, [expert], policy, picker, prompt, end_tokens=frozenset({END}), **more)
 
 
 def reference(base_choose, expert_choose, p_of, prompt, threshold, end, max_tokens, n_ctx):
-    """Co-LLM's loop in its plainest form: no caches, both models asked for whole prefixes."""
+    """Co-LLM's loop in its simplest form: no caches; both models get whole prefixes."""
     tokens, steps = list(prompt), []
     while True:
         if len(tokens) > n_ctx or len(steps) == max_tokens:
@@ -94,7 +94,7 @@ def test_loop_is_the_plain_loop(seed, rate, threshold, n_prompt, n_ctx, max_toke
 
 @given(seed=st.integers(0, 10_000), rate=st.floats(0, 1))
 def test_every_token_is_evaluated_once(seed, rate):
-    """The base takes one token a step; the expert catches up in one batch a deferral."""
+    """The base evaluates one token per step; the expert catches up in one batch per deferral."""
     read, _ = reader(seed, rate)
     base, expert = Scripted(writer(seed)), Scripted(writer(seed + 1))
     run = decoder(base, expert, read, [1, 2, 3], max_tokens=40)
@@ -108,7 +108,7 @@ def test_every_token_is_evaluated_once(seed, rate):
     assert run.stats.n_deferred == len(deferrals)
 
 
-def test_threshold_one_never_asks_the_expert():
+def test_threshold_one_never_calls_the_expert():
     read, _ = reader(1, 1.0)
     expert = Scripted(writer(2))
     steps = list(decoder(Scripted(writer(1)), expert, read, [1], threshold=1.0, max_tokens=9))
@@ -138,7 +138,7 @@ def test_self_collaboration_is_the_model_itself():
 
 
 def test_ids_the_expert_lacks_are_never_written():
-    """A base whose favourite id the expert lacks writes its best shared one instead."""
+    """If the expert lacks the base's likeliest id, the base writes its best shared one."""
 
     def read(logits, hidden):
         return 0.0, int(logits[: N_VOCAB - 2].argmax()), 0.0
@@ -161,7 +161,7 @@ def test_an_abandoned_answer_leaves_the_sessions_usable():
     assert [s.token for s in decoder(base, expert, read, [1, 2], max_tokens=12)] == whole
 
 
-def test_two_answers_may_interleave():
+def test_two_answers_can_interleave():
     read, _ = reader(5, 0.5)
     fresh = lambda: (Scripted(writer(1)), Scripted(writer(2)))  # noqa: E731
     apart = [[s.token for s in decoder(*fresh(), read, p, max_tokens=8)] for p in ([1], [2, 3])]
@@ -171,8 +171,8 @@ def test_two_answers_may_interleave():
     assert [[s.token for s in steps] for steps in zip(*together, strict=True)] == apart
 
 
-def test_compose_takes_the_mixture():
-    """Where both give a token some probability, the mixture may choose a third."""
+def test_compose_picks_from_the_mixture():
+    """A token that both models find fairly likely may win in the mixture."""
     base_p = np.array([0.5, 0.0, 0.45, 0.05])
     expert_p = np.array([0.0, 0.5, 0.45, 0.05])
     with np.errstate(divide="ignore"):
@@ -193,14 +193,14 @@ def test_compose_differs_from_defer_only_at_deferrals():
     assert all(s.logprob < -0.2 for s in steps if s.source == "expert" and 0.3 < s.p_defer < 0.7)
 
 
-def test_logprob_is_the_writers_own():
+def test_logprob_is_that_of_the_model_that_wrote():
     read, _ = reader(1, 0.5)
     for s in decoder(Scripted(writer(1)), Scripted(writer(2)), read, [1], max_tokens=5):
         assert math.isclose(s.logprob, -math.log(1 + 31 * math.exp(-8)), rel_tol=1e-4)
 
 
 def test_the_mixture_leaves_a_defer_row_out():
-    """P_base is normalised without the row that is the switch, however large its logit."""
+    """P_base is normalised without the row that is the switch, however large that logit is."""
     base = np.array([0.0, 0.0, 9.0], np.float32)
     expert = np.array([0.0, 0.0], np.float32)
     assert np.allclose(np.exp(mixture(base, expert, 0.3, 2, defer_row=2)), [0.5, 0.5], atol=1e-6)

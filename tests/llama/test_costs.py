@@ -1,4 +1,4 @@
-"""What decodes cost: the table, and the batches it makes of a catch-up."""
+"""What decodes cost: the table, and how it cuts tokens into batches."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from colm_edge.llama.measure import cost_table, kept_table
 from colm_edge.llama.model import Model
 from colm_edge.llama.session import Session
 
-# As in a CPU whose kernels like multiples of four, in milliseconds.
+# As on a CPU whose kernels are fast for multiples of four, in milliseconds.
 FOURS = CostTable((1, 2, 3, 4, 5, 7, 8, 12, 16), (19.3, 29.9, 40.4, 28.2, 40.7, 63.5, 56.6, 73, 78))
 
 
@@ -27,7 +27,7 @@ def test_costs_between_and_beyond_the_measured_sizes():
     assert [table(n) for n in (1, 2, 3, 4, 8)] == [1.0, 3.0, 2.5, 2.0, 4.0]
 
 
-def test_a_batch_is_filled_up_where_a_larger_one_costs_less():
+def test_a_batch_is_padded_if_a_larger_one_costs_less():
     assert FOURS.pieces(3, 100) == [(3, 4)]
     assert FOURS.pieces(3, 3) == [(3, 3)]  # no room left
     assert FOURS.pieces(7, 100, whole=True) == [(7, 8)]
@@ -68,8 +68,8 @@ def session(tiny):
 
 
 @pytest.mark.parametrize("hidden", [True, False])
-def test_cut_and_filled_batches_change_no_state(tiny, session, hidden):
-    """Random walks through prefixes, with and without a table that cuts and fills at will."""
+def test_cut_and_padded_batches_do_not_change_a_state(tiny, session, hidden):
+    """Random walks through prefixes, with and without a table that cuts and pads batches."""
     odd = CostTable((1, 2, 3, 4, 6, 8, 64), (1.0, 9.0, 5.0, 2.0, 9.0, 3.0, 60.0))
     other = Session(session.model, session.options, hidden=hidden)
     session.want_hidden(hidden)
@@ -97,14 +97,14 @@ def test_more_outputs_than_a_batch_are_refused(session):
         session.sync([1] * 70, range(5, 70))
 
 
-def test_costs_are_measured_once_for_a_model_and_its_settings(tiny, session):
+def test_costs_are_measured_once_per_model_and_settings(tiny, session):
     said: list[str] = []
     assert kept_table(session) is None
     table = cost_table(session, note=said.append)
     assert table.sizes[0] == 1
     assert len(said) == 1
     assert "base.gguf" in said[0]
-    assert not session.created  # its own timeline is left alone
+    assert not session.created  # its own timeline does not change
     assert cost_table(session, note=said.append).seconds == table.seconds
     assert kept_table(session).sizes == table.sizes
     assert kept_table(session).several == table.several >= 0
@@ -142,7 +142,7 @@ def test_a_measurement_is_cancelled_between_two_decodes(session, monkeypatch, tm
     assert kept_table(session) is None
 
 
-def test_what_took_longer_than_a_larger_batch_is_measured_again():
+def test_sizes_slower_than_a_larger_one_are_measured_again():
     times = {(n, False): [1.0 * n] for n in (1, 8, 17, 20, 24, 32, 64)}
     small = [(1, False), (8, False)]
     assert costs._again(times) == small
@@ -153,7 +153,7 @@ def test_what_took_longer_than_a_larger_batch_is_measured_again():
     assert costs._table(times)(24) == 24.0
 
 
-def test_a_table_that_cannot_be_kept_is_measured_all_the_same(session, monkeypatch, tmp_path):
+def test_a_table_that_cannot_be_cached_is_still_measured(session, monkeypatch, tmp_path):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     assert cost_table(session).sizes[0] == 1

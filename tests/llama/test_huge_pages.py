@@ -1,4 +1,4 @@
-"""Huge pages are asked for the memory that a load allocates, and for no other."""
+"""Huge pages are requested only for the memory that a load allocates."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ MB = 1 << 20
 
 
 def ranges(values: set[int]) -> list[tuple[int, int]]:
-    """Return a set of addresses as ranges, neighbours together."""
+    """Return a set of addresses as ranges; neighbours become one range."""
     starts = sorted(v for v in values if v - 1 not in values)
     ends = sorted(v + 1 for v in values if v + 1 not in values)
     return list(zip(starts, ends, strict=True))
 
 
 @given(before=st.sets(st.integers(0, 40)), now=st.sets(st.integers(0, 40)))
-def test_what_is_new_is_all_that_was_not_there(before, now):
+def test_new_ranges_are_those_that_were_not_there_before(before, now):
     found = huge_pages._beyond(ranges(before), ranges(now))
     assert {i for start, end in found for i in range(start, end)} == now - before
     assert all(start < end for start, end in found)
 
 
 def asked_for(address: int) -> bool:
-    """Say whether huge pages were asked for at an address."""
+    """Return whether huge pages were requested at an address."""
     inside = False
     with open("/proc/self/smaps") as file:
         for line in file:
@@ -50,7 +50,7 @@ def asked_for(address: int) -> bool:
 @pytest.mark.skipif(
     not Path("/sys/kernel/mm/transparent_hugepage").exists(), reason="needs a Linux with huge pages"
 )
-def test_only_what_was_allocated_meanwhile_is_asked_for(monkeypatch):
+def test_huge_pages_are_requested_only_for_new_memory(monkeypatch):
     def buffer():
         memory = mmap.mmap(-1, 64 * MB, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         return memory, ctypes.addressof(ctypes.c_char.from_buffer(memory))
@@ -71,7 +71,7 @@ def test_a_load_asks_before_the_first_weights_are_read(tiny, monkeypatch):
     events: list[str] = []
     monkeypatch.setattr(huge_pages, "watch", lambda: lambda: events.append("asked"))
     model = Model(tiny["base"], progress=lambda share: events.append("read"))
-    assert not events  # the vocabulary alone
+    assert not events  # only the vocabulary was read
     model.load()
     assert events[0] == "asked"
     assert events.count("asked") == 1
@@ -79,7 +79,7 @@ def test_a_load_asks_before_the_first_weights_are_read(tiny, monkeypatch):
     model.close()
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="names of files are text elsewhere")
+@pytest.mark.skipif(sys.platform != "linux", reason="file names are text on other systems")
 def test_a_file_may_have_any_name(tiny, tmp_path):
     folder = os.fsencode(tmp_path) + b"/mod\xe9le"
     os.mkdir(folder)
@@ -90,7 +90,7 @@ def test_a_file_may_have_any_name(tiny, tmp_path):
     model.close()
 
 
-def test_where_nobody_tells_of_memory_nothing_is_asked(monkeypatch):
+def test_without_a_memory_map_nothing_is_requested(monkeypatch):
     def refuse(*args, **options):
         raise PermissionError
 

@@ -1,4 +1,4 @@
-"""--lora: a base with an adapter says what the base with the adapter merged into it would say."""
+"""--lora: a base with an adapter gives the same states as the base with the adapter merged in."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from colm_edge.llama.scorer import Scorer
 from colm_edge.llama.session import Session
 
 RANK, ALPHA = 4, 8.0
-# Attention in float32: in float16 a difference of one bit grows to 1e-3.
+# Attention in float32; in float16 a difference of one bit grows to 1e-3.
 CONTEXT = ContextOptions(
     n_ctx=128, n_threads=1, n_batch=16, flash_attn="off", cache_type_k="f32", cache_type_v="f32"
 )
@@ -36,7 +36,7 @@ def matrices(path: str) -> dict[str, np.ndarray]:
 
 
 def write_adapter(path: Path, pairs, kind="adapter", architecture="llama") -> None:
-    """pairs: tensor name -> (A (rank, columns), B (rows, rank))."""
+    """Write an adapter. pairs: tensor name -> (A (rank, columns), B (rows, rank))."""
     writer = gguf.GGUFWriter(str(path), architecture)
     writer.add_type(kind)
     writer.add_string("adapter.type", "lora")
@@ -63,7 +63,7 @@ def random_pairs(weights, scale=0.05):
 
 @pytest.fixture(scope="module")
 def lora(tiny, tmp_path_factory) -> dict[str, str]:
-    """Adapters of the tiny base: random, zeros, some that do not fit; and the merged base."""
+    """Adapters of the tiny base (random, zeros, and some that do not fit), and the merged base."""
     folder = tmp_path_factory.mktemp("lora")
     weights = matrices(tiny["base"])
     pairs = random_pairs(weights)
@@ -75,7 +75,7 @@ def lora(tiny, tmp_path_factory) -> dict[str, str]:
     write_adapter(folder / "narrow.gguf", narrow)
     (folder / "text.gguf").write_text("not a GGUF")
     added = {name: b @ a * (ALPHA / RANK) for name, (a, b) in pairs.items()}
-    # The same random weights again, the adapter's part added to them.
+    # The same random weights, plus the adapter's product.
     write_model(folder / "merged.gguf", SHAPES["tiny"], seed=0, gain=20.0)
     merged = gguf.GGUFReader(folder / "merged.gguf", "r+")
     for tensor in merged.tensors:
@@ -87,7 +87,8 @@ def lora(tiny, tmp_path_factory) -> dict[str, str]:
 
 
 def states(path: str, lora: str | None = None) -> tuple[np.ndarray, np.ndarray]:
-    """Return logits and hidden states of TOKENS: the last by `sync`, then all by a scoring pass."""
+    """Return logits and hidden states of TOKENS: the last from `sync`, then all from a scoring
+    pass."""
     model = Model(path, lora=lora)
     session = Session(model, CONTEXT, hidden=True)
     session.sync(TOKENS)
@@ -134,7 +135,7 @@ def test_run_answers_with_the_adapter(tiny, lora):
     assert np.abs(ours[1] - merged[1]).max() < 1e-4
 
 
-def test_the_adapter_is_the_bases_alone(tiny, lora):
+def test_the_adapter_is_only_for_the_base(tiny, lora):
     with load(tiny["base"], tiny["base"], "margin", lora=lora["random"], n_threads=1) as pair:
         assert pair.base.files == (Path(tiny["base"]), Path(lora["random"]))
         assert pair.expert_session.model.files == (Path(tiny["base"]),)
@@ -153,7 +154,7 @@ def test_the_adapter_is_the_bases_alone(tiny, lora):
         ("narrow", "incorrect shape"),
     ],
 )
-def test_what_is_no_adapter_of_the_base_is_refused(tiny, lora, tmp_path, adapter, message):
+def test_what_is_not_an_adapter_of_the_base_is_refused(tiny, lora, tmp_path, adapter, message):
     path = {"base": tiny["expert"], "missing": str(tmp_path / "none.gguf")}.get(adapter)
     path = path or lora[adapter]
     with pytest.raises(ModelError, match=message) as caught:
@@ -166,9 +167,9 @@ def test_what_is_no_adapter_of_the_base_is_refused(tiny, lora, tmp_path, adapter
     assert message in result.stderr
 
 
-def test_a_file_of_the_wrong_weights_leaves_the_model_usable(tiny, lora):
+def test_an_adapter_that_does_not_fit_leaves_the_model_usable(tiny, lora):
     model = Model(tiny["base"], lora=lora["narrow"])
-    for _ in range(2):  # the vocabulary stays, and the adapter is refused every time
+    for _ in range(2):  # the vocabulary remains, and the adapter is refused each time
         with pytest.raises(ModelError, match="incorrect shape"):
             model.load()
     assert model.n_vocab == 400

@@ -1,4 +1,4 @@
-"""Both sessions of a pair in a file, and taken up again."""
+"""The prompt cache: both sessions of a pair are saved in a file and restored."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ def test_an_answer_from_a_cache_evaluates_what_is_new(tiny, tmp_path):
     assert first.stats.n_deferred > 0
     with pair_of(tiny) as pair:
         pair.load_prompts(path)
-        assert not pair.expert_session.created  # it waits until it is asked
+        assert not pair.expert_session.created  # not before its first call
         again = pair.generate(prompt, **GREEDY)
         assert [s.token for s in again.steps] == [s.token for s in first.steps]
-        # The prompt's last token is evaluated again for its logits, and what was written after it.
+        # The prompt's last token is evaluated again for its logits, and so are the written tokens.
         assert again.stats.base_tokens == first.stats.base_tokens - n_prompt + 1
         assert again.stats.expert_tokens < first.stats.expert_tokens
         pair.load_prompts(path)
@@ -41,12 +41,12 @@ def test_an_answer_from_a_cache_evaluates_what_is_new(tiny, tmp_path):
         assert longer.text == whole.text
         assert longer.stats.base_tokens < n_prompt + longer.stats.n_generated
         pair.load_prompts(path)
-        pair.save_prompts(tmp_path / "again")  # what nobody asked for is kept as it is
+        pair.save_prompts(tmp_path / "again")  # a state that was not used is saved unchanged
     one, two = (np.load(tmp_path / name) for name in ("prompts", "again"))
     assert all(np.array_equal(one[name], two[name]) for name in one.files)
 
 
-def test_a_base_alone_leaves_the_expert_out(tiny, tmp_path):
+def test_with_the_base_alone_the_expert_is_not_saved(tiny, tmp_path):
     with pair_of(tiny) as pair:
         pair.generate("hello", temperature=0, max_tokens=5, threshold=1.0)
         pair.save_prompts(tmp_path / "prompts")
@@ -56,7 +56,7 @@ def test_a_base_alone_leaves_the_expert_out(tiny, tmp_path):
         assert pair.generate("hello", **GREEDY).stats.n_deferred > 0
 
 
-def test_a_cache_of_something_else_is_refused(tiny, tmp_path):
+def test_a_cache_of_other_models_or_settings_is_refused(tiny, tmp_path):
     path = tmp_path / "prompts"
     with pair_of(tiny) as pair:
         pair.generate("hello there " * 10, **GREEDY)
@@ -86,7 +86,7 @@ def test_a_cache_of_something_else_is_refused(tiny, tmp_path):
             pair.load_prompts(tmp_path / "absent")
         with pytest.raises(WriteError, match="prompts: cannot write: No such file"):
             pair.save_prompts(tmp_path / "absent" / "prompts")
-        assert pair.generate("hello", **GREEDY).text  # still of use
+        assert pair.generate("hello", **GREEDY).text  # still usable
 
 
 def test_a_broken_state_leaves_an_empty_timeline(tiny, tmp_path):
@@ -115,10 +115,10 @@ def test_a_broken_state_of_the_expert_leaves_both_empty(tiny, tmp_path):
         assert again.stats.base_tokens == whole.stats.base_tokens
 
 
-def test_the_command_keeps_and_takes_up_a_cache(tiny, tmp_path):
+def test_the_command_saves_and_loads_a_cache(tiny, tmp_path):
     path = tmp_path / "prompts"
-    args = ["run", "--json", "-m", tiny["base"], "-me", tiny["expert"], "-t", "1", "-c", "128",
-            "--temp", "0", "-n", "10", "--prompt-cache", str(path), "hello"]  # fmt: skip
+    args = ["run", "--json", "-m", tiny["base"], "-me", tiny["expert"], "-t", "1", "-c", "128"]
+    args += ["--temp", "0", "-n", "10", "--prompt-cache", str(path), "hello"]
     answers = [json.loads(CliRunner().invoke(main, args).stdout) for _ in range(2)]
     assert path.exists()
     assert not list(tmp_path.glob(".prompts*"))
@@ -132,7 +132,7 @@ def test_the_command_keeps_and_takes_up_a_cache(tiny, tmp_path):
 
 
 def test_chat_turns_evaluate_only_what_is_new(tiny):
-    """The prefix cache of both models, without a file: a second turn, a shared system prompt."""
+    """Without a file, both models still reuse a prefix: a second turn, a shared system prompt."""
     with load(tiny["template"], tiny["expert"], "margin", n_threads=1, n_ctx=256) as pair:
         system = {"role": "system", "content": "be brief and kind, whatever is asked of you"}
         messages = [system, {"role": "user", "content": "hello"}]

@@ -1,4 +1,4 @@
-"""An expert on llama.cpp's RPC servers: what can go wrong, and, where there are such, the text."""
+"""An expert on llama.cpp's RPC servers: its errors and, if servers are available, its text."""
 
 from __future__ import annotations
 
@@ -44,15 +44,15 @@ def test_a_build_without_rpc_says_so(tiny, monkeypatch):
         ("127.0.0.1:{port}", r"no RPC server answers there \(Connection refused\)"),
     ],
 )
-def test_servers_that_are_not_there_are_named(monkeypatch, server, told):
-    """At the start: llama.cpp would end the process at the first deferral."""
+def test_servers_that_do_not_exist_are_named(monkeypatch, server, told):
+    """They are checked at the start, because llama.cpp would abort at the first deferral."""
     monkeypatch.setattr(llama_cpp, "llama_supports_rpc", lambda: True)
     with pytest.raises(ModelError, match=told):
         check_servers([server.format(port=free_port())])
 
 
-def test_a_server_of_another_kind_is_told_from_one(monkeypatch):
-    """llama.cpp ends the whole process when it is greeted otherwise."""
+def test_a_server_of_another_kind_is_recognised(monkeypatch):
+    """llama.cpp aborts the whole process after an unexpected greeting."""
     monkeypatch.setattr(llama_cpp, "llama_supports_rpc", lambda: True)
     with socket.create_server(("127.0.0.1", 0)) as listening:
 
@@ -78,7 +78,7 @@ def test_a_server_that_does_not_answer_is_named(monkeypatch):
             check_servers([server])
 
 
-def test_what_does_not_go_together(tiny):
+def test_options_that_cannot_be_combined_with_rpc(tiny):
     runner, models = CliRunner(), ["-m", tiny["base"], "-me", tiny["expert"]]
     offline = runner.invoke(main, ["run", "hello", *models, "--rpc", "192.0.2.1:1", "--offline"])
     assert offline.exit_code == 1
@@ -112,7 +112,7 @@ def rpc_server():
     "COLM_EDGE_RPC_SERVER" not in os.environ or not llama_cpp.llama_supports_rpc(),
     reason="needs llama.cpp with RPC, and COLM_EDGE_RPC_SERVER, the path of a ggml-rpc-server",
 )
-def test_an_expert_spread_over_servers_writes_the_same_text(tiny):
+def test_an_expert_on_several_servers_writes_the_same_text(tiny):
     options = Options(temperature=0.0, threshold=0.4, max_tokens=40)
     models = {"model": tiny["base"], "expert": tiny["expert"], "switch": "margin"}
     with load(**models, n_threads=1, n_ctx=256, defaults=options) as here:

@@ -1,4 +1,4 @@
-"""Sessions over real llama.cpp contexts, with tiny random models."""
+"""Models, contexts, sessions and the scorer over real llama.cpp contexts, with tiny models."""
 
 from __future__ import annotations
 
@@ -45,8 +45,8 @@ def test_sync_evaluates_only_what_differs(model):
     session.close()
 
 
-def test_whatever_the_history_the_state_is_that_of_the_prefix(model, tiny):
-    """Random walks through prefixes: logits and hidden state equal a whole fresh evaluation."""
+def test_the_state_depends_on_the_prefix_and_not_on_the_history(model, tiny):
+    """Random walks through prefixes: the states equal those of evaluating the whole prefix."""
     plain = PlainModel(tiny["base"], 128)
     draw = random.Random(0)
     session = Session(model, CONTEXT, hidden=True)
@@ -64,8 +64,8 @@ def test_whatever_the_history_the_state_is_that_of_the_prefix(model, tiny):
 
 
 @pytest.mark.parametrize("hidden", [True, False])
-def test_scoring_packs_documents_and_gives_the_states_of_each(model, tiny, monkeypatch, hidden):
-    """Documents of many lengths, some longer than a batch, and outputs in several batches."""
+def test_scoring_packs_documents_and_returns_the_states_of_each(model, tiny, monkeypatch, hidden):
+    """Documents of many lengths, some longer than a batch, with outputs in several batches."""
     monkeypatch.setattr(scorer_module, "SCORE_BATCH", 64)
     monkeypatch.setattr(scorer_module, "SCORE_BYTES", 4 * 400 * 50)
     draw = random.Random(1)
@@ -95,7 +95,7 @@ def test_scoring_packs_documents_and_gives_the_states_of_each(model, tiny, monke
                     at += 1
             assert at == len(expected)
             assert session.n_evaluated - before == sum(n - 1 for n, _ in group)
-    assert session.sync([7, 8, 9]) == 0  # its own timeline is as it was
+    assert session.sync([7, 8, 9]) == 0  # its own timeline did not change
     session.close()
     plain.close()
 
@@ -130,7 +130,7 @@ def test_prompts_that_do_not_fit(model):
     assert not session.created
 
 
-def test_the_context_can_be_filled_to_the_brim(model):
+def test_the_context_can_be_filled_completely(model):
     session = Session(model, CONTEXT)
     assert session.sync([1] * 128) == 128
     session.close()
@@ -141,7 +141,7 @@ def test_text_survives_the_vocabulary(model):
         assert b"".join(map(model.piece, model.tokenize(text))).decode() == text
 
 
-def test_special_names_are_tokens_only_when_asked(model):
+def test_special_names_become_tokens_only_if_requested(model):
     assert model.tokenize("<|end|>") == [0]
     assert 0 not in model.tokenize("<|end|>", special=False)
     assert model.end_tokens == {0}
@@ -189,7 +189,7 @@ def test_shared_vocabularies(tiny):
 
 def test_a_different_token_is_named(tiny, tmp_path):
     raw = bytearray(Path(tiny["expert"]).read_bytes())
-    at = raw.index(b"\x02\x00\x00\x00\x00\x00\x00\x00aa\x02")  # the token "aa", its length before
+    at = raw.index(b"\x02\x00\x00\x00\x00\x00\x00\x00aa\x02")  # the token "aa" after its length
     raw[at + 8 : at + 10] = b"~~"
     path = tmp_path / "other.gguf"
     path.write_bytes(raw)
@@ -213,7 +213,7 @@ def test_a_different_token_is_named(tiny, tmp_path):
         (b"no compiler told", False),
     ],
 )
-def test_a_compiler_whose_amx_code_crashes_is_known(note, breaks):
+def test_a_compiler_whose_amx_code_crashes_is_recognised(note, breaks):
     assert backend._gcc_breaks_amx(b"\x7fELF\0" + note + b"\0") is breaks
 
 

@@ -1,4 +1,4 @@
-"""Several answers at once: the same texts as one by one, from fewer batches."""
+"""Several answers at once: the same texts as one after the other, in fewer batches."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ PROMPTS = ["hello", "what is this about, and why", "one two three four five six 
 @pytest.fixture(params=["margin", "hidden"])
 def pair(request, tiny, tmp_path):
     switch = request.param
-    if switch == "hidden":  # one that reads the hidden state: outputs need batches of their own
+    if switch == "hidden":  # with hidden states, outputs need batches of their own
         import numpy as np
 
         weight = np.random.default_rng(2).normal(0, 0.3, (1, 64 + 8)).astype(np.float32)
@@ -62,9 +62,12 @@ def together(pair, slots, prompts, options):
 )
 def test_answers_together_are_the_answers_alone(pair, schedule, strategy):
     options = Options(
-        temperature=0.0, max_tokens=40, threshold=0.5 if pair.switch.needs_hidden else 0.4,
-        schedule=schedule, strategy=strategy,
-    )  # fmt: skip
+        temperature=0.0,
+        max_tokens=40,
+        threshold=0.5 if pair.switch.needs_hidden else 0.4,
+        schedule=schedule,
+        strategy=strategy,
+    )
     alone = []
     for prompt in PROMPTS:
         stream = pair.stream_tokens(pair.base.tokenize(prompt), options)
@@ -81,7 +84,7 @@ def test_answers_together_are_the_answers_alone(pair, schedule, strategy):
 
 
 @pytest.mark.parametrize("strategy", ["defer", "compose"])
-def test_prompts_read_together_tell_what_they_tell_alone(pair, strategy):
+def test_prompts_read_together_give_the_steps_of_each_alone(pair, strategy):
     options = Options(threshold=0.3, strategy=strategy, n_probs=1)
     prompts = ["x y z " * 30, "hello there", "what is this about " * 5, "seven " * 25]
     tokens = [pair.base.tokenize(prompt)[: 127 - 9 * i] for i, prompt in enumerate(prompts)]
@@ -104,14 +107,14 @@ def test_prompts_read_together_tell_what_they_tell_alone(pair, strategy):
     for steps, expected in zip(results, alone, strict=True):
         assert [step.token for step in steps] == [step.token for step in expected]
         for step, other in zip(steps, expected, strict=True):
-            if abs(other.p_defer - 0.3) > 2e-2:  # no near tie of the two
+            if abs(other.p_defer - 0.3) > 2e-2:  # not a near-tie of the two models
                 assert step.source == other.source
-                # Batches differ in the last bits; another's state would be nats away.
+                # Batches differ in the last bits; another slot's state would be nats away.
                 assert step.logprob == pytest.approx(other.logprob, abs=0.3)
     slots.close()
 
 
-def test_a_slot_keeps_its_prefix_for_who_comes_next(pair):
+def test_a_slot_keeps_its_prefix_for_the_next_request(pair):
     slots = Slots(pair, 2)
     options = Options(temperature=0.0, max_tokens=4, threshold=0.0)
     prompt = "a long and winding beginning that many requests share"
@@ -125,7 +128,7 @@ def test_a_slot_keeps_its_prefix_for_who_comes_next(pair):
     slots.close()
 
 
-def test_a_slot_left_early_is_free_at_once(pair):
+def test_a_slot_is_free_as_soon_as_its_answer_is_abandoned(pair):
     slots = Slots(pair, 1)
     tokens = pair.base.tokenize("hello")
     with slots.take(tokens) as timelines:
@@ -138,8 +141,8 @@ def test_a_slot_left_early_is_free_at_once(pair):
     slots.close()
 
 
-def test_a_prompt_longer_than_a_batch_lets_others_pass(pair):
-    """Its beginning takes what room the others leave, batch by batch."""
+def test_a_prompt_longer_than_a_batch_does_not_block_others(pair):
+    """Each batch takes as much of it as the others leave room for."""
     slots = Slots(pair, 2)
     slots.base.n_batch = slots.expert.n_batch = 16
     options = Options(temperature=0.0, max_tokens=10, threshold=0.0)
@@ -164,7 +167,7 @@ def test_a_prompt_longer_than_a_batch_lets_others_pass(pair):
     slots.close()
 
 
-def test_what_goes_wrong_is_raised_where_it_was_asked_for(pair, monkeypatch):
+def test_an_error_of_the_worker_is_raised_in_the_answer(pair, monkeypatch):
     slots = Slots(pair, 2)
 
     def broken(context, n, *, hidden=False):
@@ -180,7 +183,7 @@ def test_what_goes_wrong_is_raised_where_it_was_asked_for(pair, monkeypatch):
         answer(pair, slots, "hello", Options(temperature=0.0, max_tokens=3))
 
 
-def test_the_experts_memory_is_given_back_and_taken_again(pair):
+def test_the_expert_is_unloaded_and_loaded_again(pair):
     slots = Slots(pair, 2)
     options = Options(temperature=0.0, max_tokens=6, threshold=0.0)
     first, _ = answer(pair, slots, "hello", options)
