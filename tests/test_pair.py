@@ -13,10 +13,8 @@ from lib.random_model import SHAPES, write_model
 from reference import PlainModel, assert_same, plain_loop
 
 import colm_edge
-from colm_edge import pair as pair_module
 from colm_edge.decode.loop import PROMPT_OUTPUTS
 from colm_edge.errors import ColmError, MismatchError, ModelError, PromptError
-from colm_edge.llama.costs import CostTable
 from colm_edge.llama.sampling import ChainSampler
 from colm_edge.options import Options
 from colm_edge.pair import Pair, load
@@ -475,33 +473,3 @@ def test_the_public_names_resolve():
     assert set(colm_edge.__all__) <= set(dir(colm_edge))
     for name in colm_edge.__all__:
         assert getattr(colm_edge, name) is not None
-
-
-TABLE = CostTable((1, 2, 3, 4, 64), (1.0, 9.0, 9.0, 2.0, 60.0))  # four cost less than two
-
-
-def test_only_the_fast_schedule_cuts_batches_by_their_costs(tiny, monkeypatch):
-    monkeypatch.setattr(Pair, "cost_tables", lambda pair, **_: (TABLE, TABLE))
-    with load(tiny["base"], tiny["expert"], "margin", n_threads=1, n_ctx=128) as pair:
-        evaluated = []
-        for schedule in ("sequential", "fast", "sequential", "fast"):
-            pair.expert_session.forget()
-            answer = pair.generate("hello", threshold=0.3, schedule=schedule, **GREEDY)
-            evaluated.append(answer.stats.expert_tokens)
-    assert evaluated[0] == evaluated[2] < evaluated[1]  # batches of two and three are padded
-    assert evaluated[3] >= evaluated[2]
-
-
-def test_what_cannot_be_measured_is_done_without(tiny, monkeypatch):
-    """An answer does not fail because there is no memory for a measurement."""
-
-    def refused(session, **_):
-        raise ModelError("no memory for another context")
-
-    notes = []
-    with load(tiny["base"], tiny["expert"], n_threads=1, note=notes.append) as pair:
-        whole = pair.generate("hello", schedule="sequential", threshold=0.3, **GREEDY)
-        monkeypatch.setattr(pair_module, "cost_table", refused)
-        answer = pair.generate("hello", schedule="fast", threshold=0.3, **GREEDY)
-    assert answer.text == whole.text
-    assert notes == ["the fast schedule works without bets: no memory for another context"]

@@ -10,13 +10,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_loop import decoder, reader, writer
 
+from colm_edge import pair as pair_module
 from colm_edge.bench.replay import Process, replay
 from colm_edge.decode.fast import Fast
 from colm_edge.decode.planner import Planner
+from colm_edge.errors import ModelError
 from colm_edge.llama.costs import CostTable
 from colm_edge.llama.sampling import ChainSampler
 from colm_edge.options import Options
-from colm_edge.pair import load
+from colm_edge.pair import Pair, load
 
 # The cost of a decode is constant (a GPU), or proportional to its size (a small model).
 FLAT = CostTable((1, 64), (1.0, 1.0))
@@ -323,3 +325,34 @@ def test_a_sampler_and_its_copy_make_the_same_picks(tiny_pair):
         sampler(row)
     twin = sampler.copy()
     assert [sampler(row) for _ in range(20)] == [twin(row) for _ in range(20)]
+
+
+GREEDY = {"temperature": 0.0, "max_tokens": 40}
+TABLE = CostTable((1, 2, 3, 4, 64), (1.0, 9.0, 9.0, 2.0, 60.0))  # four cost less than two
+
+
+def test_only_the_fast_schedule_cuts_batches_by_their_costs(tiny, monkeypatch):
+    monkeypatch.setattr(Pair, "cost_tables", lambda pair, **_: (TABLE, TABLE))
+    with load(tiny["base"], tiny["expert"], "margin", n_threads=1, n_ctx=128) as pair:
+        evaluated = []
+        for schedule in ("sequential", "fast", "sequential", "fast"):
+            pair.expert_session.forget()
+            answer = pair.generate("hello", threshold=0.3, schedule=schedule, **GREEDY)
+            evaluated.append(answer.stats.expert_tokens)
+    assert evaluated[0] == evaluated[2] < evaluated[1]  # batches of two and three are padded
+    assert evaluated[3] >= evaluated[2]
+
+
+def test_what_cannot_be_measured_is_done_without(tiny, monkeypatch):
+    """An answer does not fail because there is no memory for a measurement."""
+
+    def refused(session, **_):
+        raise ModelError("no memory for another context")
+
+    notes = []
+    with load(tiny["base"], tiny["expert"], n_threads=1, note=notes.append) as pair:
+        whole = pair.generate("hello", schedule="sequential", threshold=0.3, **GREEDY)
+        monkeypatch.setattr(pair_module, "cost_table", refused)
+        answer = pair.generate("hello", schedule="fast", threshold=0.3, **GREEDY)
+    assert answer.text == whole.text
+    assert notes == ["the fast schedule works without bets: no memory for another context"]
