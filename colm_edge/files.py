@@ -3,6 +3,7 @@ model may be several."""
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 import stat
@@ -26,6 +27,12 @@ def parts_of(name: str) -> list[str]:
         return [name]
     count = int(part[2])
     return [f"{name[: part.start()]}-{i:05d}-of-{count:05d}.gguf" for i in range(1, count + 1)]
+
+
+def sha256_of(path: AnyPath) -> str:
+    """Return the SHA-256 of a file's bytes, in hexadecimal."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @contextmanager

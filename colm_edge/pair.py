@@ -14,12 +14,12 @@ from typing import Any, Literal, Self
 from colm_edge.cancel import Cancel
 from colm_edge.decode.background import Background
 from colm_edge.decode.fast import Fast
-from colm_edge.decode.loop import Decoder, Schedule, Sequential
+from colm_edge.decode.loop import Decoder, ExpertAlone, Schedule, Sequential
 from colm_edge.decode.picker import Picker
 from colm_edge.decode.planner import Planner
-from colm_edge.decode.policy import Policy, RatePolicy
+from colm_edge.decode.policy import Policy, RatePolicy, running_rate, threshold_of
 from colm_edge.decode.timeline import Expert, Timeline
-from colm_edge.errors import ColmError, ContextError, ModelError, PromptError, SwitchError
+from colm_edge.errors import ColmError, ContextError, ModelError, PromptError
 from colm_edge.llama.backend import supports_gpu
 from colm_edge.llama.context import ContextOptions, is_small, n_cores
 from colm_edge.llama.costs import CostTable
@@ -32,7 +32,7 @@ from colm_edge.options import Options
 from colm_edge.references import LOCAL_HOSTS, choose_pair, is_url
 from colm_edge.remote.client import RemoteExpert, RemoteSession
 from colm_edge.stream import Answer, AsyncStream, Stream
-from colm_edge.switch.load import load_switch
+from colm_edge.switch.load import load_switch, warnings_of
 from colm_edge.switch.reading import AnySwitch
 from colm_edge.switch.rules import DEFER_TOKEN, DeferRow
 
@@ -304,11 +304,13 @@ class Pair:
         tokens: Sequence[int],
         options: Options,
         timelines: tuple[Timeline, Timeline] | None = None,
+        switch: AnySwitch | None = None,
     ) -> Stream:
         """Continue token ids.
 
         timelines: of base and expert, if not the pair's own sessions. One thread at a time may use
             them; other answers may run at the same time.
+        switch: of this answer, if not the pair's own; it may read no more than that one does.
 
         Raises PromptError when there are no tokens or they do not fit the context.
         """
@@ -321,21 +323,23 @@ class Pair:
         decoder = Decoder(
             base,
             [expert],
-            self._policy(options, threshold, n_choose),
+            self._policy(switch or self.switch, options, threshold, n_choose),
             self._picker(options, n_choose, tokens),
             tokens,
             end_tokens=self.base.end_tokens | self.expert.end_tokens,
             max_tokens=options.max_tokens,
-            schedule=self._schedule(options, follows=timelines is None and threshold < 1),
+            schedule=self._schedule(options, threshold, follows=timelines is None),
             cancel=cancel,
             lock=self._lock if timelines is None else None,
         )
         unreadable = "" if threshold >= 1 or self.expert_is_here else self._not_here()
         return Stream(decoder, self.base, options.stop, cancel, unreadable)
 
-    def _policy(self, options: Options, threshold: float, n_choose: int) -> Policy:
-        read = self.switch.reader(self.base, n_choose)
-        rate = self.running_rate(options)
+    def _policy(
+        self, switch: AnySwitch, options: Options, threshold: float, n_choose: int
+    ) -> Policy:
+        read = switch.reader(self.base, n_choose)
+        rate = running_rate(switch, options)
         return Policy(read, threshold) if rate is None else RatePolicy(read, rate)
 
     def _picker(self, options: Options, n_choose: int, tokens: Sequence[int]) -> Picker:
@@ -351,12 +355,15 @@ class Pair:
             defer_row=-1 if row is None else row,
         )
 
-    def _schedule(self, options: Options, *, follows: bool) -> Schedule:
-        follow = self.expert.follow if follows else None
+    def _schedule(self, options: Options, threshold: float, *, follows: bool) -> Schedule:
+        alone = threshold <= 0 and options.strategy == "defer"
         # A bet needs the costs of decodes, which a server does not report.
-        is_fast = options.schedule == "fast" and self.expert_is_here
+        is_fast = options.schedule == "fast" and self.expert_is_here and not alone
         if self._here is not None:
             self._here.costs = self._costs if is_fast else None
+        if alone:
+            return ExpertAlone()
+        follow = self.expert.follow if follows and threshold < 1 else None
         return Fast(self.planner, follow) if is_fast else Sequential(follow)
 
     def _exhaust(self, stream: Stream) -> Answer:
@@ -378,23 +385,12 @@ class Pair:
 
     def threshold(self, options: Options) -> float:
         """Return the threshold that the options ask for; where it follows a rate, its start."""
-        if options.threshold is not None:
-            return options.threshold
-        if options.defer_rate is None:
-            return self.switch.threshold
-        rate = self.running_rate(options)
-        return self.switch.threshold_for(options.defer_rate) if rate is None else 1 - rate
+        return threshold_of(self.switch, options)
 
     def running_rate(self, options: Options) -> float | None:
         """Return the defer rate that the threshold follows as an answer is written, or None where
         the threshold is fixed: given, or known by the switch's calibration."""
-        if options.threshold is not None or options.defer_rate is None:
-            return None
-        try:
-            self.switch.threshold_for(options.defer_rate)
-        except SwitchError:
-            return options.defer_rate
-        return None
+        return running_rate(self.switch, options)
 
 
 def _share(progress: Progress | None, what: str) -> Callable[[float], None] | None:
@@ -497,4 +493,6 @@ def load(
             progress=progress,
         )
         opened.pop_all()
+    for warning in warnings_of(head, {"base": base, "expert": other}):
+        told(warning)
     return loaded

@@ -78,8 +78,20 @@ def find_pair(name: str, *, offline: bool = False, note: Note = lambda text: Non
     def file_of(role: str) -> str:
         return resolve(roles[role].reference, offline=offline, note=note)
 
-    switch = file_of("switch") if "switch" in roles else "margin"
+    switch = _switch_of(name, offline=offline, note=note)
     return PairFiles(file_of("base"), file_of("expert"), switch, is_demo=name == DEMO_PAIR)
+
+
+def _switch_of(pair: str | None, *, offline: bool, note: Note) -> str:
+    """Return the switch of a pair in models.txt, or margin where none is named."""
+    if pair is None:
+        return "margin"
+    roles = known_pairs().get(pair)
+    if roles is None:
+        raise ModelError(f"no pair named {pair!r} in {_models_txt()}")
+    if "switch" not in roles:
+        return "margin"
+    return resolve(roles["switch"].reference, offline=offline, note=note)
 
 
 def is_url(reference: str) -> bool:
@@ -144,11 +156,13 @@ def choose_pair(
 ) -> PairFiles:
     """Return the pair that a user chose; without a choice, the one that ships with colm-edge.
 
+    pair: a name in models.txt; beside two models of the user's own, it names the switch.
+
     Raises ModelError when the choices contradict each other or are incomplete, and what `resolve`
     raises.
     """
-    if pair is not None and (model or expert):
-        raise ModelError("--pair names both models; leave out -m and -me")
+    if switch is not None and switch.startswith("package:"):
+        switch = resolve(switch)
     if (model is None) != (expert is None):
         given, missing = ("-m", "-me") if model else ("-me", "-m")
         raise ModelError(f"{given} without {missing}: give both models, or neither")
@@ -160,7 +174,7 @@ def choose_pair(
         return PairFiles(
             resolve(model, "base", offline=offline, note=note),
             resolve(expert, "expert", offline=offline, note=note),
-            switch or "margin",
+            switch or _switch_of(pair, offline=offline, note=note),
         )
     files = find_pair(pair or DEMO_PAIR, offline=offline, note=note)
     if switch is None:

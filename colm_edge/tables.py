@@ -36,6 +36,7 @@ STYLES = {
     "defer_rate": SHARE,
     "accuracy": SHARE,
     "generated_defer_rate": SHARE,
+    "regret_removed": SHARE,
     "tokens_per_answer": AMOUNT,
     "tokens_per_second": AMOUNT,
     "cut": SHARE,

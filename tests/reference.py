@@ -98,8 +98,9 @@ def plain_loop(
     while len(steps) < max_tokens:
         base_logits, hidden = base.state(tokens)
         expert_logits, _ = expert.state(tokens)
-        p = p_defer(switch, base_logits, hidden)
-        deferred = threshold <= 0 or p > threshold
+        # An expert that writes alone does not ask the base.
+        p = p_defer(switch, base_logits, hidden) if threshold > 0 else 1.0
+        deferred = p > threshold
         logits = (expert_logits if deferred else base_logits)[: min(base.n_vocab, expert.n_vocab)]
         best = np.sort(logits)[-2:]
         token = int(logits.argmax())

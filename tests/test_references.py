@@ -25,12 +25,20 @@ def test_two_models_without_a_switch_use_margin():
     assert references.choose_pair("a", "b", "c").switch == "c"
 
 
+def test_beside_two_models_a_pair_names_the_switch():
+    files = references.choose_pair("a", "b", None, "demo")
+    assert (files.base, files.expert) == ("a", "b")
+    assert files.switch == references.choose_pair(None, None, None).switch
+    assert references.choose_pair("a", "b", "c", "demo").switch == "c"
+    assert references.choose_pair("a", "b", "package:switch.gguf").switch == files.switch
+
+
 @pytest.mark.parametrize(
     ("choice", "words"),
     [
         (("a", None, None, None), "-m without -me"),
         ((None, "b", None, None), "-me without -m"),
-        (("a", "b", None, "demo"), "leave out -m and -me"),
+        (("a", "b", None, "nobody"), "no pair named 'nobody'"),
         ((None, None, None, "nobody"), r"no pair named 'nobody' in .*models.txt; known: demo"),
     ],
 )

@@ -12,6 +12,7 @@ import click
 from colm_edge.cli.common import open_pair, progress
 from colm_edge.cli.options import (
     DATA,
+    PARALLEL,
     WORK_DIR,
     decoding_options,
     gathered,
@@ -105,6 +106,21 @@ proxy_options = gathered(
 )
 @sweep_options
 @click.option(
+    "--score-on",
+    type=click.Choice(["data", "expert"]),
+    default="data",
+    show_default=True,
+    help="What is scored, and gives --defer-rates its thresholds: the data's completions, or the "
+    "expert's own greedy answers to its prompts.",
+)
+@PARALLEL
+@click.option(
+    "--allow-exec",
+    is_flag=True,
+    help="Let --metric python run the code that the models write, in a child process with limits "
+    "on time, memory, files and network. Read docs/cli.md first.",
+)
+@click.option(
     "--weak",
     metavar="SWITCH.gguf",
     help="Switch to compare with, from `train --objective weak`.",
@@ -122,6 +138,9 @@ def eval_command(
     limit: int | None,
     methods: tuple[str, ...],
     sweep: dict[str, tuple[float, ...]],
+    score_on: str,
+    n_slots: int,
+    allow_exec: bool,
     weak: str | None,
     proxy: dict[str, Any],
     work_dir: str | None,
@@ -142,6 +161,10 @@ def eval_command(
     from colm_edge.tables import render
 
     check_sweep(sweep, decoding)
+    if metric == "python" and not allow_exec:
+        raise click.UsageError(
+            "--metric python runs code that the models write; say --allow-exec if that is allowed"
+        )
     check_methods(methods, weak, proxy.get("anti_expert"))
     if plot is not None:
         check_plot(plot)
@@ -155,6 +178,8 @@ def eval_command(
             methods=methods,
             weak=Switch.load(weak) if weak else None,
             proxy=third,
+            on_expert=score_on == "expert",
+            n_slots=n_slots,
             **sweep,
         )
         work = Path(work_dir) if work_dir else None

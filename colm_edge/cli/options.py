@@ -20,6 +20,15 @@ def listed(_: click.Context, __: click.Parameter, value: str) -> tuple[str, ...]
 
 DATA = click.option("--data", required=True, metavar="FILE.jsonl", help="Prompts with completions.")
 RAW = click.option("--raw", is_flag=True, help=OPTIONS["raw"].help)
+PARALLEL = click.option(
+    "-np",
+    "--parallel",
+    "n_slots",
+    type=click.IntRange(1, 64),
+    default=8,
+    show_default=True,
+    help="Answers written at once; each takes the memory of a context (-c).",
+)
 WORK_DIR = click.option(
     "--work-dir",
     metavar="DIR",

@@ -108,6 +108,14 @@ def summary(stats: Stats) -> str:
     )
 
 
+def shown_threshold(pair: Pair) -> str:
+    """Return the threshold in words: a number, or the rate that it follows."""
+    rate = pair.running_rate(pair.defaults)
+    if rate is not None:
+        return f"follows a defer rate of {rate:g}"
+    return str(round(pair.threshold(pair.defaults), 3))
+
+
 class Chat:
     """One conversation with a pair, typed at a terminal."""
 
@@ -210,7 +218,7 @@ class Chat:
     def _show(self) -> None:
         pair = self.pair
         say(f"base    {pair.base.path}\nexpert  {pair.expert.name}")
-        say(f"switch  {pair.switch.name}, threshold {pair.threshold(pair.defaults):.3f}")
+        say(f"switch  {pair.switch.name}, threshold {shown_threshold(pair)}")
         say(f"context {pair.n_ctx} tokens")
 
     def _regenerate(self) -> None:
@@ -249,7 +257,7 @@ class Chat:
     def _show_settings(self) -> None:
         defaults = self.pair.defaults
         values = {name: getattr(defaults, name) for name in SETTINGS}
-        values["threshold"] = f"{self.pair.threshold(defaults):.3f}"  # also if it isn't set
+        values["threshold"] = shown_threshold(self.pair)  # also if it isn't set
         values["system"] = self.system
         for name, value in values.items():
             say(f"{name:17} {'' if value is None else value}".rstrip())
@@ -261,5 +269,5 @@ class Chat:
             kind = "whole number" if SETTINGS[name] is int else "number"
             raise ColmError(f"{name} is {text!r}; expected a {kind}") from e
         self.pair.defaults = self.pair.defaults.with_changes(**{name: value})
-        shown = self.pair.threshold(self.pair.defaults) if name == "threshold" else value
+        shown = shown_threshold(self.pair) if name == "threshold" else value
         say(f"{name} {shown}")

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from colm_edge.cli.common import progress
-from colm_edge.cli.options import DATA, RAW, WORK_DIR, gathered, pair_options
+from colm_edge.cli.options import DATA, PARALLEL, RAW, WORK_DIR, gathered, pair_options
 from colm_edge.cli.terminal import say
 from colm_edge.evaluate.metrics import METRICS
 
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from colm_edge.pair import Pair
     from colm_edge.train.documents import Documents
     from colm_edge.train.fit import ChooseThreshold
+    from colm_edge.train.scoring import Recorded
 
 fit_options = gathered(
     "fitting",
@@ -29,12 +30,13 @@ fit_options = gathered(
     ),
     click.option(
         "--objective",
-        type=click.Choice(["best", "marginal", "budget", "weak"]),
+        type=click.Choice(["best", "marginal", "budget", "regret", "weak"]),
         default="best",
         show_default=True,
         help="marginal: the likelihood of the mixture, as in the paper. budget: the likelihood of "
-        "hard decisions at defer rates of 0.1 to 0.3. best: the better of these two at those "
-        "rates, on held-back lines. weak: the paper's weak supervision, as a baseline.",
+        "hard decisions at defer rates of 0.1 to 0.3. regret: whether the expert would reject the "
+        "base's choice. best: regret with --prompts; else the better of marginal and budget at "
+        "those rates, on held-back lines. weak: the paper's weak supervision, as a baseline.",
     ),
     click.option(
         "-s",
@@ -65,8 +67,29 @@ threshold_options = gathered(
 )
 
 
+text_options = gathered(
+    "text",
+    click.option("--data", metavar="FILE.jsonl", help="Prompts with completions."),
+    click.option(
+        "--prompts",
+        metavar="FILE.jsonl",
+        help="Prompts alone, which the expert answers, greedily: a prompt or messages a line.",
+    ),
+    click.option(
+        "-n",
+        "--n-predict",
+        "max_tokens",
+        type=click.IntRange(1),
+        default=512,
+        show_default=True,
+        help="The most tokens of an answer to --prompts.",
+    ),
+    PARALLEL,
+)
+
+
 @click.command()
-@DATA
+@text_options
 @click.option("--outfile", required=True, metavar="SWITCH.gguf", help="Switch file to write.")
 @fit_options
 @threshold_options
@@ -91,7 +114,7 @@ threshold_options = gathered(
 @RAW
 @pair_options
 def train(
-    data: str,
+    text: dict[str, Any],
     outfile: str,
     fitting: dict[str, Any],
     threshold_by: dict[str, Any],
@@ -104,8 +127,9 @@ def train(
 ) -> None:
     """Fit a switch for a base and an expert.
 
-    FILE.jsonl has one document per line: {"prompt", "completion"}, {"messages"} or {"text"}. The
-    models do not change; the switch is written as GGUF. The last line printed is JSON.
+    --data has one document per line: {"prompt", "completion"}, {"messages"} or {"text"}; --prompts
+    has {"prompt"} or {"messages"}, and needs no answers. The models do not change; the switch is
+    written as GGUF. The last line printed is JSON.
     """
     from colm_edge.files import check_writable
     from colm_edge.pair import load
@@ -113,28 +137,33 @@ def train(
     from colm_edge.train.fit import FitOptions, fit_switch
     from colm_edge.train.report import check_report, write_report
 
-    check_writable(outfile, data, *_read_files(models), expert_scores)
+    data = text.get("data")
+    _check_choice(text, threshold_by, expert_scores, models)
+    check_writable(outfile, data, text.get("prompts"), *_read_files(models), expert_scores)
+    if data is None and work_dir is None:
+        work_dir = f"{outfile}.work"
+        say(f"{work_dir}: keeps the answers; the same command again goes on from there")
     old = Switch.load(update) if update is not None else None
     work = Path(work_dir) if work_dir else None
     if report_dir is not None:
         check_report(report_dir)
-    if "metric" in threshold_by and expert_scores is not None and "expert" not in models:
-        raise click.UsageError("--threshold-by needs the expert itself (-me) to answer prompts")
     if expert_scores is not None and "model" in models:
         models.setdefault("expert", models["model"])  # it is never evaluated
     with load(**models | {"expert_required": True}, switch=update or "margin") as pair:
+        documents, recorded = _text(text, pair, raw, work)
         fit = fit_switch(
             pair,
-            _documents(data, pair, raw, work),
+            documents,
             FitOptions(
                 **fitting,
                 update=old,
                 compare=report_dir is not None,
-                choose=_chooser(pair, data, raw, **threshold_by),
+                choose=_chooser(pair, data, raw, **threshold_by) if data else None,
             ),
             progress=progress,
             work=work,
             expert_scores=Path(expert_scores) if expert_scores else None,
+            recorded=recorded,
         )
         fit.switch.save(outfile)
         say(f"{outfile}: written")
@@ -142,11 +171,46 @@ def train(
             write_report(fit, pair.base, report_dir)
             say(f"{report_dir}: report written")
     say(_in_words(fit.report))
-    click.echo(json.dumps(fit.report))
+    click.echo(json.dumps({**fit.report, **_n_answers(recorded)}))
+
+
+def _check_choice(
+    text: dict[str, Any],
+    threshold_by: dict[str, Any],
+    expert_scores: str | None,
+    models: dict[str, Any],
+) -> None:
+    """Refuse options that contradict each other."""
+    if ("data" in text) is ("prompts" in text):
+        raise click.UsageError("give --data, texts to fit to, or --prompts, questions to answer")
+    if "prompts" in text and ("metric" in threshold_by or expert_scores is not None):
+        raise click.UsageError("--threshold-by and --expert-scores go with --data")
+    if "metric" in threshold_by and expert_scores is not None and "expert" not in models:
+        raise click.UsageError("--threshold-by needs the expert itself (-me) to answer prompts")
 
 
 def _read_files(models: dict[str, Any]) -> list[str | None]:
     return [models.get(name) for name in ("model", "expert", "lora")]
+
+
+def _text(
+    text: dict[str, Any], pair: Pair, raw: bool, work: Path | None
+) -> tuple[Documents, Recorded | None]:
+    """Return what the switch is fitted to: the data's documents, or the expert's own answers."""
+    from colm_edge.train.documents import read_rows
+    from colm_edge.train.prompts import answer_prompts
+
+    if "data" in text:
+        return _documents(text["data"], pair, raw, work), None
+    rows, how = read_rows(text["prompts"]), {name: text[name] for name in ("max_tokens", "n_slots")}
+    answered = answer_prompts(pair, rows, progress, raw=raw, work=work, **how)
+    if answered.n_cut:
+        say(f"{answered.n_cut} answers were cut at {text['max_tokens']} tokens (-n)")
+    return answered.documents, answered.recorded
+
+
+def _n_answers(recorded: Recorded | None) -> dict[str, int]:
+    return {} if recorded is None else {"n_answers": len(recorded)}
 
 
 def _documents(data: str, pair: Pair, raw: bool, work: Path | None) -> Documents:

@@ -62,6 +62,20 @@ class Sequential:
         return picker.write("expert", p_defer, *loop.read_expert(writer, at, logits, p_defer))
 
 
+class ExpertAlone:
+    """The expert writes every token; the base is evaluated only where a server's expert fails."""
+
+    def __init__(self) -> None:
+        self._together = Sequential()
+
+    def next(self, loop: Decoder) -> Step:
+        try:
+            loop.evaluate_expert(0, loop.tokens)
+        except AbsentExpertError:
+            return self._together.next(loop)
+        return loop.picker.write("expert", 1.0, *loop.read_expert(0, len(loop.tokens)))
+
+
 class Decoder:
     """An answer being written: an iterator of steps.
 

@@ -6,8 +6,10 @@ from bisect import insort
 from typing import NamedTuple
 
 from colm_edge.decode.timeline import Floats
-from colm_edge.errors import ModelError
-from colm_edge.switch.reading import Reader
+from colm_edge.errors import ModelError, SwitchError
+from colm_edge.options import Options
+from colm_edge.switch.reading import AnySwitch, Reader
+from colm_edge.switch.rules import DEFAULT_RATE, Untrained
 
 # Of RatePolicy: the number of values that the quantile starts with, evenly spread from 0 to 1; the
 # tokens over which missing deferrals are made up; and the highest share meanwhile, times the rate.
@@ -71,3 +73,29 @@ class RatePolicy(Policy):
         writer = super().writer(p_defer)
         self._owed += self._rate - (writer != BASE)
         return writer
+
+
+def threshold_of(switch: AnySwitch, options: Options) -> float:
+    """Return the threshold that the options ask of a switch; where it follows a rate, its start."""
+    if options.threshold is not None:
+        return options.threshold
+    if (rate := running_rate(switch, options)) is not None:
+        return 1 - rate
+    if options.defer_rate is None:
+        return switch.threshold
+    return switch.threshold_for(options.defer_rate)
+
+
+def running_rate(switch: AnySwitch, options: Options) -> float | None:
+    """Return the defer rate that the threshold follows as an answer is written, or None where the
+    threshold is fixed: given, or known by the switch's calibration."""
+    rate = options.defer_rate
+    if rate is None and isinstance(switch, Untrained):
+        rate = DEFAULT_RATE
+    if options.threshold is not None or rate is None:
+        return None
+    try:
+        switch.threshold_for(rate)
+    except SwitchError:
+        return rate
+    return None

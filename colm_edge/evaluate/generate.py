@@ -3,28 +3,29 @@
 from __future__ import annotations
 
 import hashlib
-import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import closing
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
 from colm_edge import readout
-from colm_edge.errors import DataError, SwitchError
+from colm_edge.errors import SwitchError
 from colm_edge.evaluate.metrics import Metric, check_rows
+from colm_edge.journal import Journal, key_of
 from colm_edge.switch.file import Switch
 from colm_edge.switch.reading import N_LOGIT, AnySwitch, Base, Floats, Reader
+from colm_edge.together import Done, Task, answer_together
 
 if TYPE_CHECKING:
     from colm_edge.options import Options
     from colm_edge.pair import Pair
-    from colm_edge.stream import Answer
     from colm_edge.train.documents import Row
     from colm_edge.train.scoring import MakeProgress
 
+Facts = dict[str, Any]
 KEPT = {"text", "tokens", "deferred", "seconds", "cut"}  # of an answer in a journal
 
 
@@ -62,52 +63,8 @@ class Generated:
     right: npt.NDArray[np.float64]  # the metric, 0 to 1
     tokens: npt.NDArray[np.int64]
     deferred: npt.NDArray[np.int64]  # of the tokens
-    seconds: npt.NDArray[np.float64]  # of the generation, without reading the expert's weights
+    seconds: npt.NDArray[np.float64]  # that it took, without reading the expert's weights
     cut: npt.NDArray[np.bool_]  # ended by max_tokens or the context, not by the model
-
-
-class Journal:
-    """Results kept in a JSONL file, one line each, so that a run that was stopped can go on.
-
-    Raises DataError when the file holds something else or cannot be written.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._entries: dict[str, dict[str, Any]] = {}
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with path.open("ab+") as file:
-                file.seek(0)
-                whole = 0
-                for line in file:
-                    if not line.endswith(b"\n"):
-                        break  # the run was killed while it wrote this line
-                    entry = json.loads(line)
-                    self._entries[entry["key"]] = entry
-                    whole += len(line)
-                file.truncate(whole)
-        except OSError as e:
-            raise DataError(f"{path}: cannot keep results there: {e.strerror or e}") from e
-        except (ValueError, KeyError, TypeError) as e:
-            raise DataError(f"{path}: not a file of kept results ({e}); remove it") from e
-
-    def get(self, key: str) -> dict[str, Any] | None:
-        return self._entries.get(key)
-
-    def add(self, key: str, entry: dict[str, Any]) -> None:
-        """Keep an entry; it is in the file when this returns."""
-        self._entries[key] = entry
-        try:
-            with self._path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"key": key, **entry}) + "\n")
-        except OSError as e:
-            raise DataError(f"{self._path}: cannot keep a result: {e.strerror or e}") from e
-
-
-def key_of(*parts: Any) -> str:
-    """Return a key that identifies these parts, which JSON can write."""
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
 def answers(
@@ -120,33 +77,40 @@ def answers(
     *,
     label: str = "answers",
     journal: Journal | None = None,
+    n_slots: int = 1,
 ) -> Generated:
     """Answer every row's prompt with one switch and judge the answers.
 
     The threshold is that of the options, or the switch's own. label: names the progress bar and
     the journal's lines. journal: keeps the answers; an answer found in it is not generated again.
+    n_slots: how many answers are written at once; their seconds then add up to those of all.
     Raises DataError, before the first answer, for rows that the metric cannot judge.
     """
     with pair.switched(switch):
         if pair.running_rate(options) is None:
             options = options.with_changes(threshold=pair.threshold(options))
 
-        def ask(number: int, row: dict[str, Any]) -> Answer:
+        def task(i: int) -> Task:
+            number, row = rows[i]
             message = {"role": "user", "content": row["prompt"]}
-            if not isinstance(switch, RandomSwitch):
-                return pair.chat([message], **vars(options))
-            with pair.switched(replace(switch, seed=number)):
-                return pair.chat([message], **vars(options))
+            tokens = pair.prompt_tokens([message], raw=options.raw)
+            own = replace(switch, seed=number) if isinstance(switch, RandomSwitch) else None
+            return Task(i, tokens, options, own)
+
+        def write(todo: list[int]) -> Iterator[tuple[int, Facts]]:
+            with closing(answer_together(pair, map(task, todo), n_slots)) as written:
+                for done in written:
+                    yield done.task.key, facts_of(done)
 
         what: list[Any] = []
         if journal is not None:
             models = [pair.base.fingerprint, pair.expert.fingerprint]
             what = [*models, pair.n_ctx, _switch_key(switch), asdict(options)]
-        return judged(ask, rows, metric, progress, label=label, journal=journal, what=what)
+        return judged(write, rows, metric, progress, label=label, journal=journal, what=what)
 
 
 def judged(
-    ask: Callable[[int, dict[str, Any]], Answer],
+    write: Callable[[list[int]], Iterable[tuple[int, Facts]]],
     rows: list[Row],
     metric: Metric,
     progress: MakeProgress,
@@ -155,26 +119,37 @@ def judged(
     journal: Journal | None,
     what: list[Any],
 ) -> Generated:
-    """Ask for an answer to every row and judge it.
+    """Have the rows answered, and judge the answers.
 
-    what: with the row, the key of an answer in the journal: all that it depends on.
+    write: yields (i, what is kept of the answer) for each place of `rows` that it is given, in any
+    order. what: with the row, the key of an answer in the journal: all that it depends on.
     """
     check_rows(rows, metric)
-    entries: list[dict[str, Any]] = []
-    right: list[float] = []
+    keys = [key_of(what, number, row["prompt"]) for number, row in rows]
+    entries: dict[int, Facts] = {}
+    for i, key in enumerate(keys):
+        entry = journal.get(key) if journal is not None else None
+        if entry is not None and entry.keys() >= KEPT:
+            entries[i] = entry
+    todo = [i for i in range(len(rows)) if i not in entries]
     with progress(label, len(rows)) as bar:
-        for number, row in rows:
-            key = key_of(what, number, row["prompt"])
-            entry = journal.get(key) if journal is not None else None
-            if entry is None or not entry.keys() >= KEPT:
-                entry = {"method": label, "line": number, **_facts(ask(number, row))}
-                if journal is not None:
-                    journal.add(key, entry)
-            entries.append(entry)
-            right.append(metric(entry["text"], row))
+        bar.update(len(entries))
+        for i, facts in write(todo) if todo else ():
+            entries[i] = {"method": label, "line": rows[i][0], **facts}
+            if journal is not None:
+                journal.add(keys[i], entries[i])
             bar.update(1)
+    return judge([entries[i] for i in range(len(rows))], rows, metric)
+
+
+def judge(entries: Iterable[Facts], rows: list[Row], metric: Metric) -> Generated:
+    """Judge the answers that were given to the rows."""
+    entries = list(entries)
     return Generated(
-        right=np.array(right, np.float64),
+        right=np.array(
+            [metric(entry["text"], row) for entry, (_, row) in zip(entries, rows, strict=True)],
+            np.float64,
+        ),
         tokens=np.array([entry["tokens"] for entry in entries], np.int64),
         deferred=np.array([entry["deferred"] for entry in entries], np.int64),
         seconds=np.array([entry["seconds"] for entry in entries], np.float64),
@@ -182,16 +157,16 @@ def judged(
     )
 
 
-def _facts(answer: Answer) -> dict[str, Any]:
+def facts_of(done: Done) -> Facts:
     """Return what is kept of an answer."""
-    stats = answer.stats
+    stats = done.answer.stats
     return {
-        "threshold": answer.threshold,
-        "text": answer.text,
+        "threshold": done.answer.threshold,
+        "text": done.answer.text,
         "tokens": stats.n_generated,
         "deferred": stats.n_deferred,
-        "seconds": stats.total_seconds - stats.expert_load_seconds,
-        "cut": answer.finish_reason == "length",
+        "seconds": done.seconds,
+        "cut": done.answer.finish_reason == "length",
     }
 
 

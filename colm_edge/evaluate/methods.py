@@ -17,14 +17,17 @@ import numpy as np
 import numpy.typing as npt
 
 from colm_edge.errors import ColmError, DataError, MismatchError
-from colm_edge.evaluate.generate import Generated, Journal, RandomSwitch, answers
+from colm_edge.evaluate.generate import Facts, Generated, RandomSwitch, answers
+from colm_edge.evaluate.generate import judge as judged_answers
 from colm_edge.evaluate.metrics import METRICS, Metric, check_rows
 from colm_edge.evaluate.proxy_tuning import Proxy
+from colm_edge.journal import Journal
 from colm_edge.switch.file import Switch
 from colm_edge.switch.reading import AnySwitch, FeatureSwitch
 from colm_edge.switch.rules import Untrained
 from colm_edge.tables import Table
 from colm_edge.train.documents import Row, read_rows, tokenized
+from colm_edge.train.prompts import answer_prompts
 from colm_edge.train.scoring import MakeProgress, Scores, score
 
 if TYPE_CHECKING:
@@ -54,6 +57,8 @@ class Comparison:
     that of the decoding options.
 
     weak, proxy: a switch and three models, for the methods of these names.
+    on_expert: score the expert's own greedy answers to the data's prompts, not its completions.
+    n_slots: how many answers are written at once.
 
     Raises ColmError for names that are unknown, and for methods that lack what they need.
     """
@@ -65,6 +70,8 @@ class Comparison:
     defer_rates: Sequence[float] = ()
     weak: Switch | None = None
     proxy: Proxy | None = None
+    on_expert: bool = False
+    n_slots: int = 1
 
     def __post_init__(self) -> None:
         if self.thresholds and self.defer_rates:
@@ -155,32 +162,56 @@ def evaluate(
     _check(pair, rows, options, comparison)
     scoring = Journal(work / "proxy.jsonl") if work is not None else None
     answering = Journal(work / "answers.jsonl") if work is not None else None
-    documents = tokenized(rows, pair, raw=options.raw)
+    by_expert = None
+    if comparison.on_expert:
+        by_expert = answer_prompts(
+            pair, rows, progress,
+            max_tokens=options.max_tokens, n_slots=comparison.n_slots, raw=options.raw, work=work,
+        )  # fmt: skip
+    documents = by_expert.documents if by_expert else tokenized(rows, pair, raw=options.raw)
     if documents.cut_note:
         note(documents.cut_note)
+    recorded = by_expert.recorded if by_expert else None
     # The folder may hold scores of other lines: --limit may have changed.
-    scores = score(pair, documents, progress, work=work, update=True)
+    scores = score(pair, documents, progress, work=work, update=True, recorded=recorded)
     found = _methods(pair.switch, scores, comparison)
     proxy, judge = comparison.proxy, comparison.judge
     if proxy is not None and "proxy" in comparison.names:
         found = chain(found, [_by_proxy(proxy, -proxy.score(documents, progress, scoring))])
     table = []
     for method in found:
-        row = _teacher_forced(method, scores.line)
-        if judge is not None:
-            if isinstance(method.switch, Proxy):
-                given = method.switch.answers(options, rows, judge, progress, journal=answering)
-            else:
-                strategy = "compose" if method.compose else "defer"
-                chosen = options.with_changes(threshold=method.threshold, strategy=strategy)
-                rate = f" {method.deferred.mean():.0%}" if comparison.is_sweep else ""
-                given = answers(
-                    pair, method.switch, chosen, rows, judge, progress,
-                    label=method.name + rate, journal=answering,
-                )  # fmt: skip
-            row |= _generated(given)
+        row = _teacher_forced(method, scores)
+        if judge is not None and by_expert is not None and method.name == "expert":
+            row |= _generated(judged_answers(map(_facts, by_expert.entries), rows, judge))
+        elif judge is not None:
+            row |= _generated(
+                _answers(pair, method, options, comparison, rows, progress, answering)
+            )
         table.append(row)
     return table
+
+
+def _answers(
+    pair: Pair,
+    method: Method,
+    options: Options,
+    comparison: Comparison,
+    rows: list[Row],
+    progress: MakeProgress,
+    journal: Journal | None,
+) -> Generated:
+    """Let a method answer the rows' prompts, and judge the answers."""
+    judge = comparison.judge
+    assert judge is not None
+    if isinstance(method.switch, Proxy):
+        return method.switch.answers(options, rows, judge, progress, journal=journal)
+    strategy = "compose" if method.compose else "defer"
+    chosen = options.with_changes(threshold=method.threshold, strategy=strategy)
+    rate = f" {method.deferred.mean():.0%}" if comparison.is_sweep else ""
+    return answers(
+        pair, method.switch, chosen, rows, judge, progress,
+        label=method.name + rate, journal=journal, n_slots=comparison.n_slots,
+    )  # fmt: skip
 
 
 def _point(pair: Pair, options: Options) -> dict[str, Any]:
@@ -284,14 +315,24 @@ def _by_proxy(proxy: Proxy, nll: Array) -> Method:
     return Method("proxy", None, np.ones(len(nll), np.bool_), nll, nll, proxy)
 
 
-def _teacher_forced(method: Method, line: npt.NDArray[np.int64]) -> dict[str, Any]:
-    return {
+def _teacher_forced(method: Method, scores: Scores) -> dict[str, Any]:
+    row = {
         "method": method.name,
         "threshold": method.threshold,
         "defer_rate": float(method.deferred.mean()),
-        **_with_interval("nll", method.nll, line),
-        **_with_interval("nll_hard", method.nll_hard, line),
+        **_with_interval("nll", method.nll, scores.line),
+        **_with_interval("nll_hard", method.nll_hard, scores.line),
     }
+    if scores.tells_regret:
+        regret = scores.regret(np.arange(len(scores.base)))
+        row["regret_removed"] = float(regret[method.deferred].sum() / max(regret.sum(), 1e-300))
+    return row
+
+
+def _facts(entry: dict[str, Any]) -> Facts:
+    """Return what is kept of an answer that the expert wrote alone."""
+    n = len(entry["tokens"]) - (not entry["cut"])  # without the end token
+    return {**entry, "tokens": n, "deferred": n}
 
 
 def _generated(given: Generated) -> dict[str, Any]:

@@ -52,6 +52,32 @@ def gsm8k(text: str, row: dict[str, Any]) -> float:
 
 
 @metric
+def python(text: str, row: dict[str, Any]) -> float:
+    """The code in the text passes the line's `tests`, a list of statements, after `test_setup`.
+
+    It runs in a child process; see `execute`.
+    """
+    tests = row.get("tests")
+    if not isinstance(tests, list) or not all(isinstance(test, str) for test in tests) or not tests:
+        raise DataError("the metric python needs tests, a list of statements")
+    if not text:  # asked only whether the line can be judged
+        return 0.0
+    from colm_edge.evaluate.execute import passes
+
+    return float(passes("\n".join([code_of(text), row.get("test_setup") or "", *tests])))
+
+
+def code_of(text: str) -> str:
+    """Return the Python code of an answer: the blocks that say they are Python, else all blocks,
+    else the whole text."""
+    for language in (r"(?:python|py)\d?", r"\w*"):
+        fence = rf"```{language}[ \t]*\n(.*?)(?:```|\Z)"
+        if blocks := re.findall(fence, text, re.DOTALL | re.IGNORECASE):
+            return "\n".join(blocks)
+    return text
+
+
+@metric
 def steps(text: str, row: dict[str, Any]) -> float:
     """The share of the completion's annotated results, <<…=result>>, that the text states."""
     wanted = re.findall(r"<<[^<>]*=([^<>]*)>>", row["completion"])
@@ -72,7 +98,8 @@ def _final_number(text: str) -> Decimal | None:
 def check_rows(rows: Iterable[Row], metric: Metric) -> None:
     """Raise DataError for the first line that the metric cannot judge, with the line's number."""
     for number, row in rows:
-        texts = [row.get("prompt"), row.get("completion"), row.get("answer", "-")]
+        completion = row.get("completion") if metric is not METRICS["python"] else "-"
+        texts = [row.get("prompt"), completion, row.get("answer", "-")]
         if not all(isinstance(text, str) and text.strip() for text in texts):
             raise DataError(
                 f"line {number}: a generation metric needs prompt and completion (and, if there "

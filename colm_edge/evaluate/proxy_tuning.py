@@ -22,16 +22,18 @@ from colm_edge.decode.picker import Picker
 from colm_edge.decode.policy import Policy
 from colm_edge.decode.timeline import Timeline
 from colm_edge.errors import MismatchError, ModelError
-from colm_edge.evaluate.generate import Generated, Journal, judged, key_of
+from colm_edge.evaluate.generate import Facts, Generated, facts_of, judged
 from colm_edge.evaluate.metrics import Metric
+from colm_edge.journal import Journal, key_of
 from colm_edge.llama.context import ContextOptions
 from colm_edge.llama.model import Model, shared_vocab
 from colm_edge.llama.sampling import ChainSampler
 from colm_edge.llama.scorer import Scorer
 from colm_edge.llama.session import Session
 from colm_edge.pair import Pair
-from colm_edge.stream import Answer, Stream
+from colm_edge.stream import Stream
 from colm_edge.switch.rules import Untrained
+from colm_edge.together import Done, Task
 from colm_edge.train.documents import Document, Row
 
 if TYPE_CHECKING:
@@ -183,19 +185,21 @@ class Proxy:
         """Answer every row's prompt and judge the answers, as `generate.answers` does with a
         switch."""
 
-        def ask(number: int, row: dict[str, Any]) -> Answer:
-            message = {"role": "user", "content": row["prompt"]}
-            tokens = self.pair.prompt_tokens([message], raw=options.raw)
-            self._check(tokens, number)
-            stream = self.stream_tokens(tokens, options)
-            for _ in stream:
-                pass
-            return stream.answer()
+        def write(todo: list[int]) -> Iterator[tuple[int, Facts]]:
+            for i in todo:
+                number, row = rows[i]
+                message = {"role": "user", "content": row["prompt"]}
+                tokens = self.pair.prompt_tokens([message], raw=options.raw)
+                self._check(tokens, number)
+                stream = self.stream_tokens(tokens, options)
+                for _ in stream:
+                    pass
+                yield i, facts_of(Done(Task(i, tokens, options), stream.answer(), stream.end))
 
         # Options that have no effect here must not change the keys in the journal.
         options = replace(options, threshold=None, defer_rate=None, strategy="defer")
         what = [*self._key(), asdict(options)] if journal is not None else []
-        return judged(ask, rows, metric, progress, label=NAME, journal=journal, what=what)
+        return judged(write, rows, metric, progress, label=NAME, journal=journal, what=what)
 
     def stream_tokens(self, tokens: Sequence[int], options: Options) -> Stream:
         """Continue a prompt that is given as token ids. The pair's own loop defers every token to

@@ -18,7 +18,7 @@ from colm_edge.decode.step import Step
 from colm_edge.options import Options, ServerOptions
 from colm_edge.serve.errors import RefusalError
 from colm_edge.serve.metrics import Metrics
-from colm_edge.serve.slots import Slots
+from colm_edge.slots import Slots
 from colm_edge.stream import Answer
 
 if TYPE_CHECKING:

@@ -27,6 +27,7 @@ from colm_edge.switch.reading import (
 
 ARCHITECTURE = "colmswitch"
 VERSION = 1
+PREFIX = "colm.switch."
 HEAD_BYTES = 256  # of a GGUF file, where its architecture stands
 FEATURE_SETS = {
     "hidden": (HIDDEN,),
@@ -52,7 +53,8 @@ class Switch:
     defer_rates: tuple[float, ...] = ()
     thresholds: tuple[float, ...] = ()
     name: str = "switch"
-    info: dict[str, str] = field(default_factory=dict)  # free notes, e.g. how it was trained
+    # Notes: how it was trained, and for which models (SHA-256 and fingerprints of their files).
+    info: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         unknown = [f for f in self.features if f != HIDDEN and f not in readout.FEATURES]
@@ -135,6 +137,11 @@ class Switch:
             d += hidden @ w_hidden[0]
         return sigmoids(d)
 
+    def is_for(self, role: str, fingerprint: str) -> bool:
+        """Return whether it was fitted for a model, "base" or "expert", or does not say."""
+        known = self.info.get(f"{role}_fingerprint", "").split()
+        return not known or fingerprint in known
+
     def threshold_for(self, defer_rate: float) -> float:
         """Return the threshold that defers about this share of the tokens.
 
@@ -209,6 +216,11 @@ class Switch:
                 defer_rates=_floats(keys.get("colm.switch.calibration.defer_rates", [])),
                 thresholds=_floats(keys.get("colm.switch.calibration.thresholds", [])),
                 name=str(path),
+                info={
+                    key.removeprefix(PREFIX): value
+                    for key, value in keys.items()
+                    if key.startswith(PREFIX) and isinstance(value, str)
+                },
             )
         except KeyError as e:
             raise SwitchError(f"{path}: the switch lacks {e.args[0]}; train it again") from e

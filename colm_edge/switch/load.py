@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
+from colm_edge.llama.model import Model
 from colm_edge.switch.file import Switch
 from colm_edge.switch.onnx import OnnxSwitch
 from colm_edge.switch.reading import AnySwitch
@@ -25,3 +26,16 @@ def load_switch(ref: str | os.PathLike[str]) -> AnySwitch:
     if isinstance(ref, str) and ref in NAMED:
         return NAMED[ref]
     return OPENERS.get(Path(ref).suffix.lower(), Switch.load)(ref)
+
+
+def warnings_of(switch: AnySwitch, models: Mapping[str, object]) -> Iterator[str]:
+    """Yield a line for each model, by its role, that a trained switch was not fitted for. Servers
+    do not tell their files."""
+    for role, model in models.items():
+        if not isinstance(switch, Switch) or not isinstance(model, Model):
+            continue
+        if not switch.is_for(role, model.fingerprint):
+            yield (
+                f"{switch.name} was fitted for another {role} than {model.path.name}: it may defer "
+                "too much, too little or in the wrong places; `colm-edge train` fits one"
+            )

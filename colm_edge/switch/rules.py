@@ -15,6 +15,9 @@ from colm_edge.errors import MismatchError, SwitchError
 from colm_edge.switch.reading import N_LOGIT, Base, Doubles, Floats, Reader, sigmoid
 
 DEFER_TOKEN = "<|defer|>"  # the token Co-LLM's training adds; its output row is the switch
+# The share of tokens that is deferred where nobody says how many, by a rule that was not fitted to
+# the pair: its p_defer says which tokens come first, not how much they would gain.
+DEFAULT_RATE = 0.2
 # p_defer as a function of the logit feature that the rule is named after: of one number with the
 # functions of `math`, of an array with numpy's.
 RULES: dict[str, Callable[[Any, ModuleType], Any]] = {

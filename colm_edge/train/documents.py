@@ -173,16 +173,21 @@ def tokenized(
     token ids in a file, so that memory use is 24 bytes a document, whatever its length.
     Raises DataError with the number of a line that cannot be scored, or when no line can.
     """
+    return gathered(_documents_of(rows, pair, raw), pair.n_ctx, work)
+
+
+def gathered(documents: Iterable[Document], n_ctx: int, work: Path | None = None) -> Documents:
+    """Return documents as arrays, cut where a context of n_ctx tokens ends; work: as above."""
     if work is None:
         tokens = array("i")
-        counts = _collect(rows, pair, raw, tokens.extend)
+        counts = _collect(documents, n_ctx, tokens.extend)
         return _checked(Documents(np.frombuffer(tokens, np.int32), *counts))
     path = work / TOKENS_FILE
     try:
         work.mkdir(parents=True, exist_ok=True)
         with replacing(path) as temporary:
             with temporary.open("wb") as file:
-                counts = _collect(rows, pair, raw, lambda new: file.write(array("i", new)))
+                counts = _collect(documents, n_ctx, lambda new: file.write(array("i", new)))
             _checked(Documents(np.empty(0, np.int32), *counts))  # an empty file cannot be mapped
         return Documents(np.memmap(path, np.int32, "r"), *counts)
     except OSError as e:
@@ -190,27 +195,23 @@ def tokenized(
 
 
 def _collect(
-    rows: Iterable[Row], pair: Pair, raw: bool, keep: Callable[[list[int]], object]
+    documents: Iterable[Document], n_ctx: int, keep: Callable[[list[int]], object]
 ) -> tuple[Ints, Ints, Ints, int, int, int]:
     """Pass the tokens to `keep`, document by document; return the other fields of Documents."""
     lengths, starts, lines = array("q"), array("q"), array("q")
     n_cut = n_dropped = 0
-    for number, row in rows:
-        try:
-            for document in _documents(row, pair, raw, number):
-                tokens = document.tokens[: pair.n_ctx]
-                n_cut += len(document.tokens) > len(tokens)
-                if document.start >= len(tokens):
-                    n_dropped += 1
-                    continue
-                keep(tokens)
-                lengths.append(len(tokens))
-                starts.append(document.start)
-                lines.append(number)
-        except (ValueError, PromptError) as e:
-            raise DataError(f"line {number}: {e}") from e
+    for document in documents:
+        tokens = document.tokens[:n_ctx]
+        n_cut += len(document.tokens) > len(tokens)
+        if document.start >= len(tokens):
+            n_dropped += 1
+            continue
+        keep(tokens)
+        lengths.append(len(tokens))
+        starts.append(document.start)
+        lines.append(document.line)
     small = [np.frombuffer(column, np.int64) for column in (lengths, starts, lines)]
-    return small[0], small[1], small[2], pair.n_ctx, n_cut, n_dropped
+    return small[0], small[1], small[2], n_ctx, n_cut, n_dropped
 
 
 def _checked(documents: Documents) -> Documents:
@@ -222,6 +223,14 @@ def _checked(documents: Documents) -> Documents:
             f"{documents.n_ctx} tokens: raise -c, or give texts of two tokens or more"
         )
     raise DataError("the data has no documents; expected one JSON object a line")
+
+
+def _documents_of(rows: Iterable[Row], pair: Pair, raw: bool) -> Iterator[Document]:
+    for number, row in rows:
+        try:
+            yield from _documents(row, pair, raw, number)
+        except (ValueError, PromptError) as e:
+            raise DataError(f"line {number}: {e}") from e
 
 
 def _documents(row: dict[str, Any], pair: Pair, raw: bool, line: int) -> Iterator[Document]:

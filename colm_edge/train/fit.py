@@ -6,6 +6,7 @@ fine-tuning (arXiv 2403.03870, section 2.2) that needs only the two GGUF files.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -16,8 +17,10 @@ import numpy as np
 
 from colm_edge import readout
 from colm_edge.errors import DataError
+from colm_edge.files import sha256_of
 from colm_edge.switch.file import FEATURE_SETS, Switch
 from colm_edge.switch.reading import HIDDEN, sigmoids
+from colm_edge.switch.rules import DEFAULT_RATE
 from colm_edge.train.documents import Documents
 from colm_edge.train.heads import (
     CHUNK_ROWS,
@@ -32,11 +35,11 @@ from colm_edge.train.objectives import (
     BEST_OF,
     OBJECTIVES,
     Rows,
+    hard_loss,
     loss_figures,
-    mean_hard_loss,
     weak_label,
 )
-from colm_edge.train.scoring import MakeProgress, Scores, score, scored_by
+from colm_edge.train.scoring import MakeProgress, Recorded, Scores, score, scored_by
 
 if TYPE_CHECKING:
     from colm_edge.pair import Pair
@@ -49,6 +52,7 @@ MIN_LINES = 5
 SEARCH_TOKENS = 100_000  # enough to choose the objective and the regularisation
 FIT_BYTES = 4 << 30  # of columns in memory; a sample of the tokens where all take more
 L2_GRID = (1e-2, 1e-3, 1e-4, 1e-5)  # on standardised weights
+PRIOR_L2_GRID = (1.0, 0.3, 0.1, 0.03, *L2_GRID)  # on their distance from a rule's
 CALIBRATED_RATES = tuple(round(0.05 * i, 2) for i in range(21))
 
 
@@ -58,7 +62,8 @@ class FitOptions:
 
     features: hidden, logits or both; None takes those of the switch that is updated, or both.
     objective: a name in OBJECTIVES, or "best": the one in BEST_OF whose hard decisions at defer
-    rates of 0.1 to 0.3 are likelier on the held-back lines.
+    rates of 0.1 to 0.3 are likelier on the held-back lines; for text that the expert wrote itself,
+    "regret".
     seed: decides which lines are held back.
     update: the switch that this one replaces; the fit starts from it and the report compares them.
     compare: fit the other feature sets as well and report how they do.
@@ -109,6 +114,7 @@ class Trial:
     l2: float
     p: Array
     figures: dict[str, float]
+    hard_loss: float
 
 
 def fit_switch(
@@ -119,10 +125,11 @@ def fit_switch(
     progress: MakeProgress,
     work: Path | None = None,
     expert_scores: Path | None = None,
+    recorded: Recorded | None = None,
 ) -> Fit:
     """Score the documents, fit a switch on one part of them and judge it on the other.
 
-    work, expert_scores: as in `score`.
+    work, expert_scores, recorded: as in `score`.
 
     The report's losses are nats per token of the held-back lines, on which objective,
     regularisation, threshold and calibration were chosen too: judge a switch on separate data.
@@ -138,18 +145,18 @@ def fit_switch(
         work=work,
         update=update is not None,
         expert_scores=expert_scores,
+        recorded=recorded,
     )
     split = _split(scores, held_back)
     features = options.features or _feature_set(update)
     names = FEATURE_SETS[features]
     old = None if update is None or update.features != names else _head(update)
-    trial, trials = fit_head(split, names, options.objective, old)
-    info = {
-        "base": pair.base.path.name,
-        "expert": Path(scored_by(expert_scores) or pair.expert.name).name,
-        "objective": trial.objective,
-    }
-    switch = _switch(trial, names, split, info)
+    # An expert likes its own text better throughout: that it does says nothing of a token.
+    by_expert = recorded is not None and options.objective == "best"
+    objective = "regret" if by_expert else options.objective
+    trial, trials = fit_head(split, names, objective, old)
+    info = _identities(pair, scored_by(expert_scores), expert_scores is not None)
+    switch = _switch(trial, names, split, info | {"objective": trial.objective})
     chosen = {}
     if options.choose is not None:
         threshold, chosen["threshold_by"] = options.choose(switch, held_back)
@@ -170,6 +177,19 @@ def fit_switch(
     return Fit(switch, report, scores, split.valid, trial.p, p_before)
 
 
+def _identities(pair: Pair, scorer: str | None, elsewhere: bool) -> dict[str, str]:
+    """Return what a switch remembers of the models: their names, and what tells their files from
+    others. scorer: the expert's name, if it scored elsewhere."""
+    found = {"base": pair.base.path.name, "expert": Path(scorer or pair.expert.name).name}
+    models = {"base": pair.base}
+    if pair.expert_is_here and not elsewhere:
+        models["expert"] = pair.expert_session.model
+    for role, model in models.items():
+        found[f"{role}_fingerprint"] = model.fingerprint
+        found[f"{role}_sha256"] = " ".join(sha256_of(file) for file in model.files)
+    return found
+
+
 def fit_head(
     split: Split, names: tuple[str, ...], objective: str = "best", old: Head | None = None
 ) -> tuple[Trial, dict[str, Trial]]:
@@ -183,13 +203,23 @@ def fit_head(
     """
     trials = _trials(split, names, old)
     if objective == "best":
-        objective = min(BEST_OF, key=lambda name: mean_hard_loss(trials[name].figures))
+        objective = min(BEST_OF, key=lambda name: trials[name].hard_loss)
+    if objective not in trials:
+        raise DataError(
+            f"the objective {objective} needs the expert's view of the base's choices, which a "
+            "server does not tell; give the expert as a GGUF file, or another objective"
+        )
     trial = trials[objective]
     rows = _sample(split.train, FIT_BYTES // (4 * len(trial.head.weight)))
     if len(rows) > trial.n_tokens:
         chosen = OBJECTIVES[objective]
         block = Standardised(feature_columns(split.scores, rows, names))
-        head = block.fit(chosen.loss(split.scores, rows), trial.l2, trial.head)
+        loss = chosen.loss(split.scores, rows)
+        prior = _margin_head(block, loss, names) if chosen.by_margin else None
+        if prior is not None and math.isinf(trial.l2):
+            head = prior
+        else:
+            head = block.fit(loss, trial.l2, trial.head, prior)
         if chosen.ranks:
             mixture = OBJECTIVES["marginal"].loss(split.scores, rows)
             head = block.rescaled(head, mixture, trials["marginal"].l2)
@@ -225,12 +255,16 @@ def _feature_set(update: Switch | None) -> str:
 def _switch(trial: Trial, names: tuple[str, ...], split: Split, info: dict[str, str]) -> Switch:
     """Return the trial's head as a calibrated switch."""
     rates, thresholds = calibrate(trial.p)
+    if OBJECTIVES[trial.objective].needs_regret:  # no text says how much of it should go
+        threshold = float(np.interp(DEFAULT_RATE, rates, thresholds))
+    else:
+        threshold = choose_threshold(trial.p, *split.gold(split.valid))
     return Switch(
         features=names,
         weight=trial.head.weight.astype(np.float32)[None, :],
         bias=np.array([trial.head.bias], np.float32),
         n_embd=split.scores.hidden.shape[1],
-        threshold=choose_threshold(trial.p, *split.gold(split.valid)),
+        threshold=threshold,
         defer_rates=rates,
         thresholds=thresholds,
         info=info,
@@ -245,18 +279,22 @@ def _trials(split: Split, names: tuple[str, ...], old: Head | None) -> dict[str,
     scores = split.scores
     rows, judged = _sample(split.train, SEARCH_TOKENS), _sample(split.valid, SEARCH_TOKENS)
     block = Standardised(feature_columns(scores, rows, names))
-    held_back, gold = feature_columns(scores, judged, names), split.gold(judged)
+    held_back = feature_columns(scores, judged, names)
     starts: dict[str, Head | None] = {"zero": None}
     if old is not None:
         starts["old"] = old
     found: dict[str, tuple[float, Head]] = {}
     for name, objective in OBJECTIVES.items():
+        if objective.needs_regret and not scores.tells_regret:
+            continue
+        loss = objective.loss(scores, rows)
         l2, head = _best_l2(
             block,
-            objective.loss(scores, rows),
+            loss,
             [starts[start] for start in objective.starts if start in starts],
+            _margin_head(block, loss, names) if objective.by_margin else None,
             held_back,
-            partial(objective.judge, *gold),
+            partial(objective.judge, scores, judged),
         )
         # A head fitted to labels that are all alike would mislead those that start from it.
         if name != "weak" or len(np.unique(weak_label(scores, rows))) > 1:
@@ -274,17 +312,20 @@ def _best_l2(
     block: Standardised,
     loss: Loss,
     starts: list[Head | None],
+    prior: Head | None,
     held_back: Columns,
     judge: Callable[[Array], float],
 ) -> tuple[float, Head]:
     """Return the l2 of the grid whose head is judged the best on held-back columns, and the head.
 
     From the strongest on, each fit starts from the one before. It stops at the first that is no
-    better on what is held back.
+    better on what is held back. prior: the head that an infinite l2 would give, if not zeros.
     """
     best: tuple[float, float, Head] | None = None
-    for l2 in L2_GRID:
-        heads = [block.fit(loss, l2, start) for start in starts]
+    if prior is not None:
+        best, starts = (judge(prior(held_back)), math.inf, prior), [prior]
+    for l2 in L2_GRID if prior is None else PRIOR_L2_GRID:
+        heads = [block.fit(loss, l2, start, prior) for start in starts]
         head = min(heads, key=lambda head: loss(block.d(head))[0])
         value = judge(head(held_back))
         if best is not None and value >= best[0]:
@@ -294,12 +335,25 @@ def _best_l2(
     return best[1:]
 
 
+def _margin_head(block: Standardised, loss: Loss, names: tuple[str, ...]) -> Head | None:
+    """Return the head that ranks as `margin` does, with the lowest loss; None without that feature.
+
+    The hidden state, if it is read, stands first.
+    """
+    if "margin" not in names:
+        return None
+    weight = np.zeros(block.columns.shape[1])
+    weight[names.index("margin") - len(names)] = -1.0
+    return block.rescaled(Head(weight, 0.0), loss, 0.0)
+
+
 def _trial(
     objective: str, head: Head, l2: float, split: Split, names: tuple[str, ...], n_tokens: int
 ) -> Trial:
     d = _d(head, split.scores, split.valid, names)
-    figures = loss_figures(*split.gold(split.valid), d)
-    return Trial(objective, n_tokens, head, l2, sigmoids(d), figures)
+    figures = loss_figures(split.scores, split.valid, d)
+    hard = hard_loss(split.scores, split.valid, d)
+    return Trial(objective, n_tokens, head, l2, sigmoids(d), figures, hard)
 
 
 def _head(switch: Switch) -> Head:
@@ -329,10 +383,10 @@ def _figures_of(trial: Trial, threshold: float, split: Split) -> dict[str, float
 
 def _counts(
     documents: Documents, held_back: set[int], split: Split, trial: Trial
-) -> dict[str, float]:
+) -> dict[str, float | None]:
     """Return the report's account of what the head was fitted and judged on."""
     return {
-        "l2": trial.l2,
+        "l2": trial.l2 if math.isfinite(trial.l2) else None,  # None: the rule itself
         "n_train": len(np.unique(documents.lines)) - len(held_back),
         "n_valid": len(held_back),
         "n_cut": documents.n_cut,
@@ -347,7 +401,10 @@ def _before(update: Switch, split: Split) -> tuple[Array, dict[str, float]]:
     """Return an older switch's p_defer of the held-back tokens, and its figures."""
     d = _d(_head(update), split.scores, split.valid, update.features)
     p, gold = sigmoids(d), split.gold(split.valid)
-    return p, {**loss_figures(*gold, d), **_figures_at(update.threshold, p, *gold)}
+    return p, {
+        **loss_figures(split.scores, split.valid, d),
+        **_figures_at(update.threshold, p, *gold),
+    }
 
 
 def _feature_sets(features: str, trial: Trial, split: Split) -> dict[str, dict[str, float]]:

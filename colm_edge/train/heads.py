@@ -68,26 +68,34 @@ class Standardised:
             columns[rows] = (columns[rows] - self.mean) / self.scale
         self.columns = columns
 
-    def fit(self, loss_of_d: Loss, l2: float, start: Head | None = None) -> Head:
-        """Fit a head under a loss of d (n,), with l2 · |weight|² in the standard units.
+    def fit(
+        self, loss_of_d: Loss, l2: float, start: Head | None = None, prior: Head | None = None
+    ) -> Head:
+        """Fit a head under a loss of d (n,), with l2 · |weight − prior's|² in the standard units.
 
-        The units are folded into the weights that come back.
+        prior: the head that a strong l2 holds it to; none stands for zeros. The units are folded
+        into the weights that come back.
         """
+        centre = self._standard(prior)[:-1]
 
         def loss(x: Array) -> tuple[float, Array]:
             weight, bias = x[:-1], x[-1]
             d = np.asarray(self.columns @ weight.astype(np.float32), np.float64) + bias
             value, by_d = loss_of_d(d)
             by_weight = np.asarray(by_d.astype(np.float32) @ self.columns, np.float64)
-            by_weight += 2 * l2 * weight
-            return value + l2 * float(weight @ weight), np.append(by_weight, by_d.sum())
+            off = weight - centre
+            by_weight += 2 * l2 * off
+            return value + l2 * float(off @ off), np.append(by_weight, by_d.sum())
 
-        x = np.zeros(self.columns.shape[1] + 1)
-        if start is not None:
-            x = np.append(start.weight * self.scale, start.bias + float(self.mean @ start.weight))
-        x = minimize(loss, x)
+        x = minimize(loss, self._standard(start or prior))
         weight = x[:-1] / self.scale
         return Head(weight, float(x[-1] - self.mean @ weight))
+
+    def _standard(self, head: Head | None) -> Array:
+        """Return a head's weights and its bias in the standard units, (k + 1,)."""
+        if head is None:
+            return np.zeros(self.columns.shape[1] + 1)
+        return np.append(head.weight * self.scale, head.bias + float(self.mean @ head.weight))
 
     def d(self, head: Head) -> Array:
         """Return d of these columns, (n,)."""

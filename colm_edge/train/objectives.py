@@ -1,8 +1,8 @@
 """What a head is fitted to: losses of d, the logit of p_defer, and how their heads are judged.
 
-The paper's marginal likelihood and its weak supervision (arXiv 2403.03870), and a loss of our own
-for hard decisions at a given budget of deferrals. An entry of OBJECTIVES is all that a new one
-needs.
+The paper's marginal likelihood and its weak supervision (arXiv 2403.03870), and two of our own: the
+likelihood of hard decisions at a given budget of deferrals, and what the expert would regret of the
+base's choices. An entry of OBJECTIVES is all that a new one needs.
 """
 
 from __future__ import annotations
@@ -22,6 +22,9 @@ Rows = npt.NDArray[np.int64]
 WEAK_POSITIVE_WEIGHT = 8.0  # of a weak label 1, as in the authors' script
 DEFER_RATES = (0.1, 0.2, 0.3)  # that people use: what the budget loss and the reports look at
 NEWTON_STEPS = 50  # 3 to 6 are usual
+# The expert rejects the base's choice if it finds it less likely than its own by so many nats.
+REJECTED = 0.5
+REGRET_RATES = (0.05, 0.1, 0.2)  # at which heads are judged by the regret that they remove
 
 
 def marginal_loss(base: Array, expert: Array, d: Array) -> tuple[float, Array]:
@@ -41,6 +44,23 @@ def weak_loss(label: Array, d: Array) -> tuple[float, Array]:
     weight = np.where(label > 0, WEAK_POSITIVE_WEIGHT, 1.0) / len(d)
     loss = weight * (np.logaddexp(0, d) - label * d)
     return float(loss.sum()), weight * (sigmoids(d) - label)
+
+
+def regret_loss(regret: Array, d: Array) -> tuple[float, Array]:
+    """Return the binary cross-entropy of whether the expert rejects the base's choice, and its
+    gradient in d. What it rejects weighs as much as it regrets it, all else as one nat."""
+    label = regret > REJECTED
+    weight = np.where(label, regret, 1.0) / len(d)
+    loss = weight * (np.logaddexp(0, d) - label * d)
+    return float(loss.sum()), weight * (sigmoids(d) - label)
+
+
+def regret_removed(rank: Array, regret: Array, rates: tuple[float, ...] = REGRET_RATES) -> Array:
+    """Return the share of all regret that is removed when the tokens of highest rank are deferred,
+    one number for each of the rates. Ties are taken in their order."""
+    total = np.cumsum(np.concatenate(([0.0], regret[np.argsort(-rank, kind="stable")])))
+    places = np.round(np.array(rates) * len(rank)).astype(np.int64)
+    return np.asarray(total[places] / max(float(total[-1]), 1e-300), np.float64)
 
 
 def budget_loss(
@@ -91,26 +111,34 @@ def hard_curve(rank: Array, base: Array, expert: Array) -> Array:
     return curve
 
 
-def loss_figures(base: Array, expert: Array, d: Array) -> dict[str, float]:
-    """Return the joint loss, and that of hard decisions at the defer rates that people use."""
+def loss_figures(scores: Scores, rows: Rows, d: Array) -> dict[str, float]:
+    """Return the joint loss, that of hard decisions at the defer rates that people use, and, where
+    it is known, the share of the regret that these remove."""
+    base, expert = scores.base[rows], scores.expert[rows]
     curve = hard_curve(d, base, expert)
-    figures = {"nll_joint": _joint_loss(base, expert, d)}
+    figures = {"nll_joint": _joint_loss(scores, rows, d)}
     for rate in DEFER_RATES:
         figures[f"nll_hard_{rate}"] = float(curve[round(rate * len(d))])
+    if scores.tells_regret:
+        removed = regret_removed(d, scores.regret(rows)).tolist()
+        names = [f"regret_removed_{rate}" for rate in REGRET_RATES]
+        figures |= dict(zip(names, removed, strict=True))
     return figures
 
 
-def _joint_loss(base: Array, expert: Array, d: Array) -> float:
-    return marginal_loss(base, expert, d)[0]
+def _joint_loss(scores: Scores, rows: Rows, d: Array) -> float:
+    return marginal_loss(scores.base[rows], scores.expert[rows], d)[0]
 
 
-def _hard_loss(base: Array, expert: Array, d: Array) -> float:
-    return mean_hard_loss(loss_figures(base, expert, d))
+def hard_loss(scores: Scores, rows: Rows, d: Array) -> float:
+    """Return the mean loss of hard decisions at those rates."""
+    curve = hard_curve(d, scores.base[rows], scores.expert[rows])
+    return sum(float(curve[round(rate * len(d))]) for rate in DEFER_RATES) / len(DEFER_RATES)
 
 
-def mean_hard_loss(figures: dict[str, float]) -> float:
-    """Return the mean loss of hard decisions over those rates."""
-    return sum(figures[f"nll_hard_{rate}"] for rate in DEFER_RATES) / len(DEFER_RATES)
+def regret_left(scores: Scores, rows: Rows, d: Array) -> float:
+    """Return the mean share of the regret that is left at REGRET_RATES."""
+    return 1.0 - float(regret_removed(d, scores.regret(rows)).mean())
 
 
 def weak_label(scores: Scores, rows: Rows) -> Array:
@@ -123,17 +151,22 @@ class Objective:
     """What a head can be fitted to.
 
     loss: (scores, rows) -> the loss of d on these rows, to minimise.
-    judge: (base, expert, d) of held-back tokens -> a number; the regularisation with the lowest one
+    judge: (scores, rows, d) of held-back tokens -> a number; the regularisation with the lowest one
     is taken.
     starts: where the fit starts; of several, the best result is taken: "zero", "old" (the switch
     that is updated), or the head of an objective that stands earlier in OBJECTIVES.
     ranks: d says only which tokens come first, so it is rescaled to the likeliest mixture.
+    by_margin: the regularisation holds the head to the untrained rule `margin`, and that rule
+    itself is taken where no fit is judged better.
+    needs_regret: of the scores.
     """
 
     loss: Callable[[Scores, Rows], Loss]
-    judge: Callable[[Array, Array, Array], float]
-    starts: tuple[str, ...]
+    judge: Callable[[Scores, Rows, Array], float]
+    starts: tuple[str, ...] = ("zero",)
     ranks: bool = False
+    by_margin: bool = False
+    needs_regret: bool = False
 
 
 # Fitted in this order.
@@ -141,8 +174,7 @@ OBJECTIVES = {
     # The paper's weak supervision.
     "weak": Objective(
         loss=lambda scores, rows: partial(weak_loss, weak_label(scores, rows)),
-        judge=_hard_loss,
-        starts=("zero",),
+        judge=hard_loss,
     ),
     # The paper's likelihood of the mixture.
     "marginal": Objective(
@@ -153,9 +185,16 @@ OBJECTIVES = {
     # The likelihood of hard decisions at the defer rates that people use.
     "budget": Objective(
         loss=lambda scores, rows: partial(budget_loss, scores.expert[rows] - scores.base[rows]),
-        judge=_hard_loss,
+        judge=hard_loss,
         starts=("marginal",),
         ranks=True,
+    ),
+    # Whether the expert would reject the base's choice.
+    "regret": Objective(
+        loss=lambda scores, rows: partial(regret_loss, scores.regret(rows)),
+        judge=regret_left,
+        by_margin=True,
+        needs_regret=True,
     ),
 }
 BEST_OF = ("marginal", "budget")  # what the objective "best" chooses from; weak is a baseline

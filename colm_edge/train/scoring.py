@@ -6,13 +6,13 @@ stopped.
 
     tokens.int32                token ids of all documents
     token.int32, line.int64   of every scored token, in the documents' order
-    base-<fingerprint>/       columns logprob, right, hidden, features (see FolderStore)
-    expert-<fingerprint>/     columns logprob, right
+    base-<fingerprint>/       columns logprob, likeliest, hidden, features (see FolderStore)
+    expert-<fingerprint>/     columns logprob, right, best, choice
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,6 +46,8 @@ PACK_TOKENS = 1024  # of short documents, evaluated together
 # A remote expert's log-probability is above this; vLLM gives it for a probability of zero, and
 # llama.cpp one below it.
 ZERO_PROBABILITY = -9999.0
+LEAST_LOGPROB = -1e4  # stands for minus infinity, of what the expert never writes
+EXPERT_COLUMNS = ("logprob", "right", "best", "choice")
 
 
 class Progress(Protocol):
@@ -55,6 +57,9 @@ class Progress(Protocol):
 
 
 MakeProgress = Callable[[str, int], AbstractContextManager[Progress]]
+# What an expert told while it wrote documents, by their keys: of each of the tokens, its likeliest
+# ones, best first, (n, k), and their log-probabilities.
+Recorded = Mapping[int, tuple[npt.NDArray[np.int32], Array]]
 
 
 @dataclass
@@ -65,10 +70,27 @@ class Scores:
     logit_features: npt.NDArray[np.float32]  # (n, 8)
     base: Array  # log-probability of the gold token, nats
     expert: Array
-    base_right: npt.NDArray[np.bool_]  # the gold token is the model's likeliest
-    expert_right: npt.NDArray[np.bool_]
+    best: Array  # log-probability of the expert's own likeliest token, by the expert
+    choice: Array  # of the base's likeliest token, by the expert; NaN where a server does not tell
+    likeliest: npt.NDArray[np.int32]  # the base's token
+    expert_right: npt.NDArray[np.bool_]  # the gold token is the expert's likeliest
     token: npt.NDArray[np.int32]  # the gold token
     line: npt.NDArray[np.int64]
+
+    @property
+    def tells_regret(self) -> bool:
+        """Whether the regret is known: a server's expert does not tell it."""
+        return len(self.choice) > 0 and not np.isnan(self.choice[0])
+
+    @property
+    def base_right(self) -> npt.NDArray[np.bool_]:
+        """Whether the gold token is the base's likeliest, (n,)."""
+        return np.asarray(self.likeliest == self.token, np.bool_)
+
+    def regret(self, rows: npt.NDArray[np.int64]) -> Array:
+        """Return the nats by which the expert prefers its likeliest token to the base's, 0 or more,
+        (n,)."""
+        return np.maximum(self.best[rows] - self.choice[rows], 0.0)
 
 
 def score(
@@ -79,31 +101,72 @@ def score(
     work: Path | None = None,
     update: bool = False,
     expert_scores: Path | None = None,
+    recorded: Recorded | None = None,
 ) -> Scores:
     """Evaluate every document once with each model.
 
     work: a folder that keeps the results; a killed run goes on from them, and those of another
     model or of other data are refused. update: other data and another expert are accepted there;
     documents that the folder has scores of are not evaluated again. expert_scores: a file that
-    `score_expert` wrote, instead of the expert.
+    `score_expert` wrote, instead of the expert. recorded: what the expert told when it wrote the
+    documents, for which it is then not evaluated.
 
     Raises DataError for scores that do not belong to these documents and for a full disk,
     ColmError for a model that gives NaN.
     """
     base = score_model(pair, "base", documents, progress, work=work, update=update)
-    if expert_scores is not None:
+    likeliest = base["likeliest"]
+    if recorded is not None:
+        expert = _from_records(recorded, documents, likeliest)
+    elif expert_scores is not None:
         expert = _read_expert_scores(expert_scores, documents)
     else:
-        expert = score_model(pair, "expert", documents, progress, work=work, update=update)
+        expert = score_model(
+            pair, "expert", documents, progress, work=work, update=update, choices=likeliest
+        )
+    told = _tokens_and_lines(documents, work)
     return Scores(
         hidden=base["hidden"],
         logit_features=base["features"],
         base=base["logprob"],
         expert=expert["logprob"],
-        base_right=base["right"],
+        best=expert["best"],
+        choice=expert["choice"],
+        likeliest=likeliest,
         expert_right=expert["right"],
-        **_tokens_and_lines(documents, work),
+        **told,
     )
+
+
+def _from_records(
+    recorded: Recorded, documents: Documents, choices: npt.NDArray[np.int32]
+) -> Columns:
+    """Return the expert's columns as it told them itself. A token that is not among those that it
+    named counts as likely as the last of these."""
+    rows = [_rows_of(recorded, documents, i) for i in range(len(documents))]
+    ids = np.concatenate([ids for ids, _ in rows])
+    logprobs = np.concatenate([logprobs for _, logprobs in rows])
+    gold = documents.scored(0, len(documents))
+
+    def logprob_of(tokens: npt.NDArray[np.int32]) -> Array:
+        named = ids == tokens[:, None]
+        place = np.where(named.any(axis=1), named.argmax(axis=1), ids.shape[1] - 1)
+        return np.take_along_axis(logprobs, place[:, None], axis=1)[:, 0]
+
+    return {
+        "logprob": logprob_of(gold),
+        "right": ids[:, 0] == gold,
+        "best": logprobs[:, 0],
+        "choice": logprob_of(choices),
+    }
+
+
+def _rows_of(
+    recorded: Recorded, documents: Documents, i: int
+) -> tuple[npt.NDArray[np.int32], Array]:
+    ids, logprobs = recorded[documents.key(i)]
+    n = int(documents.counts[i])
+    return ids[:n], logprobs[:n]
 
 
 def _tokens_and_lines(documents: Documents, work: Path | None) -> Columns:
@@ -139,7 +202,11 @@ def score_expert(
 
     Returns a summary. Raises WriteError when the file cannot be written.
     """
-    columns = score_model(pair, "expert", documents, progress, work=work, update=update)
+    base = score_model(pair, "choice", documents, progress, work=work, update=update)
+    columns = score_model(
+        pair, "expert", documents, progress,
+        work=work, update=update, choices=base["likeliest"],
+    )  # fmt: skip
     with replacing(path) as temporary, temporary.open("wb") as file:
         np.savez(
             file,
@@ -149,6 +216,8 @@ def score_expert(
             lines=documents.lines,
             logprob=columns["logprob"],
             right=columns["right"],
+            best=columns["best"],
+            choice=columns["choice"],
             model=np.array(pair.expert.name),
         )
     return {
@@ -177,7 +246,7 @@ def _read_expert_scores(path: Path, documents: Documents) -> Columns:
                 and np.array_equal(file["starts"], documents.starts)
                 and np.array_equal(file["tokens"], documents.tokens)
             )
-            columns: Columns = {name: file[name] for name in ("logprob", "right")}
+            columns: Columns = {name: file[name] for name in EXPERT_COLUMNS}
     except OSError as e:
         raise DataError(f"{path}: {e.strerror or e}; expected a file of `colm-edge score`") from e
     except (KeyError, ValueError, EOFError) as e:
@@ -197,19 +266,29 @@ def _read_expert_scores(path: Path, documents: Documents) -> Columns:
 
 def score_model(
     pair: Pair,
-    name: Literal["base", "expert"],
+    name: Literal["base", "choice", "expert"],
     documents: Documents,
     progress: MakeProgress,
     *,
     work: Path | None = None,
     update: bool = False,
+    choices: npt.NDArray[np.int32] | None = None,
 ) -> Columns:
     """Evaluate every document with one model, but for those that the work folder has scores of.
 
-    Returns columns of a row for each scored token: logprob float64 of the gold token in nats, and
-    right bool; for the base also hidden float32 (n, n_embd) and features float32 (n, 8).
+    Returns columns of a row for each scored token: logprob float64 of the gold token in nats; of
+    the base likeliest int32, hidden float32 (n, n_embd) and features float32 (n, 8); of the expert
+    right bool, and best and choice float64, the log-probabilities of its own likeliest token and of
+    choices (n,), the base's likeliest; NaN from a server. "choice" is the base without hidden and
+    features.
     """
-    types: RowTypes = {"logprob": np.dtype(np.float64), "right": np.dtype(np.bool_)}
+    types: RowTypes = {"logprob": np.dtype(np.float64)}
+    if name == "expert":
+        assert choices is not None, "an expert is asked about the base's choices"
+        types |= {"right": np.dtype(np.bool_), "best": np.dtype(np.float64)}
+        types |= {"choice": np.dtype(np.float64)}
+    else:
+        types["likeliest"] = np.dtype(np.int32)
     if name == "base":
         types["hidden"] = np.dtype((np.float32, (pair.base.n_embd,)))
         types["features"] = np.dtype((np.float32, (len(readout.FEATURES),)))
@@ -229,7 +308,7 @@ def score_model(
                 columns = _score_remotely(pair.expert.expert, documents, group)
             else:
                 scorer = scorer or stack.enter_context(_scorer(pair, name))
-                columns = _score_locally(scorer, documents, group, pair.n_shared)
+                columns = _score_locally(scorer, documents, group, pair.n_shared, choices)
             store.append(columns, len(group))
             bar.update(int(documents.lengths[group].sum()))
     return store.columns()
@@ -238,7 +317,7 @@ def score_model(
 def _scorer(pair: Pair, name: str) -> Scorer:
     from colm_edge.llama.scorer import Scorer
 
-    session = pair.base_session if name == "base" else pair.expert_session
+    session = pair.expert_session if name == "expert" else pair.base_session
     # No smaller than in use: some models scale their positions by the context's size.
     return Scorer(session, max(PACK_TOKENS, session.n_ctx), hidden=name == "base")
 
@@ -273,23 +352,36 @@ def _score_remotely(expert: RemoteExpert, documents: Documents, group: Ints) -> 
         right += likeliest
     if not (np.array(logprobs) > ZERO_PROBABILITY).all():
         raise ColmError(f"{expert.url}: gives NaN or zero probability to a token of the data")
-    return {"logprob": np.array(logprobs), "right": np.array(right, np.bool_)}
+    untold = np.full(len(right), np.nan)
+    columns: Columns = {"logprob": np.array(logprobs), "right": np.array(right, np.bool_)}
+    return columns | {"best": untold, "choice": untold}
 
 
-def _score_locally(scorer: Scorer, documents: Documents, group: Ints, n_shared: int) -> Columns:
+def _score_locally(
+    scorer: Scorer,
+    documents: Documents,
+    group: Ints,
+    n_shared: int,
+    choices: npt.NDArray[np.int32] | None,
+) -> Columns:
     """Return a group's columns from a model file; with hidden and features if the scorer has them.
 
-    n_shared: the size of the vocabulary that both models share.
+    n_shared: the size of the vocabulary that both models share. choices: the base's likeliest
+    tokens of all documents, if the model is the expert.
     """
     spans = [documents.span(i) for i in group]
     lengths, starts = documents.lengths[group], documents.starts[group]
     gold = np.concatenate([span[start:] for span, start in zip(spans, starts, strict=True)])
+    asked = None
+    if choices is not None:
+        asked = np.concatenate([choices[documents.rows[i] : documents.rows[i + 1]] for i in group])
     parts: list[Columns] = []
     at = 0
     for logits, hidden in scorer.score(np.concatenate(spans), lengths, starts):
         n = len(logits)
         try:
-            parts.append(_read_outputs(logits, hidden, gold[at : at + n], n_shared))
+            some = None if asked is None else asked[at : at + n]
+            parts.append(_read_outputs(logits, hidden, gold[at : at + n], n_shared, some))
         except ValueError as e:
             raise ColmError(
                 f"{scorer.model.path}: gives NaN or zero probability to a token of the data; "
@@ -304,8 +396,11 @@ def _read_outputs(
     hidden: npt.NDArray[np.float32],
     gold: npt.NDArray[np.int32],
     n_shared: int,
+    choices: npt.NDArray[np.int32] | None,
 ) -> Columns:
     """Return the columns of some outputs and their gold tokens, (n, n_vocab) and (n,).
+
+    choices (n,): the base's likeliest tokens, if the outputs are the expert's.
 
     Raises ValueError for NaN, and where a gold token has no probability.
     """
@@ -313,10 +408,16 @@ def _read_outputs(
     features = np.empty((n, len(readout.FEATURES)), np.float32) if hidden.size else None
     likeliest, logsumexp = np.empty(n, np.int32), np.empty(n)
     readout.read_rows(logits, features, likeliest, logsumexp, n_shared)
-    logprob = logits[np.arange(n), gold] - logsumexp
-    if not np.isfinite(logprob).all():
+    rows = np.arange(n)
+    columns: Columns = {"logprob": logits[rows, gold] - logsumexp}
+    if not np.isfinite(columns["logprob"]).all():
         raise ValueError("a token of the data has no probability")
-    columns: Columns = {"logprob": logprob, "right": likeliest == gold}
+    if choices is None:
+        columns["likeliest"] = likeliest
+    else:
+        columns["right"] = likeliest == gold
+        columns["best"] = logits[rows, likeliest] - logsumexp
+        columns["choice"] = np.maximum(logits[rows, choices] - logsumexp, LEAST_LOGPROB)
     if features is not None:
         columns |= {"hidden": hidden.copy(), "features": features}
     return columns
@@ -330,7 +431,7 @@ def _model_folder(work: Path, name: str, pair: Pair, update: bool) -> Path:
     """
     with disk_errors(work):
         work.mkdir(parents=True, exist_ok=True)
-    is_base = name == "base"
+    is_base = name != "expert"
     model = str(pair.base.path) if is_base else pair.expert.name
     mark = pair.base.fingerprint if is_base else pair.expert.fingerprint
     folder = work / f"{name}-{mark[:8]}"

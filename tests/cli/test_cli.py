@@ -324,7 +324,7 @@ def test_a_long_chat_forgets_its_oldest_turns(tiny):
         terminal.send("/set threshold 0.25\n")
         assert "threshold 0.25" in terminal.expect(">>> ")
         terminal.send("/set threshold\n")
-        assert "threshold 0.5" in terminal.expect(">>> ")
+        assert "threshold follows a defer rate of 0.2" in terminal.expect(">>> ")
     finally:
         terminal.close()
 

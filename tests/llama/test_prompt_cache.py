@@ -136,12 +136,12 @@ def test_chat_turns_evaluate_only_what_is_new(tiny):
     with load(tiny["template"], tiny["expert"], "margin", n_threads=1, n_ctx=256) as pair:
         system = {"role": "system", "content": "be brief and kind, whatever is asked of you"}
         messages = [system, {"role": "user", "content": "hello"}]
-        first = pair.chat(messages, **GREEDY | {"threshold": 0.0})
+        first = pair.chat(messages, **GREEDY | {"threshold": 1e-9})
         messages += [
             {"role": "assistant", "content": first.text},
             {"role": "user", "content": "and then?"},
         ]
-        second = pair.chat(messages, **GREEDY | {"threshold": 0.0})
+        second = pair.chat(messages, **GREEDY | {"threshold": 1e-9})
         n_shared = len(pair.prompt_tokens([system])) - 8
         stats = second.stats
         assert stats.base_tokens < stats.n_prompt + stats.n_generated - n_shared

@@ -33,7 +33,7 @@ from colm_edge.options import Options
 from colm_edge.pair import Pair, load
 from colm_edge.remote import client as remote
 from colm_edge.remote.client import RemoteExpert, logits_of
-from colm_edge.serve.slots import Slots
+from colm_edge.slots import Slots
 from colm_edge.switch.load import load_switch
 
 GREEDY = Options(temperature=0.0, threshold=0.4, max_tokens=24)

@@ -13,7 +13,7 @@ from serving import GREEDY, metrics_of, serving, wait_for
 from colm_edge.llama.context import Context
 from colm_edge.options import Options
 from colm_edge.pair import load
-from colm_edge.serve.slots import Slots
+from colm_edge.slots import Slots
 
 
 @pytest.fixture(scope="module")

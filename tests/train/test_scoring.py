@@ -76,7 +76,10 @@ def cost(documents) -> int:
 
 def assert_same(one, other, tolerance=0.0):
     for name, values in vars(one).items():
-        assert np.allclose(values, getattr(other, name), rtol=0, atol=tolerance), name
+        close = np.isclose(values, getattr(other, name), rtol=0, atol=tolerance)
+        # Where two tokens of the base are almost as likely, the last bits say which is its choice.
+        may_flip = tolerance and name in ("likeliest", "choice")
+        assert close.mean() > 0.99 if may_flip else close.all(), name
 
 
 def test_packed_together_or_each_alone_the_scores_are_the_same(pair, monkeypatch):
@@ -359,6 +362,8 @@ def test_a_score_file_replaces_the_expert(pair, tiny, tmp_path):
         "lines": "int64",
         "logprob": "float64",
         "right": "bool",
+        "best": "float64",
+        "choice": "float64",
     }
     evaluated = Evaluated(pair)
     assert_same(score(pair, documents, no_bar, expert_scores=path), scores)
@@ -377,7 +382,8 @@ def test_broken_score_files_are_refused(pair, tmp_path):
         score(pair, documents, no_bar, expert_scores=tmp_path / "text.npz")
     path = tmp_path / "short.npz"
     arrays = {"tokens": documents.tokens, "lengths": documents.lengths, "starts": documents.starts}
-    np.savez(path, **arrays, logprob=np.zeros(3), right=np.zeros(3, bool))
+    columns = {name: np.zeros(3) for name in ("logprob", "right", "best", "choice")}
+    np.savez(path, **arrays, **columns)
     with pytest.raises(DataError, match=rf"expected {documents.n_scored} scores"):
         score(pair, documents, no_bar, expert_scores=path)
 

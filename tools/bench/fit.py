@@ -32,7 +32,9 @@ def planted(n: int, width: int, rng: np.random.Generator) -> tuple[Scores, np.nd
     base, expert = np.where(by_expert, (unlikely, likely), (likely, unlikely))
     features = np.zeros((n, len(FEATURES)), np.float32)
     token, line = np.zeros(n, np.int32), np.arange(n)
-    return Scores(hidden, features, base, expert, ~by_expert, by_expert, token, line), weight
+    likely = np.maximum(base, expert)
+    columns = (hidden, features, base, expert, likely, base, token - by_expert, by_expert)
+    return Scores(*columns, token, line), weight
 
 
 def main() -> None:

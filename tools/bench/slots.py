@@ -16,7 +16,7 @@ from time import perf_counter
 from colm_edge.bench.methods import measured_on
 from colm_edge.bench.replay import Process, Trace, replay
 from colm_edge.pair import Pair, load
-from colm_edge.serve.slots import Slots
+from colm_edge.slots import Slots
 
 
 def together(pair: Pair, slots: Slots, traces: list[Trace]) -> float:

@@ -12,7 +12,7 @@ from colm_edge.llama.context import Context
 from colm_edge.llama.session import common_prefix
 from colm_edge.options import Options
 from colm_edge.pair import load
-from colm_edge.serve.slots import BusyError, SharedTimeline, Slots
+from colm_edge.slots import BusyError, SharedTimeline, Slots
 from colm_edge.switch.file import Switch
 
 PROMPTS = ["hello", "what is this about, and why", "one two three four five six seven", "so"]
@@ -116,7 +116,7 @@ def test_prompts_read_together_give_the_steps_of_each_alone(pair, strategy):
 
 def test_a_slot_keeps_its_prefix_for_the_next_request(pair):
     slots = Slots(pair, 2)
-    options = Options(temperature=0.0, max_tokens=4, threshold=0.0)
+    options = Options(temperature=0.0, max_tokens=4, threshold=1e-9)
     prompt = "a long and winding beginning that many requests share"
     _, first = answer(pair, slots, prompt, options)
     answer(pair, slots, "something else", options)

@@ -1,0 +1,66 @@
+"""Run code that a model wrote, in a child process that is limited as far as the system allows.
+
+This guards against accidents: endless loops, runaway memory, files and sockets. It is no jail for
+code that was written to break out; run untrusted models in a virtual machine or a container.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tempfile
+
+SECONDS = 10  # of processor time, and of waiting
+MEMORY_BYTES = 1 << 30
+# Runs first in the child. Audit hooks see what the interpreter does and cannot be taken off again.
+GUARD = f"""
+import sys
+try:
+    import resource
+    for what, most in (
+        (resource.RLIMIT_CPU, {SECONDS}),
+        (resource.RLIMIT_AS, {MEMORY_BYTES}),
+        (resource.RLIMIT_FSIZE, 0),
+        (resource.RLIMIT_CORE, 0),
+    ):
+        resource.setrlimit(what, (most, most))
+except ImportError:  # Windows: the time limit is left
+    pass
+REFUSED = tuple('''
+    socket. subprocess. os.system os.exec os.fork os.spawn os.posix_spawn os.remove os.rename
+    os.rmdir os.mkdir os.link os.symlink os.truncate os.chmod os.chown os.kill os.putenv shutil.
+    ctypes. pty. urllib. ftplib. smtplib. http. sqlite3. winreg. webbrowser.
+'''.split())
+LIBRARY = (sys.prefix, sys.base_prefix)
+def guard(event, args):
+    if event.startswith(REFUSED):
+        raise PermissionError(event + " is not allowed here")
+    if event == "open":
+        path, writes = str(args[0]), isinstance(args[2], int) and args[2] & 3
+        if writes or not path.startswith(LIBRARY):
+            raise PermissionError("only the standard library's files may be read here")
+sys.addaudithook(guard)
+sys.stdin = None
+exec(compile(sys.argv[1], "answer", "exec"), {{"__name__": "answer"}})
+"""
+
+
+def passes(code: str) -> bool:
+    """Return whether the code runs to its end: no exception, no limit met, no exit of its own."""
+    # `python -I` reads no environment and no site of the user's; the folder is empty.
+    done = 'import sys; sys.__stdout__.write("\\nended"); sys.__stdout__.flush()'
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            child = subprocess.run(
+                [sys.executable, "-I", "-c", GUARD, f"{code}\n{done}"],
+                cwd=folder,
+                env={},
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                timeout=SECONDS,
+                check=False,
+            )
+        except (subprocess.TimeoutExpired, ValueError):  # ValueError: a NUL byte in the code
+            return False
+    return child.returncode == 0 and child.stdout.endswith(b"\nended")

@@ -1,0 +1,54 @@
+"""Long work that resumes: results kept in a file, one line each, as they come."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from colm_edge.errors import DataError
+
+
+class Journal:
+    """Results kept in a JSONL file, one line each, so that a run that was stopped can go on.
+
+    Raises DataError when the file holds something else or cannot be written.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._entries: dict[str, dict[str, Any]] = {}
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with path.open("ab+") as file:
+                file.seek(0)
+                whole = 0
+                for line in file:
+                    if not line.endswith(b"\n"):
+                        break  # the run was killed while it wrote this line
+                    entry = json.loads(line)
+                    self._entries[entry["key"]] = entry
+                    whole += len(line)
+                file.truncate(whole)
+        except OSError as e:
+            raise DataError(f"{path}: cannot keep results there: {e.strerror or e}") from e
+        except (ValueError, KeyError, TypeError) as e:
+            raise DataError(f"{path}: not a file of kept results ({e}); remove it") from e
+
+    def get(self, key: str) -> dict[str, Any] | None:
+        return self._entries.get(key)
+
+    def add(self, key: str, entry: dict[str, Any]) -> None:
+        """Keep an entry; it is in the file when this returns."""
+        self._entries[key] = entry
+        try:
+            with self._path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"key": key, **entry}) + "\n")
+        except OSError as e:
+            raise DataError(f"{self._path}: cannot keep a result: {e.strerror or e}") from e
+
+
+def key_of(*parts: Any) -> str:
+    """Return a key that identifies these parts, which JSON can write."""
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()

@@ -1,0 +1,123 @@
+"""Training text from prompts alone: the expert answers them, greedily and many at once.
+
+Its likeliest tokens are kept with each answer, so the expert does not evaluate the text again: they
+say how much it would dislike the base's choice, wherever that is among them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from colm_edge.errors import DataError, PromptError
+from colm_edge.journal import Journal, key_of
+from colm_edge.options import Options
+from colm_edge.together import Done, Task, answer_together
+from colm_edge.train.documents import Document, Documents, Row, gathered
+from colm_edge.train.scoring import LEAST_LOGPROB, MakeProgress, Recorded
+
+if TYPE_CHECKING:
+    from colm_edge.decode.step import Step
+    from colm_edge.pair import Pair
+
+ANSWERS_FILE = "expert-answers.jsonl"
+# The expert's likeliest tokens that are kept of each position. Where the base's choice is not among
+# them, it counts as likely as the last of them: on this much regret, more changes nothing.
+N_KEPT = 8
+
+
+@dataclass(frozen=True)
+class Answered:
+    """The expert's answers, as documents of tokens, and what it thought of each token."""
+
+    documents: Documents
+    recorded: Recorded
+    entries: list[dict[str, Any]]  # one for each row: text, tokens, ids, logprobs, seconds, cut
+
+    @property
+    def n_cut(self) -> int:
+        """How many answers the limit or the context ended."""
+        return sum(entry["cut"] for entry in self.entries)
+
+
+def answer_prompts(
+    pair: Pair,
+    rows: Iterable[Row],
+    progress: MakeProgress,
+    *,
+    max_tokens: int,
+    n_slots: int,
+    raw: bool = False,
+    work: Path | None = None,
+) -> Answered:
+    """Let the expert answer every row's prompt, or continue its messages.
+
+    work: a folder that keeps each answer as it comes; those found there are not written again.
+    Raises DataError with the number of a line that has no prompt, or one that does not fit.
+    """
+    prompts = list(_prompts(rows, pair, raw))
+    journal = Journal(work / ANSWERS_FILE) if work is not None else None
+    options = Options(temperature=0.0, threshold=0.0, max_tokens=max_tokens, n_probs=N_KEPT)
+    keys = [key_of(pair.expert.fingerprint, pair.n_ctx, max_tokens, p.tokens) for p in prompts]
+    entries: dict[int, dict[str, Any]] = {}
+    for i, key in enumerate(keys):
+        if journal is not None and (known := journal.get(key)) is not None:
+            entries[i] = known
+    tasks = [Task(i, p.tokens, options) for i, p in enumerate(prompts) if i not in entries]
+    with progress("answers", len(prompts)) as bar:
+        bar.update(len(entries))
+        for done in answer_together(pair, tasks, n_slots) if tasks else ():
+            i = done.task.key
+            entry = entries[i] = _entry(done)
+            if journal is not None:
+                journal.add(keys[i], entry)
+            bar.update(1)
+    found = [(prompts[i], entries[i]) for i in sorted(entries) if entries[i]["tokens"]]
+    if not found:
+        raise DataError("the expert gave no answer to any prompt")
+    documents = gathered(
+        (Document([*p.tokens, *entry["tokens"]], p.start, p.line) for p, entry in found),
+        pair.n_ctx,
+        work,
+    )
+    recorded = {
+        key: (np.array(entry["ids"], np.int32), np.array(entry["logprobs"], np.float64))
+        for key, (_, entry) in zip(documents.keys.tolist(), found, strict=True)
+    }
+    return Answered(documents, recorded, [entries[i] for i in range(len(prompts))])
+
+
+def _prompts(rows: Iterable[Row], pair: Pair, raw: bool) -> Iterator[Document]:
+    """Yield each prompt as a document that begins where the answer will."""
+    for number, row in rows:
+        messages = row.get("messages", [{"role": "user", "content": row.get("prompt")}])
+        try:
+            tokens = pair.prompt_tokens(messages, raw=raw)
+            pair.check_prompt(tokens, 0.0)
+        except PromptError as e:
+            raise DataError(f"line {number}: {e}; expected prompt, a text, or messages") from e
+        if len(tokens) == pair.n_ctx:
+            raise DataError(f"line {number}: the prompt leaves no room for an answer; raise -c")
+        yield Document(tokens, len(tokens), number)
+
+
+def _entry(done: Done) -> dict[str, Any]:
+    """Return what is kept of an answer; its end token is one of the tokens."""
+    steps: list[Step] = [*done.answer.steps, *([done.end] if done.end is not None else [])]
+    return {
+        "text": done.answer.text,
+        "tokens": [step.token for step in steps],
+        "ids": [[token for token, _ in _top(step)] for step in steps],
+        "logprobs": [[round(logprob, 4) for _, logprob in _top(step)] for step in steps],
+        "seconds": done.seconds,
+        "cut": done.answer.finish_reason == "length",
+    }
+
+
+def _top(step: Step) -> tuple[tuple[int, float], ...]:
+    """Return the likeliest tokens, padded where fewer have a probability."""
+    return step.top + ((-1, LEAST_LOGPROB),) * (N_KEPT - len(step.top))

@@ -1,0 +1,161 @@
+"""Training from prompts alone: the expert's greedy text, kept and resumed, and what it thought."""
+
+from __future__ import annotations
+
+import json
+from contextlib import contextmanager
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from conftest import no_bar
+
+from colm_edge.cli import main
+from colm_edge.errors import DataError
+from colm_edge.train.prompts import ANSWERS_FILE, N_KEPT, answer_prompts
+from colm_edge.train.scoring import score
+
+ROWS = list(enumerate(({"prompt": f"prompt number {i}"} for i in range(6)), 1))
+HOW = {"max_tokens": 8, "n_slots": 3}
+
+
+def test_the_answers_are_the_experts_own_greedy_text(tiny_pair):
+    answered = answer_prompts(tiny_pair, ROWS, no_bar, **HOW)
+    for document, (number, row) in zip(answered.documents, ROWS, strict=True):
+        alone = tiny_pair.generate(row["prompt"], threshold=0.0, temperature=0.0, max_tokens=8)
+        n = document.start
+        assert document.tokens[:n] == alone.prompt_tokens
+        assert document.tokens[n:][: len(alone.steps)] == [step.token for step in alone.steps]
+        assert document.line == number
+
+
+def test_an_answer_ends_with_its_end_token(tiny_pair, monkeypatch):
+    """The end of the turn is learnt too, where the expert wrote it."""
+    free = answer_prompts(tiny_pair, ROWS[:1], no_bar, **HOW).documents[0]
+    stop = free.tokens[free.start + 3]
+    monkeypatch.setattr(type(tiny_pair.expert), "end_tokens", frozenset([stop]))
+    ended = answer_prompts(tiny_pair, ROWS[:1], no_bar, **HOW)
+    at = free.tokens.index(stop, free.start)
+    assert ended.documents[0].tokens == free.tokens[: at + 1]
+    assert ended.n_cut == 0
+
+
+def test_what_the_expert_told_is_what_a_second_pass_would_score(tiny_pair):
+    answered = answer_prompts(tiny_pair, ROWS, no_bar, **HOW)
+    told = score(tiny_pair, answered.documents, no_bar, recorded=answered.recorded)
+    passed = score(tiny_pair, answered.documents, no_bar)
+    assert np.allclose(told.expert, passed.expert, atol=2e-2)
+    assert told.expert_right.all()
+    assert passed.expert_right.mean() > 0.9  # but for near-ties
+    rows = np.arange(len(told.base))
+    ours, theirs = told.regret(rows), passed.regret(rows)
+    # A choice beyond the tokens that were kept counts as the last of them.
+    assert (ours <= theirs + 2e-2).all()
+    near = theirs < 0.5
+    assert np.allclose(ours[near], theirs[near], atol=2e-2)
+    assert told.tells_regret
+
+
+def test_regret_is_the_experts_best_less_its_view_of_the_bases_choice(tiny, tiny_pair):
+    from reference import PlainModel
+
+    answered = answer_prompts(tiny_pair, ROWS[:2], no_bar, **HOW)
+    scores = score(tiny_pair, answered.documents, no_bar)
+    base, expert = PlainModel(tiny["base"]), PlainModel(tiny["expert"])
+    row = 0
+    for document in answered.documents:
+        for at in range(document.start, len(document.tokens)):
+            ours, _ = base.state(document.tokens[:at])
+            theirs, _ = expert.state(document.tokens[:at])
+            expected = theirs.max() - theirs[ours.argmax()]
+            assert scores.regret(np.array([row]))[0] == pytest.approx(expected, abs=5e-2)
+            row += 1
+    base.close()
+    expert.close()
+
+
+def test_a_killed_run_goes_on_with_what_it_has(tiny_pair, tmp_path):
+    class KilledError(Exception):
+        pass
+
+    @contextmanager
+    def killing(name, total):
+        left = iter(range(3))
+
+        def update(n):
+            if next(left, None) is None:
+                raise KilledError
+
+        yield SimpleNamespace(update=update)
+
+    with pytest.raises(KilledError):
+        answer_prompts(tiny_pair, ROWS, killing, work=tmp_path, **HOW)
+    kept = (tmp_path / ANSWERS_FILE).read_text().splitlines()
+    assert 0 < len(kept) < len(ROWS)
+    answered = answer_prompts(tiny_pair, ROWS, no_bar, work=tmp_path, **HOW)
+    after = (tmp_path / ANSWERS_FILE).read_text().splitlines()
+    assert after[: len(kept)] == kept
+    assert len(after) == len(ROWS)
+    fresh = answer_prompts(tiny_pair, ROWS, no_bar, **HOW)
+    assert np.array_equal(answered.documents.tokens, fresh.documents.tokens)
+    tiny_pair.base_session.close()  # nothing is left to write: no model is needed
+    again = answer_prompts(tiny_pair, ROWS, no_bar, work=tmp_path, **HOW)
+    assert not tiny_pair.base_session.created
+    assert np.array_equal(again.documents.tokens, fresh.documents.tokens)
+
+
+@pytest.mark.parametrize(
+    ("row", "words"),
+    [
+        ({"completion": "x"}, "line 1: .*expected prompt, a text, or messages"),
+        ({"prompt": 3}, "line 1: .*expected prompt"),
+        ({"messages": "x"}, "line 1: .*expected"),
+        ({"prompt": "x " * 400}, "line 1: the prompt has .* tokens"),
+    ],
+)
+def test_a_line_without_a_prompt_is_named(tiny_pair, row, words):
+    with pytest.raises(DataError, match=words):
+        answer_prompts(tiny_pair, [(1, row)], no_bar, **HOW)
+
+
+def test_the_command_trains_from_prompts_and_resumes(tiny, tmp_path):
+    prompts, out = tmp_path / "p.jsonl", tmp_path / "s.gguf"
+    prompts.write_text("".join(json.dumps(row) + "\n" for _, row in ROWS))
+    args = ["train", "--prompts", str(prompts), "--outfile", str(out), "-n", "8", "-c", "256"]
+    args += ["-m", tiny["base"], "-me", tiny["expert"], "-t", "1", "-np", "2"]
+    result = CliRunner().invoke(main, args)
+    assert result.exit_code == 0, result.output
+    report = json.loads(result.stdout.splitlines()[-1])
+    assert report["n_answers"] == len(ROWS)
+    assert f"{out}.work: keeps the answers" in result.stderr
+    assert len((tmp_path / "s.gguf.work" / ANSWERS_FILE).read_text().splitlines()) == len(ROWS)
+    first = out.read_bytes()
+    assert CliRunner().invoke(main, args).exit_code == 0
+    assert out.read_bytes() == first
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        ([], "give --data, texts to fit to, or --prompts"),
+        (["--data", "a", "--prompts", "b"], "give --data, texts to fit to, or --prompts"),
+        (["--prompts", "b", "--threshold-by", "exact"], "go with --data"),
+    ],
+)
+def test_the_command_says_what_goes_together(args, words):
+    result = CliRunner().invoke(main, ["train", "--outfile", "x.gguf", *args])
+    assert result.exit_code == 2
+    assert words in result.stderr
+
+
+def test_the_kept_tokens_are_best_first(tiny_pair, tmp_path):
+    answer_prompts(tiny_pair, ROWS, no_bar, work=tmp_path, **HOW)
+    for line in (tmp_path / ANSWERS_FILE).read_text().splitlines():
+        entry = json.loads(line)
+        for token, ids, logprobs in zip(
+            entry["tokens"], entry["ids"], entry["logprobs"], strict=True
+        ):
+            assert ids[0] == token
+            assert len(ids) == N_KEPT
+            assert logprobs == sorted(logprobs, reverse=True)
