@@ -17,13 +17,13 @@ from colm_edge.decode.fast import Fast
 from colm_edge.decode.loop import Decoder, ExpertAlone, Schedule, Sequential
 from colm_edge.decode.picker import Picker
 from colm_edge.decode.planner import Planner
-from colm_edge.decode.policy import Policy, RatePolicy, running_rate, threshold_of
+from colm_edge.decode.policy import Policy, RatePolicy, expected_rate, running_rate, threshold_of
 from colm_edge.decode.timeline import Expert, Timeline
 from colm_edge.errors import ColmError, ContextError, ModelError, PromptError
 from colm_edge.llama.backend import supports_gpu
 from colm_edge.llama.context import ContextOptions, is_small, n_cores
-from colm_edge.llama.costs import CostTable
-from colm_edge.llama.measure import cost_table
+from colm_edge.llama.costs import CostTable, slower
+from colm_edge.llama.measure import cost_table, kept_table
 from colm_edge.llama.model import Model, shared_vocab
 from colm_edge.llama.prompt_cache import load_prompts, save_prompts
 from colm_edge.llama.sampling import ChainSampler
@@ -194,9 +194,16 @@ class Pair:
         except ModelError as e:  # for example, no memory for another context
             self._note(f"the fast schedule works without bets: {e}")
             return None
+        self.note_speed((base, expert))
         self._costs = None if base.is_quick else expert
         self.expert_session.costs = self._costs
         return base, expert
+
+    def note_speed(self, tables: tuple[CostTable, CostTable] | None = None) -> None:
+        """Say where the pair is slower than its expert alone, if what decodes cost is known."""
+        kept = tables or (kept_table(self.base_session), kept_table(self.expert_session))
+        if slow := slower(*kept, expected_rate(self.switch, self.defaults)):
+            self._note(slow)
 
     def save_prompts(self, path: str | os.PathLike[str]) -> None:
         """Save what both models have evaluated to a file, for `load_prompts`.
@@ -358,7 +365,7 @@ class Pair:
     def _schedule(self, options: Options, threshold: float, *, follows: bool) -> Schedule:
         alone = threshold <= 0 and options.strategy == "defer"
         # A bet needs the costs of decodes, which a server does not report.
-        is_fast = options.schedule == "fast" and self.expert_is_here and not alone
+        is_fast = options.schedule == "fast" and self.expert_is_here and 0 < threshold < 1
         if self._here is not None:
             self._here.costs = self._costs if is_fast else None
         if alone:
@@ -386,11 +393,6 @@ class Pair:
     def threshold(self, options: Options) -> float:
         """Return the threshold that the options ask for; where it follows a rate, its start."""
         return threshold_of(self.switch, options)
-
-    def running_rate(self, options: Options) -> float | None:
-        """Return the defer rate that the threshold follows as an answer is written, or None where
-        the threshold is fixed: given, or known by the switch's calibration."""
-        return running_rate(self.switch, options)
 
 
 def _share(progress: Progress | None, what: str) -> Callable[[float], None] | None:

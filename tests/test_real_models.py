@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import no_bar
 from real_models import files
 
 from colm_edge.errors import ContextError
@@ -16,6 +17,9 @@ from colm_edge.llama.model import Model
 from colm_edge.llama.quantize import quantize
 from colm_edge.llama.session import Session
 from colm_edge.pair import Pair, load
+from colm_edge.switch.file import Switch
+from colm_edge.train.fit import FitOptions, fit_switch
+from colm_edge.train.prompts import answer_prompts
 
 HELD_OUT = Path(__file__).parent / "data" / "demo_heldout.jsonl"
 GREEDY = {"temperature": 0.0, "defer_rate": None, "threshold": 0.6, "max_tokens": 40}
@@ -44,11 +48,15 @@ def test_the_template_and_its_end_token_are_the_models_own(smol):
 def test_both_write_and_the_schedules_agree(smol):
     prompts = ["Name three colours.", "Why is the sky blue?", "Count from one to ten."]
     for prompt in prompts:
-        plain = smol.generate(prompt, schedule="sequential", **GREEDY)
+        plain = smol.generate(prompt, schedule="sequential", n_probs=2, **GREEDY)
         fast = smol.generate(prompt, schedule="fast", **GREEDY)
         assert {step.source for step in plain.steps} == {"base", "expert"}
-        steps = zip(plain.steps, fast.steps, strict=True)
-        assert all((a.token, a.source) == (b.token, b.source) for a, b in steps)
+        for a, b in zip(plain.steps, fast.steps, strict=True):
+            if (a.token, a.source) != (b.token, b.source):
+                # Other batches, other last bits: only a near-tie may fall to the other side.
+                (_, first), (_, second) = a.top
+                assert first - second < 0.05 or abs(a.p_defer - 0.6) < 0.02
+                break
 
 
 @pytest.mark.parametrize("text", ["naïve café, 猫 and 🦤", "Größe: 5 µm — “yes”", "नमस्ते दुनिया"])
@@ -74,6 +82,22 @@ def test_a_chat_longer_than_the_context_is_refused_and_the_next_is_answered(smol
     with pytest.raises(ContextError, match="the context holds 512"):
         smol.generate("word " * 600, **GREEDY)
     assert smol.generate("Say hello.", **GREEDY).text
+
+
+def test_a_switch_is_fitted_to_the_answers_of_a_real_expert(smol, tmp_path):
+    """Its answers end as it ends them, and deferring where it would object removes its regret."""
+    asked = ["Name a colour.", "What is 2+2?", "Say hello.", "Is water wet?", "Name a fruit."]
+    rows = [(i, {"prompt": prompt}) for i, prompt in enumerate(asked, 1)]
+    answered = answer_prompts(smol, rows, no_bar, max_tokens=30, n_slots=5, work=tmp_path)
+    ends = {document.tokens[-1] for document in answered.documents}
+    assert ends & smol.base.end_tokens
+    how = {"progress": no_bar, "recorded": answered.recorded}
+    fit = fit_switch(smol, answered.documents, FitOptions(), **how)
+    assert fit.report["objective"] == "regret"
+    assert fit.report["regret_removed_0.2"] > 0.2  # chance
+    path = tmp_path / "switch.gguf"
+    fit.switch.save(path)
+    assert Switch.load(path).is_for("expert", smol.expert.fingerprint)
 
 
 def test_rollbacks_behind_a_sliding_window_are_exact():

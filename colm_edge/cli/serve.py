@@ -92,5 +92,7 @@ def serve_command(models: dict[str, Any], decoding: dict[str, Any], **settings: 
         ) from e
     with open_pair(models, defaults=Options(**decoding)) as loaded:
         expert = Path(loaded.expert.name).stem if loaded.expert_is_here else "remote"
+        if loaded.expert_is_here:
+            loaded.note_speed()
         name = models.get("pair") or f"{loaded.base.path.stem}+{expert}"
         serve(loaded, ServerOptions(**settings), name, say)

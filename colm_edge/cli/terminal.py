@@ -110,7 +110,9 @@ def summary(stats: Stats) -> str:
 
 def shown_threshold(pair: Pair) -> str:
     """Return the threshold in words: a number, or the rate that it follows."""
-    rate = pair.running_rate(pair.defaults)
+    from colm_edge.decode.policy import running_rate
+
+    rate = running_rate(pair.switch, pair.defaults)
     if rate is not None:
         return f"follows a defer rate of {rate:g}"
     return str(round(pair.threshold(pair.defaults), 3))

@@ -37,6 +37,10 @@ class Fast:
 
     def next(self, loop: Decoder) -> Step:
         # The mixture needs the states of both models for the same position.
+        if not loop.picker.composes:
+            begun = perf_counter()
+            self._planner.prepare(loop.cancel)  # measuring is not part of the answer
+            loop.stats.total_seconds -= perf_counter() - begun
         if loop.picker.composes or self._planner.rests:
             return self._one_by_one.next(loop)
         tokens, picker = loop.tokens, loop.picker
@@ -57,9 +61,6 @@ class Fast:
     def _ask_expert(self, loop: Decoder, guess: Step) -> Step:
         """Return the expert's step where the base would write `guess`."""
         planner, tokens, at = self._planner, loop.tokens, len(loop.tokens)
-        begun = perf_counter()
-        planner.prepare(loop.cancel)  # measuring, if needed, does not count as part of the answer
-        loop.stats.total_seconds -= perf_counter() - begun
         may_go_on = at + 1 < loop.end and guess.token not in loop.end_tokens
         confidence = math.exp(guess.logprob)
         bets = may_go_on and planner.saves(planner.agrees(confidence), at - self._expert_at) > 0

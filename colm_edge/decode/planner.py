@@ -47,7 +47,7 @@ class Rate:
 class Planner:
     """Decides about bets. It lives as long as its pair and learns from every answer.
 
-    tables: called at the first deferral, with what may cancel it; returns what decodes cost the
+    tables: called before the first token, with what may cancel it; returns what decodes cost the
         base and the expert, or None where that cannot be measured.
     """
 

@@ -5,9 +5,12 @@ from __future__ import annotations
 from bisect import insort
 from typing import NamedTuple
 
+import numpy as np
+
 from colm_edge.decode.timeline import Floats
 from colm_edge.errors import ModelError, SwitchError
 from colm_edge.options import Options
+from colm_edge.switch.file import Switch
 from colm_edge.switch.reading import AnySwitch, Reader
 from colm_edge.switch.rules import DEFAULT_RATE, Untrained
 
@@ -98,4 +101,15 @@ def running_rate(switch: AnySwitch, options: Options) -> float | None:
         switch.threshold_for(rate)
     except SwitchError:
         return rate
+    return None
+
+
+def expected_rate(switch: AnySwitch, options: Options) -> float | None:
+    """Return about what share of tokens is deferred by the pair, or None where that is not known or
+    one model writes alone."""
+    threshold = threshold_of(switch, options)
+    if options.threshold is None and (rate := options.defer_rate or running_rate(switch, options)):
+        return rate
+    if isinstance(switch, Switch) and switch.defer_rates and 0 < threshold < 1:
+        return float(np.interp(-threshold, np.negative(switch.thresholds), switch.defer_rates))
     return None

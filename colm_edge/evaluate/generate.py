@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from colm_edge import readout
+from colm_edge.decode.policy import running_rate
 from colm_edge.errors import SwitchError
 from colm_edge.evaluate.metrics import Metric, check_rows
 from colm_edge.journal import Journal, key_of
@@ -87,7 +88,7 @@ def answers(
     Raises DataError, before the first answer, for rows that the metric cannot judge.
     """
     with pair.switched(switch):
-        if pair.running_rate(options) is None:
+        if running_rate(switch, options) is None:
             options = options.with_changes(threshold=pair.threshold(options))
 
         def task(i: int) -> Task:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from colm_edge.decode.policy import running_rate
 from colm_edge.errors import ColmError, DataError, MismatchError
 from colm_edge.evaluate.generate import Facts, Generated, RandomSwitch, answers
 from colm_edge.evaluate.generate import judge as judged_answers
@@ -216,7 +217,7 @@ def _answers(
 
 def _point(pair: Pair, options: Options) -> dict[str, Any]:
     """Return the one threshold, or rate, that the decoding options ask for."""
-    rate = pair.running_rate(options)
+    rate = running_rate(pair.switch, options)
     if rate is None:
         return {"thresholds": (pair.threshold(options),)}
     return {"defer_rates": (rate,)}

@@ -124,3 +124,18 @@ def break_even(base: CostTable, expert: CostTable) -> float | None:
         slower = seconds_per_token(base, expert, middle) > expert(1)
         low, high = (low, middle) if slower else (middle, high)
     return low
+
+
+def slower(base: CostTable | None, expert: CostTable | None, defer_rate: float | None) -> str:
+    """Return a line that says so if the pair is slower than its expert alone; "" if it is not, is
+    too fast for anybody to wait, or something is not known."""
+    if base is None or expert is None or defer_rate is None or base.is_quick:
+        return ""
+    together = seconds_per_token(base, expert, defer_rate)
+    if together <= expert(1):
+        return ""
+    return (
+        f"this pair is slower here than its expert alone: {1 / together:.3g} tokens a second at "
+        f"{defer_rate:.0%} deferred, {1 / expert(1):.3g} alone; `colm-edge info` says what would "
+        "help"
+    )

@@ -31,7 +31,7 @@ VERSION = 7  # of the method; tables of other versions are measured again
 # Some CPUs have a step after each multiple of 16 tokens: 16 and 17, 32 and 33 are its two sides.
 SIZES = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 16, 17, 20, 24, 32, 33, 40, 48, 64)
 N_PAST = 128  # tokens in the KV cache before each decode, if the context has room for them
-SECONDS = 4.0  # of measuring, plus the decode in flight
+SECONDS = 2.0  # of measuring, plus the decode in flight
 ROUNDS = 8
 SEVERAL = 4  # tokens of the decode that measures the cost of more than one output
 OFTEN = 16  # sizes up to this one are measured in every round

@@ -23,7 +23,7 @@ WEAK_POSITIVE_WEIGHT = 8.0  # of a weak label 1, as in the authors' script
 DEFER_RATES = (0.1, 0.2, 0.3)  # that people use: what the budget loss and the reports look at
 NEWTON_STEPS = 50  # 3 to 6 are usual
 # The expert rejects the base's choice if it finds it less likely than its own by so many nats.
-REJECTED = 0.5
+REJECTED = 2.0
 REGRET_RATES = (0.05, 0.1, 0.2)  # at which heads are judged by the regret that they remove
 
 

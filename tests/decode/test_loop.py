@@ -11,7 +11,7 @@ from conftest import N_VOCAB, Scripted
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from colm_edge.decode.loop import Decoder
+from colm_edge.decode.loop import Decoder, ExpertAlone
 from colm_edge.decode.picker import Picker, mixture
 from colm_edge.decode.policy import BASE, Policy, RatePolicy
 
@@ -228,3 +228,16 @@ def test_a_rate_is_held_whatever_p_defer_is_like(seed, rate, power, scale):
 def test_the_ends_of_a_rate_are_one_model_alone(rate, share):
     policy = RatePolicy(None, rate)
     assert {policy.writer(p) != BASE for p in (0.0, 0.5, 1.0)} == {bool(share)}
+
+
+def test_an_expert_alone_needs_no_base():
+    base, expert = Scripted(writer(1)), Scripted(writer(2))
+    read, _ = reader(1, 1.0)
+    run = decoder(base, expert, read, [1, 2], threshold=0.0, max_tokens=9, schedule=ExpertAlone())
+    alone = Scripted(writer(2))
+    beside = decoder(Scripted(writer(1)), alone, read, [1, 2], threshold=0.0, max_tokens=9)
+    steps = list(run)
+    assert [s.token for s in steps] == [s.token for s in beside]
+    assert {(s.source, s.p_defer) for s in steps} == {("expert", 1.0)}
+    assert base.batches == []
+    assert run.stats.expert_calls == 9

@@ -253,6 +253,46 @@ def test_answers_that_were_cut_are_counted(tiny_pair, data):
     assert given.cut.any()
 
 
+def test_answers_at_once_are_those_of_one_at_a_time(tiny_pair, data):
+    # A mixture of two random models has many near-ties, which the last bits decide.
+    methods = [name for name in METHODS if name != "compose"]
+    comparison = Comparison(metric="exact", thresholds=(0.3, 0.7), methods=methods)
+    alone, together = (
+        ev.evaluate(tiny_pair, data, GREEDY, replace(comparison, n_slots=n), progress=no_bar)
+        for n in (1, 4)
+    )
+    assert timeless(together) == timeless(alone)
+
+
+def test_on_the_experts_own_text_rates_and_rows_need_no_completion(tiny_pair, data, tmp_path):
+    """Its own answers are scored: the expert has nothing to regret there, and its row is them."""
+    rows = [{"prompt": row["prompt"], "tests": ["pass"]} for _, row in read_rows(data)]
+    path = tmp_path / "prompts.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    comparison = Comparison(
+        metric="python", defer_rates=(0.25, 0.5), on_expert=True, n_slots=3, methods=METHODS
+    )
+
+    def table():
+        return ev.evaluate(
+            tiny_pair, path, GREEDY, comparison, work=tmp_path / "work", progress=no_bar
+        )
+
+    first = table()
+    by_name = {row["method"]: row for row in first[:2]}
+    assert by_name["base"]["regret_removed"] == 0
+    assert by_name["expert"]["regret_removed"] == pytest.approx(1)
+    assert by_name["expert"]["generated_defer_rate"] == 1
+    for row in first[2:]:
+        assert min(abs(row["defer_rate"] - rate) for rate in (0.25, 0.5)) < 0.02
+    alone = [
+        len(tiny_pair.generate(row["prompt"], **vars(GREEDY.with_changes(threshold=0.0))).steps)
+        for row in rows
+    ]
+    assert by_name["expert"]["tokens_per_answer"] == pytest.approx(np.mean(alone))
+    assert table() == first  # all from the work folder
+
+
 class KilledError(Exception):
     pass
 

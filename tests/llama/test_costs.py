@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from colm_edge.cancel import Cancel, CancelledError
 from colm_edge.llama import measure as costs
 from colm_edge.llama.context import Context, ContextOptions
-from colm_edge.llama.costs import CostTable, break_even, seconds_per_token
+from colm_edge.llama.costs import CostTable, break_even, seconds_per_token, slower
 from colm_edge.llama.measure import cost_table, kept_table
 from colm_edge.llama.model import Model
 from colm_edge.llama.session import Session
@@ -176,3 +176,11 @@ def test_a_pair_pays_up_to_its_break_even():
     assert seconds_per_token(base, flat, rate + 0.01) > flat(1)
     assert break_even(flat, base) == 0.0
     assert break_even(CostTable((1,), (0.0,)), flat) is None
+
+
+def test_a_pair_slower_than_its_expert_is_told_so():
+    base, expert = CostTable((1, 64), (0.02, 0.1)), CostTable((1, 64), (0.03, 0.3))
+    assert "tokens a second at 90% deferred, 33.3 alone" in slower(base, expert, 0.9)
+    assert slower(base, expert, 0.01) == ""
+    for unknown in ((None, expert, 0.9), (base, None, 0.9), (base, expert, None)):
+        assert slower(*unknown) == ""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -14,6 +15,8 @@ from reference import p_defer
 
 from colm_edge import readout
 from colm_edge.errors import MismatchError, SwitchError, WriteError
+from colm_edge.llama.model import fingerprint
+from colm_edge.pair import load
 from colm_edge.readout import FEATURES
 from colm_edge.switch.file import FEATURE_SETS, Switch
 from colm_edge.switch.load import load_switch
@@ -192,3 +195,20 @@ def test_a_failed_write_keeps_what_was_there(tmp_path, monkeypatch):
     assert [p.name for p in tmp_path.iterdir()] == ["s.gguf"]
     with pytest.raises(WriteError, match="No such file"):
         make().save(tmp_path / "absent" / "s.gguf")
+
+
+def test_a_switch_remembers_the_files_that_it_was_fitted_for(tiny, tmp_path):
+    marks = {role: fingerprint(Path(tiny[role])) for role in ("base", "expert")}
+    path = tmp_path / "s.gguf"
+    info = {f"{role}_fingerprint": mark for role, mark in marks.items()}
+    make(FEATURE_SETS["logits"], info=info | {"base_sha256": "ab" * 32}).save(path)
+    again = Switch.load(path)
+    assert again.info == info | {"base_sha256": "ab" * 32}
+    assert again.is_for("base", marks["base"])
+    assert not again.is_for("base", marks["expert"])
+    notes = []
+    with load(tiny["base"], tiny["expert"], path, n_threads=1, note=notes.append):
+        assert notes == []
+    with load(tiny["base"], tiny["base"], path, n_threads=1, note=notes.append):
+        assert len(notes) == 1
+        assert "was fitted for another expert than" in notes[0]

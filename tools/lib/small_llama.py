@@ -26,6 +26,7 @@ PRETOKEN = (  # the pre-tokenizer llama.cpp calls "qwen2": every digit stands al
 )
 CHUNK_STEPS = 50  # between two calls for windows, each with a seed of its own
 SAVE_STEPS = 250
+PARTS = ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down")
 
 Piece = tuple[str, bool]  # a text, and whether its tokens count in the loss
 # Windows of n_ctx + 1 ids, and their loss masks.
@@ -54,15 +55,10 @@ class Training:
 
 def train_vocab(corpus: Iterable[str], end: str, n_vocab: int, path: Path) -> None:
     """Train a byte-level BPE whose token 0 ends a document."""
-    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(PRETOKEN), "isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
+    tokenizer.pre_tokenizer = _pretokenizer()
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=n_vocab,
@@ -72,6 +68,17 @@ def train_vocab(corpus: Iterable[str], end: str, n_vocab: int, path: Path) -> No
     )
     tokenizer.train_from_iterator((document.replace(end, "") for document in corpus), trainer)
     tokenizer.save(str(path))
+
+
+def _pretokenizer() -> Any:
+    from tokenizers import Regex, pre_tokenizers
+
+    return pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(PRETOKEN), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
 
 
 def load_vocab(work: Path) -> Any:
@@ -124,7 +131,8 @@ def train_model(
     if checkpoint.exists():
         state = torch.load(checkpoint, weights_only=True, map_location=device)
         model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
+        if state["optimizer"] is not None:
+            optimizer.load_state_dict(state["optimizer"])
         start = state["step"]
     n_parameters = sum(p.numel() for p in model.parameters())
     print(f"{name}: {n_parameters:,} parameters, step {start}/{steps}")
@@ -164,6 +172,37 @@ def _step(model: Any, optimizer: Any, ids: Any, mask: Any) -> float:
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     optimizer.step()
     return float(loss.item())
+
+
+def import_gguf(name: str, path: Path, work: Path) -> None:
+    """Read a model that `export` wrote back into a work folder: its vocabulary, and a checkpoint at
+    step 0 from which `train_model` goes on. The weights are those of the file, in Q8_0."""
+    import torch
+    from gguf import GGUFReader
+    from gguf.quants import dequantize
+    from tokenizers import Tokenizer, decoders, models
+
+    reader = GGUFReader(path)
+    found = {t.name: dequantize(t.data, t.tensor_type).copy() for t in reader.tensors}
+    weights = {k: v for k, v in found.items() if not k.startswith("blk.") or "norm" in k}
+    for layer in {key.rsplit(".", 2)[0] for key in found if key.startswith("blk.")}:
+        parts = {key: found[f"{layer}.{key}.weight"] for key in PARTS}
+        weights[f"{layer}.attn_qkv.weight"] = np.concatenate(
+            [parts["attn_q"], parts["attn_k"], parts["attn_v"]]
+        )
+        gates = [parts["ffn_gate"], parts["ffn_up"]]
+        weights[f"{layer}.ffn_gate_up.weight"] = np.concatenate(gates)
+        for key in ("attn_output", "ffn_down"):
+            weights[f"{layer}.{key}.weight"] = parts[key]
+    state = {key: torch.from_numpy(np.asarray(value, np.float32)) for key, value in weights.items()}
+    torch.save({"model": state, "optimizer": None, "step": 0}, work / f"{name}.ckpt")
+    tokens = reader.fields["tokenizer.ggml.tokens"].contents()
+    merges = [tuple(m.split(" ")) for m in reader.fields["tokenizer.ggml.merges"].contents()]
+    tokenizer = Tokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, merges))
+    tokenizer.pre_tokenizer = _pretokenizer()
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([tokens[0]])
+    tokenizer.save(str(work / "tokenizer.json"))
 
 
 def export(
