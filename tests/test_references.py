@@ -8,6 +8,7 @@ import pytest
 
 from colm_edge import references
 from colm_edge.errors import ModelError
+from colm_edge.switch.file import Switch
 
 
 def test_without_arguments_it_is_the_shipped_pair():
@@ -45,6 +46,21 @@ def test_beside_two_models_a_pair_names_the_switch():
 def test_contradictory_arguments_are_named(choice, words):
     with pytest.raises(ModelError, match=words):
         references.choose_pair(*choice)
+
+
+def test_switches_that_ship_are_whole_and_say_what_they_are_for():
+    shipped = [
+        roles["switch"].reference
+        for name, roles in references.known_pairs().items()
+        if name != "demo" and "switch" in roles
+    ]
+    assert shipped
+    for reference in shipped:
+        switch = Switch.load(references.resolve(reference))
+        for role in ("base", "expert"):
+            assert len(switch.info[f"{role}_sha256"]) == 64
+            assert not switch.is_for(role, "another")
+        assert 0 < switch.threshold_for(0.2) < switch.threshold_for(0.1) < 1
 
 
 def test_a_bad_line_of_models_txt_is_named(tmp_path, monkeypatch):

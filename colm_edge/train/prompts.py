@@ -7,6 +7,7 @@ say how much it would dislike the base's choice, wherever that is among them.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,7 +19,7 @@ from colm_edge.journal import Journal, key_of
 from colm_edge.options import Options
 from colm_edge.together import Done, Task, answer_together
 from colm_edge.train.documents import Document, Documents, Row, gathered
-from colm_edge.train.scoring import LEAST_LOGPROB, MakeProgress, Recorded
+from colm_edge.train.scoring import MakeProgress, Recorded
 
 if TYPE_CHECKING:
     from colm_edge.decode.step import Step
@@ -68,9 +69,12 @@ def answer_prompts(
         if journal is not None and (known := journal.get(key)) is not None:
             entries[i] = known
     tasks = [Task(i, p.tokens, options) for i, p in enumerate(prompts) if i not in entries]
-    with progress("answers", len(prompts)) as bar:
+    with progress("answers", len(prompts)) as bar, ExitStack() as open_answers:
         bar.update(len(entries))
-        for done in answer_together(pair, tasks, n_slots) if tasks else ():
+        written: Iterable[Done] = ()
+        if tasks:
+            written = open_answers.enter_context(closing(answer_together(pair, tasks, n_slots)))
+        for done in written:
             i = done.task.key
             entry = entries[i] = _entry(done)
             if journal is not None:
@@ -119,5 +123,5 @@ def _entry(done: Done) -> dict[str, Any]:
 
 
 def _top(step: Step) -> tuple[tuple[int, float], ...]:
-    """Return the likeliest tokens, padded where fewer have a probability."""
-    return step.top + ((-1, LEAST_LOGPROB),) * (N_KEPT - len(step.top))
+    """Return the likeliest tokens, padded where fewer are known, as from some servers."""
+    return step.top + ((-1, step.top[-1][1]),) * (N_KEPT - len(step.top))
