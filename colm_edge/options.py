@@ -219,6 +219,11 @@ class Options:
         """Whether a token becomes less likely once it has been written."""
         return self.repeat_penalty != 1 or bool(self.presence_penalty or self.frequency_penalty)
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether each token is the likeliest one, to the model's own end of the answer."""
+        return self.temperature == 0 and not self.penalises and not self.stop
+
     def with_changes(self, **changes: Any) -> Options:
         """Return a copy with some options changed. Setting threshold clears defer_rate, and the
         other way round. Raises ColmError for an unknown name or a value out of range."""

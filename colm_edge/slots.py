@@ -269,11 +269,9 @@ class Slots:
     def _worth(self, slot: int, wanted: array[int]) -> tuple[int, int]:
         """Rank a free slot for a prompt: by the length of the common prefix, if that is at least
         half; otherwise the slot with the shortest cache is best, since it loses least."""
-        if self.base is None:
-            return 0, 0
-        held = self.base.held[slot]
-        known = common_prefix(held, wanted)
-        return known if 2 * known >= len(wanted) else 0, -len(held)
+        held = [shared.held[slot] for shared in self._waiting]  # an expert alone has it all
+        known = max((common_prefix(tokens, wanted) for tokens in held), default=0)
+        return known if 2 * known >= len(wanted) else 0, -sum(map(len, held))
 
     def wait_for(self, context: SharedContext, request: _Request) -> None:
         with self._changed:
@@ -333,6 +331,11 @@ class Slots:
         finally:
             with self._changed:
                 self._n_away -= 1
+
+    @property
+    def load_seconds(self) -> float:
+        """Seconds of reading weights and creating the shared contexts."""
+        return sum(shared.context.account.load_seconds for shared in self._waiting)
 
     @property
     def expert_loaded(self) -> bool:

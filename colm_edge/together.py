@@ -36,7 +36,7 @@ class Done:
     """An answer, and the end token if it wrote one, which is not a step of it.
 
     seconds: that it took, without reading the expert's weights; of several answers at once, those
-    since the one before was whole, with all that was done in them.
+    since the one before was whole.
     """
 
     task: Task
@@ -59,8 +59,9 @@ def answer_together(pair: Pair, tasks: Iterable[Task], n_slots: int) -> Generato
     answers that are being written. Raises what goes wrong in any of them.
     """
     running: dict[Future[Done], _Writer] = {}
-    waiting, since = iter(tasks), perf_counter()
+    waiting = iter(tasks)
     with closing(Slots(pair, n_slots)) as slots, ThreadPoolExecutor(n_slots, "answer") as threads:
+        since, loaded = perf_counter(), slots.load_seconds
         try:
             while True:
                 for task in islice(waiting, n_slots - len(running)):
@@ -71,9 +72,10 @@ def answer_together(pair: Pair, tasks: Iterable[Task], n_slots: int) -> Generato
                 done, _ = wait(running, return_when=FIRST_COMPLETED)
                 for future in done:
                     del running[future]
-                    answer, now = future.result(), perf_counter()
-                    yield replace(answer, shared_seconds=now - since) if n_slots > 1 else answer
-                    since = now
+                    answer, now, load = future.result(), perf_counter(), slots.load_seconds
+                    seconds = now - since - (load - loaded)
+                    yield replace(answer, shared_seconds=seconds) if n_slots > 1 else answer
+                    since, loaded = now, load
         finally:
             for writer in running.values():
                 writer.cancel()

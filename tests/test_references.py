@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from fetch_models import MODELS
 
 from colm_edge import references
 from colm_edge.errors import ModelError
@@ -55,10 +56,13 @@ def test_switches_that_ship_are_whole_and_say_what_they_are_for():
         if name != "demo" and "switch" in roles
     ]
     assert shipped
+    hubs = {file.sha256 for file in MODELS["qwen2.5-coder"]}
+    known = Switch.load(references.resolve("package:switches/qwen2.5-coder.gguf")).info
+    assert hubs <= set(f"{known['base_sha256']} {known['expert_sha256']}".split())
     for reference in shipped:
         switch = Switch.load(references.resolve(reference))
         for role in ("base", "expert"):
-            assert len(switch.info[f"{role}_sha256"]) == 64
+            assert all(len(sha256) == 64 for sha256 in switch.info[f"{role}_sha256"].split())
             assert not switch.is_for(role, "another")
         assert 0 < switch.threshold_for(0.2) < switch.threshold_for(0.1) < 1
 

@@ -149,7 +149,9 @@ def train(
         check_report(report_dir)
     if expert_scores is not None and "model" in models:
         models.setdefault("expert", models["model"])  # it is never evaluated
-    with load(**models | {"expert_required": True}, switch=update or "margin") as pair:
+    with load(**models | {"expert_required": True}, switch="margin") as pair:
+        if old is not None:
+            old.reader(pair.base, pair.n_shared)  # checks its width
         documents, recorded = _text(text, pair, raw, work)
         fit = fit_switch(
             pair,
@@ -205,7 +207,7 @@ def _text(
     rows, how = read_rows(text["prompts"]), {name: text[name] for name in ("max_tokens", "n_slots")}
     answered = answer_prompts(pair, rows, progress, raw=raw, work=work, **how)
     if answered.n_cut:
-        say(f"{answered.n_cut} answers were cut at {text['max_tokens']} tokens (-n)")
+        say(f"{answered.n_cut} answers were cut at {text['max_tokens']} tokens (-n), or by -c")
     return answered.documents, answered.recorded
 
 

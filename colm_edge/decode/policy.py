@@ -109,7 +109,7 @@ def expected_rate(switch: AnySwitch, options: Options) -> float | None:
     one model writes alone."""
     threshold = threshold_of(switch, options)
     if options.threshold is None and (rate := options.defer_rate or running_rate(switch, options)):
-        return rate
+        return rate if rate < 1 else None
     if isinstance(switch, Switch) and switch.defer_rates and 0 < threshold < 1:
         return float(np.interp(-threshold, np.negative(switch.thresholds), switch.defer_rates))
     return None

@@ -182,7 +182,7 @@ def evaluate(
     table = []
     for method in found:
         row = _teacher_forced(method, scores)
-        if judge is not None and by_expert is not None and method.name == "expert":
+        if judge is not None and by_expert and method.name == "expert" and options.is_plain:
             row |= _generated(judged_answers(map(_facts, by_expert.entries), rows, judge))
         elif judge is not None:
             row |= _generated(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import textwrap
 from collections.abc import Callable, Iterable
 from decimal import Decimal
 from typing import TYPE_CHECKING, Any
@@ -34,7 +35,7 @@ def exact(text: str, row: dict[str, Any]) -> float:
 def contains(text: str, row: dict[str, Any]) -> float:
     """The text contains the line's `answer` (or its completion) as a whole: no letter or digit
     touches it, and no sign or decimal makes it another number."""
-    wanted = re.escape(row.get("answer", row["completion"]).strip())
+    wanted = re.escape((row.get("answer") or row["completion"]).strip())
     return float(re.search(rf"(?<![\w.+-]){wanted}(?!\w|[.,]\d)", text) is not None)
 
 
@@ -73,7 +74,7 @@ def code_of(text: str) -> str:
     for language in (r"(?:python|py)\d?", r"\w*"):
         fence = rf"```{language}[ \t]*\n(.*?)(?:```|\Z)"
         if blocks := re.findall(fence, text, re.DOTALL | re.IGNORECASE):
-            return "\n".join(blocks)
+            return "\n".join(map(textwrap.dedent, blocks))  # a block may stand in a list
     return text
 
 
@@ -98,7 +99,10 @@ def _final_number(text: str) -> Decimal | None:
 def check_rows(rows: Iterable[Row], metric: Metric) -> None:
     """Raise DataError for the first line that the metric cannot judge, with the line's number."""
     for number, row in rows:
-        completion = row.get("completion") if metric is not METRICS["python"] else "-"
+        needless = metric is METRICS["python"] or (
+            metric is METRICS["contains"] and "answer" in row
+        )
+        completion = "-" if needless else row.get("completion")
         texts = [row.get("prompt"), completion, row.get("answer", "-")]
         if not all(isinstance(text, str) and text.strip() for text in texts):
             raise DataError(

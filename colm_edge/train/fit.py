@@ -53,6 +53,10 @@ SEARCH_TOKENS = 100_000  # enough to choose the objective and the regularisation
 FIT_BYTES = 4 << 30  # of columns in memory; a sample of the tokens where all take more
 L2_GRID = (1e-2, 1e-3, 1e-4, 1e-5)  # on standardised weights
 PRIOR_L2_GRID = (1.0, 0.3, 0.1, 0.03, *L2_GRID)  # on their distance from a rule's
+NO_REGRET = (
+    "the objective regret needs the expert's view of the base's choices, which a server does not "
+    "tell; give the expert as a GGUF file, or another objective"
+)
 CALIBRATED_RATES = tuple(round(0.05 * i, 2) for i in range(21))
 
 
@@ -65,7 +69,8 @@ class FitOptions:
     rates of 0.1 to 0.3 are likelier on the held-back lines; for text that the expert wrote itself,
     "regret".
     seed: decides which lines are held back.
-    update: the switch that this one replaces; the fit starts from it and the report compares them.
+    update: the switch that this one replaces; the report compares them, and the fit of `marginal`,
+    from which `budget` starts, begins with it.
     compare: fit the other feature sets as well and report how they do.
     choose: chooses the default threshold, given the calibrated switch and the held-back lines;
     `choose_threshold` does by default.
@@ -137,13 +142,16 @@ def fit_switch(
     """
     check_fit()
     update = options.update
+    if options.objective == "regret" and not (pair.expert_is_here or recorded or expert_scores):
+        raise DataError(NO_REGRET)
     held_back = _held_back(documents, options.seed)
     scores = score(
         pair,
         documents,
         progress,
         work=work,
-        update=update is not None,
+        # Answers are kept by their content, and prompts may be added.
+        update=update is not None or recorded is not None,
         expert_scores=expert_scores,
         recorded=recorded,
     )
@@ -205,10 +213,7 @@ def fit_head(
     if objective == "best":
         objective = min(BEST_OF, key=lambda name: trials[name].hard_loss)
     if objective not in trials:
-        raise DataError(
-            f"the objective {objective} needs the expert's view of the base's choices, which a "
-            "server does not tell; give the expert as a GGUF file, or another objective"
-        )
+        raise DataError(NO_REGRET)
     trial = trials[objective]
     rows = _sample(split.train, FIT_BYTES // (4 * len(trial.head.weight)))
     if len(rows) > trial.n_tokens:

@@ -98,15 +98,26 @@ def answer_prompts(
 def _prompts(rows: Iterable[Row], pair: Pair, raw: bool) -> Iterator[Document]:
     """Yield each prompt as a document that begins where the answer will."""
     for number, row in rows:
+        if not row.keys() & {"prompt", "messages"}:
+            raise DataError(f"line {number}: expected prompt, a text, or messages")
         messages = row.get("messages", [{"role": "user", "content": row.get("prompt")}])
         try:
-            tokens = pair.prompt_tokens(messages, raw=raw)
+            tokens = pair.prompt_tokens(_asked(messages), raw=raw)
             pair.check_prompt(tokens, 0.0)
         except PromptError as e:
-            raise DataError(f"line {number}: {e}; expected prompt, a text, or messages") from e
+            raise DataError(f"line {number}: {e}") from e
         if len(tokens) == pair.n_ctx:
             raise DataError(f"line {number}: the prompt leaves no room for an answer; raise -c")
         yield Document(tokens, len(tokens), number)
+
+
+def _asked(messages: Any) -> Any:
+    """Return a conversation without the answer at its end, if it has one: the expert writes it."""
+    while isinstance(messages, list) and messages and isinstance(messages[-1], dict):
+        if messages[-1].get("role") != "assistant":
+            break
+        messages = messages[:-1]
+    return messages
 
 
 def _entry(done: Done) -> dict[str, Any]:

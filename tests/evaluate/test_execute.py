@@ -24,6 +24,7 @@ ROW = {"prompt": "p", "tests": ["assert double(2) == 4", "assert double('a') == 
         ("def double(x):\n    return x + x", 1.0),
         ("```\ndef double(x):\n    return x + x\n", 1.0),  # cut inside its block
         ("```python\ndef double(x): return x + x\n```\n```\nOutput: 4\n```", 1.0),
+        ("1. So:\n\n   ```python\n   def double(x):\n       return 2 * x\n   ```", 1.0),
         ("I cannot.", 0.0),
         ("", 0.0),
     ],
@@ -68,6 +69,21 @@ def test_code_that_does_not_end_is_ended(monkeypatch):
     monkeypatch.setattr(execute, "SECONDS", 0.5)
     assert not passes("while True: pass")
     assert not passes("input()")
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "x = '" + "y" * 300_000 + "'",  # longer than an argument may be
+        "for i in range(100_000): print('z' * 1000)",  # nobody keeps it
+        "from __future__ import annotations\nfrom dataclasses import dataclass\n"
+        "@dataclass\nclass A:\n    x: int\nassert A(1).x == 1",
+        "assert 'é' == '\\u00e9'",
+        "if __name__ == '__main__':\n    raise ValueError",
+    ],
+)
+def test_what_answers_may_do(code):
+    assert passes(code)
 
 
 def test_nothing_of_the_environment_is_seen(monkeypatch):

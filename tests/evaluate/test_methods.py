@@ -253,15 +253,17 @@ def test_answers_that_were_cut_are_counted(tiny_pair, data):
     assert given.cut.any()
 
 
-def test_answers_at_once_are_those_of_one_at_a_time(tiny_pair, data):
-    # A mixture of two random models has many near-ties, which the last bits decide.
-    methods = [name for name in METHODS if name != "compose"]
-    comparison = Comparison(metric="exact", thresholds=(0.3, 0.7), methods=methods)
+def test_answers_at_once_are_those_of_one_at_a_time(demo):
+    """But for near-ties, which the last bits decide."""
+    rows = list(read_rows(HELD_OUT))[:20]
+    options, judge = WHOLE.with_changes(threshold=0.9), metrics.contains
     alone, together = (
-        ev.evaluate(tiny_pair, data, GREEDY, replace(comparison, n_slots=n), progress=no_bar)
-        for n in (1, 4)
+        answers.answers(demo, demo.switch, options, rows, judge, no_bar, n_slots=n) for n in (1, 4)
     )
-    assert timeless(together) == timeless(alone)
+    assert np.mean(together.tokens == alone.tokens) >= 0.8
+    assert np.mean(together.deferred == alone.deferred) >= 0.8
+    assert np.mean(together.right == alone.right) >= 0.9
+    assert (together.seconds > 0).all()
 
 
 def test_on_the_experts_own_text_rates_and_rows_need_no_completion(tiny_pair, data, tmp_path):

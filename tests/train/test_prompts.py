@@ -109,14 +109,42 @@ def test_a_killed_run_goes_on_with_what_it_has(tiny_pair, tmp_path):
     ("row", "words"),
     [
         ({"completion": "x"}, "line 1: .*expected prompt, a text, or messages"),
-        ({"prompt": 3}, "line 1: .*expected prompt"),
-        ({"messages": "x"}, "line 1: .*expected"),
+        ({"prompt": 3}, "line 1: a message is .*; expected role and content"),
+        ({"messages": "x"}, "line 1: .*expected a list"),
+        (
+            {"messages": [{"role": "assistant", "content": "x"}]},
+            "line 1: the conversation is empty",
+        ),
         ({"prompt": "x " * 400}, "line 1: the prompt has .* tokens"),
     ],
 )
 def test_a_line_without_a_prompt_is_named(tiny_pair, row, words):
     with pytest.raises(DataError, match=words):
         answer_prompts(tiny_pair, [(1, row)], no_bar, **HOW)
+
+
+def test_a_conversation_is_answered_anew_and_earlier_turns_stay(tiny_pair):
+    turns = [
+        {"role": "user", "content": "one"},
+        {"role": "assistant", "content": "two"},
+        {"role": "user", "content": "three"},
+    ]
+    ended = [*turns, {"role": "assistant", "content": "known already"}]
+    rows = [(1, {"messages": turns}), (2, {"messages": ended})]
+    first, second = answer_prompts(tiny_pair, rows, no_bar, **HOW).documents
+    assert first.tokens == second.tokens
+    assert first.start == len(tiny_pair.prompt_tokens(turns))
+
+
+def test_prompts_may_be_added_to_a_work_folder(tiny, tmp_path):
+    prompts, out = tmp_path / "p.jsonl", tmp_path / "s.gguf"
+    args = ["train", "--prompts", str(prompts), "--outfile", str(out), "-n", "6", "-c", "256"]
+    args += ["-m", tiny["base"], "-me", tiny["expert"], "-t", "1", "-np", "2"]
+    for n in (5, 6):
+        prompts.write_text("".join(json.dumps(row) + "\n" for _, row in ROWS[:n]))
+        result = CliRunner().invoke(main, args)
+        assert result.exit_code == 0, result.output
+        assert json.loads(result.stdout.splitlines()[-1])["n_answers"] == n
 
 
 def test_the_command_trains_from_prompts_and_resumes(tiny, tmp_path):

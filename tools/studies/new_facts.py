@@ -68,7 +68,8 @@ def reading(seed: int) -> Iterator[str]:
 
 def teach(work: Path, threads: int) -> None:
     """Train the shipped expert further, and write it as GGUF."""
-    import_gguf("expert", DATA / "expert.gguf", work)
+    if not (work / "expert.ckpt").exists():
+        import_gguf("expert", DATA / "expert.gguf", work)
     shape = TRAININGS["expert"].shape
     tokenizer = load_vocab(work)
 
