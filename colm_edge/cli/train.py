@@ -147,8 +147,6 @@ def train(
     work = Path(work_dir) if work_dir else None
     if report_dir is not None:
         check_report(report_dir)
-    if expert_scores is not None and "model" in models:
-        models.setdefault("expert", models["model"])  # it is never evaluated
     with load(**models | {"expert_required": True}, switch="margin") as pair:
         if old is not None:
             old.reader(pair.base, pair.n_shared)  # checks its width
@@ -182,13 +180,15 @@ def _check_choice(
     expert_scores: str | None,
     models: dict[str, Any],
 ) -> None:
-    """Refuse options that contradict each other."""
+    """Refuse options that contradict each other; with scores from elsewhere -m is enough."""
     if ("data" in text) is ("prompts" in text):
         raise click.UsageError("give --data, texts to fit to, or --prompts, questions to answer")
     if "prompts" in text and ("metric" in threshold_by or expert_scores is not None):
         raise click.UsageError("--threshold-by and --expert-scores go with --data")
     if "metric" in threshold_by and expert_scores is not None and "expert" not in models:
         raise click.UsageError("--threshold-by needs the expert itself (-me) to answer prompts")
+    if expert_scores is not None and "model" in models:
+        models.setdefault("expert", models["model"])  # it is never evaluated
 
 
 def _read_files(models: dict[str, Any]) -> list[str | None]:

@@ -140,21 +140,16 @@ def fit_switch(
     regularisation, threshold and calibration were chosen too: judge a switch on separate data.
     Raises DataError when there are too few documents to hold any back.
     """
-    check_fit()
     update = options.update
-    if options.objective == "regret" and not (pair.expert_is_here or recorded or expert_scores):
-        raise DataError(NO_REGRET)
+    check_fit()
+    tells = pair.expert_is_here or recorded or expert_scores
+    _check_objective(options.objective, bool(tells))
     held_back = _held_back(documents, options.seed)
     scores = score(
-        pair,
-        documents,
-        progress,
-        work=work,
+        pair, documents, progress, work=work, expert_scores=expert_scores, recorded=recorded,
         # Answers are kept by their content, and prompts may be added.
         update=update is not None or recorded is not None,
-        expert_scores=expert_scores,
-        recorded=recorded,
-    )
+    )  # fmt: skip
     split = _split(scores, held_back)
     features = options.features or _feature_set(update)
     names = FEATURE_SETS[features]
@@ -196,6 +191,12 @@ def _identities(pair: Pair, scorer: str | None, elsewhere: bool) -> dict[str, st
         found[f"{role}_fingerprint"] = model.fingerprint
         found[f"{role}_sha256"] = " ".join(sha256_of(file) for file in model.files)
     return found
+
+
+def _check_objective(objective: str, tells_regret: bool) -> None:
+    """Raise now, rather than after an hour of scoring, for an objective that cannot be fitted."""
+    if objective in OBJECTIVES and OBJECTIVES[objective].needs_regret and not tells_regret:
+        raise DataError(NO_REGRET)
 
 
 def fit_head(

@@ -84,7 +84,9 @@ def scoring_pass(
         place = Path(folder) if folder else None
         inside = session.seconds
         begun, cpu_begun = perf_counter(), process_time()
-        scoring.score_model(pair, name, documents, no_bar, work=place)
+        # What an expert is asked about its base's choices costs the same, whatever they are.
+        choices = documents.scored(0, len(documents)) if name == "expert" else None
+        scoring.score_model(pair, name, documents, no_bar, work=place, choices=choices)
         cpu = process_time() - cpu_begun
         return perf_counter() - begun, cpu, session.seconds - inside
 
