@@ -7,6 +7,7 @@ fields, so a new option is one field here and the code that uses it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from types import MappingProxyType, NoneType
@@ -31,6 +32,15 @@ class Option:
     shown_limits: tuple[float | None, float | None]
     request: Literal["body", "colm"] | None
     request_limits: Mapping[str, Any]
+    words: Mapping[str, float]
+
+    def value_of(self, value: Any) -> Any:
+        """Return what a word stands for; any other value as it is."""
+        return self.words.get(value, value) if isinstance(value, str) else value
+
+    def parse(self, text: str) -> Any:
+        """Return the value that a text gives. Raises ValueError."""
+        return self.words[text] if text in self.words else self.kind(text)
 
     @property
     def kind(self) -> type:
@@ -70,6 +80,7 @@ def option(
     shown_limits: tuple[float | None, float | None] | None = None,
     request: Literal["body", "colm"] | None = None,
     request_limits: Mapping[str, Any] | None = None,
+    words: Mapping[str, float] = {},
 ) -> T:
     """Declare a field of `Options`.
 
@@ -81,6 +92,7 @@ def option(
     request: where a request sets the option: beside OpenAI's own fields or in its `colm` object.
     Fields that a request gives in another form (max_tokens, seed, stop) are in serve/requests.py.
     request_limits: of requests, where they differ, by pydantic's names: ge, gt, le, lt.
+    words: names for some values, which may be given instead.
     """
     if request_limits is None:
         request_limits = dict(zip(("ge", "le"), limits, strict=True)) if limits else {}
@@ -91,6 +103,7 @@ def option(
         "shown_limits": shown_limits or limits or (None, None),
         "request": request,
         "request_limits": MappingProxyType(request_limits),
+        "words": MappingProxyType(words),
     }
     return field(default=default, metadata=declared)
 
@@ -129,6 +142,22 @@ class Options:
         request="colm",
         help="Where the switch defers, write the expert's token (defer) or one from the mixture of "
         "both models (compose).",
+    )
+    review: float = option(
+        math.inf,
+        "--review",
+        limits=(0, math.inf),
+        words={"off": math.inf},
+        request="colm",
+        help="At each of its calls the expert undoes the base's first token that it finds less "
+        "likely than its own choice by more than so many nats; 0: the expert's own text.",
+    )
+    review_window: int = option(
+        16,
+        "--review-window",
+        limits=(1, 256),
+        request="colm",
+        help="The most tokens that wait for the expert's review.",
     )
     schedule: Literal["fast", "sequential"] = option(
         "fast",
@@ -208,6 +237,7 @@ class Options:
             raise ColmError(f"stop is {self.stop!r}; expected a text, or several")
         object.__setattr__(self, "stop", stop)
         for name, declared in OPTIONS.items():
+            object.__setattr__(self, name, declared.value_of(getattr(self, name)))
             declared.check(getattr(self, name))
         if self.threshold is not None and self.defer_rate is not None:
             raise ColmError("threshold and defer_rate are two ways to say one thing; give one")
@@ -220,9 +250,20 @@ class Options:
         return self.repeat_penalty != 1 or bool(self.presence_penalty or self.frequency_penalty)
 
     @property
+    def reviews(self) -> bool:
+        """Whether the expert may undo tokens of the base."""
+        return self.review < math.inf
+
+    @property
     def is_plain(self) -> bool:
         """Whether each token is the likeliest one, to the model's own end of the answer."""
         return self.temperature == 0 and not self.penalises and not self.stop
+
+    @property
+    def changed(self) -> dict[str, Any]:
+        """The options that differ from their defaults."""
+        values = ((name, getattr(self, name)) for name in OPTIONS)
+        return {name: value for name, value in values if value != OPTIONS[name].default}
 
     def with_changes(self, **changes: Any) -> Options:
         """Return a copy with some options changed. Setting threshold clears defer_rate, and the

@@ -13,11 +13,10 @@ from typing import Any, Literal, Self
 
 from colm_edge.cancel import Cancel
 from colm_edge.decode.background import Background
-from colm_edge.decode.fast import Fast
-from colm_edge.decode.loop import Decoder, ExpertAlone, Schedule, Sequential
-from colm_edge.decode.picker import Picker
+from colm_edge.decode.loop import Decoder
+from colm_edge.decode.parts import picker_of, policy_of, schedule_of
 from colm_edge.decode.planner import Planner
-from colm_edge.decode.policy import Policy, RatePolicy, expected_rate, running_rate, threshold_of
+from colm_edge.decode.policy import expected_rate, threshold_of
 from colm_edge.decode.timeline import Expert, Timeline
 from colm_edge.errors import ColmError, ContextError, ModelError, PromptError
 from colm_edge.llama.backend import supports_gpu
@@ -26,7 +25,6 @@ from colm_edge.llama.costs import CostTable, slower
 from colm_edge.llama.measure import cost_table, kept_table
 from colm_edge.llama.model import Model, shared_vocab
 from colm_edge.llama.prompt_cache import load_prompts, save_prompts
-from colm_edge.llama.sampling import ChainSampler
 from colm_edge.llama.session import Session
 from colm_edge.options import Options
 from colm_edge.references import LOCAL_HOSTS, choose_pair, is_url
@@ -325,53 +323,42 @@ class Pair:
         self.check_prompt(tokens, threshold)
         # Alone, the base can write its whole vocabulary.
         n_choose = self.n_shared if threshold < 1 else self.base.n_vocab
+        reviews = options.reviews and 0 < threshold < 1
+        if reviews and not self.expert_is_here:
+            raise ColmError(f"review needs the expert in this process: {self._not_here()}")
         base, expert = timelines or (self.base_session, self.expert)
-        cancel = Cancel()
+        cancel, alone = Cancel(), timelines is None
+        row = self.base.token_id(DEFER_TOKEN) if isinstance(self.switch, DeferRow) else None
+        picker = picker_of(options, n_choose, tokens, defer_row=row, reviews=reviews)
         decoder = Decoder(
             base,
             [expert],
-            self._policy(switch or self.switch, options, threshold, n_choose),
-            self._picker(options, n_choose, tokens),
+            policy_of(switch or self.switch, self.base, options, threshold, n_choose),
+            picker,
             tokens,
             end_tokens=self.base.end_tokens | self.expert.end_tokens,
             max_tokens=options.max_tokens,
-            schedule=self._schedule(options, threshold, follows=timelines is None),
+            schedule=schedule_of(
+                options,
+                threshold,
+                picker,
+                follow=self.expert.follow if alone and threshold < 1 else None,
+                # Bets are priced for an answer alone: slots share their batches.
+                planner=self._planner_for(options, threshold) if alone else None,
+            ),
             cancel=cancel,
-            lock=self._lock if timelines is None else None,
+            lock=self._lock if alone else None,
         )
         unreadable = "" if threshold >= 1 or self.expert_is_here else self._not_here()
         return Stream(decoder, self.base, options.stop, cancel, unreadable)
 
-    def _policy(
-        self, switch: AnySwitch, options: Options, threshold: float, n_choose: int
-    ) -> Policy:
-        read = switch.reader(self.base, n_choose)
-        rate = running_rate(switch, options)
-        return Policy(read, threshold) if rate is None else RatePolicy(read, rate)
-
-    def _picker(self, options: Options, n_choose: int, tokens: Sequence[int]) -> Picker:
-        row = self.base.token_id(DEFER_TOKEN) if isinstance(self.switch, DeferRow) else None
-        sampler = None
-        if options.temperature > 0 or options.penalises:
-            sampler = ChainSampler(options, n_choose, tokens, [] if row is None else [row])
-        return Picker(
-            n_choose,
-            sampler,
-            n_probs=options.n_probs,
-            composes=options.strategy == "compose",
-            defer_row=-1 if row is None else row,
-        )
-
-    def _schedule(self, options: Options, threshold: float, *, follows: bool) -> Schedule:
-        alone = threshold <= 0 and options.strategy == "defer"
-        # A bet needs the costs of decodes, which a server does not report.
-        is_fast = options.schedule == "fast" and self.expert_is_here and 0 < threshold < 1
+    def _planner_for(self, options: Options, threshold: float) -> Planner | None:
+        """Return what places the fast schedule's bets, or None where there are none: a bet needs
+        the costs of decodes, which a server does not report."""
+        bets = options.schedule == "fast" and self.expert_is_here and 0 < threshold < 1
         if self._here is not None:
-            self._here.costs = self._costs if is_fast else None
-        if alone:
-            return ExpertAlone()
-        follow = self.expert.follow if follows and threshold < 1 else None
-        return Fast(self.planner, follow) if is_fast else Sequential(follow)
+            self._here.costs = self._costs if bets else None
+        return self.planner if bets else None
 
     def _exhaust(self, stream: Stream) -> Answer:
         with self._lock:

@@ -25,7 +25,10 @@ from colm_edge.llama.session import Session, common_prefix
 from colm_edge.remote.client import RemoteExpert, RemoteSession
 
 if TYPE_CHECKING:
+    from colm_edge.options import Options
     from colm_edge.pair import Pair
+    from colm_edge.stream import Stream
+    from colm_edge.switch.reading import AnySwitch
 
 # Tokens of one request that a batch takes before it takes part of a longer one, a new prompt.
 SHORT = 64
@@ -236,9 +239,13 @@ class Slots:
         else:
             self.expert = SharedContext(pair.expert_session, n_slots)
             self._waiting[self.expert] = []
-        self.base.open()
         self._worker = threading.Thread(target=self._work, name="colm-edge-slots", daemon=True)
         self._worker.start()
+
+    def open(self) -> None:
+        """Make the base's shared context now, not at the first answer."""
+        if self.base is not None:
+            self.base.open()
 
     @contextmanager
     def take(self, tokens: Sequence[int]) -> Iterator[tuple[Timeline, Timeline] | None]:
@@ -371,6 +378,34 @@ class Slots:
                 self._changed.wait()
         for context in self._waiting:
             context.close()
+
+
+class Writer:
+    """Writes one answer in a slot, on the caller's thread; any thread may cancel it."""
+
+    def __init__(
+        self, slots: Slots, tokens: list[int], options: Options, switch: AnySwitch | None = None
+    ) -> None:
+        self._slots, self._tokens, self._options, self._switch = slots, tokens, options, switch
+        self._stream: Stream | None = None
+        self._cancelled = False
+
+    def cancel(self) -> None:
+        """End the answer after the token that is being written, or before it begins."""
+        self._cancelled = True
+        if self._stream is not None:
+            self._stream.cancel()
+
+    @contextmanager
+    def stream(self) -> Iterator[Stream]:
+        """Take a slot and give the stream of the answer. Raises BusyError when all are taken."""
+        with self._slots.take(self._tokens) as timelines:
+            stream = self._stream = self._slots.pair.stream_tokens(
+                self._tokens, self._options, timelines, self._switch
+            )
+            if self._cancelled:  # before the stream was there to be cancelled
+                stream.cancel()
+            yield stream
 
 
 class BusyError(ColmError):

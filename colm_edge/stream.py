@@ -12,7 +12,7 @@ from typing import Any, Literal, Self
 
 from colm_edge.cancel import Cancel
 from colm_edge.decode.loop import Decoder
-from colm_edge.decode.step import Stats, Step
+from colm_edge.decode.step import Drafted, Event, Stats, Step, Undone
 from colm_edge.errors import ColmError
 from colm_edge.llama.model import Model
 
@@ -27,6 +27,7 @@ class Answer:
     stats: Stats
     prompt_tokens: list[int] = field(repr=False)
     threshold: float
+    undone: list[Undone] = field(default_factory=list, repr=False)  # by review
 
 
 class Stream:
@@ -57,7 +58,13 @@ class Stream:
         return self
 
     def __next__(self) -> Step:
-        return next(self._iterator)
+        return next(event for event in self._iterator if isinstance(event, Step))
+
+    def events(self) -> Iterator[Event]:
+        """Iterate over the steps and, under review, what happens before them: each token that waits
+        for review, and each time that some are undone. A step is final, and makes every earlier
+        draft void: those that stay come again as steps."""
+        return self._iterator
 
     def close(self) -> None:
         """End the answer and keep what was written so far. Only for the thread that reads it."""
@@ -109,18 +116,32 @@ class Stream:
         stats = replace(self._decoder.stats, n_generated=len(steps), n_deferred=deferred)
         stats.finish()
         text = "".join(step.text for step in steps)
-        return Answer(text, steps, self.finish_reason, stats, self.prompt_tokens, self.threshold)
+        undone = [
+            one for one in self._decoder.undone
+            if one.position < len(self.prompt_tokens) + len(steps)
+        ]  # fmt: skip
+        return Answer(
+            text, steps, self.finish_reason, stats, self.prompt_tokens, self.threshold, undone
+        )
 
     def _hand_out(self, step: Step) -> Step:
         self.steps.append(step)
         return step
 
-    def _run(self) -> Generator[Step, None, None]:
+    def _run(self) -> Generator[Event, None, None]:
         utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+        ahead = codecs.getincrementaldecoder("utf-8")("replace")  # of drafts
         held: list[Step] = []  # a later token may complete or cut their text
-        for step in self._decoder:
-            step.text = utf8.decode(self._model.piece(step.token))
-            held.append(step)
+        for event in self._decoder.events():
+            if isinstance(event, Drafted):
+                event.step.text = ahead.decode(self._model.piece(event.step.token))
+            if not isinstance(event, Step):
+                if not self._cancel.requested and not self._is_end(event):
+                    yield event
+                continue
+            event.text = utf8.decode(self._model.piece(event.token))
+            ahead.setstate(utf8.getstate())
+            held.append(event)
             if self._cut_at_stop(held):
                 self._finish = "stop"
                 break
@@ -138,6 +159,9 @@ class Stream:
                 self._finish = "stop"
                 return
             yield self._hand_out(step)
+
+    def _is_end(self, event: Event) -> bool:
+        return isinstance(event, Drafted) and event.step.token in self._decoder.end_tokens
 
     def _cut_at_stop(self, held: list[Step]) -> bool:
         """Cut the held steps at the first stop string in them; return whether there was one."""

@@ -10,13 +10,13 @@ from itertools import islice
 from time import perf_counter
 from typing import TYPE_CHECKING
 
-from colm_edge.slots import Slots
+from colm_edge.slots import Slots, Writer
 
 if TYPE_CHECKING:
     from colm_edge.decode.step import Step
     from colm_edge.options import Options
     from colm_edge.pair import Pair
-    from colm_edge.stream import Answer, Stream
+    from colm_edge.stream import Answer
     from colm_edge.switch.reading import AnySwitch
 
 
@@ -58,15 +58,15 @@ def answer_together(pair: Pair, tasks: Iterable[Task], n_slots: int) -> Generato
     The texts are those of one answer at a time, but for near-ties. Closing the generator ends the
     answers that are being written. Raises what goes wrong in any of them.
     """
-    running: dict[Future[Done], _Writer] = {}
+    running: dict[Future[Done], Writer] = {}
     waiting = iter(tasks)
     with closing(Slots(pair, n_slots)) as slots, ThreadPoolExecutor(n_slots, "answer") as threads:
         since, loaded = perf_counter(), slots.load_seconds
         try:
             while True:
                 for task in islice(waiting, n_slots - len(running)):
-                    writer = _Writer(slots, task)
-                    running[threads.submit(writer.write)] = writer
+                    writer = Writer(slots, task.tokens, task.options, task.switch)
+                    running[threads.submit(_write, task, writer)] = writer
                 if not running:
                     return
                 done, _ = wait(running, return_when=FIRST_COMPLETED)
@@ -81,29 +81,8 @@ def answer_together(pair: Pair, tasks: Iterable[Task], n_slots: int) -> Generato
                 writer.cancel()
 
 
-class _Writer:
-    """Writes one answer on a thread of its own; any thread may end it."""
-
-    def __init__(self, slots: Slots, task: Task) -> None:
-        self._slots, self._task = slots, task
-        self._stream: Stream | None = None
-        self._cancelled = False
-
-    def cancel(self) -> None:
-        self._cancelled = True
-        if self._stream is not None:
-            self._stream.cancel()
-
-    def write(self) -> Done:
-        task, pair = self._task, self._slots.pair
-        with self._slots.take(task.tokens) as timelines:
-            options = task.options
-            if timelines is not None:  # the fast schedule prices its bets for an answer alone
-                options = options.with_changes(schedule="sequential")
-            stream = pair.stream_tokens(task.tokens, options, timelines, task.switch)
-            self._stream = stream
-            if self._cancelled:  # before the stream was there to be ended
-                stream.cancel()
-            for _ in stream:
-                pass
-            return Done(task, stream.answer(), stream.end)
+def _write(task: Task, writer: Writer) -> Done:
+    with writer.stream() as stream:
+        for _ in stream:
+            pass
+        return Done(task, stream.answer(), stream.end)

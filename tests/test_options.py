@@ -66,16 +66,17 @@ def test_every_flag_is_an_option_of_the_command_line(command):
 
 def test_every_flag_with_one_value_is_a_setting_of_the_chat():
     assert set(SETTINGS) == {n for n, o in FLAGGED.items() if o.kind not in (bool, tuple)}
-    for name, kind in SETTINGS.items():
+    for name, option in SETTINGS.items():
         assert f"{name}," in HELP or f"{name}\n" in HELP
-        assert kind(OPTIONS[name].default or 0) is not None
+        assert option.parse(str(option.default or 0)) is not None
+        assert [option.parse(word) for word in option.words] == list(option.words.values())
 
 
 @pytest.mark.parametrize("body", [ChatRequest, CompletionRequest])
 def test_a_request_has_every_option_that_it_may_set(body):
     named = {name for name, option in REQUESTED.items() if option.request == "body"}
     assert set(body.model_fields) & set(OPTIONS) == named | CONVERTED
-    assert set(ColmFields.model_fields) - {"trace"} == set(REQUESTED) - named
+    assert set(ColmFields.model_fields) - {"trace", "provisional"} == set(REQUESTED) - named
 
 
 @pytest.mark.parametrize("name", REQUESTED)

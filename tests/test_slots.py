@@ -220,7 +220,7 @@ def test_no_context_is_freed_while_an_answer_reads_it(pair, monkeypatch, ends):
     assert len(stream.steps) == (1 if ends == "close" else 5)
     threads[0].join(60)
     assert not threads[0].is_alive()
-    assert slots.base.context.created is (ends != "close")
+    assert slots.expert.context.created is (ends != "close")
     slots.close()
 
 

@@ -52,6 +52,17 @@ def shares(_: click.Context, __: click.Parameter, value: str | None) -> tuple[fl
     return tuple(numbers)
 
 
+def tolerances(_: click.Context, __: click.Parameter, value: str | None) -> tuple[float, ...]:
+    """Return numbers from 0 on, of a list."""
+    try:
+        numbers = tuple(float(part) for part in value.split(",")) if value is not None else ()
+        if not all(0 <= number < math.inf for number in numbers):
+            raise ValueError
+    except ValueError as e:
+        raise click.BadParameter(f"{value!r}: expected numbers from 0 on, as 0,1,2.5") from e
+    return numbers
+
+
 sweep_options = gathered(
     "sweep",
     click.option(
@@ -101,10 +112,16 @@ proxy_options = gathered(
     metavar="NAME,…",
     default="",
     callback=listed,
-    help="Rows of the table: base, expert, colm, compose, random, entropy, margin, weak, proxy."
-    "  [default: all that are possible]",
+    help="Rows of the table: base, expert, colm, review, compose, random, entropy, margin, weak, "
+    "proxy.  [default: all that are possible]",
 )
 @sweep_options
+@click.option(
+    "--reviews",
+    metavar="NATS,…",
+    callback=tolerances,
+    help="Tolerances of the method review: as colm, but the expert undoes what it regrets more.",
+)
 @click.option(
     "--score-on",
     type=click.Choice(["data", "expert"]),
@@ -138,6 +155,7 @@ def eval_command(
     limit: int | None,
     methods: tuple[str, ...],
     sweep: dict[str, tuple[float, ...]],
+    reviews: tuple[float, ...],
     score_on: str,
     n_slots: int,
     allow_exec: bool,
@@ -165,7 +183,7 @@ def eval_command(
         raise click.UsageError(
             "--metric python runs code that the models write; say --allow-exec if that is allowed"
         )
-    check_methods(methods, weak, proxy.get("anti_expert"))
+    check_methods(methods, weak, proxy.get("anti_expert"), reviews)
     if plot is not None:
         check_plot(plot)
     options = Options(**decoding)
@@ -176,6 +194,7 @@ def eval_command(
             metric=None if metric == "nll" else metric,
             limit=limit,
             methods=methods,
+            reviews=reviews,
             weak=Switch.load(weak) if weak else None,
             proxy=third,
             on_expert=score_on == "expert",
@@ -199,11 +218,20 @@ def check_sweep(sweep: dict[str, tuple[float, ...]], decoding: dict[str, Any]) -
         )
 
 
-def check_methods(methods: tuple[str, ...], weak: str | None, anti_expert: str | None) -> None:
-    """Refuse methods that do not exist or lack the file that they need."""
+def check_methods(
+    methods: tuple[str, ...],
+    weak: str | None,
+    anti_expert: str | None,
+    reviews: tuple[float, ...],
+) -> None:
+    """Refuse methods that do not exist or lack what they need."""
     from colm_edge.evaluate.methods import METHODS
 
-    needs = {"weak": ("--weak", weak), "proxy": ("--anti-expert", anti_expert)}
+    needs = {
+        "weak": ("--weak", weak),
+        "proxy": ("--anti-expert", anti_expert),
+        "review": ("--reviews", reviews or None),
+    }
     for name in methods:
         if name not in METHODS:
             raise click.UsageError(f"no method {name!r}; known: {', '.join(METHODS)}")

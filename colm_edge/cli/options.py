@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import wraps
 from typing import Any, TypeVar, cast
@@ -174,7 +175,7 @@ def _click_option(option: Option, default: Any) -> Any:
     elif option.kind is int:
         type = click.IntRange(low, high)
     elif option.kind is float:
-        type = float if low is high is None else click.FloatRange(low, high)
+        type = float if low is high is None else Number(low, high, option.words)
     return click.option(
         *option.flags,
         option.name,
@@ -184,6 +185,17 @@ def _click_option(option: Option, default: Any) -> Any:
         multiple=option.kind is tuple,
         help=option.help + (f"  [default: {default}]" if _is_given(default) else ""),
     )
+
+
+class Number(click.FloatRange):
+    """A number in a range, or a word that stands for one."""
+
+    def __init__(self, low: float | None, high: float | None, words: Mapping[str, float]) -> None:
+        super().__init__(low, None if high == math.inf else high)
+        self._words = words
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        return self._words[value] if value in self._words else super().convert(value, param, ctx)
 
 
 def _is_given(value: Any) -> bool:

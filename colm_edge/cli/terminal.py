@@ -2,28 +2,31 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from textwrap import fill
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
+from colm_edge.cli.drafts import Drafts
+from colm_edge.decode.step import Drafted, Step
 from colm_edge.errors import ColmError
 from colm_edge.options import OPTIONS
 
 if TYPE_CHECKING:
-    from colm_edge.decode.step import Stats, Step
+    from colm_edge.decode.step import Event, Stats
     from colm_edge.pair import Pair
     from colm_edge.stream import Stream
 
 
 # What /set changes: the options of the command line that are a number or a word.
 SETTINGS = {
-    name: option.kind
+    name: option
     for name, option in OPTIONS.items()
     if option.flags and option.kind in (int, float, str)
 }
@@ -62,22 +65,33 @@ def write(stream: Stream) -> bool:
     Return whether Ctrl-C ended the stream.
     """
     marked = sys.stdout.isatty()
+    drafts = Drafts(shutil.get_terminal_size().columns)
 
-    def show(step: Step) -> None:
-        click.echo(mark(step) if marked else step.text, nl=False)
-        _cursor.inside = marked
+    def show(event: Event) -> None:
+        if not marked:
+            click.echo(event.text if isinstance(event, Step) else "", nl=False)
+            return
+        if isinstance(event, Drafted):
+            click.echo(drafts.add(event.step.text), nl=False)
+        else:
+            click.echo(drafts.erase(), nl=False)
+        if isinstance(event, Step):
+            click.echo(mark(event), nl=False)
+            drafts.passed(event.text)
+        _cursor.inside = True
 
     try:
         return drain(stream, show)
     finally:
+        click.echo(drafts.erase(), nl=False)
         _cursor.inside = False
 
 
-def drain(stream: Stream, show: Callable[[Step], object] = lambda step: None) -> bool:
+def drain(stream: Stream, show: Callable[[Event], object] = lambda event: None) -> bool:
     """Run a stream to its end; return whether Ctrl-C ended it. The steps so far are kept."""
     try:
-        for step in stream:
-            show(step)
+        for event in stream.events():
+            show(event)
     except KeyboardInterrupt:
         stream.close()
         return True
@@ -265,10 +279,11 @@ class Chat:
             say(f"{name:17} {'' if value is None else value}".rstrip())
 
     def _change(self, name: str, text: str) -> None:
+        option = SETTINGS[name]
         try:
-            value: Any = SETTINGS[name](text) if text else getattr(self._at_start, name)
+            value = option.parse(text) if text else getattr(self._at_start, name)
         except ValueError as e:
-            kind = "whole number" if SETTINGS[name] is int else "number"
+            kind = "whole number" if option.kind is int else "number"
             raise ColmError(f"{name} is {text!r}; expected a {kind}") from e
         self.pair.defaults = self.pair.defaults.with_changes(**{name: value})
         shown = shown_threshold(self.pair) if name == "threshold" else value

@@ -23,6 +23,46 @@ from colm_edge.decode.step import Step
 EXPERT = 0  # the only one
 
 
+class Bets:
+    """Where the expert's batch includes the base's choice; for one answer."""
+
+    def __init__(self, planner: Planner) -> None:
+        self._planner = planner
+        self._expert_at = 0  # evaluated and accepted tokens in the expert's cache
+        self._after_deferral = False
+
+    def possible(self, loop: Decoder) -> bool:
+        """Return whether planning can pay; the first time, measure what decodes cost."""
+        if loop.picker.composes:  # the mixture needs the states of both models for one position
+            return False
+        begun = perf_counter()
+        self._planner.prepare(loop.cancel)
+        loop.stats.total_seconds -= perf_counter() - begun  # measuring is not part of the answer
+        return not self._planner.rests
+
+    def saw(self, deferred: bool) -> None:
+        """Learn from a decision of the switch."""
+        self._planner.saw_deferral(deferred, self._after_deferral)
+        self._after_deferral = deferred
+
+    def placed(self, loop: Decoder, guess: Step, at: int) -> bool:
+        """Return whether to bet on `guess`, where position `at` is deferred."""
+        may_go_on = at + 1 < loop.end and guess.token not in loop.end_tokens
+        agrees = self._planner.agrees(math.exp(guess.logprob))
+        return may_go_on and self._planner.saves(agrees, at - self._expert_at) > 0
+
+    def settle(self, guess: Step, step: Step, at: int, placed: bool) -> bool:
+        """Learn from the expert's token for position `at`; return whether a bet was won."""
+        agreed = step.token == guess.token
+        self._planner.saw_agreement(math.exp(guess.logprob), agreed)
+        self._expert_at = at + 1 if placed and agreed else at
+        return placed and agreed
+
+    def undone(self, at: int) -> None:
+        """The expert wrote the token for position `at` unasked."""
+        self._expert_at = at
+
+
 class Fast:
     """A schedule that writes the same tokens as `Sequential`, and bets where the planner says so.
 
@@ -30,48 +70,31 @@ class Fast:
     """
 
     def __init__(self, planner: Planner, follow: Follow | None = None) -> None:
-        self._planner, self._follow = planner, follow
+        self._bets, self._follow = Bets(planner), follow
         self._one_by_one = Sequential(follow)
-        self._expert_at = 0  # evaluated and accepted tokens in the expert's cache
-        self._after_deferral = False
 
     def next(self, loop: Decoder) -> Step:
-        # The mixture needs the states of both models for the same position.
-        if not loop.picker.composes:
-            begun = perf_counter()
-            self._planner.prepare(loop.cancel)  # measuring is not part of the answer
-            loop.stats.total_seconds -= perf_counter() - begun
-        if loop.picker.composes or self._planner.rests:
+        if not self._bets.possible(loop):
             return self._one_by_one.next(loop)
-        tokens, picker = loop.tokens, loop.picker
+        tokens, picker, at = loop.tokens, loop.picker, len(loop.tokens)
         if self._follow is not None:
             self._follow(tokens)
         loop.evaluate_base(tokens)
-        (p_defer, choice, logsumexp, writer), logits = loop.read_base(len(tokens))
+        (p_defer, choice, logsumexp, writer), logits = loop.read_base(at)
         deferred = writer != BASE
-        self._planner.saw_deferral(deferred, self._after_deferral)
-        self._after_deferral = deferred
+        self._bets.saw(deferred)
         before = picker.mark() if deferred else None
         guess = picker.write("base", p_defer, logits, choice, logsumexp)
         if not deferred:
             return guess
         picker.rollback(before)
-        return self._ask_expert(loop, guess)
-
-    def _ask_expert(self, loop: Decoder, guess: Step) -> Step:
-        """Return the expert's step where the base would write `guess`."""
-        planner, tokens, at = self._planner, loop.tokens, len(loop.tokens)
-        may_go_on = at + 1 < loop.end and guess.token not in loop.end_tokens
-        confidence = math.exp(guess.logprob)
-        bets = may_go_on and planner.saves(planner.agrees(confidence), at - self._expert_at) > 0
+        bets = self._bets.placed(loop, guess, at)
         if bets:
             both = tokens[:]
             both.append(guess.token)
             loop.evaluate_expert(EXPERT, both, (at - 1, at))
         else:
             loop.evaluate_expert(EXPERT, tokens)
-        step = loop.picker.write("expert", guess.p_defer, *loop.read_expert(EXPERT, at))
-        agreed = step.token == guess.token
-        planner.saw_agreement(confidence, agreed)
-        self._expert_at = at + 1 if bets and agreed else at
+        step = picker.write("expert", p_defer, *loop.read_expert(EXPERT, at))
+        self._bets.settle(guess, step, at, bets)
         return step

@@ -18,7 +18,7 @@ from typing import Literal, Protocol
 from colm_edge.cancel import Cancel, CancelledError
 from colm_edge.decode.picker import Picker
 from colm_edge.decode.policy import BASE, Policy, Reading
-from colm_edge.decode.step import Stats, Step
+from colm_edge.decode.step import Event, Stats, Step, Undone
 from colm_edge.decode.timeline import Floats, Timeline
 from colm_edge.errors import AbsentExpertError
 
@@ -28,10 +28,11 @@ Follow = Callable[["array[int]"], None]
 
 
 class Schedule(Protocol):
-    """In which batches the models are evaluated; it never changes what is written."""
+    """In which batches the models are evaluated. Only `Review` changes what is written."""
 
-    def next(self, loop: Decoder) -> Step:
-        """Return the step of the token after those written, evaluating what that takes."""
+    def next(self, loop: Decoder) -> Event:
+        """Return the step of the token after those written, evaluating what that takes; or what
+        happens before it, if the schedule reviews."""
 
 
 class Sequential:
@@ -103,6 +104,7 @@ class Decoder:
         self.stats = Stats(n_prompt=len(self.tokens))
         self.finish_reason: Literal["stop", "length"] | None = None
         self.ended_by: Step | None = None  # the end token, which is not a step of the answer
+        self.undone: list[Undone] = []  # by a schedule that reviews
         self.picker, self.end_tokens = picker, end_tokens
         self._base, self._experts, self.policy = base, tuple(experts), policy
         self._schedule = schedule or Sequential()
@@ -116,6 +118,18 @@ class Decoder:
         return self
 
     def __next__(self) -> Step:
+        while True:
+            event = self._next_event()
+            if isinstance(event, Step):
+                return event
+
+    def events(self) -> Iterator[Event]:
+        """Iterate over the steps and what happens before them: drafts that wait for review, and
+        those that are undone."""
+        return iter(self._next_event, None)
+
+    def _next_event(self) -> Event:
+        """Return the next event. Raises StopIteration at the end."""
         if self.finish_reason is None and len(self.tokens) >= self.end:
             self.finish_reason = "length"
         if self.finish_reason is None and self.cancel.requested:
@@ -126,11 +140,14 @@ class Decoder:
         begun = perf_counter()
         try:
             with self._lock:
-                step = self._schedule.next(self)
+                event = self._schedule.next(self)
         except CancelledError:
             self.finish_reason = "stop"
             raise StopIteration from None
         stats.total_seconds += perf_counter() - begun
+        if not isinstance(event, Step):
+            return event
+        step = event
         if step.token in self.end_tokens:
             self.finish_reason, self.ended_by = "stop", step
             raise StopIteration

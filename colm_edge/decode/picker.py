@@ -41,7 +41,7 @@ class Picker:
         composes: bool = False,
         defer_row: int = -1,
     ) -> None:
-        self._n_choose, self._sampler, self._n_probs = n_choose, sampler, n_probs
+        self._n_choose, self.sampler, self._n_probs = n_choose, sampler, n_probs
         self.composes, self._defer_row = composes, defer_row
         self._features = np.empty(len(readout.FEATURES), np.float32)
 
@@ -64,8 +64,8 @@ class Picker:
         self, source: Source, p_defer: float, logits: Floats, choice: int, logsumexp: float
     ) -> Step:
         """Pick a token from the writer's logits, return its step. choice: the likeliest token."""
-        if self._sampler is not None:
-            choice = self._sampler(logits[: self._n_choose])
+        if self.sampler is not None:
+            choice = self.sampler(logits[: self._n_choose])
         return self.tell(choice, source, p_defer, logits, logsumexp)
 
     def tell(
@@ -81,12 +81,12 @@ class Picker:
 
     def mark(self) -> Sampler | None:
         """Return the state of the sampler, for `rollback`."""
-        return self._sampler.copy() if self._sampler is not None else None
+        return self.sampler.copy() if self.sampler is not None else None
 
     def rollback(self, mark: Sampler | None) -> Sampler | None:
         """Restore the sampler's state from a mark, which may be used once; return a mark of the
         state before."""
-        replaced, self._sampler = self._sampler, mark
+        replaced, self.sampler = self.sampler, mark
         return replaced
 
 

@@ -25,6 +25,33 @@ class Step:
         return {"id": self.token, "text": self.text, "source": self.source, "p_defer": self.p_defer}
 
 
+@dataclass(frozen=True, slots=True)
+class Undone:
+    """Tokens of the base that review has withdrawn: the first was rejected, the others followed it.
+
+    regret: nats by which the expert preferred its own likeliest token to the first.
+    """
+
+    position: int  # of the first, in the prompt and the answer
+    steps: tuple[Step, ...]
+    regret: float
+
+    def record(self) -> dict[str, Any]:
+        """Return the withdrawal as `run --json` and the server's traces write it."""
+        tokens = [step.record() for step in self.steps]
+        return {"position": self.position, "regret": self.regret, "tokens": tokens}
+
+
+@dataclass(frozen=True, slots=True)
+class Drafted:
+    """A token of the base that waits for review: it comes as a step, or is undone."""
+
+    step: Step
+
+
+Event = Step | Drafted | Undone
+
+
 @dataclass(slots=True)
 class Stats:
     """The statistics of an answer. `base_tokens` and `expert_tokens` count every evaluated token,
@@ -34,6 +61,8 @@ class Stats:
     n_prompt: int = 0
     n_generated: int = 0
     n_deferred: int = 0
+    n_reviewed: int = 0  # tokens of the base that the expert has looked at
+    n_undone: int = 0  # tokens of the base that review has withdrawn
     defer_rate: float = 0.0
     base_tokens: int = 0
     expert_calls: int = 0

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -106,7 +106,7 @@ def answers(
         what: list[Any] = []
         if journal is not None:
             models = [pair.base.fingerprint, pair.expert.fingerprint]
-            what = [*models, pair.n_ctx, _switch_key(switch), asdict(options)]
+            what = [*models, pair.n_ctx, _switch_key(switch), options.changed]
         return judged(write, rows, metric, progress, label=label, journal=journal, what=what)
 
 

@@ -36,7 +36,9 @@ if TYPE_CHECKING:
     from colm_edge.pair import Pair
 
 Array = npt.NDArray[np.float64]
-METHODS = ("base", "expert", "colm", "compose", "random", "entropy", "margin", "weak", "proxy")
+METHODS = (
+    "base", "expert", "colm", "review", "compose", "random", "entropy", "margin", "weak", "proxy",
+)  # fmt: skip
 SWITCHED = METHODS[2:-1]  # they choose a model for each token
 BOOTSTRAPS = 1000
 SEED = 0
@@ -57,6 +59,7 @@ class Comparison:
     exactly there (but for ties), and about so in generation. With neither there is one threshold,
     that of the decoding options.
 
+    reviews: at each point, the method `review` answers with each of these tolerances, in nats.
     weak, proxy: a switch and three models, for the methods of these names.
     on_expert: score the expert's own greedy answers to the data's prompts, not its completions.
     n_slots: how many answers are written at once.
@@ -69,6 +72,7 @@ class Comparison:
     methods: Collection[str] = ()
     thresholds: Sequence[float] = ()
     defer_rates: Sequence[float] = ()
+    reviews: Sequence[float] = ()
     weak: Switch | None = None
     proxy: Proxy | None = None
     on_expert: bool = False
@@ -89,6 +93,7 @@ class Comparison:
     def _missing(self) -> dict[str, str]:
         """Return the methods that are not possible, and what each needs."""
         needs = {
+            "review": ((self.reviews and self.metric) or None, "--reviews, and a --metric"),
             "weak": (self.weak, "a switch (--weak)"),
             "proxy": (self.proxy, "a third model (--anti-expert)"),
         }
@@ -126,6 +131,7 @@ class Method:
     nll_hard: Array
     switch: AnySwitch | Proxy
     compose: bool = False
+    review: float | None = None  # the tolerance of its answers; teacher-forced there is no review
 
 
 ALL_METHODS = Comparison()
@@ -182,6 +188,7 @@ def evaluate(
     table = []
     for method in found:
         row = _teacher_forced(method, scores)
+        row |= {"review": method.review} if comparison.reviews else {}
         if judge is not None and by_expert and method.name == "expert" and options.is_plain:
             row |= _generated(judged_answers(map(_facts, by_expert.entries), rows, judge))
         elif judge is not None:
@@ -209,6 +216,9 @@ def _answers(
     strategy = "compose" if method.compose else "defer"
     chosen = options.with_changes(threshold=method.threshold, strategy=strategy)
     rate = f" {method.deferred.mean():.0%}" if comparison.is_sweep else ""
+    if method.review is not None:
+        chosen = chosen.with_changes(review=method.review)
+        rate += f" {method.review:g}"
     return answers(
         pair, method.switch, chosen, rows, judge, progress,
         label=method.name + rate, journal=journal, n_slots=comparison.n_slots,
@@ -253,14 +263,14 @@ def _methods(switch: AnySwitch, scores: Scores, comparison: Comparison) -> Itera
     names, n = comparison.names, len(scores.base)
 
     def method(
-        name: str, p: Array, threshold: float, mix: Array, switch: AnySwitch, compose: bool = False
+        name: str, p: Array, threshold: float, mix: Array, switch: AnySwitch, **more: Any
     ) -> Method:
         with np.errstate(divide="ignore"):  # a mix of exactly 0 or 1 is one model alone
             d = np.log(mix) - np.log1p(-mix)
         nll = -np.logaddexp(scores.base - np.logaddexp(0, d), scores.expert - np.logaddexp(0, -d))
         deferred = _deferred(p, threshold)
         hard = -np.where(deferred, scores.expert, scores.base)
-        return Method(name, threshold, deferred, nll, hard, switch, compose)
+        return Method(name, threshold, deferred, nll, hard, switch, **more)
 
     def p_of(switch: AnySwitch) -> Array:
         return _scorable(switch).p_defer(scores.logit_features, scores.hidden)
@@ -283,6 +293,9 @@ def _methods(switch: AnySwitch, scores: Scores, comparison: Comparison) -> Itera
     for threshold, k in points:
         if "colm" in names:
             yield method("colm", p, threshold, p, switch)
+        if "review" in names:
+            for nats in comparison.reviews:
+                yield method("review", p, threshold, p, switch, review=nats)
         if "compose" in names:
             mix = np.where(_deferred(p, threshold), p, 0.0)
             yield method("compose", p, threshold, mix, switch, compose=True)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -198,7 +198,7 @@ class Proxy:
 
         # Options that have no effect here must not change the keys in the journal.
         options = replace(options, threshold=None, defer_rate=None, strategy="defer")
-        what = [*self._key(), asdict(options)] if journal is not None else []
+        what = [*self._key(), options.changed] if journal is not None else []
         return judged(write, rows, metric, progress, label=NAME, journal=journal, what=what)
 
     def stream_tokens(self, tokens: Sequence[int], options: Options) -> Stream:

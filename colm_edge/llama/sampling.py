@@ -6,7 +6,7 @@ import copy
 import ctypes
 import secrets
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import llama_cpp as llama
 import numpy as np
@@ -33,7 +33,7 @@ class ChainSampler:
         history: Sequence[int] = (),
         never: Sequence[int] = (),
     ) -> None:
-        self._never = list(never)
+        self._never, self._greedy = list(never), options.temperature == 0
         # Samplers sort and cut the candidates in place, so they are written again for each token.
         self._candidates = np.zeros(n_vocab, _CANDIDATE)
         self._ids = np.arange(n_vocab, dtype=np.int32)
@@ -59,6 +59,33 @@ class ChainSampler:
             llama.llama_sampler_accept(chain, token)
 
     def __call__(self, logits: npt.NDArray[np.float32]) -> int:
+        array = self._apply(logits)
+        token = int(array.data[array.selected].id)
+        self.accept(token)
+        return token
+
+    def accept(self, token: int) -> None:
+        """Count a token as written, for the penalties."""
+        llama.llama_sampler_accept(self._chain, token)
+
+    def probabilities(
+        self, logits: npt.NDArray[np.float32]
+    ) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float64]]:
+        """Return the ids that may be drawn, and the probability of each; they sum to 1."""
+        array = self._apply(logits)
+        if self._greedy:
+            token = array.data[array.selected].id
+            return np.array([token], np.int32), np.ones(1)
+        address = ctypes.cast(array.data, ctypes.c_void_p).value
+        assert address is not None
+        size = array.size * _CANDIDATE.itemsize
+        left = np.frombuffer((ctypes.c_char * size).from_address(address), _CANDIDATE)
+        p = np.exp(left["logit"].astype(np.float64) - left["logit"].max())
+        return left["id"].copy(), p / p.sum()
+
+    def _apply(self, logits: npt.NDArray[np.float32]) -> Any:
+        """Return llama.cpp's array of the candidates that are left, one of them selected. Samplers
+        may drop candidates from the front by moving its pointer."""
         n = min(len(logits), len(self._candidates))
         candidates = self._candidates[:n]
         candidates["id"] = self._ids[:n]
@@ -73,10 +100,7 @@ class ChainSampler:
             sorted=False,
         )
         llama.llama_sampler_apply(self._chain, ctypes.byref(array))
-        # Samplers may drop candidates from the front by moving the pointer.
-        token = int(array.data[array.selected].id)
-        llama.llama_sampler_accept(self._chain, token)
-        return token
+        return array
 
     def copy(self) -> Self:
         """Return a sampler that makes the same picks from now on; it shares the scratch memory."""

@@ -1,7 +1,8 @@
 """A pair that answers requests: each answer runs on a thread and reports events.
 
 The events of an answer are one `Began`, a `Step` for each token, and one `Ended`. Every endpoint
-reads them, whether it sends tokens as they come or one body at the end.
+reads them, whether it sends tokens as they come or one body at the end. Under review a job may ask
+for what happens before a token is final, too.
 """
 
 from __future__ import annotations
@@ -14,16 +15,15 @@ from contextlib import aclosing, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from colm_edge.decode.step import Step
+from colm_edge.decode.step import Drafted, Step, Undone
 from colm_edge.options import Options, ServerOptions
 from colm_edge.serve.errors import RefusalError
 from colm_edge.serve.metrics import Metrics
-from colm_edge.slots import Slots
+from colm_edge.slots import Slots, Writer
 from colm_edge.stream import Answer
 
 if TYPE_CHECKING:
     from colm_edge.pair import Pair
-    from colm_edge.stream import Stream
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,7 @@ class Job:
     tokens: list[int]  # of the prompt
     options: Options
     reads_prompt: bool = False  # whether Began reports a step for each token of the prompt
+    provisional: bool = False  # whether drafts that wait for review are events
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ class Ended:
     end: Step | None  # the end token, if it wrote one; not a step of the answer
 
 
-Event = Began | Step | Ended
+Event = Began | Step | Drafted | Undone | Ended
 
 
 class Server:
@@ -62,10 +63,7 @@ class Server:
     def __init__(self, pair: Pair, settings: ServerOptions, name: str) -> None:
         self.pair, self.settings, self.name = pair, settings, name
         self.slots = Slots(pair, settings.n_slots)
-        # The fast schedule prices its bets for an answer alone; with more slots, several answers
-        # share each batch.
-        schedule = "fast" if settings.n_slots == 1 else "sequential"
-        self.defaults = pair.defaults.with_changes(schedule=schedule)
+        self.slots.open()
         self.created = int(time.time())
         # One thread for each slot, so a thread that runs finds a slot free; jobs wait in the
         # pool's queue.
@@ -115,16 +113,18 @@ class Server:
             self._n_open -= 1
             self._last_use = time.monotonic()
 
-        def write(i: int, writer: _Writer) -> None:
+        def write(i: int, writer: Writer) -> None:
             last: Ended | BaseException
             try:
-                last = writer.write(lambda event: call(queue.put_nowait, (i, event)))
+                last = self._write(
+                    jobs[i], writer, lambda event: call(queue.put_nowait, (i, event))
+                )
             except BaseException as e:  # raised below, in the event loop
                 last = e
             call(left)
             call(queue.put_nowait, (i, last))
 
-        writers = [_Writer(self, job) for job in jobs]
+        writers = [Writer(self.slots, job.tokens, job.options) for job in jobs]
         futures: list[Future[None]] = []
         try:
             for i, writer in enumerate(writers):
@@ -167,39 +167,21 @@ class Server:
         self.slots.close()
         self._threads.shutdown()
 
-
-class _Writer:
-    """Writes one answer on a thread of its own; any thread may cancel it."""
-
-    def __init__(self, server: Server, job: Job) -> None:
-        self._server, self._job = server, job
-        self._stream: Stream | None = None
-        self._cancelled = False
-
-    def cancel(self) -> None:
-        """End the answer after the token that is being written, or before it begins."""
-        self._cancelled = True
-        if self._stream is not None:
-            self._stream.cancel()
-
-    def write(self, put: Callable[[Event], None]) -> Ended:
-        """Take a slot and write; tell `put` of each event but the last, which is returned."""
-        pair, job, metrics = self._server.pair, self._job, self._server.metrics
+    def _write(self, job: Job, writer: Writer, put: Callable[[Event], None]) -> Ended:
+        """Write an answer; tell `put` of each event but the last, which is returned."""
         since = time.monotonic()
-        with self._server.slots.take(job.tokens) as timelines:
-            stream = self._stream = pair.stream_tokens(job.tokens, job.options, timelines)
-            if self._cancelled:  # before the stream was there to be cancelled
-                stream.cancel()
+        with writer.stream() as stream:
             try:
                 prompt_steps = stream.read_prompt() if job.reads_prompt else []
                 began = Began(job.tokens, prompt_steps, since)
                 put(began)
-                for n, step in enumerate(stream):
-                    if n == 0:
-                        metrics.first_token.observe(time.monotonic() - since)
-                    metrics.tokens.labels(step.source).inc()
-                    put(step)
+                for event in stream.events() if job.provisional else stream:
+                    if isinstance(event, Step):
+                        if not stream.steps[1:]:
+                            self.metrics.first_token.observe(time.monotonic() - since)
+                        self.metrics.tokens.labels(event.source).inc()
+                    put(event)
             finally:  # an answer that nobody waits for, or that fails, has cost its calls as well
                 answer = stream.answer()
-                metrics.expert_calls.inc(answer.stats.expert_calls)
+                self.metrics.expert_calls.inc(answer.stats.expert_calls)
         return Ended(began, answer, stream.end)

@@ -11,7 +11,7 @@ from typing import Any
 from fastapi import Request
 from fastapi.responses import JSONResponse, Response
 
-from colm_edge.decode.step import Step
+from colm_edge.decode.step import Drafted, Step, Undone
 from colm_edge.serve.answers import Ended, Job, Server
 from colm_edge.serve.errors import RefusalError
 from colm_edge.serve.formats import Format, Json, colm_of, usage_of
@@ -62,9 +62,10 @@ def _jobs(server: Server, body: ChatRequest | CompletionRequest) -> list[Job]:
         )
     for tokens in prompts:
         for _ in range(body.n):
-            options = body.options(server.defaults, len(jobs), server.settings.max_tokens)
+            options = body.options(server.pair.defaults, len(jobs), server.settings.max_tokens)
             server.pair.check_prompt(tokens, server.pair.threshold(options))
-            jobs.append(Job(tokens, options, body.tells_prompt))
+            provisional = body.stream and body.colm.provisional
+            jobs.append(Job(tokens, options, body.tells_prompt, provisional))
     return jobs
 
 
@@ -84,6 +85,10 @@ async def _chunks(
             more = {}
             if isinstance(event, Step) and body.colm.trace:
                 more["colm"] = event.record()
+            elif isinstance(event, Drafted):
+                more["colm"] = {"draft": event.step.record()}
+            elif isinstance(event, Undone):
+                more["colm"] = {"undone": event.record()}
             elif isinstance(event, Ended):
                 ended[i] = event
                 if len(ended) == len(jobs):

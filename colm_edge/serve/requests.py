@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, create_model, model_validator
 
-from colm_edge.options import OPTIONS, Options
+from colm_edge.options import OPTIONS, Option, Options
 
 if TYPE_CHECKING:
     from colm_edge.pair import Pair
@@ -23,8 +23,13 @@ class Body(BaseModel):
 
 def options_in(place: Literal["body", "colm"]) -> dict[str, Any]:
     """Return the fields of `Options` that requests set there, all optional, for create_model."""
+
+    def type_of(option: Option) -> Any:
+        limited: Any = Annotated[option.type, Field(**option.request_limits)]
+        return limited | Literal[tuple(option.words)] if option.words else limited
+
     return {
-        name: (option.type | None, Field(default=None, **option.request_limits))
+        name: (type_of(option) | None, None)
         for name, option in OPTIONS.items()
         if option.request == place
     }
@@ -47,6 +52,7 @@ class ColmFields(ColmOptions):
     model_config = ConfigDict(extra="forbid")
 
     trace: bool = False
+    provisional: bool = False  # of a stream: report what waits for review, and what is undone
 
 
 class StreamOptions(Body):
@@ -73,7 +79,7 @@ class Sampling(BodyOptions):
     def options(self, defaults: Options, choice: int, limit: int) -> Options:
         """Return the decoding options of one choice; each has a seed of its own."""
         given = self.model_dump(include=set(BodyOptions.model_fields), exclude_none=True)
-        given |= self.colm.model_dump(exclude={"trace"}, exclude_none=True)
+        given |= self.colm.model_dump(exclude={"trace", "provisional"}, exclude_none=True)
         if self.seed is not None:
             given["seed"] = (self.seed + choice) % (2**32 - 1)
         if self.stop is not None:

@@ -67,11 +67,11 @@ def test_json_has_the_documented_shape(tiny):
     answer = json.loads(result.stdout)
     assert set(answer) == {
         "model", "expert", "switch", "threshold", "prompt_tokens", "text", "finish_reason",
-        "tokens", "stats",
+        "tokens", "undone", "stats",
     }  # fmt: skip
     assert set(answer["stats"]) == {
-        "n_prompt", "n_generated", "n_deferred", "defer_rate", "base_tokens", "expert_calls",
-        "expert_tokens", "expert_failures",
+        "n_prompt", "n_generated", "n_deferred", "n_reviewed", "n_undone", "defer_rate",
+        "base_tokens", "expert_calls", "expert_tokens", "expert_failures",
         "base_seconds", "expert_seconds", "expert_load_seconds", "total_seconds",
         "tokens_per_second",
     }  # fmt: skip

@@ -39,7 +39,7 @@ def server(pair):
 
 def job(server: Server, prompt: str = "hello", max_tokens: int = 5, **more) -> Job:
     tokens = server.pair.base.tokenize(prompt)
-    return Job(tokens, server.defaults.with_changes(max_tokens=max_tokens), **more)
+    return Job(tokens, server.pair.defaults.with_changes(max_tokens=max_tokens), **more)
 
 
 def value(server: Server, name: str, **labels: str) -> float:

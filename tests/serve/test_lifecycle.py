@@ -165,6 +165,7 @@ def test_one_slot_is_the_pairs_own_sessions(tiny):
 def test_several_slots_share_one_context_of_the_base(tiny):
     with load(tiny["base"], tiny["expert"], "margin", n_threads=1, n_ctx=128) as pair:
         slots = Slots(pair, 2)
+        slots.open()
         assert slots.base.context.created
         assert not pair.base_session.created
         slots.close()

@@ -1,0 +1,71 @@
+"""From options to the parts of the loop."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Sequence
+from random import Random
+
+from colm_edge.decode.fast import Fast
+from colm_edge.decode.loop import ExpertAlone, Follow, Schedule, Sequential
+from colm_edge.decode.picker import Picker
+from colm_edge.decode.planner import Planner
+from colm_edge.decode.policy import Policy, RatePolicy, running_rate
+from colm_edge.decode.review import ByRule, Exact, Review, Reviewer, Tolerance
+from colm_edge.llama.sampling import ChainSampler
+from colm_edge.options import Options
+from colm_edge.switch.reading import AnySwitch, Base
+
+
+def policy_of(
+    switch: AnySwitch, base: Base, options: Options, threshold: float, n_choose: int
+) -> Policy:
+    """Return who writes: by a threshold, or by one that follows a defer rate."""
+    read = switch.reader(base, n_choose)
+    rate = running_rate(switch, options)
+    return Policy(read, threshold) if rate is None else RatePolicy(read, rate)
+
+
+def picker_of(
+    options: Options, n_choose: int, tokens: Sequence[int], *, defer_row: int | None, reviews: bool
+) -> Picker:
+    """Return what picks tokens.
+
+    tokens: of the prompt, for the penalties. defer_row: the id that is a Co-LLM base's switch, if
+    it has one. reviews: whether the
+    schedule will be `Review`.
+    """
+    sampler: ChainSampler | Exact | None = None
+    if options.temperature > 0 or options.penalises:
+        never = [] if defer_row is None else [defer_row]
+        sampler = ChainSampler(options, n_choose, tokens, never)
+        if reviews and options.review == 0:
+            seed = options.seed if options.seed >= 0 else secrets.randbits(32)
+            sampler = Exact(sampler, Random(seed))
+    return Picker(
+        n_choose,
+        sampler,
+        n_probs=options.n_probs,
+        composes=options.strategy == "compose",
+        defer_row=-1 if defer_row is None else defer_row,
+    )
+
+
+def schedule_of(
+    options: Options,
+    threshold: float,
+    picker: Picker,
+    *,
+    follow: Follow | None,
+    planner: Planner | None,
+) -> Schedule:
+    """Return in which batches the models are evaluated. planner: of the fast schedule's bets, if
+    they may be placed."""
+    if threshold <= 0 and options.strategy == "defer":
+        return ExpertAlone()
+    if options.reviews and 0 < threshold < 1:
+        reviewer: Reviewer = ByRule(Tolerance(options.review))
+        if isinstance(picker.sampler, Exact):
+            reviewer = picker.sampler
+        return Review(reviewer, options.review_window, follow, planner)
+    return Fast(planner, follow) if planner is not None else Sequential(follow)

@@ -1,0 +1,316 @@
+"""Review: the expert undoes tokens of the base that it would not have written.
+
+A lazy expert's catch-up evaluates every token that it skipped. For the price of their outputs it
+also says what it thinks of each. So at every call the first token that a rule rejects is undone,
+with all behind it, and the expert's is put there; then the base goes on. The expert is also called
+when `window` tokens have not been reviewed, and before the base may end the answer.
+
+Without tolerance this writes the expert's own text: speculative decoding whose drafts end where the
+switch is unsure. With an endless tolerance it is the plain loop. Kin: BiLD (arXiv 2302.07863),
+speculative cascades (2405.19261).
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from random import Random
+from typing import NamedTuple, Protocol, Self
+
+import numpy as np
+import numpy.typing as npt
+
+from colm_edge.decode.fast import Bets
+from colm_edge.decode.loop import Decoder, Follow
+from colm_edge.decode.picker import Picker, Sampler, likeliest
+from colm_edge.decode.planner import Planner
+from colm_edge.decode.policy import BASE
+from colm_edge.decode.step import Drafted, Event, Step, Undone
+from colm_edge.decode.timeline import Floats
+from colm_edge.errors import AbsentExpertError
+
+EXPERT = 0  # the only one
+
+
+class Verdict(NamedTuple):
+    """What the expert says of a token that the base wrote."""
+
+    token: int
+    logits: Floats  # the expert's, for this position
+    choice: int  # their likeliest token
+    logsumexp: float
+
+    @property
+    def regret(self) -> float:
+        """The nats by which the expert prefers its own likeliest token."""
+        return float(self.logits[self.choice] - self.logits[self.token])
+
+
+class Rule(Protocol):
+    """Says which tokens of the base are undone."""
+
+    def first(self, verdicts: Sequence[Verdict]) -> int:
+        """Return the place of the first token to undo, or how many there are if all stay."""
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """Undo a token that the expert regrets by more than so many nats."""
+
+    nats: float
+
+    def first(self, verdicts: Sequence[Verdict]) -> int:
+        bad = (i for i, verdict in enumerate(verdicts) if verdict.regret > self.nats)
+        return next(bad, len(verdicts))
+
+
+@dataclass(frozen=True)
+class Loose:
+    """Let a token pass, although it is not the expert's, where the expert is unsure itself and the
+    next tokens are all its own choices: FLy's rule (arXiv 2511.22972).
+
+    entropy: in nats, of the expert's three likeliest tokens; it is unsure from this on. n_next: how
+    many tokens must follow its choices, of those that are there.
+    """
+
+    entropy: float = 0.3
+    n_next: int = 5
+
+    def first(self, verdicts: Sequence[Verdict]) -> int:
+        same = [verdict.token == verdict.choice for verdict in verdicts]
+        for i, verdict in enumerate(verdicts):
+            goes_on = all(same[i + 1 : i + 1 + self.n_next])
+            if not same[i] and not (goes_on and top_entropy(verdict) >= self.entropy):
+                return i
+        return len(verdicts)
+
+
+def top_entropy(verdict: Verdict, n: int = 3) -> float:
+    """Return the entropy, in nats, of the n likeliest tokens alone."""
+    p = np.exp([logprob for _, logprob in likeliest(verdict.logits, verdict.logsumexp, n)])
+    p /= p.sum()
+    return float(-(p * np.log(p)).sum())
+
+
+Told = tuple[Floats, int, float]  # an expert's logits, their likeliest token, log-sum-exp
+Drawn = tuple[npt.NDArray[np.int32], npt.NDArray[np.float64]]  # ids, and the probability of each
+
+
+@dataclass(slots=True)
+class Draft:
+    """A token of the base that the expert has not reviewed."""
+
+    step: Step
+    mark: Sampler | None  # the sampler's state before it
+    drawn_from: Drawn | None  # if the sampler is `Exact`
+
+
+@dataclass(slots=True)
+class Deferral:
+    """A position that the switch defers: the base's own token, and its logits there."""
+
+    guess: Step
+    logits: Floats
+
+
+class Reviewer(Protocol):
+    """Reviews drafts once the expert has evaluated them."""
+
+    def review(
+        self, verdicts: Sequence[Verdict], drafts: Sequence[Draft], picker: Picker
+    ) -> tuple[int, Step | None]:
+        """Return how many drafts stay, and the expert's token for the next one if it is undone.
+        Then the picker's sampler is in its state after that token."""
+
+
+@dataclass(frozen=True)
+class ByRule:
+    """Undo what a rule rejects; there the expert writes as it does at a deferral."""
+
+    rule: Rule
+
+    def review(
+        self, verdicts: Sequence[Verdict], drafts: Sequence[Draft], picker: Picker
+    ) -> tuple[int, Step | None]:
+        n = self.rule.first(verdicts)
+        if n == len(drafts):
+            return n, None
+        picker.rollback(drafts[n].mark)
+        verdict = verdicts[n]
+        return n, picker.write(
+            "expert", drafts[n].step.p_defer, verdict.logits, verdict.choice, verdict.logsumexp
+        )
+
+
+class Distribution(Sampler, Protocol):
+    """A sampler that can tell what it draws from."""
+
+    def probabilities(self, logits: Floats) -> Drawn:
+        """Return the ids that may be drawn, and the probability of each; they sum to 1."""
+
+    def accept(self, token: int) -> None:
+        """Count a token as written."""
+
+
+class Exact:
+    """A sampler and a reviewer: the text is distributed as the expert's own, by the rule of
+    speculative sampling (arXiv 2211.17192).
+
+    A token x that the base drew with probability q(x) stays with probability min(1, p(x)/q(x)),
+    where p is the expert's; otherwise one is drawn from max(0, p − q).
+
+    random: of all copies. A rollback does not give its numbers back: a draft that was undone has
+    told something about those that it was drawn with.
+    """
+
+    def __init__(self, sampler: Distribution, random: Random) -> None:
+        self._sampler, self._random = sampler, random
+        self.drawn_from: Drawn | None = None
+
+    def __call__(self, logits: Floats) -> int:
+        self.drawn_from = self._sampler.probabilities(logits)
+        return self._draw(*self.drawn_from)
+
+    def copy(self) -> Self:
+        return type(self)(self._sampler.copy(), self._random)
+
+    def review(
+        self, verdicts: Sequence[Verdict], drafts: Sequence[Draft], picker: Picker
+    ) -> tuple[int, Step | None]:
+        for n, (verdict, draft) in enumerate(zip(verdicts, drafts, strict=True)):
+            before = draft.mark
+            assert isinstance(before, Exact)
+            assert draft.drawn_from is not None
+            p, q = _both(before._sampler.probabilities(verdict.logits), draft.drawn_from)
+            if self._random.random() * q.get(verdict.token, 0.0) >= p.get(verdict.token, 0.0):
+                rest = {token: max(0.0, p[token] - q.get(token, 0.0)) for token in p}
+                picker.rollback(before)
+                token = before._draw(np.array(list(rest), np.int32), np.array(list(rest.values())))
+                told = picker.tell(
+                    token, "expert", draft.step.p_defer, verdict.logits, verdict.logsumexp
+                )
+                return n, told
+        return len(drafts), None
+
+    def _draw(self, ids: npt.NDArray[np.int32], p: npt.NDArray[np.float64]) -> int:
+        upper = np.cumsum(p)
+        at = int(np.searchsorted(upper, self._random.random() * upper[-1], side="right"))
+        token = int(ids[min(at, len(ids) - 1)])
+        self._sampler.accept(token)
+        return token
+
+
+def _both(*drawn: Drawn) -> Iterator[dict[int, float]]:
+    return (dict(zip(ids.tolist(), p.tolist(), strict=True)) for ids, p in drawn)
+
+
+class Review:
+    """A schedule that writes what remains of the base's tokens after review, and the expert's.
+
+    It hands out a `Step` only when it is final; until then it is `Drafted`. It works with one
+    expert, in this process, and belongs to one answer.
+
+    window: the most tokens that wait for review. planner: bets as in the fast schedule are placed
+    where it says so.
+    """
+
+    def __init__(
+        self,
+        reviewer: Reviewer,
+        window: int,
+        follow: Follow | None = None,
+        planner: Planner | None = None,
+    ) -> None:
+        self._reviewer, self._window = reviewer, window
+        self._follow, self._bets = follow, Bets(planner) if planner is not None else None
+        self._drafts: list[Draft] = []
+        self._ready: deque[Event] = deque()  # what is to be handed out
+        # The expert's logits after all that is final, if a bet was won.
+        self._known: Told | None = None
+
+    def next(self, loop: Decoder) -> Event:
+        if not self._ready:
+            self._ready.extend(self._go_on(loop))
+        return self._ready.popleft()
+
+    def _go_on(self, loop: Decoder) -> list[Event]:
+        """Let the base write a token, or have the expert called: at a deferral, when the window is
+        full, and before the answer may end. Return what has happened."""
+        picker, drafts, tokens = loop.picker, self._drafts, loop.tokens[:]
+        tokens.extend(draft.step.token for draft in drafts)
+        bets = self._bets if self._bets is not None and self._bets.possible(loop) else None
+        if drafts:
+            may_end = tokens[-1] in loop.end_tokens or len(tokens) >= loop.end
+            if may_end or len(drafts) == self._window:
+                return self._call(loop, tokens[:-1], bets, None)
+        elif self._follow is not None:
+            self._follow(loop.tokens)
+        loop.evaluate_base(tokens)
+        (p_defer, choice, logsumexp, writer), logits = loop.read_base(len(tokens))
+        deferred = writer != BASE
+        if bets is not None:
+            bets.saw(deferred)
+        mark = picker.mark()
+        guess = picker.write("base", p_defer, logits, choice, logsumexp)
+        if deferred:
+            picker.rollback(mark)
+            return self._call(loop, tokens, bets, Deferral(guess, logits))
+        drawn_from = picker.sampler.drawn_from if isinstance(picker.sampler, Exact) else None
+        drafts.append(Draft(guess, mark, drawn_from))
+        return [Drafted(guess)]
+
+    def _call(
+        self, loop: Decoder, tokens: array[int], bets: Bets | None, deferral: Deferral | None
+    ) -> list[Event]:
+        """Have the expert review the drafts, and write a deferred token; return what is final.
+
+        tokens: to evaluate: without the last draft, whose state only matters if it stays.
+        """
+        drafts, self._drafts = self._drafts, []
+        known, self._known = self._known, None
+        written: list[Event] = [draft.step for draft in drafts]
+        start, at = len(loop.tokens), len(loop.tokens) + len(drafts)
+        placed = deferral is not None and bets is not None and bets.placed(loop, deferral.guess, at)
+        if deferral is not None and placed:
+            tokens.append(deferral.guess.token)
+        try:
+            if outputs := range(start - (known is None), len(tokens)):
+                loop.evaluate_expert(EXPERT, tokens, outputs)
+        except AbsentExpertError:  # a server that fails; the user was warned
+            loop.stats.expert_failures += deferral is not None
+            return [*written, deferral.guess] if deferral else written
+        told = [
+            known if known is not None and i == start else loop.read_expert(EXPERT, i)
+            for i in range(start, at)
+        ]
+        n, instead = self._judge(loop, drafts, told)
+        if instead is not None:
+            if bets is not None:
+                bets.undone(start + n)
+            return [loop.undone[-1], *written[:n], instead]
+        if deferral is None:
+            return written
+        theirs = known if not drafts else None
+        theirs = theirs or loop.read_expert(EXPERT, at, deferral.logits, deferral.guess.p_defer)
+        step = loop.picker.write("expert", deferral.guess.p_defer, *theirs)
+        if bets is not None and bets.settle(deferral.guess, step, at, placed):
+            logits, choice, logsumexp = loop.read_expert(EXPERT, at + 1)
+            self._known = logits.copy(), choice, logsumexp
+        return [*written, step]
+
+    def _judge(
+        self, loop: Decoder, drafts: Sequence[Draft], told: Sequence[Told]
+    ) -> tuple[int, Step | None]:
+        """Return how many drafts stay, and the expert's token for the next if it is undone."""
+        verdicts = [
+            Verdict(draft.step.token, *one) for draft, one in zip(drafts, told, strict=True)
+        ]
+        n, instead = self._reviewer.review(verdicts, drafts, loop.picker)
+        loop.stats.n_reviewed += len(drafts) if instead is None else n + 1
+        if instead is not None:
+            gone = tuple(draft.step for draft in drafts[n:])
+            loop.stats.n_undone += len(gone)
+            loop.undone.append(Undone(len(loop.tokens) + n, gone, verdicts[n].regret))
+        return n, instead

@@ -1,0 +1,264 @@
+"""What must hold for review, tested on scripted sessions with random logits."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from random import Random
+
+import numpy as np
+import pytest
+from conftest import N_VOCAB, Scripted
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_fast import Bold
+from test_loop import END, decoder, reader
+
+from colm_edge.decode.loop import ExpertAlone
+from colm_edge.decode.review import ByRule, Exact, Loose, Review, Tolerance, Verdict, top_entropy
+from colm_edge.errors import AbsentExpertError
+from colm_edge.llama.sampling import ChainSampler
+from colm_edge.options import Options
+
+THRESHOLD = 0.5
+
+
+class Drawn(Scripted):
+    """A scripted session whose logits are drawn by the prefix: most of them alike for base and
+    expert, so that they often agree. `likes_end` raises the end token."""
+
+    def __init__(self, seed, n_ctx=64, n_vocab=N_VOCAB, likes_end=-2.0, own=1.0):
+        super().__init__(lambda prefix: 0, n_ctx, n_vocab)
+        self.seed, self.likes_end, self.own = seed, likes_end, own
+
+    def logits(self, prefix) -> np.ndarray:
+        shared = np.random.default_rng(abs(hash((7, prefix))))
+        own = np.random.default_rng(abs(hash((self.seed, prefix))))
+        logits = 3 * shared.normal(size=self.n_vocab) + self.own * own.normal(size=self.n_vocab)
+        logits[END] = logits.mean() + self.likes_end * abs(own.normal())
+        return logits.astype(np.float32)
+
+    def state(self, i):
+        assert i in self.outputs
+        return self.logits(tuple(self.held[: i + 1])), np.array([i + 1], np.float32)
+
+
+def reference(base, expert, p_of, prompt, nats, window, max_tokens):
+    """Co-LLM's loop with review in its simplest form: no caches, no states kept."""
+    final, steps = list(prompt), []
+    limit = base.n_ctx + 1
+    if max_tokens >= 0:
+        limit = min(limit, len(prompt) + max_tokens)
+    while len(final) < limit:
+        drafts, deferred = [], False
+        while True:
+            prefix = (*final, *drafts)
+            deferred = p_of(len(prefix)) > THRESHOLD
+            if deferred:
+                break
+            drafts.append(int(base.logits(prefix).argmax()))
+            if drafts[-1] == END or len(drafts) == window or len(prefix) + 1 == limit:
+                break
+        written = []
+        for i, token in enumerate(drafts):
+            theirs = expert.logits((*final, *drafts[:i]))
+            if theirs.max() - theirs[token] > nats:
+                written.append((int(theirs.argmax()), "expert"))
+                break
+            written.append((token, "base"))
+        else:
+            if deferred:
+                written.append((int(expert.logits((*final, *drafts)).argmax()), "expert"))
+        for token, source in written:
+            if token == END:
+                return steps, "stop"
+            steps.append((token, source))
+            final.append(token)
+    return steps, "length"
+
+
+parts = {
+    "seed": st.integers(0, 10_000),
+    "rate": st.floats(0, 1),
+    "nats": st.sampled_from([0.0, 0.5, 2.0, math.inf]),
+    "window": st.sampled_from([1, 2, 7, 100]),
+    "n_prompt": st.integers(1, 20),
+    "n_ctx": st.integers(20, 60),
+    "max_tokens": st.integers(-1, 40),
+    "likes_end": st.sampled_from([-2.0, 4.0, 8.0]),
+}
+
+
+def reviewed(seed, rate, nats, window, n_prompt, n_ctx, max_tokens, likes_end, **more):
+    base, expert = (Drawn(seed + i, n_ctx, likes_end=likes_end) for i in (0, 1))
+    prompt = [1 + i % (N_VOCAB - 1) for i in range(n_prompt)]
+    schedule = Review(ByRule(Tolerance(nats)), window, **more)
+    return decoder(
+        base, expert, reader(seed, rate)[0], prompt, max_tokens=max_tokens, schedule=schedule
+    )
+
+
+@settings(max_examples=300)
+@given(**parts)
+def test_review_is_the_plain_loop_with_review(**given):
+    run = reviewed(**given)
+    steps = [(step.token, step.source) for step in run]
+    base, expert, *_ = run._base, *run._experts
+    _, p_of = reader(given["seed"], given["rate"])
+    prompt = [1 + i % (N_VOCAB - 1) for i in range(given["n_prompt"])]
+    expected = reference(
+        base, expert, p_of, prompt, given["nats"], given["window"], given["max_tokens"]
+    )
+    assert (steps, run.finish_reason) == expected
+    assert list(run.tokens) == prompt + [token for token, _ in steps]
+    assert run.stats.n_undone == sum(len(one.steps) for one in run.undone)
+    assert all(one.regret > given["nats"] for one in run.undone)
+
+
+@settings(max_examples=300)
+@given(**parts, bets=st.floats(0, 1))
+def test_bets_never_change_a_reviewed_text(bets, **given):
+    plain, betting = reviewed(**given), reviewed(**given, planner=Bold(given["seed"], bets))
+    assert list(betting) == list(plain)
+    assert betting.undone == plain.undone
+    assert betting.finish_reason == plain.finish_reason
+
+
+@given(**parts)
+def test_a_rejected_token_is_undone_once_a_position(**given):
+    run = reviewed(**given)
+    steps = list(run)
+    places = [one.position for one in run.undone]
+    assert places == sorted(set(places))
+    written = {given["n_prompt"] + i: step for i, step in enumerate(steps)}
+    for one in run.undone:
+        if one.position in written:  # an end token is not a step
+            assert written[one.position].source == "expert"
+            assert written[one.position].token != one.steps[0].token
+            assert written[one.position].p_defer == one.steps[0].p_defer
+
+
+@settings(max_examples=200)
+@given(**{**parts, "nats": st.just(0.0)}, bets=st.floats(0, 1))
+def test_without_tolerance_the_text_is_the_experts_own(bets, **given):
+    run = reviewed(**given, planner=Bold(given["seed"], bets))
+    base, expert = (
+        Drawn(given["seed"] + i, given["n_ctx"], likes_end=given["likes_end"]) for i in (0, 1)
+    )
+    prompt = [1 + i % (N_VOCAB - 1) for i in range(given["n_prompt"])]
+    alone = decoder(
+        base, expert, reader(0, 1)[0], prompt, 0.0,
+        max_tokens=given["max_tokens"], schedule=ExpertAlone(),
+    )  # fmt: skip
+    assert [step.token for step in run] == [step.token for step in alone]
+    assert run.finish_reason == alone.finish_reason
+
+
+@settings(max_examples=200)
+@given(**{**parts, "nats": st.just(math.inf)})
+def test_with_endless_tolerance_the_text_is_the_plain_loops(**given):
+    run = reviewed(**given)
+    base, expert = (
+        Drawn(given["seed"] + i, given["n_ctx"], likes_end=given["likes_end"]) for i in (0, 1)
+    )
+    prompt = [1 + i % (N_VOCAB - 1) for i in range(given["n_prompt"])]
+    plain = decoder(
+        base, expert, reader(given["seed"], given["rate"])[0], prompt,
+        max_tokens=given["max_tokens"],
+    )  # fmt: skip
+    assert list(run) == list(plain)
+    assert run.stats.n_undone == 0
+
+
+@given(seed=st.integers(0, 1000), rate=st.floats(0, 0.5), window=st.integers(1, 20))
+def test_no_more_than_a_window_waits_and_each_token_is_evaluated_once(seed, rate, window):
+    run = reviewed(seed, rate, math.inf, window, 3, 64, 40, -50.0)
+    steps, expert = list(run), run._experts[0]
+    # Behind the prompt, each batch holds what was written since the last one.
+    sizes = [len(batch) for batch in expert.batches[1:]]
+    assert all(size <= window + 1 for size in sizes)
+    assert expert.n_evaluated == 3 + len(steps) - 1
+    assert run.stats.n_reviewed == sum(step.source == "base" for step in steps)
+
+
+def test_a_token_of_the_base_stays_where_the_expert_is_absent():
+    class Absent(Drawn):
+        def sync(self, *_: object):
+            raise AbsentExpertError("gone")
+
+    base = Drawn(1)
+    schedule = Review(ByRule(Tolerance(0.0)), 4)
+    run = decoder(base, Absent(2), reader(1, 0.3)[0], [1, 2], max_tokens=12, schedule=schedule)
+    plain = decoder(Drawn(1), Drawn(2), reader(1, 0.0)[0], [1, 2], max_tokens=12)
+    assert [step.token for step in run] == [step.token for step in plain]
+    assert run.stats.expert_failures > 0
+
+
+def verdict(token: int, *logits: float) -> Verdict:
+    x = np.array(logits, np.float32)
+    return Verdict(token, x, int(x.argmax()), float(np.log(np.exp(x).sum())))
+
+
+def test_the_loose_rule_lets_pass_what_an_unsure_expert_goes_on_from():
+    unsure, sure = verdict(0, 1.0, 1.1, 1.0), verdict(0, 0.0, 9.0, 0.0)
+    same = verdict(1, 0.0, 9.0, 0.0)
+    assert top_entropy(unsure) == pytest.approx(math.log(3), abs=0.01)
+    assert top_entropy(sure) < 0.01
+    rule = Loose(entropy=0.3, n_next=2)
+    assert rule.first([same, unsure, same, same, unsure]) == 5
+    assert rule.first([same, sure, same, same]) == 1  # the expert is sure
+    assert rule.first([same, unsure, same, unsure, same]) == 1  # it does not go on from there
+    assert rule.first([]) == 0
+
+
+class Fixed(Scripted):
+    """A session whose logits depend on the last token only."""
+
+    def __init__(self, rows: np.ndarray) -> None:
+        super().__init__(lambda prefix: 0, 8, len(rows))
+        self.rows = rows.astype(np.float32)
+
+    def state(self, i):
+        return self.rows[self.held[i]], np.array([i + 1], np.float32)
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize(
+    "options",
+    [
+        Options(temperature=1.0, top_k=0, top_p=1.0, min_p=0.0),
+        Options(temperature=0.7, top_k=3, top_p=0.9, min_p=0.05),
+        Options(temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, repeat_penalty=1.5),
+    ],
+)
+def test_sampled_without_tolerance_the_text_is_distributed_as_the_experts(seed, options):
+    """Texts of three tokens from a vocabulary of five are counted, with review and alone."""
+    rng = np.random.default_rng(seed)
+    ours, theirs = (Fixed(1.5 * rng.normal(size=(5, 5))) for _ in range(2))
+    random = Random(seed)
+
+    def text(reviews: bool) -> tuple[int, ...]:
+        exact = Exact(ChainSampler(options, 5, [1]), random)
+        more = {"schedule": Review(exact, 2)} if reviews else {"threshold": 0.0}
+        run = decoder(
+            ours, theirs, reader(random.randrange(10**6), 0.3)[0], [1],
+            n_choose=5, sampler=exact, max_tokens=3, **more,
+        )  # fmt: skip
+        run.end_tokens = frozenset()
+        return tuple(step.token for step in run)
+
+    n = 6000
+    found, expected = (Counter(text(reviews) for _ in range(n)) for reviews in (True, False))
+    common = [key for key in found | expected if expected[key] >= 20]
+    rest = n - sum(found[key] for key in common), n - sum(expected[key] for key in common)
+    table = np.array([[found[key], expected[key]] for key in common] + [list(rest)], float)
+    table = table[table.sum(1) > 0]
+    # Two samples of the same size: each cell's difference has the variance of its sum.
+    statistic = float(((table[:, 0] - table[:, 1]) ** 2 / table.sum(1)).sum())
+    assert chi2_tail(statistic, len(table) - 1) > 1e-4
+
+
+def chi2_tail(statistic: float, freedom: int) -> float:
+    """Return the probability of a larger chi-square, by Wilson and Hilferty's approximation."""
+    z = ((statistic / freedom) ** (1 / 3) - (1 - 2 / (9 * freedom))) / math.sqrt(2 / (9 * freedom))
+    return 0.5 * math.erfc(z / math.sqrt(2))
