@@ -38,6 +38,10 @@ class Option:
         """Return what a word stands for; any other value as it is."""
         return self.words.get(value, value) if isinstance(value, str) else value
 
+    def shown(self, value: Any) -> Any:
+        """Return the word for a value, if there is one."""
+        return next((word for word, stands in self.words.items() if stands == value), value)
+
     def parse(self, text: str) -> Any:
         """Return the value that a text gives. Raises ValueError."""
         return self.words[text] if text in self.words else self.kind(text)
@@ -159,6 +163,15 @@ class Options:
         request="colm",
         help="The most tokens that wait for the expert's review.",
     )
+    doubt: float = option(
+        math.inf,
+        "--doubt",
+        limits=(0, math.inf),
+        words={"off": math.inf},
+        request="colm",
+        help="Doubt a token of the expert's if the likeliest continuation soon costs both models "
+        "more than so many nats; the base's token stays instead if it goes on better.",
+    )
     schedule: Literal["fast", "sequential"] = option(
         "fast",
         "--schedule",
@@ -241,6 +254,8 @@ class Options:
             declared.check(getattr(self, name))
         if self.threshold is not None and self.defer_rate is not None:
             raise ColmError("threshold and defer_rate are two ways to say one thing; give one")
+        if self.reviews and self.doubts:
+            raise ColmError("review and doubt cannot go together yet; give one")
         if "" in self.stop:
             raise ColmError("a stop text is empty; give at least one character")
 
@@ -253,6 +268,11 @@ class Options:
     def reviews(self) -> bool:
         """Whether the expert may undo tokens of the base."""
         return self.review < math.inf
+
+    @property
+    def doubts(self) -> bool:
+        """Whether tokens of the expert may be undone."""
+        return self.doubt < math.inf
 
     @property
     def is_plain(self) -> bool:

@@ -323,13 +323,14 @@ class Pair:
         self.check_prompt(tokens, threshold)
         # Alone, the base can write its whole vocabulary.
         n_choose = self.n_shared if threshold < 1 else self.base.n_vocab
-        reviews = options.reviews and 0 < threshold < 1
-        if reviews and not self.expert_is_here:
-            raise ColmError(f"review needs the expert in this process: {self._not_here()}")
+        goes_back = (options.reviews or options.doubts) and 0 < threshold < 1
+        if goes_back and not self.expert_is_here:
+            what = "review" if options.reviews else "doubt"
+            raise ColmError(f"{what} needs the expert in this process: {self._not_here()}")
         base, expert = timelines or (self.base_session, self.expert)
         cancel, alone = Cancel(), timelines is None
         row = self.base.token_id(DEFER_TOKEN) if isinstance(self.switch, DeferRow) else None
-        picker = picker_of(options, n_choose, tokens, defer_row=row, reviews=reviews)
+        picker = picker_of(options, n_choose, tokens, defer_row=row)
         decoder = Decoder(
             base,
             [expert],

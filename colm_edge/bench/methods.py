@@ -17,6 +17,7 @@ from colm_edge.bench.memory import Note, memory_of
 from colm_edge.bench.peers import HighLevel, Sample, Tools, timed
 from colm_edge.bench.replay import Trace, replay
 from colm_edge.bench.speculative import Speculative
+from colm_edge.decode.background import Background
 from colm_edge.decode.fast import Fast
 from colm_edge.decode.loop import Schedule
 from colm_edge.decode.planner import Planner
@@ -90,6 +91,8 @@ class Methods:
         # expert in the background, if the pair has it there.
         schedule = Fast(Planner(lambda cancel: self.tables), expert.follow)
         session.costs = None if self.tables[0].is_quick else self.tables[1]
+        if isinstance(expert, Background):
+            expert.settle()  # other methods have used its session
         try:
             return self._replay(expert, 0.5, schedule)
         finally:
@@ -159,7 +162,7 @@ def bench(
     on its own. docs/speed.md explains the other columns.
 
     only: names of methods, all by default. tools: the folder of llama.cpp's own programs, for two
-    more rows. memory: whether to measure it, in a process for each method.
+    rows in any case. memory: whether to measure it, in a process for each method.
 
     Raises ColmError when the trace does not fit the context or the vocabulary, or for an unknown
     name.
@@ -175,13 +178,13 @@ def bench(
             "the trace has tokens that this pair's models do not share; record it with this pair"
         )
     with Methods(pair, trace) as methods:
-        ways = dict(methods.names)
-        if tools is not None:
-            ways |= Tools(tools, pair, n).names
+        programs = Tools(tools, pair, n).names if tools is not None else {}
+        ways = methods.names | programs
         unknown = [name for name in only if name not in ways]
         if unknown:
             raise ColmError(f"no method {unknown[0]!r}; expected some of {', '.join(ways)}")
-        ways = {name: way for name, way in ways.items() if not only or name in only}
+        wanted = {*only, *programs} if only else ways
+        ways = {name: way for name, way in ways.items() if name in wanted}
         samples: dict[str, list[Sample]] = {name: [] for name in ways}
         alone: list[dict[str, float]] = []  # between the rounds
         for i in range(rounds + 1):

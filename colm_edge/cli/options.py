@@ -183,7 +183,8 @@ def _click_option(option: Option, default: Any) -> Any:
         default=None,  # so that an option that is not given leaves the default of `Options`
         is_flag=option.kind is bool,
         multiple=option.kind is tuple,
-        help=option.help + (f"  [default: {default}]" if _is_given(default) else ""),
+        metavar="|".join(["NUMBER", *option.words]) if option.words else None,
+        help=option.help + (f"  [default: {option.shown(default)}]" if _is_given(default) else ""),
     )
 
 

@@ -272,7 +272,7 @@ class Chat:
 
     def _show_settings(self) -> None:
         defaults = self.pair.defaults
-        values = {name: getattr(defaults, name) for name in SETTINGS}
+        values = {name: o.shown(getattr(defaults, name)) for name, o in SETTINGS.items()}
         values["threshold"] = shown_threshold(self.pair)  # also if it isn't set
         values["system"] = self.system
         for name, value in values.items():
@@ -286,5 +286,5 @@ class Chat:
             kind = "whole number" if option.kind is int else "number"
             raise ColmError(f"{name} is {text!r}; expected a {kind}") from e
         self.pair.defaults = self.pair.defaults.with_changes(**{name: value})
-        shown = shown_threshold(self.pair) if name == "threshold" else value
+        shown = shown_threshold(self.pair) if name == "threshold" else option.shown(value)
         say(f"{name} {shown}")

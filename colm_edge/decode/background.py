@@ -85,8 +85,13 @@ class Background:
         """Wait for a running catch-up, then do what `Session.sync` does."""
         self.wait()
         n = self.session.sync(tokens, outputs, cancel)
-        self._account = replace(self.session.account)
+        self.settle()
         return n
+
+    def settle(self) -> None:
+        """Take over the session's account as it is, whatever was evaluated for others."""
+        self.wait()
+        self._account = replace(self.session.account)
 
     def state(self, i: int) -> tuple[Floats, Floats]:
         return self.session.state(i)

@@ -172,6 +172,12 @@ class Decoder:
         logits, hidden = self._base.state(at - 1)
         return self.policy.read(at, logits, hidden), logits
 
+    def told_by_base(self, at: int) -> tuple[Floats, int, float]:
+        """Return the base's logits for position `at`, their likeliest token and their log-sum-exp,
+        without asking the switch."""
+        logits, _ = self._base.state(at - 1)
+        return logits, *self.picker.likeliest(at, logits)
+
     def evaluate_expert(self, writer: int, tokens: array[int], outputs: Sequence[int] = ()) -> None:
         """Evaluate an expert so that its states after the tokens at `outputs` can be read; by
         default after the last token."""

@@ -6,6 +6,7 @@ import secrets
 from collections.abc import Sequence
 from random import Random
 
+from colm_edge.decode.doubt import Doubt
 from colm_edge.decode.fast import Fast
 from colm_edge.decode.loop import ExpertAlone, Follow, Schedule, Sequential
 from colm_edge.decode.picker import Picker
@@ -15,6 +16,8 @@ from colm_edge.decode.review import ByRule, Exact, Review, Reviewer, Tolerance
 from colm_edge.llama.sampling import ChainSampler
 from colm_edge.options import Options
 from colm_edge.switch.reading import AnySwitch, Base
+
+WATCHED = 4  # tokens behind one of the expert's that may make it doubtful
 
 
 def policy_of(
@@ -27,19 +30,18 @@ def policy_of(
 
 
 def picker_of(
-    options: Options, n_choose: int, tokens: Sequence[int], *, defer_row: int | None, reviews: bool
+    options: Options, n_choose: int, tokens: Sequence[int], *, defer_row: int | None
 ) -> Picker:
     """Return what picks tokens.
 
     tokens: of the prompt, for the penalties. defer_row: the id that is a Co-LLM base's switch, if
-    it has one. reviews: whether the
-    schedule will be `Review`.
+    it has one.
     """
     sampler: ChainSampler | Exact | None = None
     if options.temperature > 0 or options.penalises:
         never = [] if defer_row is None else [defer_row]
         sampler = ChainSampler(options, n_choose, tokens, never)
-        if reviews and options.review == 0:
+        if options.review == 0:
             seed = options.seed if options.seed >= 0 else secrets.randbits(32)
             sampler = Exact(sampler, Random(seed))
     return Picker(
@@ -68,4 +70,6 @@ def schedule_of(
         if isinstance(picker.sampler, Exact):
             reviewer = picker.sampler
         return Review(reviewer, options.review_window, follow, planner)
+    if options.doubts and 0 < threshold < 1:
+        return Doubt(options.doubt, WATCHED, follow)
     return Fast(planner, follow) if planner is not None else Sequential(follow)

@@ -1,0 +1,145 @@
+"""What must hold for doubt, tested on scripted sessions with random logits."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+from conftest import N_VOCAB
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_loop import END, decoder, reader
+from test_review import THRESHOLD, Drawn
+
+from colm_edge.decode.doubt import Doubt
+from colm_edge.decode.loop import Decoder
+from colm_edge.decode.step import Drafted, Step, Undone
+from colm_edge.errors import AbsentExpertError
+
+parts = {
+    "seed": st.integers(0, 10_000),
+    "rate": st.floats(0, 1),
+    "nats": st.sampled_from([0.1, 0.5, 1.0, 3.0]),
+    "window": st.sampled_from([1, 2, 4, 9]),
+    "n_prompt": st.integers(1, 20),
+    "n_ctx": st.integers(20, 60),
+    "max_tokens": st.integers(-1, 40),
+    "likes_end": st.sampled_from([-2.0, 4.0, 8.0]),
+}
+
+
+def log_softmax(logits: np.ndarray) -> np.ndarray:
+    x = logits.astype(np.float64)
+    return x - x.max() - np.log(np.exp(x - x.max()).sum())
+
+
+def reference(base, expert, p_of, prompt, nats, window, max_tokens):
+    """Co-LLM's loop with doubt in its simplest form: no caches, no states kept."""
+    tokens, rivals = list(prompt), dict[int, int]()
+    limit = base.n_ctx + 1
+    if max_tokens >= 0:
+        limit = min(limit, len(prompt) + max_tokens)
+
+    def told(model, prefix):
+        return log_softmax(model.logits(tuple(prefix)))
+
+    def joint(branch, place):
+        end = min(place + 1 + window, limit)
+        while len(branch) < end and branch[-1] != END:
+            branch = [*branch, int(told(base, branch).argmax())]
+        places = range(place + 1, len(branch))
+        both = sum(told(m, branch[:i])[branch[i]] for i in places for m in (base, expert))
+        return both / (2 * len(places))
+
+    while len(tokens) < limit and (tokens == list(prompt) or tokens[-1] != END):
+        at, ours, theirs = len(tokens), told(base, tokens), told(expert, tokens)
+        suspects = [place for place in rivals if at - place <= window]
+        if suspects and max(ours.max(), theirs.max()) < -nats:
+            place = max(suspects)
+            other = [*tokens[:place], rivals.pop(place)]
+            if joint(other, place) > joint(tokens, place):
+                tokens = other
+                rivals = {i: rival for i, rival in rivals.items() if i < place}
+            continue
+        if p_of(at) > THRESHOLD:
+            tokens.append(int(theirs.argmax()))
+            if ours.argmax() not in (tokens[-1], END):
+                rivals[at] = int(ours.argmax())
+        else:
+            tokens.append(int(ours.argmax()))
+    ended = tokens[-1] == END and len(tokens) > len(prompt)
+    return tokens[len(prompt) : len(tokens) - ended], "stop" if ended else "length"
+
+
+def doubted(seed, rate, nats, window, n_prompt, n_ctx, max_tokens, likes_end) -> Decoder:
+    base, expert = (Drawn(seed + i, n_ctx, likes_end=likes_end) for i in (0, 1))
+    prompt = [1 + i % (N_VOCAB - 1) for i in range(n_prompt)]
+    schedule = Doubt(nats, window)
+    return decoder(
+        base, expert, reader(seed, rate)[0], prompt, max_tokens=max_tokens, schedule=schedule
+    )
+
+
+@settings(max_examples=300)
+@given(**parts)
+def test_doubt_is_the_plain_loop_with_doubt(**given):
+    run = doubted(**given)
+    steps = [step.token for step in run]
+    base, expert = run._base, run._experts[0]
+    _, p_of = reader(given["seed"], given["rate"])
+    prompt = [1 + i % (N_VOCAB - 1) for i in range(given["n_prompt"])]
+    wanted = given["nats"], given["window"], given["max_tokens"]
+    assert (steps, run.finish_reason) == reference(base, expert, p_of, prompt, *wanted)
+    assert run.stats.n_undone == sum(len(one.steps) for one in run.undone)
+
+
+@given(**parts)
+def test_only_tokens_of_the_experts_are_doubted_and_only_for_something_better(**given):
+    run = doubted(**given)
+    shown: list[Step] = []  # as a reader sees it
+    final = 0
+    for event in run.events():
+        if isinstance(event, Drafted):
+            shown.append(event.step)
+        elif isinstance(event, Undone):
+            assert event.steps[0].source == "expert"
+            assert event.regret > 0
+            place = event.position - given["n_prompt"]
+            assert place >= final
+            assert tuple(shown[place:]) == event.steps
+            del shown[place:]
+            shown.append(None)  # the base's token comes as a step
+        else:
+            assert shown[final] in (event, None)
+            final += 1
+
+
+@given(**{**parts, "nats": st.just(1e9)})
+def test_without_doubt_the_text_is_the_plain_loops(**given):
+    run = doubted(**given)
+    base, expert = (
+        Drawn(given["seed"] + i, given["n_ctx"], likes_end=given["likes_end"]) for i in (0, 1)
+    )
+    prompt = [1 + i % (N_VOCAB - 1) for i in range(given["n_prompt"])]
+    plain = decoder(
+        base, expert, reader(given["seed"], given["rate"])[0], prompt,
+        max_tokens=given["max_tokens"],
+    )  # fmt: skip
+    assert list(run) == list(plain)
+    # Nor does it cost a call more.
+    assert run.stats.expert_calls == plain.stats.expert_calls
+    assert run.stats.base_tokens == plain.stats.base_tokens
+
+
+def test_an_absent_expert_doubts_nothing():
+    class Absent(Drawn):
+        def sync(self, *_: object):
+            raise AbsentExpertError("gone")
+
+    run = decoder(
+        Drawn(1), Absent(2), reader(1, 0.3)[0], [1, 2], max_tokens=12, schedule=Doubt(0.1, 4)
+    )
+    plain = decoder(Drawn(1), Drawn(2), reader(1, 0.0)[0], [1, 2], max_tokens=12)
+    assert [step.token for step in run] == [step.token for step in plain]
+    assert run.stats.expert_failures > 0
+    assert math.isclose(run.stats.n_undone, 0)

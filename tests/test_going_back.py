@@ -1,0 +1,181 @@
+"""Review on real models: tiny ones, and what streams, slots and the server tell of it."""
+
+from __future__ import annotations
+
+import json
+
+import httpx
+import pytest
+from expert_servers import faking
+from serving import serving
+
+from colm_edge.cli.drafts import Drafts, columns
+from colm_edge.decode.step import Drafted, Step, Undone
+from colm_edge.errors import ColmError
+from colm_edge.options import Options
+from colm_edge.pair import load
+from colm_edge.slots import Slots
+from colm_edge.together import Task, answer_together
+
+PROMPTS = ["hello", "what is this about, and why", "one two three four five six seven", "so"]
+REVIEWED = Options(temperature=0.0, defer_rate=0.2, max_tokens=30, review=2.0, review_window=6)
+
+
+def text_of(pair, prompt: str, options: Options) -> list[int]:
+    tokens = pair.base.tokenize(prompt)
+    return [step.token for step in pair.stream_tokens(tokens, options)]
+
+
+@pytest.mark.parametrize("prompt", PROMPTS)
+@pytest.mark.parametrize("schedule", ["fast", "sequential"])
+def test_without_tolerance_the_text_is_the_experts_own(tiny_pair, prompt, schedule):
+    options = REVIEWED.with_changes(review=0.0, schedule=schedule)
+    alone = text_of(tiny_pair, prompt, options.with_changes(threshold=0.0))
+    assert text_of(tiny_pair, prompt, options) == alone
+
+
+@pytest.mark.parametrize("prompt", PROMPTS)
+def test_off_is_the_plain_loop(tiny_pair, prompt):
+    off = REVIEWED.with_changes(review="off")
+    assert not off.reviews
+    endless = REVIEWED.with_changes(review=1e9)
+    assert text_of(tiny_pair, prompt, endless) == text_of(tiny_pair, prompt, off)
+
+
+def test_one_model_alone_is_not_reviewed(tiny_pair):
+    for threshold in (0.0, 1.0):
+        off = Options(temperature=0.0, threshold=threshold, max_tokens=9)
+        answer = tiny_pair.generate("hello", **off.with_changes(review=0.0).changed)
+        assert answer.text == tiny_pair.generate("hello", **off.changed).text
+        assert answer.stats.n_reviewed == 0
+
+
+def test_slots_write_the_same_reviewed_texts(tiny_pair):
+    tasks = [Task(i, tiny_pair.base.tokenize(text), REVIEWED) for i, text in enumerate(PROMPTS)]
+    found = {
+        done.task.key: [step.token for step in done.answer.steps]
+        for done in answer_together(tiny_pair, tasks, 3)
+    }
+    alone = [text_of(tiny_pair, text, REVIEWED) for text in PROMPTS]
+    assert [found[i] for i in range(len(PROMPTS))] == alone
+
+
+@pytest.mark.parametrize("stop", [(), ("e",)])
+def test_events_tell_what_waits_and_what_is_undone(tiny_pair, stop):
+    options = REVIEWED.with_changes(review=1.0, stop=stop)
+    tokens = tiny_pair.base.tokenize(PROMPTS[2])
+    plain = tiny_pair.stream_tokens(tokens, options)
+    steps = [step.token for step in plain]
+    stream = tiny_pair.stream_tokens(tokens, options)
+    drafts: list[Step] = []  # that a reader shows behind the final text
+    n_undone = 0
+    for event in stream.events():
+        if isinstance(event, Drafted):
+            drafts.append(event.step)
+            assert len(drafts) <= options.review_window
+        elif isinstance(event, Undone):
+            n_undone += len(event.steps)
+            assert drafts[len(drafts) - len(event.steps) :] == list(event.steps)
+        else:
+            drafts = []
+    answer = stream.answer()
+    assert [step.token for step in answer.steps] == steps
+    assert answer.text == plain.answer().text
+    if not stop:
+        assert answer.stats.n_undone == n_undone == sum(len(one.steps) for one in answer.undone) > 0
+    for one in answer.undone:
+        assert one.regret > options.review
+        assert one.record()["tokens"][0]["source"] == "base"
+
+
+def test_a_stop_text_inside_a_draft_ends_nothing(tiny_pair):
+    """Only a final token can complete a stop text."""
+    options = REVIEWED.with_changes(review=0.0)
+    expert = tiny_pair.generate(PROMPTS[1], **options.with_changes(threshold=0.0).changed)
+    for length in (1, 2, 3):
+        stop = (expert.text[4 : 4 + length],)
+        cut = tiny_pair.generate(PROMPTS[1], **options.with_changes(stop=stop).changed)
+        assert cut.text == expert.text.split(stop[0])[0]
+
+
+def test_an_expert_on_a_server_cannot_review(tiny):
+    with (
+        faking("llamacpp", tiny["expert"]) as (url, _),
+        load(tiny["base"], url, "margin", n_threads=1, n_ctx=128) as pair,
+        pytest.raises(ColmError, match="review needs the expert in this process"),
+    ):
+        pair.generate("hello", max_tokens=3, review=2.0)
+
+
+def test_the_server_tells_drafts_beside_the_final_text(tiny):
+    defaults = REVIEWED.with_changes(review="off")
+    with (
+        load(
+            tiny["base"], tiny["expert"], "margin", n_threads=1, n_ctx=256, defaults=defaults
+        ) as pair,
+        serving(pair, n_slots=1) as (url, _),
+    ):  # fmt: skip
+
+        def chunks(**colm) -> list[dict]:
+            body = {"prompt": PROMPTS[2], "max_tokens": 30, "stream": True, "colm": colm}
+            with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=60) as response:
+                assert response.status_code == 200
+                lines = [line[6:] for line in response.iter_lines() if line.startswith("data: {")]
+            return [json.loads(line) for line in lines]
+
+        def text(chunks: list[dict]) -> str:
+            return "".join(chunk["choices"][0]["text"] for chunk in chunks)
+
+        plain = chunks(review=1.0, review_window=6)
+        told = chunks(review=1.0, review_window=6, provisional=True)
+        assert text(told) == text(plain) != text(chunks(review="off"))
+        side = [chunk["colm"] for chunk in told if "colm" in chunk]
+        assert any("draft" in one for one in side)
+        assert any("undone" in one for one in side)
+        assert not any({"draft", "undone"} & set(chunk.get("colm", {})) for chunk in plain)
+
+
+class Terminal:
+    """One line of a terminal."""
+
+    def __init__(self) -> None:
+        self.line, self.at = "", 0
+
+    def write(self, text: str) -> None:
+        while text:
+            if text.startswith("\x1b["):
+                end = next(i for i, c in enumerate(text[2:], 2) if c.isalpha())
+                number, command, text = text[2:end], text[end], text[end + 1 :]
+                if command == "D":
+                    self.at -= int(number)
+                elif command == "K":
+                    self.line = self.line[: self.at]
+            else:
+                self.line = self.line[: self.at] + text[0]
+                self.at, text = self.at + 1, text[1:]
+
+
+def test_a_terminal_shows_drafts_that_fit_and_takes_them_back():
+    drafts, screen = Drafts(width=20), Terminal()
+    screen.write("final ")
+    drafts.passed("before\nfinal ")
+    for text in ("and ", "dim", "\nnot this", "nor this"):
+        screen.write(drafts.add(text))
+    assert screen.line == "final and dim"
+    screen.write(drafts.erase())
+    assert screen.line == "final "
+    screen.write(drafts.add("x" * 20))  # too wide for this line
+    assert screen.line == "final "
+    assert drafts.erase() == ""
+    assert columns("aé日\u0301\n") == 4
+
+
+def test_slots_are_free_after_a_reviewed_answer_is_cancelled(tiny_pair):
+    slots = Slots(tiny_pair, 2)
+    tokens = tiny_pair.base.tokenize(PROMPTS[1])
+    with slots.take(tokens) as timelines:
+        stream = tiny_pair.stream_tokens(tokens, REVIEWED, timelines)
+        next(stream)
+        stream.cancel()
+        assert len(list(stream)) <= 1
+    slots.close()
