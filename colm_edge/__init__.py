@@ -12,7 +12,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from colm_edge.decode.step import Stats, Step
+    from colm_edge.decode.step import Drafted, Stats, Step, Undone
     from colm_edge.errors import ColmError
     from colm_edge.options import Options
     from colm_edge.pair import Pair, load
@@ -23,12 +23,14 @@ __all__ = [
     "Answer",
     "AsyncStream",
     "ColmError",
+    "Drafted",
     "Options",
     "Pair",
     "Stats",
     "Step",
     "Stream",
     "Switch",
+    "Undone",
     "load",
 ]
 
@@ -39,12 +41,14 @@ _HOMES = {
     "Answer": "stream",
     "AsyncStream": "stream",
     "ColmError": "errors",
+    "Drafted": "decode.step",
     "Options": "options",
     "Pair": "pair",
     "Stats": "decode.step",
     "Step": "decode.step",
     "Stream": "stream",
     "Switch": "switch.file",
+    "Undone": "decode.step",
     "load": "pair",
 }
 

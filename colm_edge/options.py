@@ -73,7 +73,9 @@ class Option:
         whole = self.kind is int
         if not isinstance(value, int if whole else (int, float)) or not low <= value <= high:
             what = "a whole number" if whole else "a number"
-            raise ColmError(f"{self.name} is {value!r}; expected {what} from {low:g} to {high:g}")
+            words = "".join(f", or {word!r}" for word in self.words)
+            expected = f"{what} from {low:g}" + (f" to {high:g}" if high < math.inf else "") + words
+            raise ColmError(f"{self.name} is {value!r}; expected {expected}")
 
 
 def option(
@@ -255,7 +257,9 @@ class Options:
         if self.threshold is not None and self.defer_rate is not None:
             raise ColmError("threshold and defer_rate are two ways to say one thing; give one")
         if self.reviews and self.doubts:
-            raise ColmError("review and doubt cannot go together yet; give one")
+            raise ColmError("review and doubt cannot go together; give one")
+        if self.review == 0 and self.strategy == "compose":
+            raise ColmError("review 0 writes the expert's own text, compose a mixture; give one")
         if "" in self.stop:
             raise ColmError("a stop text is empty; give at least one character")
 

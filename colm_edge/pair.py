@@ -304,6 +304,13 @@ class Pair:
                 f"({n} shared tokens)"
             )
 
+    def check_options(self, options: Options) -> None:
+        """Raise ColmError for what this pair cannot do."""
+        if self.expert_is_here or not (options.reviews or options.doubts):
+            return
+        what = "review" if options.reviews else "doubt"
+        raise ColmError(f"{what} needs the expert in this process: {self._not_here()}")
+
     def stream_tokens(
         self,
         tokens: Sequence[int],
@@ -323,14 +330,12 @@ class Pair:
         self.check_prompt(tokens, threshold)
         # Alone, the base can write its whole vocabulary.
         n_choose = self.n_shared if threshold < 1 else self.base.n_vocab
+        self.check_options(options)
         goes_back = (options.reviews or options.doubts) and 0 < threshold < 1
-        if goes_back and not self.expert_is_here:
-            what = "review" if options.reviews else "doubt"
-            raise ColmError(f"{what} needs the expert in this process: {self._not_here()}")
         base, expert = timelines or (self.base_session, self.expert)
         cancel, alone = Cancel(), timelines is None
         row = self.base.token_id(DEFER_TOKEN) if isinstance(self.switch, DeferRow) else None
-        picker = picker_of(options, n_choose, tokens, defer_row=row)
+        picker = picker_of(options, n_choose, tokens, defer_row=row, goes_back=goes_back)
         decoder = Decoder(
             base,
             [expert],
@@ -342,7 +347,7 @@ class Pair:
             schedule=schedule_of(
                 options,
                 threshold,
-                picker,
+                goes_back=goes_back,
                 follow=self.expert.follow if alone and threshold < 1 else None,
                 # Bets are priced for an answer alone: slots share their batches.
                 planner=self._planner_for(options, threshold) if alone else None,

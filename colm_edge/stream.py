@@ -61,9 +61,9 @@ class Stream:
         return next(event for event in self._iterator if isinstance(event, Step))
 
     def events(self) -> Iterator[Event]:
-        """Iterate over the steps and, under review, what happens before them: each token that waits
-        for review, and each time that some are undone. A step is final, and makes every earlier
-        draft void: those that stay come again as steps."""
+        """Iterate over the steps and, where tokens can be taken back, what happens before: each
+        draft, and each time that the last ones are undone. A step is final; if there are drafts, it
+        is the first of them."""
         return self._iterator
 
     def close(self) -> None:
@@ -118,7 +118,7 @@ class Stream:
         text = "".join(step.text for step in steps)
         undone = [
             one for one in self._decoder.undone
-            if one.position < len(self.prompt_tokens) + len(steps)
+            if one.position <= len(self.prompt_tokens) + len(steps)
         ]  # fmt: skip
         return Answer(
             text, steps, self.finish_reason, stats, self.prompt_tokens, self.threshold, undone
@@ -130,17 +130,19 @@ class Stream:
 
     def _run(self) -> Generator[Event, None, None]:
         utf8 = codecs.getincrementaldecoder("utf-8")("replace")
-        ahead = codecs.getincrementaldecoder("utf-8")("replace")  # of drafts
+        drafts = DraftTexts()
         held: list[Step] = []  # a later token may complete or cut their text
         for event in self._decoder.events():
             if isinstance(event, Drafted):
-                event.step.text = ahead.decode(self._model.piece(event.step.token))
+                drafts.add(event.step, self._model.piece(event.step.token))
+            elif isinstance(event, Undone):
+                drafts.drop(len(event.steps))
             if not isinstance(event, Step):
-                if not self._cancel.requested and not self._is_end(event):
+                if not self._cancel.requested:
                     yield event
                 continue
             event.text = utf8.decode(self._model.piece(event.token))
-            ahead.setstate(utf8.getstate())
+            drafts.passed(utf8.getstate())
             held.append(event)
             if self._cut_at_stop(held):
                 self._finish = "stop"
@@ -159,9 +161,6 @@ class Stream:
                 self._finish = "stop"
                 return
             yield self._hand_out(step)
-
-    def _is_end(self, event: Event) -> bool:
-        return isinstance(event, Drafted) and event.step.token in self._decoder.end_tokens
 
     def _cut_at_stop(self, held: list[Step]) -> bool:
         """Cut the held steps at the first stop string in them; return whether there was one."""
@@ -186,6 +185,30 @@ class Stream:
             for at in range(len(held[0].text))
             for stop in self._stop
         )
+
+
+class DraftTexts:
+    """Gives drafts their texts: whole characters, as far as the bytes go that precede them."""
+
+    def __init__(self) -> None:
+        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+        self._states: list[tuple[bytes, int]] = []  # before each draft
+
+    def add(self, step: Step, piece: bytes) -> None:
+        self._states.append(self._utf8.getstate())
+        step.text = self._utf8.decode(piece)
+
+    def drop(self, n: int) -> None:
+        """Forget the last n drafts."""
+        for _ in range(n):
+            self._utf8.setstate(self._states.pop())
+
+    def passed(self, state: tuple[bytes, int]) -> None:
+        """Count a step as written, after which the decoder of final texts is in this state."""
+        if self._states:
+            del self._states[0]
+        if not self._states:
+            self._utf8.setstate(state)
 
 
 Put = Callable[[Step | BaseException | None], Any]

@@ -40,6 +40,7 @@ STYLES = {
     "tokens_per_answer": AMOUNT,
     "tokens_per_second": AMOUNT,
     "cut": SHARE,
+    "review": Style("{:g}".format, "{:g}".format),
     # bench
     "outside_us": AMOUNT,
     "calls_per_100": AMOUNT,

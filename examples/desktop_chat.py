@@ -68,8 +68,8 @@ class Writer(QObject):
             self._stream = stream
             if self.stopped:  # before there was a stream to stop
                 stream.cancel()
-            for step in stream:
-                self.wrote.emit(step)
+            for event in stream.events():
+                self.wrote.emit(event)
             answer = stream.answer()
             self.finished.emit(answer.text, answer.stats)
         except colm_edge.ColmError as e:
@@ -102,6 +102,7 @@ class ChatWindow(Qw.QMainWindow):
         self.setWindowTitle("colm-edge")
         self.resize(680, 460)
         self.turns: Turns = []
+        self._drafts: list[str] = []  # at the end of the text; they may be taken back
         self._writer, self._thread = writer, QThread(self)
         self._build()
         writer.moveToThread(self._thread)
@@ -189,15 +190,38 @@ class ChatWindow(Qw.QMainWindow):
         self.bar.setVisible(share < 1)
         self.bar.setValue(round(100 * share))
 
-    def _on_wrote(self, step: colm_edge.Step) -> None:
+    def _on_wrote(self, event: colm_edge.Step | colm_edge.Drafted | colm_edge.Undone) -> None:
+        self._rub_out_drafts()
+        if isinstance(event, colm_edge.Drafted):
+            self._drafts.append(event.step.text)
+        elif isinstance(event, colm_edge.Undone):
+            del self._drafts[len(self._drafts) - len(event.steps) :]
+        else:
+            del self._drafts[:1]  # it has become this step
+            self._append(event.text, self._style_of(event))
+        pale = QTextCharFormat()
+        pale.setForeground(self.palette().color(QPalette.ColorRole.PlaceholderText))
+        self._append("".join(self._drafts), pale)
+
+    def _style_of(self, step: colm_edge.Step) -> QTextCharFormat:
         style = QTextCharFormat()
         if step.source == "expert":  # underlined too: colour alone does not reach everybody
             style.setFontUnderline(True)
             dark = self.palette().color(QPalette.ColorRole.Base).lightness() < 128
             style.setForeground(QColor("#4dd0e1" if dark else "#00738c"))
-        self._append(step.text, style)
+        return style
+
+    def _rub_out_drafts(self) -> None:
+        n = len("".join(self._drafts).encode("utf-16-le")) // 2  # as Qt counts
+        drafts = QTextCursor(self.text.document())
+        drafts.movePosition(QTextCursor.MoveOperation.End)
+        left, keep = QTextCursor.MoveOperation.Left, QTextCursor.MoveMode.KeepAnchor
+        drafts.movePosition(left, keep, n)
+        drafts.removeSelectedText()
 
     def _on_finished(self, text: str, stats: colm_edge.Stats) -> None:
+        self._rub_out_drafts()
+        self._drafts.clear()
         self.turns.append({"role": "assistant", "content": text})
         self._append("\n\n", QTextCharFormat())
         told = f"{stats.n_generated} tokens, {stats.defer_rate:.0%} by the expert"

@@ -6,15 +6,19 @@ import json
 
 import httpx
 import pytest
+from conftest import Scripted
 from expert_servers import faking
+from decode.test_loop import END, decoder, reader
 from serving import serving
 
 from colm_edge.cli.drafts import Drafts, columns
+from colm_edge.decode.review import ByRule, Review, Tolerance
 from colm_edge.decode.step import Drafted, Step, Undone
 from colm_edge.errors import ColmError
 from colm_edge.options import Options
 from colm_edge.pair import load
 from colm_edge.slots import Slots
+from colm_edge.stream import Stream
 from colm_edge.together import Task, answer_together
 
 PROMPTS = ["hello", "what is this about, and why", "one two three four five six seven", "so"]
@@ -76,8 +80,9 @@ def test_events_tell_what_waits_and_what_is_undone(tiny_pair, stop):
         elif isinstance(event, Undone):
             n_undone += len(event.steps)
             assert drafts[len(drafts) - len(event.steps) :] == list(event.steps)
-        else:
-            drafts = []
+            del drafts[len(drafts) - len(event.steps) :]
+        elif not stop:
+            assert not drafts or event is drafts.pop(0)
     answer = stream.answer()
     assert [step.token for step in answer.steps] == steps
     assert answer.text == plain.answer().text
@@ -91,11 +96,43 @@ def test_events_tell_what_waits_and_what_is_undone(tiny_pair, stop):
 def test_a_stop_text_inside_a_draft_ends_nothing(tiny_pair):
     """Only a final token can complete a stop text."""
     options = REVIEWED.with_changes(review=0.0)
-    expert = tiny_pair.generate(PROMPTS[1], **options.with_changes(threshold=0.0).changed)
-    for length in (1, 2, 3):
-        stop = (expert.text[4 : 4 + length],)
-        cut = tiny_pair.generate(PROMPTS[1], **options.with_changes(stop=stop).changed)
-        assert cut.text == expert.text.split(stop[0])[0]
+    whole = tiny_pair.generate(PROMPTS[1], **options.changed)
+    undone = "".join(step.text for one in whole.undone for step in one.steps)
+    stops = sorted(set(undone) - set(whole.text))
+    assert stops  # what only undone drafts held
+    for stop in stops:
+        cut = tiny_pair.generate(PROMPTS[1], **options.with_changes(stop=(stop,)).changed)
+        assert cut.text == whole.text
+
+
+def test_an_end_that_the_expert_puts_there_is_told(tiny_pair):
+    """The base would go on; the undone tokens stand where the answer has ended."""
+    base = Scripted(lambda prefix: 5)
+    expert = Scripted(lambda prefix: 5 if len(prefix) < 6 else END)
+    run = decoder(
+        base, expert, reader(0, 0.0)[0], [1, 2], schedule=Review(ByRule(Tolerance(1.0)), 8)
+    )
+    stream = Stream(run, tiny_pair.base, (), run.cancel)
+    assert [step.token for step in stream] == [5] * 4
+    (undone,) = stream.answer().undone
+    assert undone.position == 6
+    assert stream.answer().stats.n_undone == len(undone.steps) == 4
+
+
+def test_what_cannot_go_together_is_said():
+    with pytest.raises(ColmError, match="cannot go together"):
+        Options(review=1.0, doubt=1.0)
+    with pytest.raises(ColmError, match="the expert's own text, compose a mixture"):
+        Options(review=0.0, strategy="compose")
+    with pytest.raises(ColmError, match="expected a number from 0, or 'off'"):
+        Options(review="on")
+
+
+def test_one_model_alone_samples_as_without_review(tiny_pair):
+    for threshold in (0.0, 1.0):
+        sampled = Options(seed=7, threshold=threshold, max_tokens=12)
+        plain = tiny_pair.generate("hello", **sampled.changed)
+        assert tiny_pair.generate("hello", **sampled.changed, review=0.0).text == plain.text
 
 
 def test_an_expert_on_a_server_cannot_review(tiny):
@@ -139,17 +176,21 @@ class Terminal:
     """One line of a terminal."""
 
     def __init__(self) -> None:
-        self.line, self.at = "", 0
+        self.line, self.at, self.saved = "", 0, 0
 
     def write(self, text: str) -> None:
         while text:
             if text.startswith("\x1b["):
                 end = next(i for i, c in enumerate(text[2:], 2) if c.isalpha())
-                number, command, text = text[2:end], text[end], text[end + 1 :]
-                if command == "D":
-                    self.at -= int(number)
-                elif command == "K":
+                command, text = text[end], text[end + 1 :]
+                if command == "K":
                     self.line = self.line[: self.at]
+            elif text.startswith("\x1b"):
+                if text[1] == "7":
+                    self.saved = self.at
+                else:
+                    self.at = self.saved
+                text = text[2:]
             else:
                 self.line = self.line[: self.at] + text[0]
                 self.at, text = self.at + 1, text[1:]
@@ -157,17 +198,23 @@ class Terminal:
 
 def test_a_terminal_shows_drafts_that_fit_and_takes_them_back():
     drafts, screen = Drafts(width=20), Terminal()
-    screen.write("final ")
-    drafts.passed("before\nfinal ")
-    for text in ("and ", "dim", "\nnot this", "nor this"):
+    screen.write(drafts.step("before\nfinal ", "final "))
+    for text in ("and ", "dim", "\tnot this", "nor this"):
         screen.write(drafts.add(text))
     assert screen.line == "final and dim"
-    screen.write(drafts.erase())
-    assert screen.line == "final "
+    screen.write(drafts.undo(2))
+    assert screen.line == "final and dim"
+    screen.write(drafts.undo(1))
+    assert screen.line == "final and "
+    screen.write(drafts.add("more"))
+    screen.write(drafts.step("and ", "AND "))  # marked, and the rest still waits
+    assert (screen.line, screen.at) == ("final AND more", 10)
+    screen.write(drafts.end())
+    assert screen.line == "final AND "
     screen.write(drafts.add("x" * 20))  # too wide for this line
-    assert screen.line == "final "
-    assert drafts.erase() == ""
-    assert columns("aé日\u0301\n") == 4
+    assert screen.line == "final AND "
+    assert drafts.end() == ""
+    assert columns("aé日\u0301\u0941") == 4
 
 
 def test_slots_are_free_after_a_reviewed_answer_is_cancelled(tiny_pair):
@@ -178,4 +225,7 @@ def test_slots_are_free_after_a_reviewed_answer_is_cancelled(tiny_pair):
         next(stream)
         stream.cancel()
         assert len(list(stream)) <= 1
+    for _ in range(3):
+        with slots.take(tokens) as timelines:
+            assert list(tiny_pair.stream_tokens(tokens, REVIEWED, timelines))
     slots.close()

@@ -21,13 +21,23 @@ from colm_edge.decode.background import Background
 from colm_edge.decode.fast import Fast
 from colm_edge.decode.loop import Schedule
 from colm_edge.decode.planner import Planner
+from colm_edge.decode.review import ByRule, Review, Verdict
 from colm_edge.decode.timeline import Timeline
 from colm_edge.errors import ColmError
+from colm_edge.options import OPTIONS
 from colm_edge.switch.rules import Untrained
 
 if TYPE_CHECKING:
     from colm_edge.llama.session import Session
     from colm_edge.pair import Pair
+
+
+class Differs:
+    """The rule of review without tolerance, where logits say nothing: undo what differs."""
+
+    def first(self, verdicts: Sequence[Verdict]) -> int:
+        differ = (i for i, verdict in enumerate(verdicts) if verdict.token != verdict.choice)
+        return next(differ, len(verdicts))
 
 
 class Methods:
@@ -46,6 +56,7 @@ class Methods:
             "colm": partial(self._sequential, 0.5),
             "colm-fast": self._fast,
             "speculative": self._speculative,
+            "lossless": self._lossless,
         }
 
     def __enter__(self) -> Self:
@@ -84,6 +95,10 @@ class Methods:
     def _speculative(self) -> Sample:
         schedule = Speculative(self.tables)
         return self._replay(self._pair.expert_session, 0.0, schedule, everywhere=True)
+
+    def _lossless(self) -> Sample:
+        schedule = Review(ByRule(Differs()), OPTIONS["review_window"].default)
+        return self._replay(self._pair.expert_session, 0.5, schedule, everywhere=True)
 
     def _fast(self) -> Sample:
         expert, session = self._pair.expert, self._pair.expert_session
@@ -178,7 +193,7 @@ def bench(
             "the trace has tokens that this pair's models do not share; record it with this pair"
         )
     with Methods(pair, trace) as methods:
-        programs = Tools(tools, pair, n).names if tools is not None else {}
+        programs = Tools(tools, pair, trace).names if tools is not None else {}
         ways = methods.names | programs
         unknown = [name for name in only if name not in ways]
         if unknown:

@@ -88,10 +88,12 @@ class HighLevel:
 
 
 class Tools:
-    """llama.cpp's own programs, a process for each run. Their figures do not include loading, and
-    are for texts of their own. Raises ColmError when a program is missing or fails."""
+    """llama.cpp's own programs, a process for each run. Their figures do not include loading; they
+    write texts of their own, to the trace's prompt if that is a text. Raises ColmError when a
+    program is missing or fails."""
 
-    def __init__(self, folder: Path, pair: Pair, n: int) -> None:
+    def __init__(self, folder: Path, pair: Pair, trace: Trace) -> None:
+        n = len(trace.tokens)
         self._folder = folder
         expert, base = pair.expert_session, pair.base_session
         # Each model has its own number of GPU layers; on a CPU they have no effect.
@@ -118,7 +120,8 @@ class Tools:
             "-n",
             str(n),
             "-p",
-            "Once upon a time",
+            pair.base.text(trace.prompt) if trace.is_text else "Once upon a time",
+            "--no-escape",
         ]
         self.names = {"llama-bench": self._run_bench, "llama-speculative-simple": self._run_draft}
 

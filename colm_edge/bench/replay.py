@@ -33,12 +33,13 @@ AGREE = 0.6
 @dataclass(frozen=True)
 class Trace:
     """A prompt and the tokens written after it, (n,); for each, whether it is deferred and whether
-    base and expert would both choose it."""
+    base and expert would both choose it. is_text: whether that is a text, and not drawn."""
 
     prompt: list[int]
     tokens: list[int]
     deferred: list[bool]
     agrees: list[bool]
+    is_text: bool = False
 
     @property
     def defer_rate(self) -> float:
@@ -103,17 +104,21 @@ class Process:
 
 def recorded(path: str | os.PathLike[str]) -> Trace:
     """Return the trace of an answer that `run --json` printed. The base's choices at deferrals are
-    not in it, so the models never agree there. Raises DataError for any other file."""
+    not in it, so the models never agree there. A token that review has put in the place of another
+    is not deferred. Raises DataError for any other file."""
     try:
         with open(path, encoding="utf-8") as file:
             answer = json.load(file)
         tokens = answer["tokens"]
-        deferred = [{"base": False, "expert": True}[token["source"]] for token in tokens]
+        by_expert = [{"base": False, "expert": True}[token["source"]] for token in tokens]
+        prompt = [int(token) for token in answer["prompt_tokens"]]
+        undone = {int(one["position"]) - len(prompt) for one in answer.get("undone", ())}
         trace = Trace(
-            [int(token) for token in answer["prompt_tokens"]],
+            prompt,
             [int(token["id"]) for token in tokens],
-            deferred,
-            [not deferred for deferred in deferred],
+            [expert and i not in undone for i, expert in enumerate(by_expert)],
+            [not expert for expert in by_expert],
+            is_text=True,
         )
     except OSError as e:
         raise DataError(f"{path}: {e.strerror or e}; expected what `run --json` printed") from e
@@ -156,8 +161,8 @@ class ReplayPicker(Picker):
         super().__init__(n_choose)
         self._trace = trace
 
-    def likeliest(self, at: int, logits: Floats) -> tuple[int, float]:
-        _, logsumexp = super().likeliest(at, logits)
+    def likeliest(self, at: int, logits: Floats, *, of_base: bool = False) -> tuple[int, float]:
+        _, logsumexp = super().likeliest(at, logits, of_base=of_base)
         return self._trace.tokens[at - len(self._trace.prompt)], logsumexp
 
 

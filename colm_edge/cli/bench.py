@@ -54,7 +54,7 @@ def replays_of(_: click.Context, __: click.Parameter, texts: tuple[str, ...]) ->
     default="",
     callback=listed,
     help="Rows of the table: base, expert, expert-llama-cpp-python, both, colm, colm-fast, "
-    "speculative.  [default: all]",
+    "speculative, lossless (--review 0).  [default: all]",
 )
 @click.option(
     "-n",

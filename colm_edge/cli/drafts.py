@@ -1,4 +1,4 @@
-"""Unreviewed tokens at a terminal: shown dim, and rewritten in place."""
+"""Drafts at a terminal: shown dim behind the text, and rewritten in place."""
 
 from __future__ import annotations
 
@@ -6,41 +6,63 @@ import unicodedata
 
 import click
 
+SAVE, BACK, ERASE = "\x1b7", "\x1b8", "\x1b[K"  # the cursor's place, and what stands behind it
+
 
 class Drafts:
-    """Tokens that wait for review, shown dim at the end of the line that is being written. Those
-    that do not fit this line are not shown: a terminal cannot take them back."""
+    """What stands behind the cursor, which stays at the end of the final text. Drafts that do not
+    fit this line are not shown: a terminal cannot take them back."""
 
     def __init__(self, width: int) -> None:
         self._width = width
         self._column = 0  # of what is final
-        self._shown = 0  # columns of drafts behind it
-        self._full = False
+        self._texts: list[str] = []
 
     def add(self, text: str) -> str:
         """Return what shows another draft."""
-        wide = columns(text)
-        self._full |= "\n" in text or self._column + self._shown + wide >= self._width
-        if self._full:
-            return ""
-        self._shown += wide
-        return click.style(text, dim=True)
+        self._texts.append(text)
+        return self._shown()
 
-    def erase(self) -> str:
-        """Return what takes the drafts back."""
-        n, self._shown, self._full = self._shown, 0, False
-        return f"\x1b[{n}D\x1b[K" if n else ""
+    def undo(self, n: int) -> str:
+        """Return what takes the last n back."""
+        was = self._erased()
+        del self._texts[len(self._texts) - n :]
+        return was + self._shown()
 
-    def passed(self, text: str) -> None:
-        """Count a text as written."""
+    def step(self, text: str, marked: str) -> str:
+        """Return what shows a final text, marked, in the place of the first draft, if any."""
+        was = self._erased()
+        del self._texts[:1]
         *before, last = text.split("\n")
         self._column = ((0 if before else self._column) + columns(last)) % self._width
+        return was + marked + self._shown()
+
+    def end(self) -> str:
+        """Return what takes all of them back."""
+        was = self._erased()
+        self._texts.clear()
+        return was
+
+    def _fitting(self) -> str:
+        fitting, room = "", self._width - self._column - 1
+        for text in self._texts:
+            if not text.isprintable() or columns(fitting + text) > room:
+                break
+            fitting += text
+        return fitting
+
+    def _shown(self) -> str:
+        text = self._fitting()
+        return f"{SAVE}{click.style(text, dim=True)}{BACK}" if text else ""
+
+    def _erased(self) -> str:
+        return ERASE if self._fitting() else ""
 
 
 def columns(text: str) -> int:
-    """Return how many columns a terminal gives to a text."""
+    """Return about how many columns a terminal gives to a text."""
     return sum(
-        0 if unicodedata.combining(c) else 2 if unicodedata.east_asian_width(c) in "WF" else 1
+        0 if unicodedata.category(c) in ("Mn", "Me", "Cf")
+        else 2 if unicodedata.east_asian_width(c) in "WF" else 1
         for c in text
-        if c.isprintable()
-    )
+    )  # fmt: skip

@@ -184,6 +184,8 @@ def eval_command(
             "--metric python runs code that the models write; say --allow-exec if that is allowed"
         )
     check_methods(methods, weak, proxy.get("anti_expert"), reviews)
+    if reviews and metric == "nll":
+        raise click.UsageError("--reviews needs a --metric that judges answers")
     if plot is not None:
         check_plot(plot)
     options = Options(**decoding)

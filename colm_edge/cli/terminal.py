@@ -71,19 +71,19 @@ def write(stream: Stream) -> bool:
         if not marked:
             click.echo(event.text if isinstance(event, Step) else "", nl=False)
             return
-        if isinstance(event, Drafted):
-            click.echo(drafts.add(event.step.text), nl=False)
-        else:
-            click.echo(drafts.erase(), nl=False)
         if isinstance(event, Step):
-            click.echo(mark(event), nl=False)
-            drafts.passed(event.text)
+            shown = drafts.step(event.text, mark(event))
+        elif isinstance(event, Drafted):
+            shown = drafts.add(event.step.text)
+        else:
+            shown = drafts.undo(len(event.steps))
+        click.echo(shown, nl=False)
         _cursor.inside = True
 
     try:
         return drain(stream, show)
     finally:
-        click.echo(drafts.erase(), nl=False)
+        click.echo(drafts.end(), nl=False)
         _cursor.inside = False
 
 
@@ -284,6 +284,7 @@ class Chat:
             value = option.parse(text) if text else getattr(self._at_start, name)
         except ValueError as e:
             kind = "whole number" if option.kind is int else "number"
+            kind += "".join(f", or {word}" for word in option.words)
             raise ColmError(f"{name} is {text!r}; expected a {kind}") from e
         self.pair.defaults = self.pair.defaults.with_changes(**{name: value})
         shown = shown_threshold(self.pair) if name == "threshold" else option.shown(value)

@@ -14,19 +14,18 @@ from dataclasses import dataclass
 
 from colm_edge.decode.loop import Decoder, Follow
 from colm_edge.decode.picker import Sampler
-from colm_edge.decode.policy import BASE
-from colm_edge.decode.step import Drafted, Event, Step, Undone
-from colm_edge.errors import AbsentExpertError
-
-EXPERT = 0  # the only one
+from colm_edge.decode.policy import BASE, EXPERT
+from colm_edge.decode.step import Drafted, Event, Step
 
 
 @dataclass(slots=True)
 class Rival:
-    """What the base would have written where the expert wrote, and the sampler's state after it."""
+    """What the base would have written where the expert wrote. after: the sampler's state then.
+    gain: by which it goes on better, in nats a token, once that is known."""
 
     step: Step
     after: Sampler | None
+    gain: float = 0.0
 
 
 @dataclass(slots=True)
@@ -52,7 +51,7 @@ class Doubt:
         self._ready: deque[Event] = deque()
 
     def next(self, loop: Decoder) -> Event:
-        while not self._ready:
+        if not self._ready:
             self._ready.extend(self._go_on(loop))
         return self._ready.popleft()
 
@@ -71,16 +70,17 @@ class Doubt:
         step, rival = picker.write("base", p_defer, logits, choice, logsumexp), None
         suspect = self._suspect() if best < -self._nats else None
         if deferred or suspect is not None:
-            try:
-                loop.evaluate_expert(EXPERT, tokens)
-            except AbsentExpertError:  # a server that fails; the user was warned
-                loop.stats.expert_failures += deferred
-                deferred, suspect = False, None
+            loop.evaluate_expert(EXPERT, tokens)
         if suspect is not None:
             theirs, likeliest, total = loop.read_expert(EXPERT, at)
-            if max(best, float(theirs[likeliest]) - total) < -self._nats:
-                picker.rollback(before)
-                return self._compare(loop, tokens, suspect)
+            if float(theirs[likeliest]) - total < -self._nats:
+                while suspect is not None:
+                    if self._is_better(loop, tokens, suspect):
+                        return self._go_back(loop, suspect)
+                    suspect = self._suspect()
+                loop.evaluate_base(tokens)  # back to where both were
+                loop.evaluate_expert(EXPERT, tokens)
+                logits, *_ = loop.told_by_base(at)
         if deferred:
             guess, after = step, picker.mark()
             picker.rollback(before)
@@ -109,24 +109,30 @@ class Doubt:
         final, self._held = self._held[:n], self._held[n:]
         return [one.step for one in final]
 
-    def _compare(self, loop: Decoder, tokens: array[int], suspect: int) -> list[Event]:
-        """Put the base's token in the place of a suspect, if what follows it is better."""
-        held = self._held
-        rival, place = held[suspect].rival, len(loop.tokens) + suspect
-        assert rival is not None
-        held[suspect].rival = None  # whatever comes of it: once a position
+    def _is_better(self, loop: Decoder, tokens: array[int], suspect: int) -> bool:
+        """Return whether the base's token goes on better than a suspect; both are asked once."""
+        one, place = self._held[suspect], len(loop.tokens) + suspect
+        assert one.rival is not None
         other = tokens[:place]
-        other.append(rival.step.token)
+        other.append(one.rival.step.token)
         end = min(place + 1 + self._window, loop.end)
         gain = self._joint(loop, other, place, end) - self._joint(loop, tokens[:], place, end)
-        if gain <= 0:
-            return []
-        gone = tuple(one.step for one in held[suspect:])
+        if gain > 0:
+            one.rival.gain = gain
+        else:
+            one.rival = None
+        return gain > 0
+
+    def _go_back(self, loop: Decoder, suspect: int) -> list[Event]:
+        """Put the base's token in the place of a suspect."""
+        gone, self._held = self._held[suspect:], self._held[:suspect]
+        rival = gone[0].rival
+        assert rival is not None
         loop.picker.rollback(rival.after)
-        held[suspect:] = [Held(rival.step)]
-        loop.stats.n_undone += len(gone)
-        loop.undone.append(Undone(place, gone, gain))
-        return [loop.undone[-1]]
+        self._held.append(Held(rival.step))
+        steps = [one.step for one in gone]
+        undone = loop.undo(len(loop.tokens) + suspect, steps, rival.gain)
+        return [undone, Drafted(rival.step)]
 
     @staticmethod
     def _joint(loop: Decoder, tokens: array[int], place: int, end: int) -> float:

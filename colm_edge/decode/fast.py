@@ -17,10 +17,8 @@ from time import perf_counter
 
 from colm_edge.decode.loop import Decoder, Follow, Sequential
 from colm_edge.decode.planner import Planner
-from colm_edge.decode.policy import BASE
+from colm_edge.decode.policy import BASE, EXPERT
 from colm_edge.decode.step import Step
-
-EXPERT = 0  # the only one
 
 
 class Bets:
@@ -58,8 +56,8 @@ class Bets:
         self._expert_at = at + 1 if placed and agreed else at
         return placed and agreed
 
-    def undone(self, at: int) -> None:
-        """The expert wrote the token for position `at` unasked."""
+    def reached(self, at: int) -> None:
+        """Learn that the expert's cache holds `at` tokens, after another call."""
         self._expert_at = at
 
 

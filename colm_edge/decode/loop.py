@@ -28,11 +28,12 @@ Follow = Callable[["array[int]"], None]
 
 
 class Schedule(Protocol):
-    """In which batches the models are evaluated. Only `Review` changes what is written."""
+    """In which batches the models are evaluated. It does not change what is written, unless it
+    takes tokens back."""
 
     def next(self, loop: Decoder) -> Event:
         """Return the step of the token after those written, evaluating what that takes; or what
-        happens before it, if the schedule reviews."""
+        happens before it, if the schedule takes tokens back."""
 
 
 class Sequential:
@@ -104,7 +105,7 @@ class Decoder:
         self.stats = Stats(n_prompt=len(self.tokens))
         self.finish_reason: Literal["stop", "length"] | None = None
         self.ended_by: Step | None = None  # the end token, which is not a step of the answer
-        self.undone: list[Undone] = []  # by a schedule that reviews
+        self.undone: list[Undone] = []  # by a schedule that takes tokens back
         self.picker, self.end_tokens = picker, end_tokens
         self._base, self._experts, self.policy = base, tuple(experts), policy
         self._schedule = schedule or Sequential()
@@ -158,6 +159,13 @@ class Decoder:
 
     # Methods for schedules.
 
+    def undo(self, position: int, gone: Sequence[Step], regret: float) -> Undone:
+        """Note that drafts from `position` on are withdrawn; the schedule no longer counts them."""
+        undone = Undone(position, tuple(gone), regret)
+        self.stats.n_undone += len(gone)
+        self.undone.append(undone)
+        return undone
+
     def evaluate_base(self, tokens: array[int], outputs: Sequence[int] = ()) -> None:
         """Evaluate the base so that its states after the tokens at `outputs` can be read; by
         default after the last token."""
@@ -176,7 +184,7 @@ class Decoder:
         """Return the base's logits for position `at`, their likeliest token and their log-sum-exp,
         without asking the switch."""
         logits, _ = self._base.state(at - 1)
-        return logits, *self.picker.likeliest(at, logits)
+        return logits, *self.picker.likeliest(at, logits, of_base=True)
 
     def evaluate_expert(self, writer: int, tokens: array[int], outputs: Sequence[int] = ()) -> None:
         """Evaluate an expert so that its states after the tokens at `outputs` can be read; by

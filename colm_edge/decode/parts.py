@@ -8,11 +8,12 @@ from random import Random
 
 from colm_edge.decode.doubt import Doubt
 from colm_edge.decode.fast import Fast
+from colm_edge.decode.fresh import Fresh
 from colm_edge.decode.loop import ExpertAlone, Follow, Schedule, Sequential
 from colm_edge.decode.picker import Picker
 from colm_edge.decode.planner import Planner
 from colm_edge.decode.policy import Policy, RatePolicy, running_rate
-from colm_edge.decode.review import ByRule, Exact, Review, Reviewer, Tolerance
+from colm_edge.decode.review import ByRule, Exact, Review, Tolerance
 from colm_edge.llama.sampling import ChainSampler
 from colm_edge.options import Options
 from colm_edge.switch.reading import AnySwitch, Base
@@ -30,20 +31,25 @@ def policy_of(
 
 
 def picker_of(
-    options: Options, n_choose: int, tokens: Sequence[int], *, defer_row: int | None
+    options: Options,
+    n_choose: int,
+    tokens: Sequence[int],
+    *,
+    defer_row: int | None,
+    goes_back: bool,
 ) -> Picker:
     """Return what picks tokens.
 
     tokens: of the prompt, for the penalties. defer_row: the id that is a Co-LLM base's switch, if
-    it has one.
+    it has one. goes_back: whether the schedule takes tokens back.
     """
-    sampler: ChainSampler | Exact | None = None
+    sampler: ChainSampler | Fresh | None = None
     if options.temperature > 0 or options.penalises:
         never = [] if defer_row is None else [defer_row]
         sampler = ChainSampler(options, n_choose, tokens, never)
-        if options.review == 0:
+        if goes_back:
             seed = options.seed if options.seed >= 0 else secrets.randbits(32)
-            sampler = Exact(sampler, Random(seed))
+            sampler = Fresh(sampler, Random(seed))
     return Picker(
         n_choose,
         sampler,
@@ -56,20 +62,21 @@ def picker_of(
 def schedule_of(
     options: Options,
     threshold: float,
-    picker: Picker,
     *,
+    goes_back: bool,
     follow: Follow | None,
     planner: Planner | None,
 ) -> Schedule:
-    """Return in which batches the models are evaluated. planner: of the fast schedule's bets, if
-    they may be placed."""
+    """Return in which batches the models are evaluated.
+
+    goes_back: as for `picker_of`. planner: of the fast schedule's bets, if they may be placed.
+    """
     if threshold <= 0 and options.strategy == "defer":
         return ExpertAlone()
-    if options.reviews and 0 < threshold < 1:
-        reviewer: Reviewer = ByRule(Tolerance(options.review))
-        if isinstance(picker.sampler, Exact):
-            reviewer = picker.sampler
-        return Review(reviewer, options.review_window, follow, planner)
-    if options.doubts and 0 < threshold < 1:
+    if goes_back and options.doubts:
         return Doubt(options.doubt, WATCHED, follow)
+    if goes_back:
+        is_exact = options.review == 0 and (options.temperature > 0 or options.penalises)
+        reviewer = Exact() if is_exact else ByRule(Tolerance(options.review))
+        return Review(reviewer, options.review_window, follow, planner)
     return Fast(planner, follow) if planner is not None else Sequential(follow)

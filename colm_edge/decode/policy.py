@@ -18,6 +18,7 @@ from colm_edge.switch.rules import DEFAULT_RATE, Untrained
 # tokens over which missing deferrals are made up; and the highest share meanwhile, times the rate.
 PRIOR, EVEN_OUT, MOST_AT_ONCE = 2, 16, 3
 BASE = -1  # the writer of what is not deferred; experts count from 0
+EXPERT = 0  # where there is one
 
 
 class Reading(NamedTuple):

@@ -14,24 +14,20 @@ from __future__ import annotations
 
 from array import array
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from random import Random
-from typing import NamedTuple, Protocol, Self
+from typing import NamedTuple, Protocol
 
 import numpy as np
-import numpy.typing as npt
 
 from colm_edge.decode.fast import Bets
+from colm_edge.decode.fresh import Drawn, Fresh
 from colm_edge.decode.loop import Decoder, Follow
 from colm_edge.decode.picker import Picker, Sampler, likeliest
 from colm_edge.decode.planner import Planner
-from colm_edge.decode.policy import BASE
-from colm_edge.decode.step import Drafted, Event, Step, Undone
+from colm_edge.decode.policy import BASE, EXPERT
+from colm_edge.decode.step import Drafted, Event, Step
 from colm_edge.decode.timeline import Floats
-from colm_edge.errors import AbsentExpertError
-
-EXPERT = 0  # the only one
 
 
 class Verdict(NamedTuple):
@@ -95,7 +91,6 @@ def top_entropy(verdict: Verdict, n: int = 3) -> float:
 
 
 Told = tuple[Floats, int, float]  # an expert's logits, their likeliest token, log-sum-exp
-Drawn = tuple[npt.NDArray[np.int32], npt.NDArray[np.float64]]  # ids, and the probability of each
 
 
 @dataclass(slots=True)
@@ -104,7 +99,7 @@ class Draft:
 
     step: Step
     mark: Sampler | None  # the sampler's state before it
-    drawn_from: Drawn | None  # if the sampler is `Exact`
+    drawn_from: Drawn | None  # if the sampler is `Fresh`
 
 
 @dataclass(slots=True)
@@ -127,7 +122,7 @@ class Reviewer(Protocol):
 
 @dataclass(frozen=True)
 class ByRule:
-    """Undo what a rule rejects; there the expert writes as it does at a deferral."""
+    """Undo what a rule rejects; the expert writes there."""
 
     rule: Rule
 
@@ -144,66 +139,34 @@ class ByRule:
         )
 
 
-class Distribution(Sampler, Protocol):
-    """A sampler that can tell what it draws from."""
-
-    def probabilities(self, logits: Floats) -> Drawn:
-        """Return the ids that may be drawn, and the probability of each; they sum to 1."""
-
-    def accept(self, token: int) -> None:
-        """Count a token as written."""
-
-
 class Exact:
-    """A sampler and a reviewer: the text is distributed as the expert's own, by the rule of
-    speculative sampling (arXiv 2211.17192).
+    """Review of drawn tokens after which the text is distributed as the expert's own, by the rule
+    of speculative sampling (arXiv 2211.17192). The sampler has to be `Fresh`.
 
     A token x that the base drew with probability q(x) stays with probability min(1, p(x)/q(x)),
     where p is the expert's; otherwise one is drawn from max(0, p − q).
-
-    random: of all copies. A rollback does not give its numbers back: a draft that was undone has
-    told something about those that it was drawn with.
     """
-
-    def __init__(self, sampler: Distribution, random: Random) -> None:
-        self._sampler, self._random = sampler, random
-        self.drawn_from: Drawn | None = None
-
-    def __call__(self, logits: Floats) -> int:
-        self.drawn_from = self._sampler.probabilities(logits)
-        return self._draw(*self.drawn_from)
-
-    def copy(self) -> Self:
-        return type(self)(self._sampler.copy(), self._random)
 
     def review(
         self, verdicts: Sequence[Verdict], drafts: Sequence[Draft], picker: Picker
     ) -> tuple[int, Step | None]:
         for n, (verdict, draft) in enumerate(zip(verdicts, drafts, strict=True)):
             before = draft.mark
-            assert isinstance(before, Exact)
+            assert isinstance(before, Fresh)
             assert draft.drawn_from is not None
-            p, q = _both(before._sampler.probabilities(verdict.logits), draft.drawn_from)
-            if self._random.random() * q.get(verdict.token, 0.0) >= p.get(verdict.token, 0.0):
-                rest = {token: max(0.0, p[token] - q.get(token, 0.0)) for token in p}
-                picker.rollback(before)
-                token = before._draw(np.array(list(rest), np.int32), np.array(list(rest.values())))
-                told = picker.tell(
-                    token, "expert", draft.step.p_defer, verdict.logits, verdict.logsumexp
-                )
-                return n, told
+            ids, p = before.probabilities(verdict.logits)
+            q = np.zeros(len(verdict.logits))
+            q[draft.drawn_from[0]] = draft.drawn_from[1]
+            p_token = float(p[ids == verdict.token].sum())
+            if before.uniform() * q[verdict.token] < p_token:
+                continue
+            picker.rollback(before)
+            rest = np.maximum(p - q[ids], 0.0)
+            token = before.draw(ids, rest if rest.any() else p)
+            return n, picker.tell(
+                token, "expert", draft.step.p_defer, verdict.logits, verdict.logsumexp
+            )
         return len(drafts), None
-
-    def _draw(self, ids: npt.NDArray[np.int32], p: npt.NDArray[np.float64]) -> int:
-        upper = np.cumsum(p)
-        at = int(np.searchsorted(upper, self._random.random() * upper[-1], side="right"))
-        token = int(ids[min(at, len(ids) - 1)])
-        self._sampler.accept(token)
-        return token
-
-
-def _both(*drawn: Drawn) -> Iterator[dict[int, float]]:
-    return (dict(zip(ids.tolist(), p.tolist(), strict=True)) for ids, p in drawn)
 
 
 class Review:
@@ -257,7 +220,7 @@ class Review:
         if deferred:
             picker.rollback(mark)
             return self._call(loop, tokens, bets, Deferral(guess, logits))
-        drawn_from = picker.sampler.drawn_from if isinstance(picker.sampler, Exact) else None
+        drawn_from = picker.sampler.drawn_from if isinstance(picker.sampler, Fresh) else None
         drafts.append(Draft(guess, mark, drawn_from))
         return [Drafted(guess)]
 
@@ -275,12 +238,8 @@ class Review:
         placed = deferral is not None and bets is not None and bets.placed(loop, deferral.guess, at)
         if deferral is not None and placed:
             tokens.append(deferral.guess.token)
-        try:
-            if outputs := range(start - (known is None), len(tokens)):
-                loop.evaluate_expert(EXPERT, tokens, outputs)
-        except AbsentExpertError:  # a server that fails; the user was warned
-            loop.stats.expert_failures += deferral is not None
-            return [*written, deferral.guess] if deferral else written
+        if outputs := range(start - (known is None), len(tokens)):
+            loop.evaluate_expert(EXPERT, tokens, outputs)
         told = [
             known if known is not None and i == start else loop.read_expert(EXPERT, i)
             for i in range(start, at)
@@ -288,9 +247,11 @@ class Review:
         n, instead = self._judge(loop, drafts, told)
         if instead is not None:
             if bets is not None:
-                bets.undone(start + n)
+                bets.reached(start + n)
             return [loop.undone[-1], *written[:n], instead]
         if deferral is None:
+            if bets is not None:
+                bets.reached(len(tokens))
             return written
         theirs = known if not drafts else None
         theirs = theirs or loop.read_expert(EXPERT, at, deferral.logits, deferral.guess.p_defer)
@@ -310,7 +271,6 @@ class Review:
         n, instead = self._reviewer.review(verdicts, drafts, loop.picker)
         loop.stats.n_reviewed += len(drafts) if instead is None else n + 1
         if instead is not None:
-            gone = tuple(draft.step for draft in drafts[n:])
-            loop.stats.n_undone += len(gone)
-            loop.undone.append(Undone(len(loop.tokens) + n, gone, verdicts[n].regret))
+            gone = [draft.step for draft in drafts[n:]]
+            loop.undo(len(loop.tokens) + n, gone, verdicts[n].regret)
         return n, instead

@@ -27,9 +27,10 @@ class Step:
 
 @dataclass(frozen=True, slots=True)
 class Undone:
-    """Tokens of the base that review has withdrawn: the first was rejected, the others followed it.
+    """Tokens that are taken back: the first was rejected, the others followed it.
 
-    regret: nats by which the expert preferred its own likeliest token to the first.
+    regret: how much better the token is that stands there instead, in nats. Under review, by which
+    the expert preferred its own likeliest token; under doubt, a token, by both models' mean.
     """
 
     position: int  # of the first, in the prompt and the answer
@@ -44,7 +45,8 @@ class Undone:
 
 @dataclass(frozen=True, slots=True)
 class Drafted:
-    """A token of the base that waits for review: it comes as a step, or is undone."""
+    """A token that may be taken back. Drafts become steps in their order, or the last ones are
+    undone."""
 
     step: Step
 
@@ -62,7 +64,7 @@ class Stats:
     n_generated: int = 0
     n_deferred: int = 0
     n_reviewed: int = 0  # tokens of the base that the expert has looked at
-    n_undone: int = 0  # tokens of the base that review has withdrawn
+    n_undone: int = 0  # tokens that were taken back, by review or doubt
     defer_rate: float = 0.0
     base_tokens: int = 0
     expert_calls: int = 0

@@ -148,7 +148,7 @@ def evaluate(
     progress: MakeProgress,
 ) -> Table:
     """Return a row for each method: base, expert, colm, compose, random, entropy, margin, and,
-    where they are given, weak (a switch of that name) and proxy.
+    where what they need is given, review, weak (a switch of that name) and proxy.
 
     In a sweep a method has a row for each threshold or defer rate, but for base, expert and proxy,
     which do not depend on it.
@@ -235,6 +235,9 @@ def _point(pair: Pair, options: Options) -> dict[str, Any]:
 
 def _check(pair: Pair, rows: list[Row], options: Options, comparison: Comparison) -> None:
     """Raise now what would be raised in the middle of the work."""
+    for nats in comparison.reviews:
+        pair.check_options(options.with_changes(review=nats))
+    pair.check_options(options)
     if set(comparison.names) & set(SWITCHED):
         _scorable(pair.switch)
     if comparison.weak is not None:
@@ -330,7 +333,7 @@ def _by_proxy(proxy: Proxy, nll: Array) -> Method:
 
 
 def _teacher_forced(method: Method, scores: Scores) -> dict[str, Any]:
-    row = {
+    row: dict[str, Any] = {
         "method": method.name,
         "threshold": method.threshold,
         "defer_rate": float(method.deferred.mean()),
@@ -340,6 +343,8 @@ def _teacher_forced(method: Method, scores: Scores) -> dict[str, Any]:
     if scores.tells_regret:
         regret = scores.regret(np.arange(len(scores.base)))
         row["regret_removed"] = float(regret[method.deferred].sum() / max(regret.sum(), 1e-300))
+    if method.review is not None:  # what it undoes is not known before it writes
+        row |= dict.fromkeys(row.keys() - {"method", "threshold"})
     return row
 
 

@@ -23,6 +23,7 @@ STYLES: dict[str, dict[str, Any]] = {
     "margin": {"color": "C2", "marker": "v", "linestyle": "-."},
     "weak": {"color": "C5", "marker": "D", "linestyle": (0, (3, 1, 1, 1, 1, 1))},
 }
+REVIEW: dict[str, Any] = {"marker": "P", "linestyle": (0, (1, 1))}
 ALONE = {"base": ("k", "<"), "expert": ("k", ">"), "proxy": ("C3", "*")}
 PICTURES = (".png", ".svg", ".pdf")
 
@@ -65,10 +66,11 @@ def draw(table: Table) -> Figure:
 
 
 def _panel(axes: Axes, table: Table, x: str, y: str) -> None:
-    def points(name: str) -> tuple[list[float], list[float], list[list[float]]]:
+    def points(name: str, of_table: Table = table) -> tuple[Any, Any, Any]:
         # At a deferral compose writes from the mixture, not from one model.
         of = "nll" if (name, y) == ("compose", "nll_hard") else y
-        rows = sorted((row for row in table if row["method"] == name), key=lambda row: row[x])
+        rows = [row for row in of_table if row["method"] == name and row[of] is not None]
+        rows.sort(key=lambda row: row[x])
         # With few lines a percentile interval may lie beside the mean.
         below = [max(0.0, row[of] - row[f"{of}_low"]) for row in rows]
         above = [max(0.0, row[f"{of}_high"] - row[of]) for row in rows]
@@ -78,6 +80,10 @@ def _panel(axes: Axes, table: Table, x: str, y: str) -> None:
         rates, values, errors = points(name)
         if rates:
             axes.errorbar(rates, values, errors, elinewidth=0.6, mfc="none", label=name, **style)
+    for nats in sorted({row["review"] for row in table if row.get("review") is not None}):
+        rates, values, errors = points("review", [row for row in table if row["review"] == nats])
+        if rates:
+            axes.errorbar(rates, values, errors, elinewidth=0.6, label=f"review {nats:g}", **REVIEW)
     for name, (color, marker) in ALONE.items():
         rates, values, errors = points(name)
         if rates:

@@ -30,6 +30,7 @@ from colm_edge.llama.model import Model, shared_vocab
 from colm_edge.llama.sampling import ChainSampler
 from colm_edge.llama.scorer import Scorer
 from colm_edge.llama.session import Session
+from colm_edge.options import OPTIONS
 from colm_edge.pair import Pair
 from colm_edge.stream import Stream
 from colm_edge.switch.rules import Untrained
@@ -43,6 +44,8 @@ if TYPE_CHECKING:
 
 Floats = npt.NDArray[np.float32]
 NAME = "proxy"
+# Options of who writes, which the method does not have.
+NO_EFFECT = ("threshold", "defer_rate", "strategy", "review", "review_window", "doubt")
 
 
 class Contrast:
@@ -197,7 +200,8 @@ class Proxy:
                 yield i, facts_of(Done(Task(i, tokens, options), stream.answer(), stream.end))
 
         # Options that have no effect here must not change the keys in the journal.
-        options = replace(options, threshold=None, defer_rate=None, strategy="defer")
+        without = {name: OPTIONS[name].default for name in NO_EFFECT}
+        options = replace(options, **without)
         what = [*self._key(), options.changed] if journal is not None else []
         return judged(write, rows, metric, progress, label=NAME, journal=journal, what=what)
 

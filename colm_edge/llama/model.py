@@ -237,6 +237,18 @@ class Model:
     def _pieces(self) -> dict[int, bytes]:
         return {}
 
+    def text(self, tokens: Sequence[int]) -> str:
+        """Return the text of tokens, special ones by their names."""
+        ids = (llama.llama_token * len(tokens))(*tokens)
+        size = 64 * len(tokens)
+        while True:
+            buffer = ctypes.create_string_buffer(size)
+            with self._lock:
+                n = llama.llama_detokenize(self._vocab, ids, len(tokens), buffer, size, False, True)
+            if n >= 0:
+                return buffer.raw[:n].decode("utf-8", "replace")
+            size = -n
+
     def piece(self, token: int) -> bytes:
         """Return the bytes of a token; a special token has none."""
         found = self._pieces.get(token)

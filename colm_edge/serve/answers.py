@@ -1,8 +1,8 @@
 """A pair that answers requests: each answer runs on a thread and reports events.
 
 The events of an answer are one `Began`, a `Step` for each token, and one `Ended`. Every endpoint
-reads them, whether it sends tokens as they come or one body at the end. Under review a job may ask
-for what happens before a token is final, too.
+reads them, whether it sends tokens as they come or one body at the end. A job may also ask for
+drafts, and for what is undone.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Job:
     tokens: list[int]  # of the prompt
     options: Options
     reads_prompt: bool = False  # whether Began reports a step for each token of the prompt
-    provisional: bool = False  # whether drafts that wait for review are events
+    provisional: bool = False  # whether drafts and what is undone are events
 
 
 @dataclass(frozen=True)
@@ -63,6 +63,7 @@ class Server:
     def __init__(self, pair: Pair, settings: ServerOptions, name: str) -> None:
         self.pair, self.settings, self.name = pair, settings, name
         self.slots = Slots(pair, settings.n_slots)
+        pair.check_options(pair.defaults)
         self.slots.open()
         self.created = int(time.time())
         # One thread for each slot, so a thread that runs finds a slot free; jobs wait in the
@@ -177,7 +178,7 @@ class Server:
                 put(began)
                 for event in stream.events() if job.provisional else stream:
                     if isinstance(event, Step):
-                        if not stream.steps[1:]:
+                        if len(stream.steps) == 1:
                             self.metrics.first_token.observe(time.monotonic() - since)
                         self.metrics.tokens.labels(event.source).inc()
                     put(event)

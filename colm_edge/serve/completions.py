@@ -63,6 +63,7 @@ def _jobs(server: Server, body: ChatRequest | CompletionRequest) -> list[Job]:
     for tokens in prompts:
         for _ in range(body.n):
             options = body.options(server.pair.defaults, len(jobs), server.settings.max_tokens)
+            server.pair.check_options(options)
             server.pair.check_prompt(tokens, server.pair.threshold(options))
             provisional = body.stream and body.colm.provisional
             jobs.append(Job(tokens, options, body.tells_prompt, provisional))

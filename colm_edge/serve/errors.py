@@ -103,6 +103,9 @@ def explain(error: Mapping[str, Any], content_type: str) -> tuple[str, str | Non
     if field == "messages" and "content" in error["loc"]:
         where = where[: where.index("content") + len("content")]  # without pydantic's own names
         return f"{where}: expected a text, or parts of type text", where
+    if field == "colm" and len(error["loc"]) > 3:  # one of two types
+        where = where[: where.index(str(error["loc"][2])) + len(str(error["loc"][2]))]
+        return f"{where}: expected a number in its range, or one of its words", where
     if "tool_calls" in error["loc"]:
         return f"{where}: this server has no tools; leave it out", where
     return f"{where or 'the body'}: {error['msg'].removeprefix('Value error, ')}", where or None

@@ -52,7 +52,7 @@ class ColmFields(ColmOptions):
     model_config = ConfigDict(extra="forbid")
 
     trace: bool = False
-    provisional: bool = False  # of a stream: report what waits for review, and what is undone
+    provisional: bool = False  # of a stream: report drafts, and what is undone
 
 
 class StreamOptions(Body):

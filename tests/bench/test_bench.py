@@ -27,6 +27,7 @@ from colm_edge.pair import load
 
 METHODS = [
     "base", "expert", "expert-llama-cpp-python", "both", "colm", "colm-fast", "speculative",
+    "lossless",
 ]  # fmt: skip
 FIELDS = [
     "method", "tokens_per_second", "tokens_per_second_low", "tokens_per_second_high",
@@ -194,6 +195,26 @@ def test_a_recorded_answer_is_replayed(tiny, tmp_path):
         assert all(row["peak_memory_mb"] > 10 for row in rows.values())
 
 
+def test_a_recorded_lossless_answer_is_replayed_with_the_calls_that_it_took(tiny, tmp_path):
+    path, models = tmp_path / "answer.json", ["-m", tiny["base"], "-me", tiny["expert"]]
+    models += ["-t", "1", "-c", "128"]
+    options = ["--temp", "0", "-n", "30", "--review", "0", "--defer-rate", "0.2", "--json"]
+    told = (
+        CliRunner()
+        .invoke(main, ["run", "hello", *models, *options, "--schedule", "sequential"])
+        .stdout
+    )
+    path.write_text(told)
+    answer = json.loads(told)
+    assert answer["undone"]
+    trace = recorded(path)
+    assert trace.is_text
+    assert sum(trace.deferred) == answer["stats"]["n_deferred"] - len(answer["undone"])
+    with load(tiny["base"], tiny["expert"], "margin", n_threads=1, n_ctx=128) as pair:
+        (row,) = bench(pair, trace, 1, quiet, only=["lossless"], memory=False)
+    assert row["expert_calls"] == answer["stats"]["expert_calls"]
+
+
 def test_what_cannot_be_replayed_is_said(tiny_pair, tmp_path):
     with pytest.raises(DataError, match="No such file"):
         recorded(tmp_path / "absent")
@@ -231,7 +252,8 @@ def test_llama_cpps_own_programs_are_rows(tiny_pair, tmp_path):
         path = tmp_path / name
         path.write_text(PROGRAM)
         path.chmod(path.stat().st_mode | stat.S_IXUSR)
-    rows = bench(tiny_pair, trace, 2, quiet, tools=tmp_path, memory=False)
+    rows = bench(tiny_pair, trace, 2, quiet, tools=tmp_path, only=["base"], memory=False)
+    assert [row["method"] for row in rows] == ["base", "llama-bench", "llama-speculative-simple"]
     assert [row["tokens_per_second"] for row in rows[-2:]] == [50.0, 25.0]
     assert [row["expert_calls"] for row in rows[-2:]] == [None, None]
     (tmp_path / "llama-bench").write_text("#!/bin/sh\necho out of memory >&2\nexit 3\n")

@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from test_fast import Bold
 from test_loop import END, decoder, reader
 
+from colm_edge.decode.fresh import Fresh
 from colm_edge.decode.loop import ExpertAlone
 from colm_edge.decode.review import ByRule, Exact, Loose, Review, Tolerance, Verdict, top_entropy
-from colm_edge.errors import AbsentExpertError
 from colm_edge.llama.sampling import ChainSampler
 from colm_edge.options import Options
 
@@ -181,19 +181,6 @@ def test_no_more_than_a_window_waits_and_each_token_is_evaluated_once(seed, rate
     assert run.stats.n_reviewed == sum(step.source == "base" for step in steps)
 
 
-def test_a_token_of_the_base_stays_where_the_expert_is_absent():
-    class Absent(Drawn):
-        def sync(self, *_: object):
-            raise AbsentExpertError("gone")
-
-    base = Drawn(1)
-    schedule = Review(ByRule(Tolerance(0.0)), 4)
-    run = decoder(base, Absent(2), reader(1, 0.3)[0], [1, 2], max_tokens=12, schedule=schedule)
-    plain = decoder(Drawn(1), Drawn(2), reader(1, 0.0)[0], [1, 2], max_tokens=12)
-    assert [step.token for step in run] == [step.token for step in plain]
-    assert run.stats.expert_failures > 0
-
-
 def verdict(token: int, *logits: float) -> Verdict:
     x = np.array(logits, np.float32)
     return Verdict(token, x, int(x.argmax()), float(np.log(np.exp(x).sum())))
@@ -222,7 +209,7 @@ class Fixed(Scripted):
         return self.rows[self.held[i]], np.array([i + 1], np.float32)
 
 
-@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize(("seed", "bets"), [(0, False), (1, True)])
 @pytest.mark.parametrize(
     "options",
     [
@@ -231,24 +218,25 @@ class Fixed(Scripted):
         Options(temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, repeat_penalty=1.5),
     ],
 )
-def test_sampled_without_tolerance_the_text_is_distributed_as_the_experts(seed, options):
+def test_sampled_without_tolerance_the_text_is_distributed_as_the_experts(seed, bets, options):
     """Texts of three tokens from a vocabulary of five are counted, with review and alone."""
     rng = np.random.default_rng(seed)
     ours, theirs = (Fixed(1.5 * rng.normal(size=(5, 5))) for _ in range(2))
     random = Random(seed)
 
-    def text(reviews: bool) -> tuple[int, ...]:
-        exact = Exact(ChainSampler(options, 5, [1]), random)
-        more = {"schedule": Review(exact, 2)} if reviews else {"threshold": 0.0}
+    def text(schedule: Review | None) -> tuple[int, ...]:
+        more = {"threshold": 0.0} if schedule is None else {"schedule": schedule}
         run = decoder(
             ours, theirs, reader(random.randrange(10**6), 0.3)[0], [1],
-            n_choose=5, sampler=exact, max_tokens=3, **more,
+            n_choose=5, sampler=Fresh(ChainSampler(options, 5, [1]), random), max_tokens=3, **more,
         )  # fmt: skip
         run.end_tokens = frozenset()
         return tuple(step.token for step in run)
 
     n = 6000
-    found, expected = (Counter(text(reviews) for _ in range(n)) for reviews in (True, False))
+    planner = Bold(seed, 0.5) if bets else None
+    found = Counter(text(Review(Exact(), 2, planner=planner)) for _ in range(n))
+    expected = Counter(text(None) for _ in range(n))
     common = [key for key in found | expected if expected[key] >= 20]
     rest = n - sum(found[key] for key in common), n - sum(expected[key] for key in common)
     table = np.array([[found[key], expected[key]] for key in common] + [list(rest)], float)
@@ -256,6 +244,29 @@ def test_sampled_without_tolerance_the_text_is_distributed_as_the_experts(seed, 
     # Two samples of the same size: each cell's difference has the variance of its sum.
     statistic = float(((table[:, 0] - table[:, 1]) ** 2 / table.sum(1)).sum())
     assert chi2_tail(statistic, len(table) - 1) > 1e-4
+
+
+def test_a_sampled_token_that_is_undone_is_drawn_anew():
+    """Not with the random number that gave the rejected one: what the expert puts there is
+    distributed as it would draw it."""
+    ours, theirs = (
+        Fixed(np.log(np.tile(p, (4, 1)))) for p in ([0.5, 0.3, 0.15, 0.05], [0.7, 0.2, 0.07, 0.03])
+    )
+    options, random = Options(temperature=1.0, top_k=0, top_p=1.0, min_p=0.0), Random(0)
+    drawn: Counter[int] = Counter()
+    for _ in range(20_000):
+        run = decoder(
+            ours, theirs, reader(0, 0.0)[0], [1], n_choose=4, max_tokens=1,
+            sampler=Fresh(ChainSampler(options, 4, [1]), random),
+            schedule=Review(ByRule(Tolerance(1.0)), 1),
+        )  # fmt: skip
+        run.end_tokens = frozenset()
+        drawn.update(step.token for step in run if step.source == "expert")
+    n = drawn.total()
+    assert n > 5000
+    found = np.array([drawn[i] for i in range(4)])
+    expected = n * np.array([0.7, 0.2, 0.07, 0.03])
+    assert chi2_tail(float(((found - expected) ** 2 / expected).sum()), 3) > 1e-4
 
 
 def chi2_tail(statistic: float, freedom: int) -> float:

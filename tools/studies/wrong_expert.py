@@ -5,7 +5,8 @@
 The shipped pair answers its held-back questions. A wrapper around its expert exchanges, with
 probability q, the likeliest digit for another one, always the same after the same tokens. Printed
 for each q and each bound of doubt: exact facts in the answers, all and those that are numbers,
-tokens that were undone, and what both models evaluated.
+tokens that were undone, and what both models evaluated. Then, how well each model's likeliest next
+token tells a right digit from a wrong one: the probability that it costs more behind the wrong one.
 """
 
 from __future__ import annotations
@@ -74,6 +75,39 @@ def answers(pair: Pair, rows: list[Row], q: float, nats: float) -> Iterator[tupl
         yield row, stream.answer()
 
 
+def cost_behind(session: Session, tokens: list[int]) -> float:
+    """Return what the likeliest token costs after these, in nats."""
+    session.sync(tokens)
+    logits = session.logits.astype(np.float64)
+    return float(np.log(np.exp(logits - logits.max()).sum()))
+
+
+def signals(pair: Pair, rows: list[Row]) -> dict[str, float]:
+    """Return by model the AUC of that cost, over one of the expert's digits in each answer."""
+    draw = random.Random(0)
+    digits = [t for t in range(pair.base.n_vocab) if pair.base.piece(t).isdigit()]
+    costs: dict[str, list[list[float]]] = {"base": [[], []], "expert": [[], []]}
+    for _, row in rows:
+        answer = pair.generate(row["prompt"], temperature=0)
+        ids = [step.token for step in answer.steps]
+        spots = [
+            i for i, step in enumerate(answer.steps)
+            if step.source == "expert" and step.token in digits
+        ]  # fmt: skip
+        if not spots:
+            continue
+        at = draw.choice(spots)
+        wrong = draw.choice([digit for digit in digits if digit != ids[at]])
+        for name, session in (("base", pair.base_session), ("expert", pair.expert_session)):
+            for cost, digit in zip(costs[name], (ids[at], wrong), strict=True):
+                cost.append(cost_behind(session, [*answer.prompt_tokens, *ids[:at], digit]))
+    found = {}
+    for name, (right, wrong_one) in costs.items():
+        one, other = np.array(right)[:, None], np.array(wrong_one)[None, :]
+        found[name] = float(((other > one) + 0.5 * (other == one)).mean())
+    return found
+
+
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
 @click.option("--limit", default=768, show_default=True, help="Questions.")
 def main(limit: int) -> None:
@@ -104,6 +138,8 @@ def main(limit: int) -> None:
                     + " | ".join(f"{x:,}" for x in sums)
                     + f" | {seconds / plain:.2f} |"
                 )
+        for name, auc in signals(pair, rows).items():
+            click.echo(f"{name}: AUC {auc:.2f}")
 
 
 if __name__ == "__main__":
