@@ -7,16 +7,17 @@ import json
 import httpx
 import pytest
 from conftest import Scripted
-from expert_servers import faking
 from decode.test_loop import END, decoder, reader
+from expert_servers import faking
 from serving import serving
 
 from colm_edge.cli.drafts import Drafts, columns
 from colm_edge.decode.review import ByRule, Review, Tolerance
 from colm_edge.decode.step import Drafted, Step, Undone
 from colm_edge.errors import ColmError
-from colm_edge.options import Options
+from colm_edge.options import Options, ServerOptions
 from colm_edge.pair import load
+from colm_edge.serve.answers import Server
 from colm_edge.slots import Slots
 from colm_edge.stream import Stream
 from colm_edge.together import Task, answer_together
@@ -139,9 +140,13 @@ def test_an_expert_on_a_server_cannot_review(tiny):
     with (
         faking("llamacpp", tiny["expert"]) as (url, _),
         load(tiny["base"], url, "margin", n_threads=1, n_ctx=128) as pair,
-        pytest.raises(ColmError, match="review needs the expert in this process"),
     ):
-        pair.generate("hello", max_tokens=3, review=2.0)
+        for what in ("review", "doubt"):
+            with pytest.raises(ColmError, match=f"{what} needs the expert in this process"):
+                pair.generate("hello", max_tokens=3, **{what: 2.0})
+        pair.defaults = Options(review=2.0)
+        with pytest.raises(ColmError, match="review needs"):
+            Server(pair, ServerOptions(), "tiny")
 
 
 def test_the_server_tells_drafts_beside_the_final_text(tiny):

@@ -11,6 +11,7 @@ import pytest
 from serving import GREEDY, serving, wait_for
 
 from colm_edge.llama.context import Context
+from colm_edge.options import Options
 from colm_edge.pair import load
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
@@ -108,6 +109,35 @@ def test_the_threshold_slides_from_one_writer_to_the_other(page, url):
         assert experts == (answer.locator("span").count() if all_expert else 0)
     page.reload()
     assert page.locator("#shown").inner_text() == "1.00"
+
+
+def test_drafts_are_shown_until_they_are_final_or_undone(page, tiny):
+    defaults = Options(temperature=0.0, defer_rate=0.2, review=1.0, review_window=6)
+    with (
+        load(
+            tiny["template"], tiny["expert"], "margin", n_threads=1, n_ctx=256, defaults=defaults
+        ) as pair,
+        serving(pair, n_slots=1, max_tokens=40) as (url, _),
+    ):  # fmt: skip
+        page.add_init_script(
+            """window.seen = {drafts: 0, taken: 0};
+            new MutationObserver((changes) => changes.forEach((change) => {
+                const count = (all) => [...all].filter((one) => one.className === "draft").length;
+                seen.drafts += count(change.addedNodes);
+                seen.taken += count(change.removedNodes);
+            })).observe(document, {childList: true, subtree: true});"""
+        )
+        page.goto(url)
+        ask(page, "one two three four five six seven")
+        page.get_by_role("button", name="Send").wait_for()
+        shown = page.locator("article").last.locator(".text")
+        messages = [{"role": "user", "content": "one two three four five six seven"}]
+        answer = pair.chat(messages, max_tokens=40)
+        assert shown.inner_text().strip() == answer.text.strip()
+        assert answer.stats.n_undone > 0
+        assert shown.locator(".draft").count() == 0
+        seen = page.evaluate("seen")
+        assert seen["drafts"] == seen["taken"] > answer.stats.n_undone
 
 
 def test_copying_takes_the_whole_answer(browser, url):
