@@ -47,12 +47,12 @@ def write_plot(table: Table, path: str | os.PathLike[str]) -> None:
 
 def draw(table: Table) -> Figure:
     """Draw the loss of hard decisions against the defer rate and, where answers were generated,
-    the accuracy against theirs; bars are 95 % intervals."""
+    the accuracy against theirs and against tokens a second; bars are 95 % intervals."""
     from matplotlib.figure import Figure
 
     generated = "accuracy" in table[0]
-    figure = Figure(figsize=(13 if generated else 7.5, 4.8), layout="constrained")
-    panels = figure.subplots(1, 2 if generated else 1, squeeze=False)[0]
+    figure = Figure(figsize=(17 if generated else 7.5, 4.8), layout="constrained")
+    panels = figure.subplots(1, 3 if generated else 1, squeeze=False)[0]
     _panel(panels[0], table, "defer_rate", "nll_hard")
     joint = [row["nll"] for row in table if row["method"] == "colm"]
     if joint:  # the loss of the mixture does not depend on the threshold
@@ -61,7 +61,16 @@ def draw(table: Table) -> Figure:
     if generated:
         _panel(panels[1], table, "generated_defer_rate", "accuracy")
         panels[1].set(xlabel="defer rate, generated", ylabel="accuracy")
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right center", frameon=False)
+        _panel(panels[2], table, "tokens_per_second", "accuracy")
+        panels[2].set(xlabel="tokens a second, all answers at once", ylabel="accuracy")
+        panels[2].set_xlim(left=0)
+    for panel in panels[:2]:
+        panel.set_xlim(-0.03, 1.03)
+    shown: dict[str, Any] = {}
+    for panel in panels:
+        handles, labels = panel.get_legend_handles_labels()
+        shown |= dict(zip(labels, handles, strict=True))
+    figure.legend(list(shown.values()), list(shown), loc="outside right center", frameon=False)
     return figure
 
 
@@ -90,4 +99,3 @@ def _panel(axes: Axes, table: Table, x: str, y: str) -> None:
             axes.axhline(values[0], color=color, lw=0.6, linestyle=(0, (1, 3)))
             style = {"color": color, "marker": marker, "markersize": 8, "linestyle": "none"}
             axes.errorbar(rates, values, errors, elinewidth=0.6, label=name, **style)
-    axes.set(xlim=(-0.03, 1.03))

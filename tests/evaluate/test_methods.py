@@ -479,12 +479,13 @@ def test_the_picture_shows_every_row(tiny, data):
     ):
         asked = Comparison(metric="exact", limit=4, defer_rates=(0.0, 0.5, 1.0), proxy=proxy)
         table = ev.evaluate(pair, data, GREEDY, asked, progress=no_bar)
-    losses, right = plot.draw(table).axes
+    losses, right, speed = plot.draw(table).axes
     labels = [c.get_label() for c in losses.containers]
     assert labels == ["colm", "compose", "random", "entropy", "margin", "base", "expert", "proxy"]
     for axes, x, y in (
         (losses, "defer_rate", "nll_hard"),
         (right, "generated_defer_rate", "accuracy"),
+        (speed, "tokens_per_second", "accuracy"),
     ):
         for bars in axes.containers:
             column = "nll" if (bars.get_label(), y) == ("compose", "nll_hard") else y
