@@ -75,9 +75,19 @@ def pull_command(refs: tuple[str, ...], offline: bool) -> None:
     is_flag=True,
     help="Also quantise a file that is quantised already, at a loss of quality.",
 )
+@click.option(
+    "--output-type",
+    metavar="TYPE",
+    help="Type of the output matrix; llama.cpp would keep it in a larger one than the rest.",
+)
 @THREADS
 def quantize_command(
-    source: str, target: str, type_name: str, allow_requantize: bool, n_threads: int
+    source: str,
+    target: str,
+    type_name: str,
+    allow_requantize: bool,
+    output_type: str | None,
+    n_threads: int,
 ) -> None:
     """Write the model IN as OUT in another quantisation, such as Q4_0 or Q8_0.
 
@@ -89,7 +99,10 @@ def quantize_command(
     if allow_requantize:
         say("Quantising a second time loses quality; start from F16 or BF16 where you can.")
     path = resolve(source, note=say)
-    quantize(path, target, type_name, allow_requantize=allow_requantize, n_threads=n_threads)
+    quantize(
+        path, target, type_name,
+        output_type=output_type, allow_requantize=allow_requantize, n_threads=n_threads,
+    )  # fmt: skip
     before, after = (Path(file).stat().st_size / 1e6 for file in (path, target))
     say(f"{target}: written, {after:,.0f} MB; {path} has {before:,.0f} MB")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+from collections.abc import Mapping
 from pathlib import Path
 
 import llama_cpp as llama
@@ -24,6 +25,12 @@ TYPES: dict[str, int] = {
 }
 # Of those, the weights that nothing was quantised away from yet.
 FLOATS = ("F32", "F16", "BF16")
+# The types of a single tensor.
+TENSOR_TYPES: dict[str, int] = {
+    name.removeprefix("GGML_TYPE_"): getattr(llama, name)
+    for name in dir(llama)
+    if name.startswith(("GGML_TYPE_F16", "GGML_TYPE_F32", "GGML_TYPE_Q", "GGML_TYPE_IQ"))
+}
 
 
 def file_type(model: Model) -> str:
@@ -37,20 +44,21 @@ def quantize(
     target: str | os.PathLike[str],
     type_name: str,
     *,
+    output_type: str | None = None,
     allow_requantize: bool = False,
     n_threads: int = 0,
 ) -> None:
     """Write a model's weights in another type; nothing is left behind where that fails.
 
-    type_name: one of TYPES, in either case. allow_requantize: also from a file that is quantised
-    already, which loses more than quantising the original would.
+    type_name: one of TYPES, in either case. output_type: one of TENSOR_TYPES, for the output
+    matrix, which llama.cpp would keep in a larger type than the rest. allow_requantize: also from a
+    file that is quantised already, which loses more than quantising the original would.
 
     Raises ModelError for an unknown type, a file that is not a model, and one that is quantised
     already, WriteError when the result cannot be written.
     """
-    number = TYPES.get(type_name.upper())
-    if number is None:
-        raise ModelError(f"{type_name!r} is not a type; expected one of {', '.join(TYPES)}")
+    number = _number(type_name, TYPES)
+    output = None if output_type is None else _number(output_type, TENSOR_TYPES)
     model = Model(source)
     try:
         known = file_type(model)
@@ -65,9 +73,17 @@ def quantize(
     params = llama.llama_model_quantize_default_params()
     params.ftype, params.nthread = number, n_threads or n_cores()
     params.allow_requantize = allow_requantize
+    if output is not None:
+        params.output_tensor_type = output
     last_errors.clear()
     with replacing(target) as temporary:
         paths = (os.fsencode(Path(source)), os.fsencode(temporary))
         if llama.llama_model_quantize(*paths, ctypes.byref(params)) != 0:
             reason = last_errors[-1] if last_errors else "llama.cpp gave no reason"
             raise ModelError(f"{source}: cannot be quantised to {type_name.upper()}: {reason}")
+
+
+def _number(name: str, types: Mapping[str, int]) -> int:
+    if name.upper() not in types:
+        raise ModelError(f"{name!r} is not a type; expected one of {', '.join(types)}")
+    return types[name.upper()]

@@ -70,5 +70,20 @@ def test_a_model_is_not_quantised_onto_itself(tiny):
     assert Path(tiny["base"]).read_bytes() == before
 
 
+def test_the_output_matrix_takes_a_type_of_its_own(tiny, tmp_path):
+    """llama.cpp keeps it in a larger type than the rest."""
+    from gguf import GGUFReader
+
+    types = {}
+    for output_type in (None, "q4_0"):
+        out = tmp_path / f"{output_type}.gguf"
+        quantize(tiny["base"], out, "Q4_0", output_type=output_type, n_threads=1)
+        tensors = {tensor.name: tensor.tensor_type.name for tensor in GGUFReader(out).tensors}
+        types[output_type] = tensors["output.weight"]
+    assert types["q4_0"] == "Q4_0" != types[None]
+    with pytest.raises(ModelError, match=r"'Q4_K_M' is not a type; expected one of .*Q4_K"):
+        quantize(tiny["base"], tmp_path / "x.gguf", "Q4_0", output_type="Q4_K_M")
+
+
 def test_types_have_the_names_that_people_write():
     assert {"F16", "BF16", "Q4_0", "Q4_K_M", "Q8_0", "IQ4_XS"} <= TYPES.keys()
