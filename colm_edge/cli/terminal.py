@@ -112,8 +112,9 @@ def summary(stats: Stats) -> str:
         return f"{n / seconds:,.0f}" if n and seconds > 0 else "-"
 
     expert_seconds = stats.expert_seconds - stats.expert_load_seconds
+    undone = f"{stats.n_undone} undone, " if stats.n_undone else ""
     return (
-        f"{stats.n_generated} tokens, {stats.defer_rate:.0%} deferred, "
+        f"{stats.n_generated} tokens, {stats.defer_rate:.0%} deferred, {undone}"
         f"{stats.expert_calls} expert call{'s' * (stats.expert_calls != 1)} "
         f"({stats.expert_tokens} tokens); "
         f"tok/s: base {rate(stats.base_tokens, stats.base_seconds)}, "
