@@ -1,6 +1,6 @@
 """Draw answers as SVG, as a terminal shows them: the expert's tokens coloured and underlined.
 
-python tools/studies/draw_answer.py docs/answer.svg "When did the last Caspian tiger die?" ...
+python tools/studies/draw_answer.py answer.svg "When did the last Caspian tiger die?" ...
 python tools/studies/draw_answer.py docs/real-answer.svg -m base.gguf -me expert.gguf \\
     --pair qwen2.5-coder --defer-rate 0.1 "Which numbers below 30 are prime?"
 """
