@@ -61,9 +61,9 @@ class Server:
     """A pair behind HTTP: what all requests share."""
 
     def __init__(self, pair: Pair, settings: ServerOptions, name: str) -> None:
+        pair.check_options(pair.defaults)
         self.pair, self.settings, self.name = pair, settings, name
         self.slots = Slots(pair, settings.n_slots)
-        pair.check_options(pair.defaults)
         self.slots.open()
         self.created = int(time.time())
         # One thread for each slot, so a thread that runs finds a slot free; jobs wait in the

@@ -118,49 +118,6 @@ def test_rows_are_the_documented_likelihoods(tiny, data):
         assert row["nll_low"] <= row["nll"] <= row["nll_high"]
 
 
-def test_each_tolerance_of_review_is_a_row(tiny, data, tmp_path):
-    """Without tolerance the answers are the expert's own; what is undone before it is written is
-    not known, so nothing stands in the teacher-forced columns."""
-    asked = Comparison(
-        metric="contains", limit=4, defer_rates=(0.1, 0.2), reviews=(0.0, 2.0), n_slots=2,
-        methods=("expert", "colm", "review"),
-    )  # fmt: skip
-    with load(tiny["base"], tiny["expert"], "margin", n_threads=1, n_ctx=256) as pair:
-        rows = ev.evaluate(pair, data, GREEDY, asked, progress=no_bar, work=tmp_path)
-        again = ev.evaluate(pair, data, GREEDY, asked, progress=no_bar, work=tmp_path)
-        doubting = GREEDY.with_changes(doubt=1.0)
-        with pytest.raises(ColmError, match="cannot go together"):
-            ev.evaluate(pair, data, doubting, asked, progress=no_bar)
-    assert rows == again
-    reviewed = [row for row in rows if row["method"] == "review"]
-    assert [row["review"] for row in reviewed] == [0.0, 2.0] * 2
-    expert = next(row for row in rows if row["method"] == "expert")
-    for row in reviewed:
-        assert row["nll"] is row["nll_low"] is row["defer_rate"] is None
-        if row["review"] == 0:
-            assert row["tokens_per_answer"] == expert["tokens_per_answer"]
-            assert row["accuracy"] == expert["accuracy"]
-    plot.draw(rows)
-    assert "| review |" in tables.render(rows, "md")
-
-
-def test_reviews_without_answers_are_refused(tiny, data):
-    with pytest.raises(ColmError, match="review needs --reviews, and a --metric"):
-        Comparison(reviews=(1.0,), methods=("review",))
-    args = [
-        "eval",
-        "-m",
-        tiny["base"],
-        "-me",
-        tiny["expert"],
-        "--data",
-        str(data),
-        "--reviews",
-        "1",
-    ]
-    assert "--reviews needs a --metric" in CliRunner().invoke(main, args).output
-
-
 def test_generated_answers_are_those_of_the_pair(tiny, data):
     with load(tiny["base"], tiny["expert"], "margin", n_threads=1, n_ctx=256) as pair:
         own = pair.switch

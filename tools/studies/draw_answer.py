@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 from html import escape
 from pathlib import Path
+from textwrap import fill
 from typing import NamedTuple
 
 from colm_edge import load
@@ -46,10 +47,12 @@ def main() -> None:
     args = parser.parse_args()
     lines: list[list[Span]] = []
     with load(args.model, args.expert, pair=args.pair) as pair:
-        pair.generate("When was gold discovered?", temperature=0, max_tokens=20)  # loads both
+        for threshold in (0, 1):  # loads both models
+            pair.generate("When was gold discovered?", threshold=threshold, max_tokens=2)
         for question in args.questions:
             answer = pair.generate(question, temperature=0, defer_rate=args.defer_rate)
-            lines += wrapped([Span(f">>> {question}", "prompt")])
+            asked = fill(f">>> {question}", COLUMNS, subsequent_indent="    ")
+            lines += wrapped([Span(asked, "prompt")])
             lines += wrapped([Span(step.text, step.source) for step in answer.steps])
             lines += [[Span(summary(answer.stats), "note")], []]
     key = [("the base wrote this", "base"), ("   ", "note"), ("the expert wrote this", "expert")]

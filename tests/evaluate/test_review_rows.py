@@ -1,0 +1,73 @@
+"""The rows of `eval` for answers under review."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from click.testing import CliRunner
+from conftest import no_bar
+
+from colm_edge import tables
+from colm_edge.cli import main
+from colm_edge.errors import ColmError
+from colm_edge.evaluate import methods as ev
+from colm_edge.evaluate import plot
+from colm_edge.evaluate.methods import Comparison
+from colm_edge.options import Options
+from colm_edge.pair import load
+
+GREEDY = Options(temperature=0.0, max_tokens=8, schedule="sequential")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> str:
+    path = tmp_path_factory.mktemp("data") / "d.jsonl"
+    rows = [
+        {"prompt": f"p{i}", "completion": f"c{i} and more", "answer": "more"} for i in range(12)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def test_each_tolerance_of_review_is_a_row(tiny, data, tmp_path):
+    """Without tolerance the answers are the expert's own; what is undone before it is written is
+    not known, so nothing stands in the teacher-forced columns."""
+    asked = Comparison(
+        metric="contains", limit=4, defer_rates=(0.1, 0.2), reviews=(0.0, 2.0), n_slots=2,
+        methods=("expert", "colm", "review"),
+    )  # fmt: skip
+    with load(tiny["base"], tiny["expert"], "margin", n_threads=1, n_ctx=256) as pair:
+        rows = ev.evaluate(pair, data, GREEDY, asked, progress=no_bar, work=tmp_path)
+        again = ev.evaluate(pair, data, GREEDY, asked, progress=no_bar, work=tmp_path)
+        doubting = GREEDY.with_changes(doubt=1.0)
+        with pytest.raises(ColmError, match="cannot go together"):
+            ev.evaluate(pair, data, doubting, asked, progress=no_bar)
+    assert rows == again
+    reviewed = [row for row in rows if row["method"] == "review"]
+    assert [row["review"] for row in reviewed] == [0.0, 2.0] * 2
+    expert = next(row for row in rows if row["method"] == "expert")
+    for row in reviewed:
+        assert row["nll"] is row["nll_low"] is row["defer_rate"] is None
+        if row["review"] == 0:
+            assert row["tokens_per_answer"] == expert["tokens_per_answer"]
+            assert row["accuracy"] == expert["accuracy"]
+    plot.draw(rows)
+    assert "| review |" in tables.render(rows, "md")
+
+
+def test_reviews_without_answers_are_refused(tiny, data):
+    with pytest.raises(ColmError, match="review needs --reviews, and a --metric"):
+        Comparison(reviews=(1.0,), methods=("review",))
+    args = [
+        "eval",
+        "-m",
+        tiny["base"],
+        "-me",
+        tiny["expert"],
+        "--data",
+        str(data),
+        "--reviews",
+        "1",
+    ]
+    assert "--reviews needs a --metric" in CliRunner().invoke(main, args).output
