@@ -50,9 +50,10 @@ def reference(base, expert, p_of, prompt, nats, window, max_tokens):
 
     while len(tokens) < limit and (tokens == list(prompt) or tokens[-1] != END):
         at, ours, theirs = len(tokens), told(base, tokens), told(expert, tokens)
-        suspects = [place for place in rivals if at - place <= window]
-        if suspects and max(ours.max(), theirs.max()) < -nats:
-            place = max(suspects)
+        # What was watched long enough is final, even if a later token is taken back.
+        rivals = {place: rival for place, rival in rivals.items() if at - place <= window}
+        if rivals and max(ours.max(), theirs.max()) < -nats:
+            place = max(rivals)
             other = [*tokens[:place], rivals.pop(place)]
             if joint(other, place) > joint(tokens, place):
                 tokens = other
