@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext, suppress
 from types import SimpleNamespace
@@ -110,3 +111,14 @@ def tiny_pair(tiny: dict[str, str]) -> Iterator[Pair]:
 def demo() -> Iterator[Pair]:
     with load(n_threads=1) as pair:
         yield pair
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A data file of twelve lines, as `eval` reads it."""
+    path = tmp_path_factory.mktemp("data") / "d.jsonl"
+    rows = [
+        {"prompt": f"p{i}", "completion": f"c{i} and more", "answer": "more"} for i in range(12)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)

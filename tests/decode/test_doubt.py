@@ -7,7 +7,7 @@ from conftest import N_VOCAB
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_loop import END, decoder, reader
-from test_review import THRESHOLD, Drawn
+from test_review import THRESHOLD, Drawn, plain_of
 
 from colm_edge.decode.doubt import Doubt
 from colm_edge.decode.loop import Decoder
@@ -111,38 +111,24 @@ def test_only_tokens_of_the_experts_are_doubted_and_only_for_something_better(**
             n_final += 1
 
 
-def test_each_position_is_read_once_whatever_is_doubted():
-    """A threshold that follows a rate would otherwise count it twice."""
-    counts = []
-    for nats in (0.1, 1e9):
-        read, _ = reader(5, 0.3)
-        seen: list[int] = []
+@given(**parts)
+def test_the_switch_is_asked_once_for_each_draft(**given):
+    """A threshold that follows a rate would otherwise count a position again when it was doubted
+    in vain."""
+    run = doubted(**given)
+    asked, read = [], run.policy.read
 
-        def counted(logits, hidden, read=read, seen=seen):
-            seen.append(int(hidden[0]))
-            return read(logits, hidden)
+    def counted(at, logits, hidden):
+        asked.append(at)
+        return read(at, logits, hidden)
 
-        run = decoder(
-            Drawn(1, own=0.0), Drawn(2, own=0.0), counted, [1, 2],
-            max_tokens=30, schedule=Doubt(nats, 4),
-        )  # fmt: skip
-        list(run)
-        assert run.stats.n_undone == 0  # both models are the same
-        counts.append(seen)
-    assert counts[0] == counts[1] == sorted(set(counts[0]))
+    run.policy.read = counted
+    assert sum(isinstance(event, Drafted) for event in run.events()) == len(asked)
 
 
 @given(**{**parts, "nats": st.just(1e9)})
 def test_without_doubt_the_text_is_the_plain_loops(**given):
-    run = doubted(**given)
-    base, expert = (
-        Drawn(given["seed"] + i, given["n_ctx"], likes_end=given["likes_end"]) for i in (0, 1)
-    )
-    prompt = [1 + i % (N_VOCAB - 1) for i in range(given["n_prompt"])]
-    plain = decoder(
-        base, expert, reader(given["seed"], given["rate"])[0], prompt,
-        max_tokens=given["max_tokens"],
-    )  # fmt: skip
+    run, plain = doubted(**given), plain_of(given)
     assert list(run) == list(plain)
     # Nor does it cost a call more.
     assert run.stats.expert_calls == plain.stats.expert_calls

@@ -15,7 +15,7 @@ from test_fast import Bold
 from test_loop import END, decoder, reader
 
 from colm_edge.decode.fresh import Fresh
-from colm_edge.decode.loop import ExpertAlone
+from colm_edge.decode.loop import Decoder, ExpertAlone
 from colm_edge.decode.review import ByRule, Exact, Loose, Review, Tolerance, Verdict, top_entropy
 from colm_edge.llama.sampling import ChainSampler
 from colm_edge.options import Options
@@ -154,18 +154,20 @@ def test_without_tolerance_the_text_is_the_experts_own(bets, **given):
     assert run.finish_reason == alone.finish_reason
 
 
-@settings(max_examples=200)
-@given(**{**parts, "nats": st.just(math.inf)})
-def test_with_endless_tolerance_the_text_is_the_plain_loops(**given):
-    run = reviewed(**given)
+def plain_of(given) -> Decoder:
+    """Return the plain loop over the same models and prompt."""
     base, expert = (
         Drawn(given["seed"] + i, given["n_ctx"], likes_end=given["likes_end"]) for i in (0, 1)
     )
     prompt = [1 + i % (N_VOCAB - 1) for i in range(given["n_prompt"])]
-    plain = decoder(
-        base, expert, reader(given["seed"], given["rate"])[0], prompt,
-        max_tokens=given["max_tokens"],
-    )  # fmt: skip
+    read, _ = reader(given["seed"], given["rate"])
+    return decoder(base, expert, read, prompt, max_tokens=given["max_tokens"])
+
+
+@settings(max_examples=200)
+@given(**{**parts, "nats": st.just(math.inf)})
+def test_with_endless_tolerance_the_text_is_the_plain_loops(**given):
+    run, plain = reviewed(**given), plain_of(given)
     assert list(run) == list(plain)
     assert run.stats.n_undone == 0
 

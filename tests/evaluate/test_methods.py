@@ -44,16 +44,6 @@ def timeless(table):
     return [{k: v for k, v in row.items() if k != "tokens_per_second"} for row in table]
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory) -> str:
-    path = tmp_path_factory.mktemp("data") / "d.jsonl"
-    rows = [
-        {"prompt": f"p{i}", "completion": f"c{i} and more", "answer": "more"} for i in range(12)
-    ]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return str(path)
-
-
 @pytest.mark.parametrize(
     ("metric", "text", "row", "value"),
     [

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-
 import pytest
 from click.testing import CliRunner
 from conftest import no_bar
@@ -18,16 +16,6 @@ from colm_edge.options import Options
 from colm_edge.pair import load
 
 GREEDY = Options(temperature=0.0, max_tokens=8, schedule="sequential")
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory) -> str:
-    path = tmp_path_factory.mktemp("data") / "d.jsonl"
-    rows = [
-        {"prompt": f"p{i}", "completion": f"c{i} and more", "answer": "more"} for i in range(12)
-    ]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return str(path)
 
 
 def test_each_tolerance_of_review_is_a_row(tiny, data, tmp_path):
