@@ -193,11 +193,14 @@ def compare(first: Round, second: Round, common: set[int]) -> None:
 @click.option("-me", "expert", required=True)
 @click.option("-sw", "switch", default="package:switches/qwen2.5-coder.gguf", show_default=True)
 @click.option("-n", "n_own", default=100, show_default=True, help="Prompts of round 2.")
-def main(prompts: Path, work: Path, base: str, expert: str, switch: str, n_own: int) -> None:
+@click.option("-ngl", "n_gpu_layers", default=0, help="Layers of both models on the GPU.")
+def main(
+    prompts: Path, work: Path, base: str, expert: str, switch: str, n_own: int, n_gpu_layers: int
+) -> None:
     """Compare a head fitted on the expert's answers with one fitted on the pair's own as well."""
     rows = list(read_rows(prompts))
     chosen = rows[:: len(rows) // n_own][:n_own]
-    with load(base, expert, switch, n_ctx=2048) as pair:
+    with load(base, expert, switch, n_ctx=2048, n_gpu_layers=n_gpu_layers) as pair:
         asked = [(number, row["prompt"]) for number, row in chosen]
         own = own_answers(pair, asked, work / "own")
         told = answer_prompts(pair, rows, bar, max_tokens=400, n_slots=20, work=work)

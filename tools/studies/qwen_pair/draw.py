@@ -1,0 +1,75 @@
+"""Draw accuracy against speed for a real pair, from the figures of docs/pairs.md.
+
+    python tools/studies/qwen_pair/draw.py docs/real-pair.csv docs/real-pair.png
+
+Columns: method, label, tokens_per_second, accuracy, low, high (per cent). Points of one method are
+joined in the order of their speed.
+"""
+
+from __future__ import annotations
+
+import csv
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import click
+from matplotlib.figure import Figure
+
+from colm_edge.evaluate.plot import check_plot
+from colm_edge.files import replacing
+
+REVIEWED = "the pair, with review"
+STYLES = {
+    "base": ("k", "<"),
+    "expert": ("k", ">"),
+    "speculative": ("C3", "s"),
+    "the pair": ("C0", "o"),
+    REVIEWED: ("C2", "P"),
+}
+
+
+def speed(row: dict[str, str]) -> float:
+    """Return a row's tokens a second."""
+    return float(row["tokens_per_second"])
+
+
+@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+@click.argument("figures", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.argument("picture", type=click.Path(dir_okay=False, path_type=Path))
+def main(figures: Path, picture: Path) -> None:
+    """Draw accuracy against speed for a real pair."""
+    check_plot(picture)
+    with figures.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    figure = Figure(figsize=(7.5, 4.6), layout="constrained")
+    axes = figure.subplots()
+    for method, grouped in groupby(rows, lambda row: row["method"]):
+        given = list(grouped)
+        points = [
+            (speed(row), *(float(row[k]) for k in ("accuracy", "low", "high")))
+            for row in sorted(given, key=speed)
+        ]
+        x, y, low, high = zip(*points, strict=True)
+        color, marker = STYLES[method]
+        errors = [[a - b for a, b in zip(y, low, strict=True)]]
+        errors.append([b - a for a, b in zip(y, high, strict=True)])
+        axes.errorbar(
+            x, y, errors, color=color, marker=marker, markersize=7, elinewidth=0.6, label=method
+        )
+        for i, row in enumerate(sorted(given, key=speed)):
+            place: dict[str, Any] = {"xytext": (9, 3)}
+            if method == REVIEWED:  # these lie close together: labels on the left, up and down
+                place = {"xytext": (-9, -11 if i % 2 else 4), "ha": "right"}
+            at = (speed(row), float(row["accuracy"]))
+            axes.annotate(row["label"], at, textcoords="offset points", fontsize=8, **place)
+    axes.set(xlabel="tokens a second, two CPU cores", ylabel="GSM8K, right of 300 (%)")
+    axes.set_xlim(left=15)
+    axes.set_ylim(bottom=0)
+    axes.legend(frameon=False, loc="upper right")
+    with replacing(picture) as temporary:
+        figure.savefig(temporary, dpi=130)
+
+
+if __name__ == "__main__":
+    main()
