@@ -2,8 +2,8 @@
 
     python tools/studies/qwen_pair/draw.py docs/real-pair.csv docs/real-pair.png
 
-Columns: method, label, tokens_per_second, accuracy, low, high (per cent). Points of one method are
-joined in the order of their speed.
+Columns: method, label, tokens_per_second, accuracy, low, high (per cent). Lines that follow each
+other and name one method are joined.
 """
 
 from __future__ import annotations
@@ -29,9 +29,11 @@ STYLES = {
 }
 
 
-def speed(row: dict[str, str]) -> float:
-    """Return a row's tokens a second."""
-    return float(row["tokens_per_second"])
+def place_of(row: dict[str, str]) -> tuple[float, float, float, float, str]:
+    """Return a point: speed, accuracy, the interval below and above it, and its label."""
+    names = ("tokens_per_second", "accuracy", "low", "high")
+    x, y, low, high = (float(row[name]) for name in names)
+    return x, y, y - low, high - y, row["label"]
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
@@ -44,25 +46,21 @@ def main(figures: Path, picture: Path) -> None:
         rows = list(csv.DictReader(file))
     figure = Figure(figsize=(7.5, 4.6), layout="constrained")
     axes = figure.subplots()
-    for method, grouped in groupby(rows, lambda row: row["method"]):
-        given = list(grouped)
-        points = [
-            (speed(row), *(float(row[k]) for k in ("accuracy", "low", "high")))
-            for row in sorted(given, key=speed)
-        ]
-        x, y, low, high = zip(*points, strict=True)
+    for method, points in groupby(rows, lambda row: row["method"]):
+        x, y, below, above, labels = zip(*map(place_of, points), strict=True)
         color, marker = STYLES[method]
-        errors = [[a - b for a, b in zip(y, low, strict=True)]]
-        errors.append([b - a for a, b in zip(y, high, strict=True)])
-        axes.errorbar(
-            x, y, errors, color=color, marker=marker, markersize=7, elinewidth=0.6, label=method
-        )
-        for i, row in enumerate(sorted(given, key=speed)):
+        style: dict[str, Any] = {
+            "color": color,
+            "marker": marker,
+            "markersize": 7,
+            "elinewidth": 0.6,
+        }
+        axes.errorbar(x, y, [below, above], label=method, **style)
+        for i, text in enumerate(labels):
             place: dict[str, Any] = {"xytext": (9, 3)}
             if method == REVIEWED:  # these lie close together: labels on the left, up and down
                 place = {"xytext": (-9, -11 if i % 2 else 4), "ha": "right"}
-            at = (speed(row), float(row["accuracy"]))
-            axes.annotate(row["label"], at, textcoords="offset points", fontsize=8, **place)
+            axes.annotate(text, (x[i], y[i]), textcoords="offset points", fontsize=8, **place)
     axes.set(xlabel="tokens a second, two CPU cores", ylabel="GSM8K, right of 300 (%)")
     axes.set_xlim(left=15)
     axes.set_ylim(bottom=0)
