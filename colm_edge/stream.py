@@ -116,10 +116,7 @@ class Stream:
         stats = replace(self._decoder.stats, n_generated=len(steps), n_deferred=deferred)
         stats.finish()
         text = "".join(step.text for step in steps)
-        undone = [
-            one for one in self._decoder.undone
-            if one.position <= len(self.prompt_tokens) + len(steps)
-        ]  # fmt: skip
+        undone = [one for one in self._decoder.undone if one.at <= len(steps)]
         return Answer(
             text, steps, self.finish_reason, stats, self.prompt_tokens, self.threshold, undone
         )

@@ -91,7 +91,10 @@ def test_events_tell_what_waits_and_what_is_undone(tiny_pair, stop):
         assert answer.stats.n_undone == n_undone == sum(len(one.steps) for one in answer.undone) > 0
     for one in answer.undone:
         assert one.regret > options.review
-        assert one.record()["tokens"][0]["source"] == "base"
+        record = one.record()
+        assert list(record) == ["at", "tokens", "text", "source", "regret"]
+        assert record["tokens"] == [step.token for step in one.steps]
+        assert record["source"] == "base"
 
 
 def test_a_stop_text_inside_a_draft_ends_nothing(tiny_pair):
@@ -116,7 +119,7 @@ def test_an_end_that_the_expert_puts_there_is_told(tiny_pair):
     stream = Stream(run, tiny_pair.base, (), run.cancel)
     assert [step.token for step in stream] == [5] * 4
     (undone,) = stream.answer().undone
-    assert undone.position == 6
+    assert undone.at == 4
     assert stream.answer().stats.n_undone == len(undone.steps) == 4
 
 

@@ -112,7 +112,7 @@ def recorded(path: str | os.PathLike[str]) -> Trace:
         tokens = answer["tokens"]
         by_expert = [{"base": False, "expert": True}[token["source"]] for token in tokens]
         prompt = [int(token) for token in answer["prompt_tokens"]]
-        undone = {int(one["position"]) - len(prompt) for one in answer.get("undone", ())}
+        undone = {int(one["at"]) for one in answer.get("withdrawn", ())}
         trace = Trace(
             prompt,
             [int(token["id"]) for token in tokens],

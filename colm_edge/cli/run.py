@@ -108,6 +108,6 @@ def describe(pair: Pair, stream: Stream) -> dict[str, Any]:
         "text": answer.text,
         "finish_reason": answer.finish_reason,
         "tokens": [step.record() for step in answer.steps],
-        "undone": [one.record() for one in answer.undone],
+        "withdrawn": [one.record() for one in answer.undone],
         "stats": asdict(answer.stats),
     }

@@ -161,7 +161,7 @@ class Decoder:
 
     def undo(self, position: int, gone: Sequence[Step], regret: float) -> Undone:
         """Note that drafts from `position` on are withdrawn; the schedule no longer counts them."""
-        undone = Undone(position, tuple(gone), regret)
+        undone = Undone(position - self.stats.n_prompt, tuple(gone), regret)
         self.stats.n_undone += len(gone)
         self.undone.append(undone)
         return undone

@@ -33,14 +33,20 @@ class Undone:
     the expert preferred its own likeliest token; under doubt, a token, by both models' mean.
     """
 
-    position: int  # of the first, in the prompt and the answer
+    at: int  # the first one's place in the answer, from 0
     steps: tuple[Step, ...]
     regret: float
 
     def record(self) -> dict[str, Any]:
-        """Return the withdrawal as `run --json` and the server's traces write it."""
-        tokens = [step.record() for step in self.steps]
-        return {"position": self.position, "regret": self.regret, "tokens": tokens}
+        """Return the withdrawal as `run --json` and the server's events write it. `source` wrote
+        the first token, which was rejected."""
+        return {
+            "at": self.at,
+            "tokens": [step.token for step in self.steps],
+            "text": "".join(step.text for step in self.steps),
+            "source": self.steps[0].source,
+            "regret": self.regret,
+        }
 
 
 @dataclass(frozen=True, slots=True)

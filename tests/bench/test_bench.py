@@ -206,10 +206,10 @@ def test_a_recorded_lossless_answer_is_replayed_with_the_calls_that_it_took(tiny
     )
     path.write_text(told)
     answer = json.loads(told)
-    assert answer["undone"]
+    assert answer["withdrawn"]
     trace = recorded(path)
     assert trace.is_text
-    assert sum(trace.deferred) == answer["stats"]["n_deferred"] - len(answer["undone"])
+    assert sum(trace.deferred) == answer["stats"]["n_deferred"] - len(answer["withdrawn"])
     with load(tiny["base"], tiny["expert"], "margin", n_threads=1, n_ctx=128) as pair:
         (row,) = bench(pair, trace, 1, quiet, only=["lossless"], memory=False)
     assert row["expert_calls"] == answer["stats"]["expert_calls"]

@@ -67,7 +67,7 @@ def test_json_has_the_documented_shape(tiny):
     answer = json.loads(result.stdout)
     assert set(answer) == {
         "model", "expert", "switch", "threshold", "prompt_tokens", "text", "finish_reason",
-        "tokens", "undone", "stats",
+        "tokens", "withdrawn", "stats",
     }  # fmt: skip
     assert set(answer["stats"]) == {
         "n_prompt", "n_generated", "n_deferred", "n_reviewed", "n_undone", "defer_rate",

@@ -94,7 +94,7 @@ def test_doubt_is_the_plain_loop_with_doubt(**given):
 @given(**parts)
 def test_only_tokens_of_the_experts_are_doubted_and_only_for_something_better(**given):
     run = doubted(**given)
-    drafts, n_final = list[Step](), given["n_prompt"]
+    drafts, n_final = list[Step](), 0
     for event in run.events():
         if isinstance(event, Drafted):
             drafts.append(event.step)
@@ -103,7 +103,7 @@ def test_only_tokens_of_the_experts_are_doubted_and_only_for_something_better(**
         elif isinstance(event, Undone):
             assert event.steps[0].source == "expert"
             assert event.regret > 0
-            kept = event.position - n_final
+            kept = event.at - n_final
             assert tuple(drafts[kept:]) == event.steps
             del drafts[kept:]
         else:
