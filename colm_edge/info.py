@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -69,8 +70,15 @@ def _switch_facts(switch: Switch) -> dict[str, Any]:
         "hidden_state": f"{switch.n_embd} numbers" if switch.needs_hidden else "not read",
         "experts": len(switch.bias),
         "threshold": round(switch.threshold, 4),
+        "review": _review(switch.review),
         "calibration": ", ".join(f"{rate:.0%}: {x:.3g}" for rate, x in calibration) or "none",
     }
+
+
+def _review(nats: float | None) -> str:
+    if nats is None:
+        return "off"
+    return f"{nats:g} nats" if math.isfinite(nats) else "off, the switch says"
 
 
 def _costs(model: Model, measures: bool, n_threads: int) -> CostTable | None:

@@ -149,14 +149,14 @@ class Options:
         help="Where the switch defers, write the expert's token (defer) or one from the mixture of "
         "both models (compose).",
     )
-    review: float = option(
-        math.inf,
+    review: float | None = option(
+        None,
         "--review",
         limits=(0, math.inf),
         words={"off": math.inf},
         request="colm",
-        help="At each of its calls the expert undoes the base's first token that it finds less "
-        "likely than its own choice by more than so many nats; 0: the expert's own text.",
+        help="Undo the base's first token that the expert, when called, finds less likely than its "
+        "own by more than so many nats; 0: its own text.  [default: the switch's, or off]",
     )
     review_window: int = option(
         16,
@@ -270,8 +270,8 @@ class Options:
 
     @property
     def reviews(self) -> bool:
-        """Whether the expert may undo tokens of the base."""
-        return self.review < math.inf
+        """Whether the expert may undo tokens of the base, if not only the switch says so."""
+        return self.review is not None and self.review < math.inf
 
     @property
     def doubts(self) -> bool:

@@ -16,7 +16,7 @@ from colm_edge.decode.background import Background
 from colm_edge.decode.loop import Decoder
 from colm_edge.decode.parts import picker_of, policy_of, schedule_of
 from colm_edge.decode.planner import Planner
-from colm_edge.decode.policy import expected_rate, threshold_of
+from colm_edge.decode.policy import expected_rate, review_of, threshold_of
 from colm_edge.decode.timeline import Expert, Timeline
 from colm_edge.errors import ColmError, ContextError, ModelError, PromptError
 from colm_edge.llama.backend import supports_gpu
@@ -306,10 +306,9 @@ class Pair:
 
     def check_options(self, options: Options) -> None:
         """Raise ColmError for what this pair cannot do."""
-        if self.expert_is_here or not (options.reviews or options.doubts):
-            return
-        what = "review" if options.reviews else "doubt"
-        raise ColmError(f"{what} needs the expert in this process: {self._not_here()}")
+        if (options.reviews or options.doubts) and not self.expert_is_here:
+            what = "review" if options.reviews else "doubt"
+            raise ColmError(f"{what} needs the expert in this process: {self._not_here()}")
 
     def stream_tokens(
         self,
@@ -326,11 +325,12 @@ class Pair:
 
         Raises PromptError when there are no tokens or they do not fit the context.
         """
+        self.check_options(options)
+        options = options.with_changes(review=self.review(options, switch))
         threshold = self.threshold(options)
         self.check_prompt(tokens, threshold)
         # Alone, the base can write its whole vocabulary.
         n_choose = self.n_shared if threshold < 1 else self.base.n_vocab
-        self.check_options(options)
         goes_back = (options.reviews or options.doubts) and 0 < threshold < 1
         base, expert = timelines or (self.base_session, self.expert)
         cancel, alone = Cancel(), timelines is None
@@ -386,6 +386,10 @@ class Pair:
     def threshold(self, options: Options) -> float:
         """Return the threshold that the options ask for; where it follows a rate, its start."""
         return threshold_of(self.switch, options)
+
+    def review(self, options: Options, switch: AnySwitch | None = None) -> float:
+        """Return the tolerance of review that the options ask for, or else the switch's own."""
+        return review_of(switch or self.switch, options, possible=self.expert_is_here)
 
 
 def _share(progress: Progress | None, what: str) -> Callable[[float], None] | None:

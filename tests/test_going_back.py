@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 
 import httpx
+import numpy as np
 import pytest
 from conftest import Scripted
 from decode.test_loop import END, decoder, reader
@@ -17,9 +19,11 @@ from colm_edge.decode.step import Drafted, Step, Undone
 from colm_edge.errors import ColmError
 from colm_edge.options import Options, ServerOptions
 from colm_edge.pair import load
+from colm_edge.readout import FEATURES
 from colm_edge.serve.answers import Server
 from colm_edge.slots import Slots
 from colm_edge.stream import Stream
+from colm_edge.switch.file import FEATURE_SETS, Switch
 from colm_edge.together import Task, answer_together
 
 PROMPTS = ["hello", "what is this about, and why", "one two three four five six seven", "so"]
@@ -237,3 +241,31 @@ def test_slots_are_free_after_a_reviewed_answer_is_cancelled(tiny_pair):
         with slots.take(tokens) as timelines:
             assert list(tiny_pair.stream_tokens(tokens, REVIEWED, timelines))
     slots.close()
+
+
+def carried(pair, nats):
+    """The pair with a switch that carries a tolerance of review."""
+    n_embd = pair.base.n_embd
+    weight = np.zeros((1, n_embd + len(FEATURES)), np.float32)
+    weight[0, n_embd + FEATURES.index("margin")] = -8.0
+    switch = Switch(
+        FEATURE_SETS["both"], weight, np.array([2.0], np.float32), n_embd, 0.5, review=nats
+    )
+    return pair.switched(switch)
+
+
+def test_the_switch_says_whether_to_review_where_nothing_else_does(tiny_pair):
+    greedy = {"temperature": 0.0, "max_tokens": 24}
+    with carried(tiny_pair, None):
+        plain = tiny_pair.generate(PROMPTS[0], **greedy).text
+        reviewed = tiny_pair.generate(PROMPTS[0], **greedy, review=0.5)
+        assert reviewed.stats.n_undone > 0
+    with carried(tiny_pair, 0.5):
+        assert tiny_pair.generate(PROMPTS[0], **greedy).text == reviewed.text
+        assert tiny_pair.generate(PROMPTS[0], **greedy, review="off").text == plain
+        assert tiny_pair.generate(PROMPTS[0], **greedy, doubt=1.0).stats.n_reviewed == 0
+    with carried(tiny_pair, 0.0):
+        mixed = tiny_pair.generate(PROMPTS[0], **greedy, strategy="compose")
+        assert mixed.stats.n_reviewed == 0
+    with carried(tiny_pair, math.inf):
+        assert tiny_pair.generate(PROMPTS[0], **greedy).text == plain

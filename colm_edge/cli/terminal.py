@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 import sys
 from collections.abc import Callable
@@ -9,7 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 from textwrap import fill
 from types import SimpleNamespace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -236,6 +237,8 @@ class Chat:
         pair = self.pair
         say(f"base    {pair.base.path}\nexpert  {pair.expert.name}")
         say(f"switch  {pair.switch.name}, threshold {shown_threshold(pair)}")
+        if (nats := pair.review(pair.defaults)) < math.inf:
+            say(f"review  {nats:g} nats")
         say(f"context {pair.n_ctx} tokens")
 
     def _regenerate(self) -> None:
@@ -272,10 +275,7 @@ class Chat:
             self._change(name, value)
 
     def _show_settings(self) -> None:
-        defaults = self.pair.defaults
-        values = {name: o.shown(getattr(defaults, name)) for name, o in SETTINGS.items()}
-        values["threshold"] = shown_threshold(self.pair)  # also if it isn't set
-        values["system"] = self.system
+        values = {name: self._shown(name) for name in SETTINGS} | {"system": self.system}
         for name, value in values.items():
             say(f"{name:17} {'' if value is None else value}".rstrip())
 
@@ -288,5 +288,12 @@ class Chat:
             kind += "".join(f", or {word}" for word in option.words)
             raise ColmError(f"{name} is {text!r}; expected a {kind}") from e
         self.pair.defaults = self.pair.defaults.with_changes(**{name: value})
-        shown = shown_threshold(self.pair) if name == "threshold" else option.shown(value)
-        say(f"{name} {shown}")
+        say(f"{name} {self._shown(name)}")
+
+    def _shown(self, name: str) -> Any:
+        """Return the value of a setting; if it isn't set, what the switch says, if it does."""
+        pair = self.pair
+        if name == "threshold":
+            return shown_threshold(pair)
+        value = pair.review(pair.defaults) if name == "review" else getattr(pair.defaults, name)
+        return SETTINGS[name].shown(value)

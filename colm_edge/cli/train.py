@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,15 +12,24 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from colm_edge.cli.common import progress
-from colm_edge.cli.options import DATA, PARALLEL, RAW, WORK_DIR, gathered, pair_options
+from colm_edge.cli.options import DATA, PARALLEL, RAW, WORK_DIR, Number, gathered, pair_options
 from colm_edge.cli.terminal import say
+from colm_edge.errors import ColmError
 from colm_edge.evaluate.metrics import METRICS
 
 if TYPE_CHECKING:
     from colm_edge.pair import Pair
     from colm_edge.train.documents import Documents
-    from colm_edge.train.fit import ChooseThreshold
+    from colm_edge.train.fit import ChooseThreshold, Fit
     from colm_edge.train.scoring import Recorded
+
+
+class Tolerance(Number):
+    """A number of nats, "off" (infinity), or "best", as it is."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        return value if value == "best" else super().convert(value, param, ctx)
+
 
 fit_options = gathered(
     "fitting",
@@ -94,6 +105,14 @@ text_options = gathered(
 @fit_options
 @threshold_options
 @click.option(
+    "--review",
+    "carried",
+    type=Tolerance(0, math.inf, {"off": math.inf}),
+    metavar="NUMBER|off|best",
+    help="Tolerance of review, in nats, that the switch file carries, for answers that ask for "
+    "none; best: the one that the report recommends.  [default: none]",
+)
+@click.option(
     "--update",
     metavar="SWITCH.gguf",
     help="Switch to replace after the expert or the data changed: the fit starts from it, the "
@@ -118,6 +137,7 @@ def train(
     outfile: str,
     fitting: dict[str, Any],
     threshold_by: dict[str, Any],
+    carried: float | str | None,
     update: str | None,
     report_dir: str | None,
     work_dir: str | None,
@@ -135,7 +155,7 @@ def train(
     from colm_edge.pair import load
     from colm_edge.switch.file import Switch
     from colm_edge.train.fit import FitOptions, fit_switch
-    from colm_edge.train.report import check_report, write_report
+    from colm_edge.train.report import check_report
 
     data = text.get("data")
     _check_choice(text, threshold_by, expert_scores, models)
@@ -150,6 +170,9 @@ def train(
     with load(**models | {"expert_required": True}, switch="margin") as pair:
         if old is not None:
             old.reader(pair.base, pair.n_shared)  # checks its width
+        here = pair.expert_is_here and expert_scores is None
+        if carried == "best" and not here:
+            raise ColmError("--review best needs both models here; give a number of nats, or off")
         documents, recorded = _text(text, pair, raw, work)
         fit = fit_switch(
             pair,
@@ -165,11 +188,8 @@ def train(
             expert_scores=Path(expert_scores) if expert_scores else None,
             recorded=recorded,
         )
-        fit.switch.save(outfile)
-        say(f"{outfile}: written")
-        if report_dir is not None:
-            write_report(fit, pair.base, report_dir)
-            say(f"{report_dir}: report written")
+        fit = _with_review(fit, pair if here else None, carried)
+        _save(fit, pair, outfile, report_dir)
     say(_in_words(fit.report))
     click.echo(json.dumps({**fit.report, **_n_answers(recorded)}))
 
@@ -241,12 +261,49 @@ def _chooser(
     return partial(choose_by_answers, pair, read_rows(data), metric, n_lines, options, progress)
 
 
+def _with_review(fit: Fit, pair: Pair | None, carried: Any) -> Fit:
+    """Report what review would do on this machine, if the pair is here to be measured, and let the
+    switch carry a tolerance: a number, "best", or None."""
+    from colm_edge.train.tolerance import review_figures
+
+    report = fit.report
+    if pair is not None:
+        figures = review_figures(fit, pair.cost_tables(), pair.defaults.review_window)
+        report = {**report, "review": figures}
+        if carried == "best":
+            carried = figures["recommended"]
+            carried = math.inf if carried is None else carried
+    return replace(fit, switch=replace(fit.switch, review=carried), report=report)
+
+
+def _review_in_words(review: dict[str, Any]) -> str:
+    best = review["recommended"]
+    row = next((row for row in review["tolerances"] if row["review"] == best), None)
+    if row is None:
+        return "review: off is best here; no tolerance makes the text likelier at equal speed"
+    return (
+        f"review: a tolerance of {best:g} nats is best here: {row['nll_hard']:.3f} nats a token at "
+        f"{row['tokens_per_second']:.3g} tokens a second, without {review['off']['nll_hard']:.3f} "
+        f"at {review['off']['tokens_per_second']:.3g}"
+    )
+
+
+def _save(fit: Fit, pair: Pair, outfile: str, report_dir: str | None) -> None:
+    from colm_edge.train.report import write_report
+
+    fit.switch.save(outfile)
+    say(f"{outfile}: written")
+    if report_dir is not None:
+        write_report(fit, pair.base, report_dir)
+        say(f"{report_dir}: report written")
+
+
 def _in_words(report: dict[str, Any]) -> str:
     return (
         f"nats a token on held-back lines: base {report['nll_base']:.3f}, expert "
         f"{report['nll_expert']:.3f}, together {report['nll_hard']:.3f} at a threshold of "
         f"{report['threshold']:.3f}, {report['defer_rate']:.0%} deferred"
-    )
+    ) + (f"\n{_review_in_words(report['review'])}" if "review" in report else "")
 
 
 @click.command("score")

@@ -76,6 +76,7 @@ def schedule_of(
     if goes_back and options.doubts:
         return Doubt(options.doubt, WATCHED, follow)
     if goes_back:
+        assert options.review is not None, "settled by the pair"
         is_exact = options.review == 0 and (options.temperature > 0 or options.penalises)
         reviewer = Exact() if is_exact else ByRule(Tolerance(options.review))
         return Review(reviewer, options.review_window, follow, planner)

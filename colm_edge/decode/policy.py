@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from bisect import insort
 from typing import NamedTuple
 
@@ -103,6 +104,16 @@ def running_rate(switch: AnySwitch, options: Options) -> float | None:
     except SwitchError:
         return rate
     return None
+
+
+def review_of(switch: AnySwitch, options: Options, *, possible: bool) -> float:
+    """Return the tolerance of review, in nats, that the options ask for, or else the switch's own,
+    where that is possible and does not contradict them; infinity is off."""
+    if options.review is not None:
+        return options.review
+    nats = switch.review if isinstance(switch, Switch) else None
+    contradicts = options.doubts or (nats == 0 and options.strategy == "compose")
+    return math.inf if nats is None or contradicts or not possible else nats
 
 
 def expected_rate(switch: AnySwitch, options: Options) -> float | None:

@@ -6,6 +6,7 @@ between the two log-probabilities of each token. Generated: every method answers
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -219,6 +220,8 @@ def _answers(
     if method.review is not None:
         chosen = chosen.with_changes(review=method.review)
         rate += f" {method.review:g}"
+    elif options.review is None and pair.review(chosen) < math.inf:
+        chosen = chosen.with_changes(review=math.inf)  # deferral alone, whatever the switch says
     return answers(
         pair, method.switch, chosen, rows, judge, progress,
         label=method.name + rate, journal=journal, n_slots=comparison.n_slots,

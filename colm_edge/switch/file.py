@@ -43,6 +43,8 @@ class Switch:
     features: column names in order; "hidden" stands for n_embd columns.
     weight (n_experts, n_columns) and bias (n_experts,), float32.
     defer_rates, thresholds: the calibration, rising rates and the falling thresholds for them.
+    review: the tolerance in nats with which the expert reviews where nothing else is asked for;
+    infinity is off, None says nothing.
     """
 
     features: tuple[str, ...]
@@ -52,6 +54,7 @@ class Switch:
     threshold: float = 0.5
     defer_rates: tuple[float, ...] = ()
     thresholds: tuple[float, ...] = ()
+    review: float | None = None
     name: str = "switch"
     # Notes: how it was trained, and for which models (SHA-256 and fingerprints of their files).
     info: dict[str, str] = field(default_factory=dict)
@@ -74,6 +77,10 @@ class Switch:
             raise SwitchError(f"{self.name}: holds NaN or infinite numbers; train it again")
         if not 0 <= self.threshold <= 1:
             raise SwitchError(f"{self.name}: its threshold is {self.threshold}, expected 0 to 1")
+        if self.review is not None and not self.review >= 0:
+            raise SwitchError(
+                f"{self.name}: its tolerance of review is {self.review}, expected 0 or more"
+            )
         rates, thresholds = self.defer_rates, self.thresholds
         if list(rates) != sorted(rates) or list(thresholds) != sorted(thresholds, reverse=True):
             raise SwitchError(
@@ -164,6 +171,8 @@ class Switch:
         if self.defer_rates:  # GGUF has no empty arrays
             writer.add_array("colm.switch.calibration.defer_rates", list(self.defer_rates))
             writer.add_array("colm.switch.calibration.thresholds", list(self.thresholds))
+        if self.review is not None:
+            writer.add_float32("colm.switch.review", self.review)
         for key, value in self.info.items():
             writer.add_string(f"colm.switch.{key}", value)
         writer.add_tensor("switch.weight", np.ascontiguousarray(self.weight, np.float32))
@@ -215,6 +224,7 @@ class Switch:
                 threshold=float(keys["colm.switch.threshold"]),
                 defer_rates=_floats(keys.get("colm.switch.calibration.defer_rates", [])),
                 thresholds=_floats(keys.get("colm.switch.calibration.thresholds", [])),
+                review=_float_or_none(keys.get("colm.switch.review")),
                 name=str(path),
                 info={
                     key.removeprefix(PREFIX): value
@@ -248,6 +258,10 @@ def _not_a_switch(path: str | os.PathLike[str], found: object) -> str:
         f"{path}: its architecture is {found!r}, expected {ARCHITECTURE!r}: this is a model, "
         "not a switch"
     )
+
+
+def _float_or_none(value: Any) -> float | None:
+    return None if value is None else float(value)
 
 
 def _floats(values: Any) -> tuple[float, ...]:

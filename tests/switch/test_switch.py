@@ -212,3 +212,15 @@ def test_a_switch_remembers_the_files_that_it_was_fitted_for(tiny, tmp_path):
     with load(tiny["base"], tiny["base"], path, n_threads=1, note=notes.append):
         assert len(notes) == 1
         assert "was fitted for another expert than" in notes[0]
+
+
+@pytest.mark.parametrize("nats", [None, 0.0, 2.5, math.inf])
+def test_a_file_carries_its_tolerance_of_review(tmp_path, nats):
+    make(review=nats).save(tmp_path / "s.gguf")
+    assert Switch.load(tmp_path / "s.gguf").review == nats
+
+
+@pytest.mark.parametrize("nats", [-1.0, math.nan])
+def test_a_tolerance_is_not_negative(nats):
+    with pytest.raises(SwitchError, match="tolerance of review is"):
+        make(review=nats)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from contextlib import contextmanager
 from types import SimpleNamespace
 
@@ -13,6 +14,7 @@ from conftest import no_bar
 
 from colm_edge.cli import main
 from colm_edge.errors import DataError
+from colm_edge.switch.file import Switch
 from colm_edge.train.prompts import ANSWERS_FILE, N_KEPT, answer_prompts
 from colm_edge.train.scoring import score
 
@@ -151,11 +153,14 @@ def test_the_command_trains_from_prompts_and_resumes(tiny, tmp_path):
     prompts, out = tmp_path / "p.jsonl", tmp_path / "s.gguf"
     prompts.write_text("".join(json.dumps(row) + "\n" for _, row in ROWS))
     args = ["train", "--prompts", str(prompts), "--outfile", str(out), "-n", "8", "-c", "256"]
-    args += ["-m", tiny["base"], "-me", tiny["expert"], "-t", "1", "-np", "2"]
+    args += ["-m", tiny["base"], "-me", tiny["expert"], "-t", "1", "-np", "2", "--review", "best"]
     result = CliRunner().invoke(main, args)
     assert result.exit_code == 0, result.output
     report = json.loads(result.stdout.splitlines()[-1])
     assert report["n_answers"] == len(ROWS)
+    best = report["review"]["recommended"]
+    assert Switch.load(out).review == (math.inf if best is None else best)
+    assert "\nreview: " in result.stderr
     assert f"{out}.work: keeps the answers" in result.stderr
     assert len((tmp_path / "s.gguf.work" / ANSWERS_FILE).read_text().splitlines()) == len(ROWS)
     first = out.read_bytes()

@@ -159,6 +159,8 @@ def main() -> None:
         command += ["-m", str(args.out / "base.gguf"), "-me", str(args.out / "expert.gguf")]
         # The paper's objective: where a name is copied, its p_defer is the more certain one.
         command += ["--objective", "marginal"]
+        # Its expert never saw a question, so it would take the base's words away (docs/review.md).
+        command += ["--review", "off"]
         subprocess.run([*command, "--outfile", str(args.out / "switch.gguf")], check=True)
 
 
