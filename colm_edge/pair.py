@@ -13,6 +13,7 @@ from typing import Any, Literal, Self
 
 from colm_edge.cancel import Cancel
 from colm_edge.decode.background import Background
+from colm_edge.decode.guess import with_guesses
 from colm_edge.decode.loop import Decoder
 from colm_edge.decode.parts import picker_of, policy_of, schedule_of
 from colm_edge.decode.planner import Planner
@@ -332,7 +333,7 @@ class Pair:
         # Alone, the base can write its whole vocabulary.
         n_choose = self.n_shared if threshold < 1 else self.base.n_vocab
         goes_back = (options.reviews or options.doubts) and 0 < threshold < 1
-        base, expert = timelines or (self.base_session, self.expert)
+        base, expert = timelines or with_guesses(self.base_session, self.expert, options, threshold)
         cancel, alone = Cancel(), timelines is None
         row = self.base.token_id(DEFER_TOKEN) if isinstance(self.switch, DeferRow) else None
         picker = picker_of(options, n_choose, tokens, defer_row=row, goes_back=goes_back)

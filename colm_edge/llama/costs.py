@@ -8,6 +8,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from functools import cached_property
 
+SEVERAL = 4  # outputs of the decode that measures what more than one costs
 QUICK = 0.001  # seconds of a decode of one token
 # The share that another batch size must save: the table is a measurement and may be off.
 MARGIN = 0.1
@@ -17,8 +18,8 @@ LONGEST_GAP = 256  # tokens between two deferrals, where a speed is predicted
 class CostTable:
     """The seconds that one decode takes, by its number of tokens.
 
-    sizes: numbers of tokens, rising. seconds: of each. several: seconds more when a decode has more
-    than one output.
+    sizes: numbers of tokens, rising. seconds: of each. several: seconds more when a decode of
+    SEVERAL tokens has as many outputs, instead of one.
     """
 
     def __init__(
@@ -44,6 +45,10 @@ class CostTable:
         low, high = self.sizes[at - 1], self.sizes[at]
         share = (n - low) / (high - low)
         return self.seconds[at - 1] * (1 - share) + self.seconds[at] * share
+
+    def all_states(self, n: int) -> float:
+        """Return the seconds of a decode of n tokens after each of which the state is needed."""
+        return self(n) + self.several * (n - 1) / (SEVERAL - 1)
 
     @property
     def is_quick(self) -> bool:

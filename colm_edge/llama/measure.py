@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 from colm_edge.cancel import Cancel
 from colm_edge.errors import WriteError
 from colm_edge.files import replacing
-from colm_edge.llama.costs import CostTable
+from colm_edge.llama.costs import SEVERAL, CostTable
 
 if TYPE_CHECKING:
     from colm_edge.llama.session import Session
@@ -33,7 +33,6 @@ SIZES = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 16, 17, 20, 24, 32, 33, 40, 48, 64)
 N_PAST = 128  # tokens in the KV cache before each decode, if the context has room for them
 SECONDS = 2.0  # of measuring, plus the decode in flight
 ROUNDS = 8
-SEVERAL = 4  # tokens of the decode that measures the cost of more than one output
 OFTEN = 16  # sizes up to this one are measured in every round
 LONG = 0.005  # seconds of a decode that make the time to build a graph negligible
 

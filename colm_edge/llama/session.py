@@ -52,6 +52,7 @@ class Session:
         self._positions: npt.NDArray[np.int32]  # 0, 1, 2 …
         self._tokens = array("i")  # what the KV cache holds
         self._torn = False  # a decode was interrupted: the cache may hold more than _tokens
+        self._first_output = 0  # the first token of it whose state it tells, as of all behind
         self._fresh = False  # llama.cpp's outputs belong to the last of _tokens
         self._first = 0  # the position of the first token of the last decode
         self._saved: Snapshot | None = None  # restored when the context is created
@@ -163,7 +164,8 @@ class Session:
     ) -> int:
         """Make this timeline equal to `tokens`; return the number of tokens evaluated.
 
-        Keeps the common prefix, rolls back what differs, and evaluates the rest in batches. Then
+        Keeps the common prefix, rolls back what differs, and evaluates the rest in batches. Where
+        the last batch told the state after these tokens, what it has behind them is kept too. Then
         `state` returns logits (n_vocab,) and, if wanted, the hidden state (n_embd,): views on
         llama.cpp's memory, valid until the next call.
 
@@ -187,13 +189,23 @@ class Session:
             return self._append(tokens[-1])
         keep = self.n_known(tokens)
         if not outputs or outputs[0] == n - 1:
-            if keep == n and self._fresh and len(held) == n and not self._torn:
+            if keep == n and self._tells(n):
                 return 0
             outputs = (n - 1,)
         keep = min(keep, outputs[0])
         if keep < len(held) or self._torn:
             self._drop(keep)
         return self._evaluate(tokens, keep, outputs, cancel)
+
+    def knows(self, tokens: array[int]) -> bool:
+        """Return whether `sync` of these tokens has nothing to evaluate, because the last batch
+        told the state after them."""
+        n = len(tokens)
+        return self._tells(n) and self._tokens[:n] == tokens
+
+    def _tells(self, n: int) -> bool:
+        """Return whether the last batch told the state after the first n tokens."""
+        return self._first_output < n <= len(self._tokens) and self._fresh and not self._torn
 
     def _append(self, token: int) -> int:
         """Evaluate one more token: the most common case of `sync`, with little Python."""
@@ -202,7 +214,7 @@ class Session:
         self._torn, self._fresh = True, False
         batch.token[0], batch.position[0], batch.output[0] = token, at, 1
         context.decode(1, hidden=self.wants_hidden)
-        self._first = at
+        self._first = self._first_output = at
         self._tokens.append(token)
         self._torn, self._fresh = False, True
         return 1
@@ -221,6 +233,8 @@ class Session:
             if is_long and self.progress is not None:
                 self.progress((piece.end - keep) / (n - keep))
         self._first = piece.start
+        # Of gaps between outputs nothing is told.
+        self._first_output = outputs[0] if n - outputs[0] == len(outputs) else n - 1
         self._tokens = tokens[:]
         self._torn, self._fresh = False, True
         return n_done

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import sys
+from array import array
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -294,3 +295,27 @@ def test_a_split_model_is_all_of_its_files(tiny, tmp_path, model):
     others[-1].unlink()
     with pytest.raises(ModelError, match=f"{others[-1].name}: No such file"):
         Model(first)
+
+
+def test_what_the_last_batch_told_is_not_evaluated_again(model):
+    """A shorter prefix whose state it told costs nothing, until another batch is evaluated."""
+    session, tokens = Session(model, CONTEXT, hidden=True), array("i", range(5, 13))
+    session.sync(tokens, (5, 6, 7))
+    for n in (6, 7, 8):
+        assert session.knows(tokens[:n])
+        assert session.sync(tokens[:n]) == 0
+    told = session.state(5)[0].copy()
+    other = tokens[:6] + array("i", [9])
+    assert not session.knows(tokens[:5])
+    assert not session.knows(other)
+    assert session.sync(other) == 1
+    assert not session.knows(tokens[:6])
+    session.sync(tokens[:6])
+    assert np.allclose(session.state(5)[0], told, atol=1e-3)
+
+
+def test_of_gaps_between_outputs_nothing_is_told(model):
+    session, tokens = Session(model, CONTEXT), array("i", range(5, 13))
+    session.sync(tokens, (4, 6, 7))
+    assert session.knows(tokens)
+    assert not session.knows(tokens[:7])
