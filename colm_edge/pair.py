@@ -21,12 +21,13 @@ from colm_edge.decode.policy import expected_rate, review_of, threshold_of
 from colm_edge.decode.timeline import Expert, Timeline
 from colm_edge.errors import ColmError, ContextError, ModelError, PromptError
 from colm_edge.llama.backend import supports_gpu
-from colm_edge.llama.context import ContextOptions, is_small, n_cores
+from colm_edge.llama.context import ContextOptions, is_small
 from colm_edge.llama.costs import CostTable, slower
 from colm_edge.llama.measure import cost_table, kept_table
 from colm_edge.llama.model import Model, shared_vocab
 from colm_edge.llama.prompt_cache import load_prompts, save_prompts
 from colm_edge.llama.session import Session
+from colm_edge.llama.threads import n_cores
 from colm_edge.options import Options
 from colm_edge.references import LOCAL_HOSTS, choose_pair, is_url
 from colm_edge.remote.client import RemoteExpert, RemoteSession
@@ -406,6 +407,7 @@ def load(
     lora: str | os.PathLike[str] | None = None,
     n_ctx: int = 0,
     n_threads: int = 0,
+    threads_auto: bool = False,
     n_ubatch: int = 0,
     n_gpu_layers: int = 0,
     n_gpu_layers_expert: int | None = None,
@@ -429,7 +431,8 @@ def load(
     pair: a name in models.txt instead.
     lora: a LoRA adapter for the base, a GGUF file.
     n_ctx: tokens the contexts hold; 0 takes what both models were trained for, at most 4096.
-    n_threads: 0 takes every core, or one for a very small model.
+    n_threads: 0 takes every core that other programs leave, or one for a very small model.
+    threads_auto: use fewer than n_threads too while other programs use the cores.
     n_ubatch: tokens of a prompt evaluated at a time; 0: 512, or 128 without flash attention.
     n_gpu_layers: as in llama.cpp, each model its own.
     rpc: machines that hold the expert, HOST:PORT of llama.cpp's RPC servers; all its layers unless
@@ -480,6 +483,7 @@ def load(
             flash_attn=flash_attn,
             cache_type_k=cache_type_k,
             cache_type_v=cache_type_v,
+            threads_auto=threads_auto,
         )
         loaded = Pair(
             base,

@@ -7,9 +7,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from colm_edge.llama.context import PLAIN_TYPES, ContextOptions, n_cores
+from colm_edge.llama.context import PLAIN_TYPES, ContextOptions
 from colm_edge.llama.model import Model
 from colm_edge.llama.session import Session
+from colm_edge.llama.threads import n_cores
 
 if TYPE_CHECKING:
     from colm_edge.pair import Pair

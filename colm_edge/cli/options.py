@@ -79,6 +79,11 @@ LOADING = (
     ),
     THREADS,
     click.option(
+        "--threads-auto",
+        is_flag=True,
+        help="With -t: use fewer threads while other programs use the cores, as without -t.",
+    ),
+    click.option(
         "-ub",
         "--ubatch-size",
         "n_ubatch",

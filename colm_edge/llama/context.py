@@ -7,7 +7,7 @@ A session uses one sequence, the server's slots one sequence each, the scorer on
 from __future__ import annotations
 
 import ctypes
-import os
+import logging
 from dataclasses import dataclass
 from time import perf_counter
 from typing import Any, Literal
@@ -20,6 +20,9 @@ from colm_edge.cancel import Cancel
 from colm_edge.errors import ColmError, ModelError
 from colm_edge.llama.backend import last_errors, supports_gpu
 from colm_edge.llama.model import Model
+from colm_edge.llama.threads import Cores, cores, n_cores
+
+log = logging.getLogger("colm_edge")
 
 Floats = npt.NDArray[np.float32]
 Bytes = npt.NDArray[np.uint8]
@@ -53,7 +56,11 @@ _NOTHING = np.empty(0, np.float32)
 
 @dataclass(frozen=True)
 class ContextOptions:
-    """How a model is evaluated; names and values are llama.cpp's. 0 lets colm-edge choose."""
+    """How a model is evaluated; names and values are llama.cpp's. 0 lets colm-edge choose.
+
+    threads_auto: use fewer than n_threads while other programs use the cores; always so if
+        colm-edge chooses their number.
+    """
 
     n_ctx: int = 0
     n_threads: int = 0
@@ -62,6 +69,7 @@ class ContextOptions:
     flash_attn: Literal["auto", "on", "off"] = "auto"
     cache_type_k: str = "f16"
     cache_type_v: str = "f16"
+    threads_auto: bool = False
 
     def __post_init__(self) -> None:
         for name, known in (
@@ -86,7 +94,7 @@ class ContextOptions:
         because with it a token gives the same bits alone and in a batch, and so do the contexts of
         many sequences.
         """
-        on_cpu = model.n_gpu_layers == 0 or not supports_gpu()
+        on_cpu = is_on_cpu(model)
         # llama.cpp needs flash attention for a quantised value cache.
         plain = self.cache_type_v in PLAIN_TYPES
         few = n_sequences < MANY_SEQUENCES
@@ -103,6 +111,11 @@ class ContextOptions:
         """
         return self.n_threads or (1 if is_small(model) else n_cores())
 
+    @property
+    def adapts_threads(self) -> bool:
+        """Whether decodes use fewer threads while other programs use the cores."""
+        return self.threads_auto or not self.n_threads
+
     def n_ubatch_of(self, model: Model, n_sequences: int = 1) -> int:
         """Return how many tokens llama.cpp evaluates at a time, at most. The default is lower
         without flash attention, where the attention scores of all of them are kept in memory."""
@@ -112,16 +125,14 @@ class ContextOptions:
         return self.n_ubatch or default
 
 
+def is_on_cpu(model: Model) -> bool:
+    """Return whether no layer of a model is on a GPU."""
+    return model.n_gpu_layers == 0 or not supports_gpu()
+
+
 def is_small(model: Model) -> bool:
     """Return whether a model is too small to gain from several threads."""
     return sum(file.stat().st_size for file in model.files) < SMALL_MODEL_BYTES
-
-
-def n_cores() -> int:
-    """Return how many cores this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 @dataclass
@@ -198,6 +209,9 @@ class Context:
         self._memory: Any = None
         self._embeddings = False
         self._views: dict[int, Floats] = {}
+        self._cores: Cores | None = None  # None where one thread, or a GPU, evaluates
+        self._n_threads = self._most_threads = 0
+        self.crowded = False  # whether other programs wanted the threads' cores at some decode
 
     @property
     def handle(self) -> Any:
@@ -217,6 +231,9 @@ class Context:
         if self._handle is not None:
             return
         begun = perf_counter()
+        self._n_threads = self._most_threads = self.options.n_threads_of(self.model)
+        if self._n_threads > 1 and is_on_cpu(self.model):
+            self._cores = cores()
         model = self.model.load(None if cancel is None else cancel.check)
         last_errors.clear()
         handle = llama.llama_init_from_model(model, self._params())
@@ -242,7 +259,7 @@ class Context:
         params = llama.llama_context_default_params()
         params.n_ctx, params.n_batch = self.n_ctx, self.n_batch
         params.n_ubatch = min(self.n_batch, options.n_ubatch_of(model, self.n_sequences))
-        params.n_threads = params.n_threads_batch = options.n_threads_of(model)
+        params.n_threads = params.n_threads_batch = self._n_threads
         # The sequences share the cells: a long one may use what short ones leave free.
         params.n_seq_max, params.kv_unified = self.n_sequences, self.n_sequences > 1
         params.flash_attn_type = _FLASH[options.flash_attn_of(model, self.n_sequences)]
@@ -260,6 +277,8 @@ class Context:
         if hidden != self._embeddings:
             llama.llama_set_embeddings(self._handle, hidden)
             self._embeddings = hidden
+        if self._cores is not None:
+            self._share(self._cores)
         account, begun = self.account, perf_counter()
         code = llama.llama_decode(self._handle, self.batch.head(n))
         if self.model.n_gpu_layers:
@@ -272,6 +291,19 @@ class Context:
             )
         account.n_calls += 1
         account.n_evaluated += n
+
+    def _share(self, cores: Cores) -> None:
+        """Leave cores to other programs, or use them again."""
+        n_threads = cores.threads(self._most_threads)
+        if n_threads != self._n_threads and self.options.adapts_threads:
+            llama.llama_set_n_threads(self._handle, n_threads, n_threads)
+            self._n_threads = n_threads
+            if not self.crowded:
+                log.info(
+                    "%s: %d instead of %d threads while other programs use the cores",
+                    self.model.path, n_threads, self._most_threads,
+                )  # fmt: skip
+        self.crowded = self.crowded or n_threads < self._most_threads
 
     def state(self, row: int, *, hidden: bool) -> tuple[Floats, Floats]:
         """Return (logits (n_vocab,), hidden (n_embd,) or (0,)) after a row of the last batch: views

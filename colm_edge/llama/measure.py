@@ -53,7 +53,8 @@ def cost_table(
     note: Callable[[str], None] = lambda text: None,
     cancel: Cancel | None = None,
 ) -> CostTable:
-    """Return a session's table from the cache, or measure it and cache it.
+    """Return a session's table from the cache, or measure it, and cache it unless other programs
+    used the cores meanwhile.
 
     The cache has a file per model, machine and settings under $XDG_CACHE_HOME (or
     ~/.cache)/colm-edge. fresh: measure in any case. note: called with a message before a
@@ -63,8 +64,12 @@ def cost_table(
     kept = None if fresh else kept_table(session)
     if kept is not None:
         return kept
-    note(f"measuring {session.model.path.name} on this machine, once")
-    table = measure(session, cancel)
+    name = session.model.path.name
+    note(f"measuring {name} on this machine, once")
+    table, crowded = measure(session, cancel)
+    if crowded:
+        note(f"other programs use the cores, so {name} will be measured again the next time")
+        return table
     path = _cache_file(session)
     with suppress(OSError, WriteError):  # without a cache it is measured again next time
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -79,8 +84,9 @@ def cost_table(
     return table
 
 
-def measure(session: Session, cancel: Cancel | None = None) -> CostTable:
-    """Time decodes of every size behind the same prefix, in a context of their own.
+def measure(session: Session, cancel: Cancel | None = None) -> tuple[CostTable, bool]:
+    """Time decodes of every size behind the same prefix, in a context of their own; return the
+    table, and whether other programs wanted the threads' cores meanwhile.
 
     The sizes take turns, and the (lower) median of a size's times counts, so that a short
     disturbance does not spoil a size. Sizes are measured in rising order until SECONDS are over: a
@@ -120,8 +126,8 @@ def measure(session: Session, cancel: Cancel | None = None) -> CostTable:
                     if n > 1 and times[kind][-1] > LONG:
                         break
                 if perf_counter() - begun > SECONDS:
-                    return _table(times)
-    return _table(times)
+                    return _table(times), twin.crowded
+        return _table(times), twin.crowded
 
 
 def _again(times: dict[tuple[int, bool], list[float]]) -> list[tuple[int, bool]]:

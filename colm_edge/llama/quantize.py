@@ -12,8 +12,8 @@ import llama_cpp as llama
 from colm_edge.errors import ModelError
 from colm_edge.files import check_writable, replacing
 from colm_edge.llama.backend import last_errors
-from colm_edge.llama.context import n_cores
 from colm_edge.llama.model import Model
+from colm_edge.llama.threads import n_cores
 
 _PREFIXES = ("LLAMA_FTYPE_MOSTLY_", "LLAMA_FTYPE_ALL_")
 # llama.cpp's mixes by the names that people write: Q4_0, Q4_K_M, F16 …

@@ -93,6 +93,11 @@ class Session:
         return self.options.n_threads_of(self.model)
 
     @property
+    def crowded(self) -> bool:
+        """Whether other programs wanted the threads' cores at some decode."""
+        return self._context.crowded
+
+    @property
     def n_ubatch(self) -> int:
         """The most tokens that llama.cpp evaluates at a time."""
         return self.options.n_ubatch_of(self.model)
