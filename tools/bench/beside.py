@@ -24,8 +24,9 @@ from colm_edge.llama.threads import cores, n_cores
 from colm_edge.pair import Pair, load
 
 LOADS = ("quiet", "beside one", "beside one, held")
-BUSY = "while True: pass"
-HELD = "import os; os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})\n" + BUSY
+# It ends by itself if we are killed.
+BUSY = "import os, time\nbegun = time.time()\n{held}\nwhile time.time() < begun + {seconds}: pass"
+HELD = "os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})"
 TOKENS = 96  # of a trace; the next one follows
 
 
@@ -40,8 +41,10 @@ def writing(pair: Pair, process: Process) -> Iterator[None]:
 
 def speed_beside(writer: Iterator[None], kind: str, seconds: float) -> float:
     """Return the tokens per second of `seconds` beside a load of a kind."""
-    code = {LOADS[1]: BUSY, LOADS[2]: HELD}.get(kind)
-    other = None if code is None else subprocess.Popen([sys.executable, "-c", code])
+    other = None
+    if kind != "quiet":
+        code = BUSY.format(held=HELD if kind == LOADS[2] else "", seconds=2 * seconds + 10)
+        other = subprocess.Popen([sys.executable, "-c", code])
     try:
         begun, n = perf_counter(), 0
         while perf_counter() - begun < seconds:
@@ -54,10 +57,10 @@ def speed_beside(writer: Iterator[None], kind: str, seconds: float) -> float:
             other.wait()
 
 
-def seconds_until_full(writer: Iterator[None], most: int) -> float:
-    """Write until every core is in use again; return how long that took."""
-    begun = perf_counter()
-    while cores().threads(most) < most:
+def seconds_until_full(writer: Iterator[None], seconds: float) -> float:
+    """Write until every core is in use again, `seconds` at most; return how long that took."""
+    begun, most = perf_counter(), n_cores()
+    while cores().threads(most) < most and perf_counter() - begun < seconds:
         next(writer)
     return perf_counter() - begun
 
@@ -82,11 +85,11 @@ def main() -> None:
                 for _ in range(TOKENS // 4):
                     next(writer)  # warms up
                 for kind in kinds:
-                    seconds_until_full(writer, n_cores())
+                    seconds_until_full(writer, args.seconds)
                     found = speed_beside(writer, kind, args.seconds)
                     speeds.setdefault((n, kind), []).append(found)
                     if n == 0 and kind != "quiet":
-                        back.append(seconds_until_full(writer, n_cores()))
+                        back.append(seconds_until_full(writer, args.seconds))
                 machine = measured_on(pair)
     print(f"| threads | {' | '.join(kinds)} |\n| --- |{' ---: |' * len(kinds)}")
     for n in settings:
