@@ -385,16 +385,24 @@ def test_offline_works_without_any_network():
     assert "nothing is downloaded offline" in done.stderr
 
 
-@pytest.mark.parametrize(("flags", "expected"), [([], None), (["--overlap"], True),
-                                                  (["--no-overlap"], False)])  # fmt: skip
-def test_overlap_can_be_asked_for_and_refused(tiny, monkeypatch, flags, expected):
+@pytest.mark.parametrize(
+    ("flags", "name", "expected"),
+    [
+        ([], "overlap", None),
+        (["--overlap"], "overlap", True),
+        (["--no-overlap"], "overlap", False),
+        ([], "threads_auto", False),
+        (["--threads-auto"], "threads_auto", True),
+    ],
+)
+def test_a_flag_of_the_models_can_be_given_or_left_out(tiny, monkeypatch, flags, name, expected):
     from colm_edge import pair
 
     seen = []
     load = pair.load
 
     def spy(*args, **options):
-        seen.append(options.get("overlap"))
+        seen.append(options.get(name))
         return load(*args, **options)
 
     monkeypatch.setattr(pair, "load", spy)
