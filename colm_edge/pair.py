@@ -297,8 +297,7 @@ class Pair:
                 f"the prompt has {len(tokens)} tokens, the context holds {self.n_ctx}; "
                 "shorten it or raise -c"
             )
-        # Alone, the base can read its whole vocabulary.
-        n = self.n_shared if threshold < 1 else self.base.n_vocab
+        n = self.n_shared if threshold < 1 else self.base.n_vocab  # alone the base reads all
         out_of_range = next((t for t in tokens if not 0 <= t < n), None)
         if out_of_range is not None:
             raise PromptError(
@@ -331,8 +330,7 @@ class Pair:
         options = options.with_changes(review=self.review(options, switch))
         threshold = self.threshold(options)
         self.check_prompt(tokens, threshold)
-        # Alone, the base can write its whole vocabulary.
-        n_choose = self.n_shared if threshold < 1 else self.base.n_vocab
+        n_choose = self.n_shared if threshold < 1 else self.base.n_vocab  # alone it has all
         goes_back = (options.reviews or options.doubts) and 0 < threshold < 1
         base, expert = timelines or with_guesses(self.base_session, self.expert, options, threshold)
         cancel, alone = Cancel(), timelines is None
