@@ -25,7 +25,8 @@ def main() -> None:
     arguments = task["arguments"]
     if name == "expert-llama-cpp-python":
         options = ContextOptions(**{name: arguments[name] for name in CONTEXT})
-        HighLevel(Session(Model(arguments["expert"]), options)).run(trace)
+        high_level = HighLevel(Session(Model(arguments["expert"]), options))
+        high_level.run(trace.prompt, len(trace.tokens))
     else:
         with load(**arguments) as pair, Methods(pair, trace) as methods:
             # memory_of made the expert the base, so that only one model is loaded.

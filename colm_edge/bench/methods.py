@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime
 import platform
 import statistics
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from importlib.metadata import version
@@ -14,12 +14,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from colm_edge.bench.memory import Note, memory_of
-from colm_edge.bench.peers import HighLevel, Sample, Tools, timed
+from colm_edge.bench.peers import HighLevel, Tools
 from colm_edge.bench.replay import Trace, replay
+from colm_edge.bench.rounds import Sample, chosen, clocked, ratio, speed_columns
 from colm_edge.bench.speculative import Speculative
 from colm_edge.decode.background import Background
 from colm_edge.decode.fast import Fast
-from colm_edge.decode.loop import Schedule
+from colm_edge.decode.loop import Decoder, Schedule
 from colm_edge.decode.planner import Planner
 from colm_edge.decode.review import ByRule, Review, Verdict
 from colm_edge.decode.timeline import Timeline
@@ -157,7 +158,16 @@ class Methods:
     def _llama(self) -> Sample:
         if self._high_level is None:
             self._high_level = HighLevel(self._pair.expert_session)
-        return self._high_level.run(self._trace)
+        return self._high_level.run(self._trace.prompt, len(self._trace.tokens))
+
+
+def timed(decoder: Decoder) -> Sample:
+    """Let a decoder write to its end."""
+    steps, seconds, first = clocked(decoder)
+    stats = decoder.stats
+    # With the expert in the background, the two overlap.
+    outside = max(0.0, seconds - stats.base_seconds - stats.expert_seconds)
+    return Sample(len(steps), seconds, first, outside, stats.expert_calls, stats.expert_tokens)
 
 
 def bench(
@@ -193,13 +203,8 @@ def bench(
             "the trace has tokens that this pair's models do not share; record it with this pair"
         )
     with Methods(pair, trace) as methods:
-        programs = Tools(tools, pair, trace).names if tools is not None else {}
-        ways = methods.names | programs
-        unknown = [name for name in only if name not in ways]
-        if unknown:
-            raise ColmError(f"no method {unknown[0]!r}; expected some of {', '.join(ways)}")
-        wanted = {*only, *programs} if only else ways
-        ways = {name: way for name, way in ways.items() if name in wanted}
+        programs = _programs(Tools(tools, pair), trace) if tools is not None else {}
+        ways = chosen(methods.names | programs, only, programs)
         samples: dict[str, list[Sample]] = {name: [] for name in ways}
         alone: list[dict[str, float]] = []  # between the rounds
         for i in range(rounds + 1):
@@ -220,33 +225,35 @@ def bench(
     return [_row(name, samples, trace, limits, peaks.get(name)) for name in ways]
 
 
+def _programs(tools: Tools, trace: Trace) -> dict[str, Callable[[], Sample]]:
+    """Return llama.cpp's own programs that fit a replay. They write texts of their own, to the
+    trace's prompt if that is a text."""
+    n, prompt = len(trace.tokens), "Once upon a time"
+    if trace.is_text:
+        prompt = tools.prompt_of(trace.prompt)
+    return {
+        "llama-bench": partial(tools.bench, n),
+        "llama-speculative-simple": partial(tools.speculative, prompt, n),
+    }
+
+
 def _row(
     name: str,
-    samples: dict[str, list[Sample]],
+    samples: Mapping[str, list[Sample]],
     trace: Trace,
     limits: list[dict[str, float]],
     peak: float | None,
 ) -> dict[str, Any]:
     n = len(trace.tokens)
-    seconds = {name: [sample.seconds for sample in taken] for name, taken in samples.items()}
-    ours, median, last = seconds[name], statistics.median(seconds[name]), samples[name][-1]
-    firsts = [s.first_token_seconds for s in samples[name] if s.first_token_seconds is not None]
+    speeds = {name: [sample.speed for sample in taken] for name, taken in samples.items()}
+    ours, last = speeds[name], samples[name][-1]
     outside = [s.outside_seconds for s in samples[name] if s.outside_seconds is not None]
-
-    def ratio(others: list[float]) -> float | None:
-        # Per round, so that a disturbance of a whole round affects both sides of the ratio.
-        ratios = [theirs / own for own, theirs in zip(ours, others, strict=True)] if others else []
-        return statistics.median(ratios) if ratios else None
-
     return {
         "method": name,
-        "tokens_per_second": n / median,
-        "tokens_per_second_low": n / max(ours),
-        "tokens_per_second_high": n / min(ours),
-        "first_token_seconds": statistics.median(firsts) if firsts else None,
-        "ratio_expert": ratio(seconds.get("expert", [])),
-        "ratio_sequential": ratio(seconds.get("colm", [])),
-        "ratio_limit": ratio([alone[name] for alone in limits if name in alone]),
+        **speed_columns(samples[name]),
+        "ratio_expert": ratio(ours, speeds.get("expert", [])),
+        "ratio_sequential": ratio(ours, speeds.get("colm", [])),
+        "ratio_limit": ratio(ours, [n / alone[name] for alone in limits if name in alone]),
         "outside_us": 1e6 * statistics.median(outside) / n if outside else None,
         "defer_rate": {"base": 0.0}.get(name, trace.defer_rate if "colm" in name else 1.0),
         "expert_calls": last.expert_calls,

@@ -3,43 +3,22 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Iterator
 from itertools import islice
 from pathlib import Path
-from time import perf_counter
 from typing import TYPE_CHECKING
 
-from colm_edge.bench.replay import Trace
-from colm_edge.decode.loop import Decoder
+from colm_edge.bench.rounds import Sample, clocked
 from colm_edge.errors import ColmError
 
 if TYPE_CHECKING:
     from colm_edge.llama.session import Session
     from colm_edge.pair import Pair
 
-
-@dataclass(frozen=True)
-class Sample:
-    """One run of one method; None where another program does not report a figure."""
-
-    seconds: float
-    first_token_seconds: float | None = None
-    outside_seconds: float | None = None  # of seconds, spent outside llama.cpp
-    expert_calls: int | None = None
-    expert_tokens: int | None = None
-
-
-def timed(decoder: Decoder) -> Sample:
-    begun = perf_counter()
-    next(decoder)
-    first = perf_counter() - begun
-    for _ in decoder:
-        pass
-    seconds, stats = perf_counter() - begun, decoder.stats
-    # With the expert in the background, the two overlap.
-    outside = max(0.0, seconds - stats.base_seconds - stats.expert_seconds)
-    return Sample(seconds, first, outside, stats.expert_calls, stats.expert_tokens)
+# 0.02.033.145 I encoded   18 tokens in    0.427 seconds, speed:   65.639 t/s
+FIGURES = re.compile(r"^.*(encoded|decoded) +(\d+) tokens in .*speed: +(\S+) t/s", re.MULTILINE)
 
 
 class HighLevel:
@@ -51,6 +30,7 @@ class HighLevel:
         from colm_edge.llama.backend import model_params
         from colm_edge.llama.context import CACHE_TYPES
 
+        self._model = session.model  # for the texts of tokens
         made = llama_cpp.llama_model_default_params
         # So that it also runs where llama.cpp's AMX code crashes.
         llama_cpp.llama_model_default_params = model_params
@@ -71,73 +51,95 @@ class HighLevel:
         finally:
             llama_cpp.llama_model_default_params = made
 
-    def run(self, trace: Trace) -> Sample:
+    def run(self, prompt: list[int], n: int, end_tokens: frozenset[int] = frozenset()) -> Sample:
+        """Write up to n tokens, greedily, or to an end token."""
         self._llama.reset()  # otherwise it would reuse the prompt
-        begun, n = perf_counter(), len(trace.tokens)
-        generated = self._llama.generate(trace.prompt, temp=0.0, repeat_penalty=1.0)
-        next(generated)
-        first = perf_counter() - begun
-        for _ in islice(generated, n - 1):
-            pass
-        seconds = perf_counter() - begun
-        generated.close()
-        return Sample(seconds, first, None, n, len(trace.prompt) + n - 1)
+        generated = self._llama.generate(prompt, temp=0.0, repeat_penalty=1.0)
+        try:
+            tokens, seconds, first = clocked(_until(end_tokens, islice(generated, n)))
+        finally:
+            generated.close()
+        # At an end token the model has been asked once more, about one more token.
+        written = [token for token in tokens if token not in end_tokens]
+        pieces = [self._model.piece(token) for token in written]
+        return Sample(
+            len(written),
+            seconds,
+            first,
+            expert_calls=len(tokens),
+            expert_tokens=len(prompt) + len(tokens) - 1,
+            deferred=len(written),
+            text=b"".join(pieces).decode("utf-8", "replace"),
+        )
 
     def close(self) -> None:
         self._llama.close()
 
 
-class Tools:
-    """llama.cpp's own programs, a process for each run. Their figures do not include loading; they
-    write texts of their own, to the trace's prompt if that is a text. Raises ColmError when a
-    program is missing or fails."""
+def _until(ends: Collection[int], tokens: Iterable[int]) -> Iterator[int]:
+    """Yield tokens to the first of `ends`, that one included."""
+    for token in tokens:
+        yield token
+        if token in ends:
+            return
 
-    def __init__(self, folder: Path, pair: Pair, trace: Trace) -> None:
-        n = len(trace.tokens)
-        self._folder = folder
+
+class Tools:
+    """llama.cpp's own programs, a process for each run. Their seconds do not include loading.
+    Raises ColmError when a program is missing or fails."""
+
+    def __init__(self, folder: Path, pair: Pair) -> None:
+        self._folder, self._base = folder, pair.base
+        self._ends = [pair.base.text([token]) for token in pair.base.end_tokens]
         expert, base = pair.expert_session, pair.base_session
         # Each model has its own number of GPU layers; on a CPU they have no effect.
-        layers = ["-ngl", str(expert.model.n_gpu_layers)]
-        threads = ["-t", str(expert.n_threads)]
-        model = ["-m", str(expert.model.path), *threads, *layers]
-        self._n = n
-        self._bench = ["llama-bench", *model, "-p", "0", "-n", str(n), "-r", "1", "-o", "json"]
-        self._speculative = [
-            "llama-speculative-simple",
-            *model,
-            "-c",
-            str(pair.n_ctx),
-            "--temp",
-            "0",
-            "-md",
-            str(pair.base.path),
-            "-td",
-            str(base.n_threads),
-            "--spec-type",
-            "draft-simple",
-            "-ngld",
-            str(pair.base.n_gpu_layers),
-            "-n",
-            str(n),
-            "-p",
-            pair.base.text(trace.prompt) if trace.is_text else "Once upon a time",
-            "--no-escape",
-        ]
-        self.names = {"llama-bench": self._run_bench, "llama-speculative-simple": self._run_draft}
+        self._expert = ["-m", str(expert.model.path), "-t", str(expert.n_threads)]
+        self._expert += ["-ngl", str(expert.model.n_gpu_layers)]
+        self._draft = ["-md", str(base.model.path), "-td", str(base.n_threads)]
+        self._draft += ["-ngld", str(base.model.n_gpu_layers), "--spec-type", "draft-simple"]
+        self._writing = ["-c", str(pair.n_ctx), "--temp", "0", "--no-escape"]
 
-    def _run_bench(self) -> Sample:
-        out = self._run(self._bench)
-        return Sample(self._n / float(json.loads(out[out.index("[") :])[0]["avg_ts"]))
+    def has(self, name: str) -> bool:
+        """Return whether a program is there."""
+        return (self._folder / name).exists()
 
-    def _run_draft(self) -> Sample:
-        # decoded   16 tokens in    0.016 seconds, speed:  991.326 t/s
-        line = next(x for x in self._run(self._speculative).splitlines() if "decoded" in x)
-        return Sample(self._n / float(line.split("speed:")[1].split()[0]))
+    def prompt_of(self, tokens: list[int]) -> str:
+        """Return the text that a program reads as these tokens; it puts a begin token first where
+        the vocabulary asks for one."""
+        text = self._base.text(tokens)
+        return text.removeprefix(self._base.bos_text) if self._base.tokenize("") else text
 
-    def _run(self, command: list[str]) -> str:
+    def bench(self, n: int) -> Sample:
+        """Decode n tokens, which are not a text."""
+        command = ["llama-bench", *self._expert, "-p", "0", "-n", str(n), "-r", "1", "-o", "json"]
+        out = self._run(command).stdout
+        return Sample(n, n / float(json.loads(out[out.index("[") :])[0]["avg_ts"]))
+
+    def speculative(self, prompt: str, n: int) -> Sample:
+        """Let the expert answer, greedily and with about n tokens at most; the base drafts."""
+        return self._answer(["llama-speculative-simple", *self._expert, *self._draft], prompt, n)
+
+    def lookup(self, prompt: str, n: int) -> Sample:
+        """Let the expert answer, as above; drafts are copied from the text so far."""
+        return self._answer(["llama-lookup", *self._expert], prompt, n)
+
+    def _answer(self, command: list[str], prompt: str, n: int) -> Sample:
+        done = self._run([*command, *self._writing, "-n", str(n), "-p", prompt])
+        # Versions differ in which of the two they print the figures to.
+        told = dict[str, tuple[int, float]]()
+        for what, tokens, speed in FIGURES.findall(done.stdout + done.stderr):
+            told[what] = int(tokens), int(tokens) / float(speed)
+        if "decoded" not in told:
+            raise ColmError(f"{command[0]} printed no speed; use a llama.cpp of about this version")
+        text = FIGURES.split(done.stdout.partition(prompt)[2])[0].rstrip()
+        for end in self._ends:
+            text = text.removesuffix(end)
+        return Sample(told["decoded"][0], sum(s for _, s in told.values()), text=text)
+
+    def _run(self, command: list[str]) -> subprocess.CompletedProcess[str]:
         program = self._folder / command[0]
         try:
-            done = subprocess.run(
+            return subprocess.run(
                 [program, *command[1:]],
                 capture_output=True,
                 text=True,
@@ -149,5 +151,3 @@ class Tools:
         except subprocess.CalledProcessError as e:
             last = (e.stderr.strip().splitlines() or ["no message"])[-1]
             raise ColmError(f"{program} failed: {last}") from e
-        # Versions differ in which of the two they print the figures to.
-        return done.stdout + done.stderr

@@ -238,7 +238,8 @@ def test_nothing_is_asked_of_the_expert_where_nothing_is_deferred(tiny):
 PROGRAM = """#!/bin/sh
 case "$0" in
 *bench) echo '[{"avg_ts": 50.0}]';;
-*) echo "0.00 I decoded   16 tokens in    0.016 seconds, speed:  25.000 t/s" >&2;;
+*) echo "0.00 I encoded    8 tokens in    0.160 seconds, speed:  50.000 t/s" >&2
+   echo "0.00 I decoded   16 tokens in    0.480 seconds, speed:  33.333 t/s" >&2;;
 esac
 """
 
@@ -254,10 +255,16 @@ def test_llama_cpps_own_programs_are_rows(tiny_pair, tmp_path):
         path.chmod(path.stat().st_mode | stat.S_IXUSR)
     rows = bench(tiny_pair, trace, 2, quiet, tools=tmp_path, only=["base"], memory=False)
     assert [row["method"] for row in rows] == ["base", "llama-bench", "llama-speculative-simple"]
-    assert [row["tokens_per_second"] for row in rows[-2:]] == [50.0, 25.0]
+    # 16 tokens in 0.64 seconds, with the prompt's
+    speeds = [row["tokens_per_second"] for row in rows[-2:]]
+    assert speeds == pytest.approx([50.0, 25.0], rel=1e-4)
     assert [row["expert_calls"] for row in rows[-2:]] == [None, None]
     (tmp_path / "llama-bench").write_text("#!/bin/sh\necho out of memory >&2\nexit 3\n")
     with pytest.raises(ColmError, match="failed: out of memory"):
+        bench(tiny_pair, trace, 1, quiet, tools=tmp_path, memory=False)
+    (tmp_path / "llama-bench").write_text(PROGRAM)
+    (tmp_path / "llama-speculative-simple").write_text("#!/bin/sh\n")
+    with pytest.raises(ColmError, match="llama-speculative-simple printed no speed"):
         bench(tiny_pair, trace, 1, quiet, tools=tmp_path, memory=False)
 
 
