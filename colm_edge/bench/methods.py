@@ -263,16 +263,20 @@ def _row(
     }
 
 
-def measured_on(pair: Pair) -> str:
-    """Return a line with the machine, the date and the settings."""
+def measured_on(pair: Pair, n_busy: int = 0) -> str:
+    """Return a line with the machine, the date and the settings.
+
+    n_busy: how many other processes were kept busy meanwhile.
+    """
     base, expert = pair.base_session, pair.expert_session
     options = base.options
+    beside = f", beside busy processes: {n_busy}" if n_busy else ""
     return (
         f"Measured on {cpu_name()}, {datetime.date.today()}: {base.model.path.name} and "
         f"{expert.model.path.name}, {base.n_threads} and {expert.n_threads} threads, "
         f"{base.model.n_gpu_layers} and {expert.model.n_gpu_layers} GPU layers, flash attention "
         f"{base.flash_attn}, cache {options.cache_type_k}/{options.cache_type_v}, context "
-        f"{pair.n_ctx}, llama-cpp-python {version('llama-cpp-python')}."
+        f"{pair.n_ctx}, llama-cpp-python {version('llama-cpp-python')}{beside}."
     )
 
 

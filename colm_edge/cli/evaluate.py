@@ -11,9 +11,12 @@ import click
 
 from colm_edge.cli.common import open_pair, progress
 from colm_edge.cli.options import (
+    ALLOW_EXEC,
     DATA,
+    LIMIT,
     PARALLEL,
     WORK_DIR,
+    check_exec,
     decoding_options,
     gathered,
     listed,
@@ -106,7 +109,7 @@ proxy_options = gathered(
     show_default=True,
     help="nll scores the data only; the others also generate answers and judge them.",
 )
-@click.option("--limit", type=click.IntRange(1), help="Use only the first lines of the data.")
+@LIMIT
 @click.option(
     "--methods",
     metavar="NAME,…",
@@ -131,12 +134,7 @@ proxy_options = gathered(
     "expert's own greedy answers to its prompts.",
 )
 @PARALLEL
-@click.option(
-    "--allow-exec",
-    is_flag=True,
-    help="Let --metric python run the code that the models write, in a child process with limits "
-    "on time, memory, files and network. Read docs/cli.md first.",
-)
+@ALLOW_EXEC
 @click.option(
     "--weak",
     metavar="SWITCH.gguf",
@@ -179,10 +177,7 @@ def eval_command(
     from colm_edge.tables import render
 
     check_sweep(sweep, decoding)
-    if metric == "python" and not allow_exec:
-        raise click.UsageError(
-            "--metric python runs code that the models write; say --allow-exec if that is allowed"
-        )
+    check_exec(metric, allow_exec)
     check_methods(methods, weak, proxy.get("anti_expert"), reviews)
     if reviews and metric == "nll":
         raise click.UsageError("--reviews needs a --metric that judges answers")

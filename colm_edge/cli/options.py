@@ -30,6 +30,15 @@ PARALLEL = click.option(
     show_default=True,
     help="Answers written at once; each takes the memory of a context (-c).",
 )
+LIMIT = click.option(
+    "--limit", type=click.IntRange(1), help="Use only the first lines of the data."
+)
+ALLOW_EXEC = click.option(
+    "--allow-exec",
+    is_flag=True,
+    help="Let --metric python run the code that the models write, in a child process with limits "
+    "on time, memory, files and network. Read docs/cli.md first.",
+)
 WORK_DIR = click.option(
     "--work-dir",
     metavar="DIR",
@@ -140,6 +149,14 @@ LOADING = (
 )
 
 
+def check_exec(metric: str | None, allow_exec: bool) -> None:
+    """Refuse to run what models write unless that was allowed."""
+    if metric == "python" and not allow_exec:
+        raise click.UsageError(
+            "--metric python runs code that the models write; say --allow-exec if that is allowed"
+        )
+
+
 def model_options(command: Command) -> Command:
     """Add the options that name and load the models, gathered as `models`."""
     return gathered("models", BASE, EXPERT, SWITCH, *LOADING)(command)
@@ -157,15 +174,16 @@ def output_option(*formats: str) -> Callable[[Command], Command]:
     )
 
 
-def decoding_options(**other_defaults: Any) -> Callable[[Command], Command]:
+def decoding_options(*names: str, **other_defaults: Any) -> Callable[[Command], Command]:
     """Add the options of `Options` that have flags, gathered as `decoding`.
 
+    names: only these; none means all.
     other_defaults: the command's own, where they differ from those of `Options`.
     """
     options = [
         _click_option(option, other_defaults.get(name, option.default))
         for name, option in OPTIONS.items()
-        if option.flags
+        if option.flags and (not names or name in names)
     ]
     return gathered("decoding", *options, defaults=other_defaults)
 

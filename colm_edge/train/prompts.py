@@ -60,7 +60,7 @@ def answer_prompts(
     work: a folder that keeps each answer as it comes; those found there are not written again.
     Raises DataError with the number of a line that has no prompt, or one that does not fit.
     """
-    prompts = list(_prompts(rows, pair, raw))
+    prompts = list(read_prompts(rows, pair, raw))
     journal = Journal(work / ANSWERS_FILE) if work is not None else None
     options = Options(temperature=0.0, threshold=0.0, max_tokens=max_tokens, n_probs=N_KEPT)
     keys = [key_of(pair.expert.fingerprint, pair.n_ctx, max_tokens, p.tokens) for p in prompts]
@@ -95,7 +95,7 @@ def answer_prompts(
     return Answered(documents, recorded, [entries[i] for i in range(len(prompts))])
 
 
-def _prompts(rows: Iterable[Row], pair: Pair, raw: bool) -> Iterator[Document]:
+def read_prompts(rows: Iterable[Row], pair: Pair, raw: bool) -> Iterator[Document]:
     """Yield each prompt as a document that begins where the answer will."""
     for number, row in rows:
         if not row.keys() & {"prompt", "messages"}:
