@@ -25,7 +25,7 @@ def _threshold(value: float) -> str:
 
 
 DECIMALS = Style("{:.3f}".format, "{:.3f}".format)
-AMOUNT = Style("{:,.1f}".format, "{:,.0f}".format)
+AMOUNT = Style("{:,.1f}".format, lambda value: f"{value:,.{int(value < 10)}f}")
 SHARE = Style(lambda value: f"{100 * value:.1f} %", lambda value: f"{100 * value:.1f}")
 THRESHOLD = Style(_threshold, _threshold)
 # Columns of fractions, by command. Any other has three decimals; texts and whole numbers are shown

@@ -90,6 +90,13 @@ def test_a_threshold_near_zero_or_one_is_not_rounded_to_it():
         assert markdown({"method": "colm", "threshold": value})[" threshold "] == f" {text} "
 
 
+def test_the_ends_of_a_low_speed_are_not_rounded_to_it():
+    row = {"method": "colm"}
+    for name, value in zip(("", "_low", "_high"), (9.96, 9.6, 12.34), strict=True):
+        row[f"tokens_per_second{name}"] = value
+    assert markdown(row)[" tokens_per_second "] == " 10.0 (9.6–12) "
+
+
 def test_csv_and_json_hold_every_field():
     for row in (EVAL, BENCH, TUNE):
         assert json.loads(render([row, row], "json")) == [row, row]
