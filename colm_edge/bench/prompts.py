@@ -102,8 +102,9 @@ class Writers:
         self._ends = pair.base.end_tokens | pair.expert.end_tokens
         self._high_level: HighLevel | None = None
         self.names: dict[str, Way] = {
-            "base": partial(self._stream, threshold=1.0),
-            "expert": partial(self._stream, threshold=0.0),
+            # One model, one token at a time: without guesses.
+            "base": partial(self._stream, threshold=1.0, schedule="sequential"),
+            "expert": partial(self._stream, threshold=0.0, schedule="sequential"),
             "expert-llama-cpp-python": self._llama,
             "both": partial(self._expert_text, Sequential),
             "colm": partial(self._stream, schedule="sequential"),

@@ -14,7 +14,7 @@ import threading
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
-from time import perf_counter, process_time
+from time import perf_counter
 
 WINDOW = 0.25  # seconds between two looks at the other programs, at least
 CALM = 0.5  # seconds that a core must be free before it is used again
@@ -94,7 +94,8 @@ def n_cores() -> int:
 
 def others_seconds() -> float | None:
     """Return the seconds that other programs have computed on this process's cores since the
-    system started, summed over the cores; None where the system does not tell."""
+    system started, summed over the cores; None where the system does not tell. A child of this
+    process is another program while it runs."""
     try:
         if sys.platform == "win32":
             busy = _busy_on_windows()
@@ -104,7 +105,7 @@ def others_seconds() -> float | None:
             busy = _busy_on_linux(Path("/proc/stat").read_text(), os.sched_getaffinity(0))
     except (OSError, AttributeError, ValueError):
         return None
-    return busy - process_time()
+    return busy - sum(os.times()[:4])  # this process, and its children once they have ended
 
 
 def _busy_on_linux(stat: str, cpus: set[int]) -> float:

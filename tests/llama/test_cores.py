@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import subprocess
 import sys
 
 import numpy as np
@@ -213,3 +214,12 @@ def test_a_pair_adapts_unless_its_threads_are_fixed(tiny):
         with load(tiny["base"], tiny["expert"], "margin", n_ctx=128, **settings) as pair:
             for session in (pair.base_session, pair.expert_session):
                 assert session.options.adapts_threads is adapts
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/stat")
+def test_a_child_that_has_ended_is_not_another_program(monkeypatch):
+    monkeypatch.setattr(threads, "_busy_on_linux", lambda *_: 100.0)
+    before = threads.others_seconds()
+    burn = "import time\nwhile time.process_time() < 0.2: pass"
+    subprocess.run([sys.executable, "-I", "-c", burn], check=True)
+    assert threads.others_seconds() <= before - 0.15
