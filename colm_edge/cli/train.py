@@ -14,7 +14,7 @@ import click
 from colm_edge.cli.common import progress
 from colm_edge.cli.options import DATA, PARALLEL, RAW, WORK_DIR, Number, gathered, pair_options
 from colm_edge.cli.terminal import say
-from colm_edge.errors import ColmError
+from colm_edge.errors import ColmError, ModelError
 from colm_edge.evaluate.metrics import METRICS
 
 if TYPE_CHECKING:
@@ -266,13 +266,16 @@ def _with_review(fit: Fit, pair: Pair | None, carried: Any) -> Fit:
     switch carry a tolerance: a number, "best", or None."""
     from colm_edge.train.tolerance import review_figures
 
-    report = fit.report
+    report, best = fit.report, None
     if pair is not None:
-        figures = review_figures(fit, pair.cost_tables(), pair.defaults.review_window)
-        report = {**report, "review": figures}
-        if carried == "best":
-            carried = figures["recommended"]
-            carried = math.inf if carried is None else carried
+        try:
+            figures = review_figures(fit, pair.cost_tables(), pair.defaults.review_window)
+        except ModelError as e:  # for example, no memory for another context
+            say(f"the report says nothing of review: {e}")
+        else:
+            report, best = {**report, "review": figures}, figures["recommended"]
+    if carried == "best":
+        carried = math.inf if best is None else best
     return replace(fit, switch=replace(fit.switch, review=carried), report=report)
 
 

@@ -13,7 +13,8 @@ from click.testing import CliRunner
 from conftest import no_bar
 
 from colm_edge.cli import main
-from colm_edge.errors import DataError
+from colm_edge.errors import DataError, ModelError
+from colm_edge.pair import Pair
 from colm_edge.switch.file import Switch
 from colm_edge.train.prompts import ANSWERS_FILE, N_KEPT, answer_prompts
 from colm_edge.train.scoring import score
@@ -166,6 +167,21 @@ def test_the_command_trains_from_prompts_and_resumes(tiny, tmp_path):
     first = out.read_bytes()
     assert CliRunner().invoke(main, args).exit_code == 0
     assert out.read_bytes() == first
+
+
+def test_a_fit_is_not_lost_where_decodes_cannot_be_measured(tiny, tmp_path, monkeypatch):
+    def fails(self):
+        raise ModelError("no memory")
+
+    monkeypatch.setattr(Pair, "cost_tables", fails)
+    prompts, out = tmp_path / "p.jsonl", tmp_path / "s.gguf"
+    prompts.write_text("".join(json.dumps(row) + "\n" for _, row in ROWS))
+    args = ["train", "--prompts", str(prompts), "--outfile", str(out), "-n", "8", "-c", "256"]
+    args += ["-m", tiny["base"], "-me", tiny["expert"], "-t", "1", "--review", "best"]
+    result = CliRunner().invoke(main, args)
+    assert result.exit_code == 0, result.output
+    assert "the report says nothing of review: no memory" in result.stderr
+    assert Switch.load(out).review == math.inf
 
 
 @pytest.mark.parametrize(
