@@ -36,6 +36,17 @@ def slow(endless, monkeypatch) -> None:
     monkeypatch.setattr(Context, "decode", slowly)
 
 
+def parts_at_a_near_tie(one, other) -> bool:
+    """Whether two texts are the same, or first differ where the two likeliest tokens are about as
+    likely: batches of other sizes differ in the last bits."""
+    places = range(min(len(one["tokens"]), len(other["tokens"])))
+    at = next((i for i in places if one["tokens"][i] != other["tokens"][i]), None)
+    if at is None:
+        return len(one["tokens"]) == len(other["tokens"])
+    best, second = sorted(one["top_logprobs"][at].values(), reverse=True)[:2]
+    return best - second < 0.02
+
+
 def test_answers_at_once_share_batches(endless):
     """Four streams together: the same text each, from fewer batches."""
     n = 400  # long enough that a late start does not matter
@@ -43,17 +54,16 @@ def test_answers_at_once_share_batches(endless):
         prompts = ["one", "two and", "three or so", "four"]
 
         def ask(prompt):
-            body = {"prompt": prompt, "max_tokens": n}
-            return httpx.post(f"{url}/v1/completions", json=body, timeout=60).json()
+            body = {"prompt": prompt, "max_tokens": n, "logprobs": 5}
+            done = httpx.post(f"{url}/v1/completions", json=body, timeout=60).json()
+            return done["choices"][0]["logprobs"]
 
         before = endless.base_session.n_calls
-        alone = [ask(prompt)["choices"][0]["text"] for prompt in prompts]
+        alone = [ask(prompt) for prompt in prompts]
         calls_alone = endless.base_session.n_calls - before
-        results = [""] * 4
+        results = [None] * 4
         threads = [
-            threading.Thread(
-                target=lambda i=i: results.__setitem__(i, ask(prompts[i])["choices"][0]["text"])
-            )
+            threading.Thread(target=lambda i=i: results.__setitem__(i, ask(prompts[i])))
             for i in range(4)
         ]
         before = endless.base_session.n_calls
@@ -61,8 +71,8 @@ def test_answers_at_once_share_batches(endless):
             thread.start()
         for thread in threads:
             thread.join(60)
-        # Later on a near-tie may fall otherwise: batches of other sizes differ in the last bits.
-        assert [text[:30] for text in results] == [text[:30] for text in alone]
+        for one, other in zip(alone, results, strict=True):
+            assert parts_at_a_near_tie(one, other)
         assert endless.base_session.n_calls - before < 0.8 * calls_alone
 
 
