@@ -17,13 +17,16 @@ from colm_edge.errors import ColmError
 
 
 class OneLineErrors(click.Command):
-    """A command whose ColmErrors are one line on stderr and exit code 1."""
+    """A command whose ColmErrors are one line on stderr and exit code 1; Ctrl-C is 130."""
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
         except ColmError as e:
             raise click.ClickException(" ".join(str(e).split())) from e
+        except KeyboardInterrupt:
+            click.echo(err=True)  # the line that shows ^C ends
+            raise click.exceptions.Exit(130) from None
 
 
 class Group(OneLineErrors, click.Group):

@@ -146,6 +146,15 @@ def test_odd_surroundings_are_no_traceback(tiny):
         assert last.startswith("Error: ") == (code == 1)
 
 
+def test_ctrl_c_exits_130(tiny, monkeypatch):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("colm_edge.info.describe_files", interrupted)
+    result = invoke("info", tiny["base"])
+    assert (result.exit_code, result.stdout, result.stderr) == (130, "", "\n")
+
+
 def test_wrong_usage_exits_2():
     for args in (["run", "--threshold", "7", "x"], ["run", "--nonsense"], ["train"], ["walk"]):
         assert invoke(*args).exit_code == 2
