@@ -12,22 +12,19 @@ from functools import partial
 from typing import Any, Literal, Self
 
 from colm_edge.cancel import Cancel
-from colm_edge.decode.background import Background
-from colm_edge.decode.guess import with_guesses
+from colm_edge.decode.background import Background, can_overlap
 from colm_edge.decode.loop import Decoder
-from colm_edge.decode.parts import picker_of, policy_of, schedule_of
+from colm_edge.decode.parts import picker_of, policy_of, schedule_of, timelines_of
 from colm_edge.decode.planner import Planner
 from colm_edge.decode.policy import expected_rate, review_of, threshold_of
 from colm_edge.decode.timeline import Expert, Timeline
 from colm_edge.errors import ColmError, ContextError, ModelError, PromptError
-from colm_edge.llama.backend import supports_gpu
-from colm_edge.llama.context import ContextOptions, is_small
+from colm_edge.llama.context import ContextOptions
 from colm_edge.llama.costs import CostTable, slower
 from colm_edge.llama.measure import cost_table, kept_table
 from colm_edge.llama.model import Model, shared_vocab
 from colm_edge.llama.prompt_cache import load_prompts, save_prompts
 from colm_edge.llama.session import Session
-from colm_edge.llama.threads import n_cores
 from colm_edge.options import Options
 from colm_edge.references import LOCAL_HOSTS, choose_pair, is_url
 from colm_edge.remote.client import RemoteExpert, RemoteSession
@@ -95,12 +92,16 @@ class Pair:
         self.expert: Expert
         if isinstance(expert, RemoteExpert):
             self.expert = expert.session()
+            # A server on this machine may use the same cores.
+            beside = not expert.is_local
         else:
             self._owned.append(expert)
-            self._here = Session(expert, context)
+            self._here = self.expert = Session(expert, context)
             self._here.progress = _share(progress, "expert prompt")
-            beside = self._overlaps(self._here) if overlap is None else overlap
-            self.expert = Background(self._here) if beside else self._here
+            beside = can_overlap(self.base_session, self._here)
+        self._overlap = beside if overlap is None else overlap
+        if self._here is not None and self._overlap:
+            self.expert = Background(self._here)
         self._costs: CostTable | None = None  # of the expert, once the fast schedule needs them
         self.planner = Planner(self._weigh)
         self.base_session.open()
@@ -161,19 +162,6 @@ class Pair:
             f"this needs the expert's weights here, and they are at {self.expert.name}; "
             "give a GGUF file (-me)"
         )
-
-    def _overlaps(self, expert: Session) -> bool:
-        """Return whether both models can run at once without slowing each other down."""
-        base = self.base_session
-        if expert.model.rpc:
-            return True
-        on_gpu = [s.model.n_gpu_layers != 0 and supports_gpu() for s in (base, expert)]
-        if on_gpu[0] != on_gpu[1]:
-            return True
-        # A decode of a small model is as fast as handing it to another thread.
-        if any(on_gpu) or is_small(expert.model):
-            return False
-        return base.n_threads + expert.n_threads <= n_cores()
 
     def cost_tables(
         self, *, fresh: bool = False, cancel: Cancel | None = None
@@ -332,8 +320,15 @@ class Pair:
         self.check_prompt(tokens, threshold)
         n_choose = self.n_shared if threshold < 1 else self.base.n_vocab  # alone it has all
         goes_back = (options.reviews or options.doubts) and 0 < threshold < 1
-        base, expert = timelines or with_guesses(self.base_session, self.expert, options, threshold)
         cancel, alone = Cancel(), timelines is None
+        base, expert = timelines or timelines_of(
+            self.base_session,
+            self.expert,
+            options,
+            threshold,
+            goes_back=goes_back,
+            overlaps=self._overlap,
+        )
         row = self.base.token_id(DEFER_TOKEN) if isinstance(self.switch, DeferRow) else None
         picker = picker_of(options, n_choose, tokens, defer_row=row, goes_back=goes_back)
         decoder = Decoder(
@@ -437,8 +432,8 @@ def load(
         n_gpu_layers_expert says how many.
     flash_attn, cache_type_k, cache_type_v: as in llama.cpp, of both models' contexts; flash
         attention that is "auto" is on with a GPU only.
-    overlap: whether a loaded expert catches up with long gaps on a thread of its own; None: where
-        the models are on different devices, or there are cores enough for the threads of both.
+    overlap: whether the base goes on while a loaded expert evaluates, which catches up with long
+        gaps then; None: where they are on different machines or devices, or there are cores enough.
     offline: download nothing; what is not in the Hub's cache is an error.
     expert_required: a remote expert that fails is a ModelError; else the base goes on alone.
     note: called with a line about anything that takes a while; by default that line is logged.

@@ -137,8 +137,8 @@ LOADING = (
     click.option(
         "--overlap/--no-overlap",
         default=None,
-        help="Evaluate the expert on a thread of its own while the base goes on.  [default: if "
-        "they are on different devices or cores]",
+        help="Let the base go on while the expert evaluates.  [default: if they are on different "
+        "machines, devices or cores]",
     ),
     click.option(
         "--expert-required",

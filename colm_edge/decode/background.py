@@ -9,7 +9,10 @@ from dataclasses import replace
 
 from colm_edge.cancel import Cancel
 from colm_edge.decode.timeline import Floats
+from colm_edge.llama.backend import supports_gpu
+from colm_edge.llama.context import is_small
 from colm_edge.llama.session import Session
+from colm_edge.llama.threads import n_cores
 
 # Shorter gaps wait for the deferral: one batch costs less than several.
 MIN_GAP = 16
@@ -69,6 +72,15 @@ class Background:
         if session.created and len(tokens) - session.n_known(tokens) >= MIN_GAP:
             self._job = self._worker.submit(session.sync, tokens[:])
 
+    def begin(
+        self, tokens: Sequence[int], outputs: Sequence[int] = (), cancel: Cancel | None = None
+    ) -> Future[int]:
+        """Begin what `sync` does, and return at once; a `sync` of the same tokens then waits for it
+        and has nothing left to evaluate."""
+        self.wait()
+        self._job = self._worker.submit(self.session.sync, tokens[:], outputs, cancel)
+        return self._job
+
     def wait(self) -> None:
         """Wait until no catch-up is running. Raises what the catch-up raised."""
         if self._job is None:
@@ -101,3 +113,16 @@ class Background:
         self._worker.shutdown(wait=True)
         self._job = None
         self.session.close()
+
+
+def can_overlap(base: Session, expert: Session) -> bool:
+    """Return whether both models can run at once without slowing each other down."""
+    if expert.model.rpc:
+        return True
+    on_gpu = [s.model.n_gpu_layers != 0 and supports_gpu() for s in (base, expert)]
+    if on_gpu[0] != on_gpu[1]:
+        return True
+    # A decode of a small model is as fast as handing it to another thread.
+    if any(on_gpu) or is_small(expert.model):
+        return False
+    return base.n_threads + expert.n_threads <= n_cores()

@@ -6,16 +6,22 @@ import secrets
 from collections.abc import Sequence
 from random import Random
 
+from colm_edge.decode.ahead import Ahead, Awaited
+from colm_edge.decode.background import Background
 from colm_edge.decode.doubt import Doubt
 from colm_edge.decode.fast import Fast
 from colm_edge.decode.fresh import Fresh
+from colm_edge.decode.guess import with_guesses
 from colm_edge.decode.loop import ExpertAlone, Follow, Schedule, Sequential
 from colm_edge.decode.picker import Picker
 from colm_edge.decode.planner import Planner
 from colm_edge.decode.policy import Policy, RatePolicy, running_rate
 from colm_edge.decode.review import ByRule, Exact, Review, Tolerance
+from colm_edge.decode.timeline import Expert, Timeline
 from colm_edge.llama.sampling import ChainSampler
+from colm_edge.llama.session import Session
 from colm_edge.options import Options
+from colm_edge.remote.client import RemoteSession
 from colm_edge.switch.reading import AnySwitch, Base
 
 WATCHED = 4  # tokens behind one of the expert's that may make it doubtful
@@ -57,6 +63,27 @@ def picker_of(
         composes=options.strategy == "compose",
         defer_row=-1 if defer_row is None else defer_row,
     )
+
+
+def timelines_of(
+    base: Session,
+    expert: Expert,
+    options: Options,
+    threshold: float,
+    *,
+    goes_back: bool,
+    overlaps: bool,
+) -> tuple[Timeline, Timeline]:
+    """Return a pair's timelines for one answer; under the fast schedule they evaluate guesses.
+
+    goes_back: as for `picker_of`. overlaps: whether the base may go on while the expert evaluates.
+    """
+    guessing, other = with_guesses(base, expert, options, threshold)
+    fast = overlaps and options.schedule == "fast" and 0 < threshold < 1 and not goes_back
+    if not (fast and isinstance(expert, Background | RemoteSession)):
+        return guessing, other
+    ahead = Ahead(guessing, base.end_tokens)
+    return ahead, Awaited(expert, ahead)
 
 
 def schedule_of(

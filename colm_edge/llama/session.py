@@ -192,11 +192,9 @@ class Session:
         held = self._tokens
         if len(held) == n - 1 and held == tokens[:-1] and not outputs and not self._torn:
             return self._append(tokens[-1])
-        keep = self.n_known(tokens)
-        if not outputs or outputs[0] == n - 1:
-            if keep == n and self._tells(n):
-                return 0
-            outputs = (n - 1,)
+        keep, outputs = self.n_known(tokens), outputs or (n - 1,)
+        if keep == n and self._tells(n) and self._first_output <= outputs[0]:
+            return 0
         keep = min(keep, outputs[0])
         if keep < len(held) or self._torn:
             self._drop(keep)

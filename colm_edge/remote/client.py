@@ -15,8 +15,9 @@ import threading
 import time
 from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -25,6 +26,7 @@ from colm_edge.cancel import Cancel
 from colm_edge.errors import AbsentExpertError, ColmError, MismatchError, ModelError, PromptError
 from colm_edge.llama.model import MAX_VOCAB_DIFFERENCE, Model
 from colm_edge.llama.session import common_prefix
+from colm_edge.references import LOCAL_HOSTS
 from colm_edge.remote import colm_edge, llama_cpp, vllm
 from colm_edge.remote.dialect import Body, Dialect, Reply, Scored
 
@@ -64,6 +66,7 @@ class _RequestError(Exception):
 class RemoteExpert:
     """A model behind HTTP. Any thread may use it.
 
+    is_local: whether the server runs on this machine.
     required: raise ModelError when the server fails. Otherwise AbsentExpertError is raised, and
         the base goes on alone, after one warning to `note` (the log, if None).
     timeout: seconds that an answer may take. pause: seconds without requests after a failure.
@@ -89,6 +92,7 @@ class RemoteExpert:
             raise ModelError(f"{url}: {e}; expected http://host:port") from e
         if not parsed.host or not 0 < (parsed.port or 80) < 1 << 16:
             raise ModelError(f"{url} is not an address; expected http://host:port")
+        self.is_local = parsed.host in LOCAL_HOSTS
         self.url = str(parsed.copy_with(userinfo=b"")).rstrip("/").removesuffix("/v1")
         self.base, self.required, self.end_tokens = base, required, base.end_tokens
         self.n_ctx, self.n_shared = 2**31 - 1, base.n_vocab  # until the server tells its own
@@ -313,11 +317,20 @@ class RemoteExpert:
             raise _RequestError(f"{path}: its answer is not valid JSON") from e
 
 
+class _Reply(NamedTuple):
+    """What a server told, and the seconds that it took; or what went wrong."""
+
+    logits: Floats
+    n_evaluated: int | None
+    seconds: float
+    error: Exception | None = None
+
+
 class RemoteSession:
     """One timeline of a remote expert, with the methods of a local one.
 
     The server keeps what it has evaluated in its own cache; nothing is held here but the last
-    answer.
+    answer, and the one that is under way.
     """
 
     def __init__(self, expert: RemoteExpert) -> None:
@@ -325,6 +338,7 @@ class RemoteSession:
         self.n_evaluated = self.n_calls = 0
         self.seconds = self.load_seconds = 0.0
         self._held, self._logits = array("i"), np.empty(0, np.float32)
+        self._begun: tuple[array[int], Future[_Reply]] | None = None
 
     @property
     def name(self) -> str:
@@ -358,6 +372,20 @@ class RemoteSession:
         """Close the client, and with it the other timelines of the expert."""
         self.expert.close()
 
+    def begin(
+        self, tokens: Sequence[int], outputs: Sequence[int] = (), cancel: Cancel | None = None
+    ) -> Future[_Reply]:
+        """Begin to ask, and return at once; `sync` of the same tokens waits for the answer. An
+        answer that nobody waits for is dropped."""
+        wanted, reply = array("i", tokens), Future[_Reply]()
+        self._check(wanted, outputs)
+        self._begun = wanted, reply
+        # Not a pool's thread: the process may end while a server does not answer.
+        threading.Thread(
+            target=lambda: reply.set_result(self._ask(wanted)), name="colm-edge-ask", daemon=True
+        ).start()
+        return reply
+
     def sync(
         self, tokens: Sequence[int], outputs: Sequence[int] = (), cancel: Cancel | None = None
     ) -> int:
@@ -367,6 +395,25 @@ class RemoteSession:
             interrupted.
         Raises what `RemoteExpert.ask` raises.
         """
+        wanted = array("i", tokens)
+        self._check(wanted, outputs)
+        begun, self._begun = self._begun, None
+        if wanted == self._held:
+            return 0
+        is_asked = begun is not None and begun[0] == wanted
+        reply = begun[1].result() if begun and is_asked else self._ask(wanted)
+        self.seconds += reply.seconds
+        if reply.error is not None:
+            raise reply.error
+        n_evaluated = reply.n_evaluated
+        if n_evaluated is None:  # the server has the last prefix in its cache
+            n_evaluated = len(wanted) - common_prefix(self._held, wanted)
+        self._held, self._logits = wanted, reply.logits
+        self.n_calls += 1
+        self.n_evaluated += n_evaluated
+        return n_evaluated
+
+    def _check(self, tokens: array[int], outputs: Sequence[int]) -> None:
         if not tokens:
             raise PromptError("nothing to evaluate: the prompt has no tokens")
         if list(outputs) not in ([], [len(tokens) - 1]):
@@ -374,20 +421,14 @@ class RemoteSession:
                 "an expert on a server tells only what follows the last token, and outputs of "
                 "earlier ones are wanted; give a GGUF file (-me)"
             )
-        wanted = array("i", tokens)
-        if wanted == self._held:
-            return 0
+
+    def _ask(self, wanted: array[int]) -> _Reply:
         begun = time.perf_counter()
         try:
-            self._logits, n_evaluated = self.expert.ask(wanted.tolist())
-        finally:
-            self.seconds += time.perf_counter() - begun
-        if n_evaluated is None:  # the server has the last prefix in its cache
-            n_evaluated = len(wanted) - common_prefix(self._held, wanted)
-        self._held = wanted
-        self.n_calls += 1
-        self.n_evaluated += n_evaluated
-        return n_evaluated
+            logits, n_evaluated = self.expert.ask(wanted.tolist())
+        except Exception as e:  # a server may fail, which takes time as well
+            return _Reply(np.empty(0, np.float32), None, time.perf_counter() - begun, e)
+        return _Reply(logits, n_evaluated, time.perf_counter() - begun)
 
     def state(self, i: int) -> tuple[Floats, Floats]:
         """Return (logits, nothing) after token i of the last `sync`, its last one."""
