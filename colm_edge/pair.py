@@ -12,7 +12,7 @@ from functools import partial
 from typing import Any, Literal, Self
 
 from colm_edge.cancel import Cancel
-from colm_edge.decode.background import Background, can_overlap
+from colm_edge.decode.background import Background, can_overlap, prepare
 from colm_edge.decode.loop import Decoder
 from colm_edge.decode.parts import picker_of, policy_of, schedule_of, timelines_of
 from colm_edge.decode.planner import Planner
@@ -320,7 +320,7 @@ class Pair:
         self.check_prompt(tokens, threshold)
         n_choose = self.n_shared if threshold < 1 else self.base.n_vocab  # alone it has all
         goes_back = (options.reviews or options.doubts) and 0 < threshold < 1
-        cancel, alone = Cancel(), timelines is None
+        cancel, alone, here = Cancel(), timelines is None, self._here
         base, expert = timelines or timelines_of(
             self.base_session,
             self.expert,
@@ -349,6 +349,7 @@ class Pair:
             ),
             cancel=cancel,
             lock=self._lock if alone else None,
+            near=partial(prepare, here, self.base_session) if here and threshold < 1 else None,
         )
         unreadable = "" if threshold >= 1 or self.expert_is_here else self._not_here()
         return Stream(decoder, self.base, options.stop, cancel, unreadable)

@@ -123,6 +123,28 @@ def test_threshold_one_is_the_base_alone_and_never_loads_the_expert(tiny, switch
         assert answer.text == alone.generate("hello", threshold=1.0, **GREEDY).text
 
 
+@pytest.mark.parametrize(("n_threads", "ahead"), [(0, True), (1, True), (64, False)])
+def test_the_expert_is_read_ahead_of_its_first_token(tiny, monkeypatch, n_threads, ahead):
+    """But not beside as many threads as there are cores, if their number is the user's."""
+    monkeypatch.setattr("colm_edge.decode.background.n_cores", lambda: 2)
+    prepared = []
+    with load(tiny["base"], tiny["expert"], "margin", n_threads=n_threads, n_ctx=256) as pair:
+        pair.cost_tables()
+        pair.unload_expert()
+        prepare = pair.expert_session.model.prepare
+        monkeypatch.setattr(
+            pair.expert_session.model,
+            "prepare",
+            lambda: (prepared.append(pair.expert_is_loaded), prepare()),
+        )
+        stream = pair.stream("hello", threshold=0.9, **GREEDY)
+        steps = list(stream)
+        assert any(0.45 < step.p_defer <= 0.9 for step in steps)
+        assert prepared == ([False] if ahead else [])
+        assert pair.generate("hello", threshold=1.0, **GREEDY).text
+        assert prepared == ([False] if ahead else [])
+
+
 def test_threshold_zero_is_the_expert_alone(tiny, switch):
     with load(tiny["base"], tiny["expert"], switch, n_threads=1) as pair:
         answer = pair.generate("hello", threshold=0.0, **GREEDY)

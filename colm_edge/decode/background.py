@@ -1,4 +1,4 @@
-"""An expert that catches up on a thread of its own while the base goes on."""
+"""An expert that catches up, or reads its weights, on a thread of its own beside the base."""
 
 from __future__ import annotations
 
@@ -126,3 +126,13 @@ def can_overlap(base: Session, expert: Session) -> bool:
     if any(on_gpu) or is_small(expert.model):
         return False
     return base.n_threads + expert.n_threads <= n_cores()
+
+
+def prepare(expert: Session, base: Session) -> None:
+    """Begin to read an expert's weights while the base goes on; return at once.
+
+    Not where the user fixed the number of the base's threads, and they are as many as there are
+    cores: llama.cpp's threads would wait busily for the one whose core is taken.
+    """
+    if base.options.adapts_threads or base.n_threads < n_cores():
+        expert.model.prepare()

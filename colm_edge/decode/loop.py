@@ -22,6 +22,8 @@ from colm_edge.decode.step import Event, Stats, Step, Undone
 from colm_edge.decode.timeline import Floats, Timeline
 from colm_edge.errors import AbsentExpertError
 
+# The share of its threshold that p_defer reaches before the expert is likely to be called.
+NEAR = 0.5
 # Outputs evaluated at once when a prompt is read back; each takes n_vocab floats.
 PROMPT_OUTPUTS = 64
 Follow = Callable[["array[int]"], None]
@@ -85,6 +87,7 @@ class Decoder:
     end_tokens: end the answer and are not a step of it.
     cancel: ends the answer before its next evaluation, or within a long one.
     lock: held during each step, if other answers use the same timelines.
+    near: called once, when p_defer first comes near its threshold.
     """
 
     def __init__(
@@ -100,6 +103,7 @@ class Decoder:
         schedule: Schedule | None = None,
         cancel: Cancel | None = None,
         lock: threading.RLock | None = None,
+        near: Callable[[], None] | None = None,
     ) -> None:
         self.tokens = array("i", prompt)
         self.stats = Stats(n_prompt=len(self.tokens))
@@ -110,6 +114,7 @@ class Decoder:
         self._base, self._experts, self.policy = base, tuple(experts), policy
         self._schedule = schedule or Sequential()
         self.cancel, self._lock = cancel or Cancel(), lock or threading.RLock()
+        self._near = near
         # The context must hold every token that is evaluated; the last one written is not.
         self.end = min(timeline.n_ctx for timeline in (base, *experts)) + 1
         if max_tokens >= 0:
@@ -178,7 +183,11 @@ class Decoder:
     def read_base(self, at: int) -> tuple[Reading, Floats]:
         """Return the switch's reading for position `at`, and the base's logits for it."""
         logits, hidden = self._base.state(at - 1)
-        return self.policy.read(at, logits, hidden), logits
+        reading = self.policy.read(at, logits, hidden)
+        if self._near is not None and reading.p_defer > NEAR * self.policy.threshold:
+            near, self._near = self._near, None
+            near()
+        return reading, logits
 
     def told_by_base(self, at: int) -> tuple[Floats, int, float]:
         """Return the base's logits for position `at`, their likeliest token and their log-sum-exp,

@@ -10,17 +10,20 @@ import hashlib
 import os
 import threading
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import llama_cpp as llama
 
+from colm_edge.cancel import CancelledError
 from colm_edge.errors import MismatchError, ModelError
 from colm_edge.files import parts_of
 from colm_edge.llama import huge_pages
 from colm_edge.llama.backend import last_errors, model_params
 from colm_edge.llama.rpc import check_servers, device_list
+from colm_edge.llama.threads import cores
 
 # llama.cpp's limit: two vocabularies may differ in size by this many rows.
 MAX_VOCAB_DIFFERENCE = 128
@@ -28,6 +31,7 @@ MAX_VOCAB_DIFFERENCE = 128
 FIRST_COMPARED_TOKEN = 5
 FINGERPRINT_PLACES = 1024  # in a model's file, evenly spread
 FINGERPRINT_BYTES = 4096  # read at each place
+WAIT = 0.05  # seconds between two checks while another thread reads the weights
 
 
 class Model:
@@ -61,6 +65,9 @@ class Model:
         self._loaded = False
         # Loading the weights replaces the handle, which other threads may be using to tokenize.
         self._lock = threading.RLock()
+        self._preparing: threading.Thread | None = None
+        self._closed = False
+        self._n_waiting = 0  # for the weights, which another thread reads
         for file in self.files:
             _check_gguf(file)
         self._handle = self._open(vocab_only=True)
@@ -84,7 +91,12 @@ class Model:
         """A hash that identifies the model and its adapter."""
         return fingerprint(*self.files)
 
-    def _open(self, vocab_only: bool, check: Callable[[], None] | None = None) -> Any:
+    def _open(
+        self,
+        vocab_only: bool,
+        check: Callable[[], None] | None = None,
+        progress: Callable[[float], None] | None = None,
+    ) -> Any:
         params = model_params()
         params.vocab_only = vocab_only
         params.n_gpu_layers = self.n_gpu_layers
@@ -94,7 +106,7 @@ class Model:
             params.devices = ctypes.cast(devices, ctypes.c_void_p)
         if not vocab_only:
             # `params` keeps the callback alive.
-            params.progress_callback = _progress_callback(self._progress, check, raised)
+            params.progress_callback = _progress_callback(progress, check, raised)
         last_errors.clear()
         handle = llama.llama_model_load_from_file(os.fsencode(self.path), params)
         if raised:
@@ -111,15 +123,50 @@ class Model:
             raise ModelError(f"{self.path}: cannot load: {reason}; download or convert it again")
         return handle
 
+    def prepare(self) -> None:
+        """Begin to read the weights on a thread of its own, and return at once; `load` waits for
+        it. What goes wrong is raised by `load`, which tries again."""
+        if self._loaded or self._preparing is not None or self._closed:
+            return
+        self._preparing = threading.Thread(target=self._prepare, name="colm-edge-load")
+        self._preparing.start()
+
+    def _prepare(self) -> None:
+        try:
+            with cores().lent(), suppress(ModelError, CancelledError):
+                self._load(self._check_wanted, self._tell_who_waits)
+        finally:
+            self._preparing = None
+
+    def _check_wanted(self) -> None:
+        if self._closed:
+            raise CancelledError
+
+    def _tell_who_waits(self, share: float) -> None:
+        if self._n_waiting and self._progress is not None:
+            self._progress(share)
+
     def load(self, check: Callable[[], None] | None = None) -> Any:
         """Return llama.cpp's model, reading the weights on the first call.
 
         check: called repeatedly during the load; an exception in it ends the load.
         """
-        with self._lock:
+        return self._handle if self._loaded else self._load(check, self._progress)
+
+    def _load(
+        self, check: Callable[[], None] | None, progress: Callable[[float], None] | None
+    ) -> Any:
+        self._n_waiting += 1
+        try:
+            while not self._lock.acquire(timeout=WAIT):
+                if check is not None:
+                    check()
+        finally:
+            self._n_waiting -= 1
+        try:
             if not self._loaded:
                 self._check_open()
-                full = self._open(vocab_only=False, check=check)
+                full = self._open(vocab_only=False, check=check, progress=progress)
                 try:
                     self._adapter = self._open_adapter(full)
                 except ModelError:
@@ -128,6 +175,8 @@ class Model:
                 llama.llama_model_free(self._handle)
                 self._handle, self._loaded = full, True
             return self._handle
+        finally:
+            self._lock.release()
 
     def _open_adapter(self, handle: Any) -> Any:
         if self.lora is None:
@@ -169,6 +218,7 @@ class Model:
 
     def close(self) -> None:
         """Free the model. Close its sessions first."""
+        self._closed = True
         with self._lock:
             if self._handle is not None:
                 llama.llama_model_free(self._handle)

@@ -11,7 +11,8 @@ import ctypes
 import os
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from time import perf_counter
@@ -45,6 +46,7 @@ class Cores:
         self._busy = self._looked  # when there was last no core more than those in use
         self._raised = -LONGEST_CALM  # when cores were last used again
         self._calm = CALM
+        self._lent = 0
 
     def threads(self, most: int) -> int:
         """Return how many threads a decode that begins now should have: 1 to `most`.
@@ -57,7 +59,19 @@ class Cores:
                 self._look(now)
             finally:
                 self._lock.release()
-        return most if self._free == self._n else min(most, self._free)
+        free = self._free - self._lent
+        return most if free == self._n else min(most, max(1, free))
+
+    @contextmanager
+    def lent(self) -> Iterator[None]:
+        """Leave one core more to other work of this process inside the `with` block."""
+        with self._lock:
+            self._lent += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._lent -= 1
 
     def _look(self, now: float) -> None:
         before, since = self._seen, self._looked

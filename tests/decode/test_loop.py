@@ -241,3 +241,18 @@ def test_an_expert_alone_needs_no_base():
     assert {(s.source, s.p_defer) for s in steps} == {("expert", 1.0)}
     assert base.batches == []
     assert run.stats.expert_calls == 9
+
+
+@given(
+    seed=st.integers(0, 10_000), rate=st.floats(0, 1), threshold=st.sampled_from([0.3, 0.6, 0.9])
+)
+def test_near_is_called_once_at_the_first_reading_of_half_the_threshold(seed, rate, threshold):
+    read, p_of = reader(seed, rate)
+    base, calls = Scripted(writer(1)), list[int]()
+    run = decoder(
+        base, Scripted(writer(2)), read, [1, 2, 3], threshold, max_tokens=20,
+        near=lambda: calls.append(len(base.held)),
+    )  # fmt: skip
+    list(run)
+    places = [n for n in range(3, 23) if p_of(n) > threshold / 2]
+    assert calls == places[:1]

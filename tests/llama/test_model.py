@@ -1,6 +1,15 @@
-"""What a model tells of its vocabulary."""
+"""What a model tells of its vocabulary, and reading its weights ahead of time."""
 
 from __future__ import annotations
+
+import shutil
+import threading
+
+import pytest
+
+from colm_edge.errors import ModelError
+from colm_edge.llama import threads
+from colm_edge.llama.model import Model
 
 
 def test_a_text_names_special_tokens(tiny_pair):
@@ -11,3 +20,107 @@ def test_a_text_names_special_tokens(tiny_pair):
     assert model.text([*tokens, end]) == model.text(tokens) + model.text([end])
     assert len(model.text([end])) > 0
     assert model.text([]) == ""
+
+
+@pytest.fixture
+def held(tiny, monkeypatch):
+    """A model whose load waits for `may_go_on` once it has begun."""
+    model = Model(tiny["expert"])
+    begun, may_go_on = threading.Event(), threading.Event()
+    load = model._open
+
+    def slow(vocab_only, check=None, progress=None):
+        if not vocab_only:
+            begun.set()
+            assert may_go_on.wait(30)
+        return load(vocab_only, check, progress)
+
+    monkeypatch.setattr(model, "_open", slow)
+    model.begun, model.may_go_on = begun, may_go_on
+    yield model
+    may_go_on.set()
+    model.close()
+
+
+def test_weights_are_read_ahead_and_only_once(held):
+    held.prepare()
+    assert held.begun.wait(30)
+    held.prepare()
+    assert not held.loaded
+    found = []
+    waits = threading.Thread(target=lambda: found.append(held.load()))
+    waits.start()
+    held.may_go_on.set()
+    waits.join(30)
+    assert held.loaded
+    assert found == [held.load()]
+
+
+def test_a_core_is_left_to_the_thread_that_reads(held):
+    free = threads.cores()
+    before = free.threads(8)
+    held.prepare()
+    assert held.begun.wait(30)
+    reader = held._preparing
+    assert free.threads(8) == max(1, min(before, threads.n_cores()) - 1)
+    held.may_go_on.set()
+    reader.join(30)
+    assert free.threads(8) == before
+
+
+def test_a_check_ends_the_wait_for_another_thread(held):
+    held.prepare()
+    assert held.begun.wait(30)
+
+    def stop() -> None:
+        raise InterruptedError
+
+    with pytest.raises(InterruptedError):
+        held.load(stop)
+    assert not held.loaded
+
+
+def test_only_who_waits_is_told_the_progress(tiny):
+    told = []
+    with_progress = Model(tiny["expert"], progress=told.append)
+    with_progress.prepare()
+    reader = with_progress._preparing
+    if reader is not None:
+        reader.join(30)
+    assert with_progress.loaded
+    assert told == []
+    with_progress.unload()
+    with_progress.load()
+    assert told[-1] == 1.0
+    with_progress.close()
+
+
+def test_closing_ends_a_load(held):
+    held.prepare()
+    assert held.begun.wait(30)
+    reader = held._preparing
+    closes = threading.Thread(target=held.close)
+    closes.start()
+    held.may_go_on.set()
+    closes.join(30)
+    reader.join(30)
+    assert not closes.is_alive()
+    assert not held.loaded
+    with pytest.raises(ModelError, match="closed"):
+        held.load()
+
+
+def test_what_goes_wrong_ahead_of_time_is_raised_by_the_load(tiny, tmp_path):
+    path = tmp_path / "broken.gguf"
+    shutil.copy(tiny["expert"], path)
+    model = Model(path)
+    with path.open("r+b") as file:
+        file.truncate(path.stat().st_size - 1000)
+    model.prepare()
+    reader = model._preparing
+    if reader is not None:
+        reader.join(30)
+    assert not model.loaded
+    with pytest.raises(ModelError, match="cannot load"):
+        model.load()
+    model.close()
