@@ -21,7 +21,7 @@ from colm_edge.decode.timeline import Expert, Timeline
 from colm_edge.errors import ColmError, ContextError, ModelError, PromptError
 from colm_edge.llama.context import ContextOptions
 from colm_edge.llama.costs import CostTable, slower
-from colm_edge.llama.measure import cost_table, kept_table
+from colm_edge.llama.measure import cost_table, kept_table, refine
 from colm_edge.llama.model import Model, shared_vocab
 from colm_edge.llama.prompt_cache import load_prompts, save_prompts
 from colm_edge.llama.session import Session
@@ -164,21 +164,25 @@ class Pair:
         )
 
     def cost_tables(
-        self, *, fresh: bool = False, cancel: Cancel | None = None
+        self, *, hasty: bool = False, cancel: Cancel | None = None
     ) -> tuple[CostTable, CostTable]:
-        """Return the cost tables of base and expert: measured once, then cached on disk."""
+        """Return the cost tables of base and expert: measured once, in half a second each if it is
+        hasty, then cached on disk."""
+        measured = partial(cost_table, hasty=hasty, note=self._note, cancel=cancel)
         with self._lock:
-            base, expert = (
-                cost_table(session, fresh=fresh, note=self._note, cancel=cancel)
-                for session in (self.base_session, self.expert_session)
-            )
-            return base, expert
+            return measured(self.base_session), measured(self.expert_session)
+
+    def measure_at_length(self, cancel: Cancel) -> None:
+        """Measure again what was measured in a hurry, while nobody waits. Raises CancelledError."""
+        with self._lock:
+            if refine((self.base_session, self._here), cancel):
+                self.planner.forget_costs()
 
     def _weigh(self, cancel: Cancel | None) -> tuple[CostTable, CostTable] | None:
         """Return the cost tables, and cut the batches of this and later answers of the fast
         schedule by the expert's; return None where they cannot be measured."""
         try:
-            base, expert = self.cost_tables(cancel=cancel)
+            base, expert = self.cost_tables(hasty=True, cancel=cancel)
         except ModelError as e:  # for example, no memory for another context
             self._note(f"the fast schedule works without bets: {e}")
             return None

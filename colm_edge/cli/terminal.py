@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import shutil
 import sys
+import threading
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from colm_edge.cancel import Cancel, CancelledError
 from colm_edge.cli.drafts import Drafts
 from colm_edge.decode.step import Drafted, Step
 from colm_edge.errors import ColmError
@@ -147,7 +149,7 @@ class Chat:
         """Read lines until /bye or the end of input."""
         self._edit_lines()
         say("Type a message, or /help for the commands.")
-        while (line := self._read()) is not None:
+        while (line := self._typed()) is not None:
             try:
                 if not line.strip():
                     continue
@@ -157,6 +159,21 @@ class Chat:
                     return
             except ColmError as e:
                 say(f"Error: {e}")
+
+    def _typed(self) -> str | None:
+        """Return one prompt, None at the end of input; meanwhile, measure at length what was
+        measured in a hurry."""
+        cancel = Cancel()
+
+        def work() -> None:
+            with suppress(ColmError, CancelledError):
+                self.pair.measure_at_length(cancel)
+
+        threading.Thread(target=work, name="colm-edge-measure", daemon=True).start()
+        try:
+            return self._read()
+        finally:
+            cancel.request()
 
     @staticmethod
     def _edit_lines() -> None:

@@ -73,6 +73,11 @@ class Planner:
             base, self._expert = tables
             self.rests = base.is_quick
 
+    def forget_costs(self) -> None:
+        """Get the cost tables anew before the next answer."""
+        self._expert, self.rests = None, False
+        self._saved.clear()
+
     def saw_agreement(self, confidence: float, agreed: bool) -> None:
         """Learn from a deferral: how sure the base was of its choice, and if the expert agreed."""
         self.agreement.add(agreed)

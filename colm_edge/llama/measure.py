@@ -13,7 +13,7 @@ import os
 import platform
 import random
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
 from time import perf_counter
@@ -27,11 +27,13 @@ from colm_edge.llama.costs import SEVERAL, CostTable
 if TYPE_CHECKING:
     from colm_edge.llama.session import Session
 
-VERSION = 7  # of the method; tables of other versions are measured again
+VERSION = 8  # of the method; tables of other versions are measured again
 # Some CPUs have a step after each multiple of 16 tokens: 16 and 17, 32 and 33 are its two sides.
 SIZES = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 16, 17, 20, 24, 32, 33, 40, 48, 64)
 N_PAST = 128  # tokens in the KV cache before each decode, if the context has room for them
-SECONDS = 2.0  # of measuring, plus the decode in flight
+# What is measured first: it gives a rough picture in a hurry.
+COARSE = (1, 4, 16, 8, 2)
+HASTY, SECONDS = 0.5, 3.0  # of measuring, plus the decode in flight: in a hurry, and at length
 ROUNDS = 8
 OFTEN = 16  # sizes up to this one are measured in every round
 LONG = 0.005  # seconds of a decode that make the time to build a graph negligible
@@ -39,9 +41,15 @@ LONG = 0.005  # seconds of a decode that make the time to build a graph negligib
 
 def kept_table(session: Session) -> CostTable | None:
     """Return a session's table from the cache, or None."""
+    kept = _kept(session)
+    return None if kept is None else kept[0]
+
+
+def _kept(session: Session) -> tuple[CostTable, bool] | None:
     try:
         kept = json.loads(_cache_file(session).read_text())
-        return CostTable(tuple(kept["sizes"]), tuple(kept["seconds"]), float(kept["several"]))
+        sizes, seconds = tuple(kept["sizes"]), tuple(kept["seconds"])
+        return CostTable(sizes, seconds, float(kept["several"])), bool(kept["hasty"])
     except (OSError, ValueError, KeyError, TypeError):
         return None  # missing or broken: it is measured again
 
@@ -49,7 +57,7 @@ def kept_table(session: Session) -> CostTable | None:
 def cost_table(
     session: Session,
     *,
-    fresh: bool = False,
+    hasty: bool = False,
     note: Callable[[str], None] = lambda text: None,
     cancel: Cancel | None = None,
 ) -> CostTable:
@@ -57,16 +65,17 @@ def cost_table(
     used the cores meanwhile.
 
     The cache has a file per model, machine and settings under $XDG_CACHE_HOME (or
-    ~/.cache)/colm-edge. fresh: measure in any case. note: called with a message before a
-    measurement, which takes seconds. cancel: ends the load of the weights or the measurement. The
-    session's own timeline does not change.
+    ~/.cache)/colm-edge. hasty: somebody waits, so measure for half a second, or take what was
+    measured so; otherwise a table takes seconds. note: called with a message before a measurement.
+    cancel: ends the load of the weights or the measurement. The session's own timeline does not
+    change.
     """
-    kept = None if fresh else kept_table(session)
-    if kept is not None:
-        return kept
+    kept = _kept(session)
+    if kept is not None and (hasty or not kept[1]):
+        return kept[0]
     name = session.model.path.name
     note(f"measuring {name} on this machine, once")
-    table, crowded = measure(session, cancel)
+    table, crowded = measure(session, cancel, HASTY if hasty else SECONDS)
     if crowded:
         note(f"other programs use the cores, so {name} will be measured again the next time")
         return table
@@ -78,20 +87,38 @@ def cost_table(
             "sizes": table.sizes,
             "seconds": table.seconds,
             "several": table.several,
+            "hasty": hasty,
         }
         with replacing(path) as temporary:
             temporary.write_text(json.dumps(content) + "\n")
     return table
 
 
-def measure(session: Session, cancel: Cancel | None = None) -> tuple[CostTable, bool]:
+def refine(sessions: Iterable[Session | None], cancel: Cancel) -> bool:
+    """Measure at length what was measured in a hurry; return whether there was such a table.
+
+    Models that are not in memory are left out. Raises CancelledError.
+    """
+    hasty = False
+    for session in sessions:
+        if session is not None and session.model.loaded:
+            kept = _kept(session)
+            if kept is not None and kept[1]:
+                cost_table(session, cancel=cancel)
+                hasty = True
+    return hasty
+
+
+def measure(
+    session: Session, cancel: Cancel | None = None, seconds: float = SECONDS
+) -> tuple[CostTable, bool]:
     """Time decodes of every size behind the same prefix, in a context of their own; return the
     table, and whether other programs wanted the threads' cores meanwhile.
 
     The sizes take turns, and the (lower) median of a size's times counts, so that a short
-    disturbance does not spoil a size. Sizes are measured in rising order until SECONDS are over: a
-    large model may lack the largest ones. Later rounds measure the small sizes again, and those
-    that took longer than a larger one.
+    disturbance does not spoil a size. A few sizes come first, the rest in rising order, until the
+    seconds are over: a large model may lack the largest ones. Later rounds measure the small sizes
+    again, and those that took longer than a larger one.
     """
     largest = min(SIZES[-1], session.n_batch)
     n_past = max(1, min(N_PAST, session.n_ctx - largest))
@@ -103,7 +130,8 @@ def measure(session: Session, cancel: Cancel | None = None) -> tuple[CostTable, 
         one = [draw.randrange(n_vocab - 1) for _ in range(largest)]
         turns = (one, [token + 1 for token in one])
         twin.want_hidden(False)  # with hidden states every token of a batch is an output
-        kinds = [(n, False) for n in SIZES if n <= min(largest, twin.n_ctx - n_past)]
+        order = [*COARSE, *(n for n in SIZES if n not in COARSE)]
+        kinds = [(n, False) for n in order if n <= min(largest, twin.n_ctx - n_past)]
         if (SEVERAL, False) in kinds:
             kinds.insert(kinds.index((SEVERAL, False)) + 1, (SEVERAL, True))
         times: dict[tuple[int, bool], list[float]] = {}
@@ -125,7 +153,7 @@ def measure(session: Session, cancel: Cancel | None = None) -> tuple[CostTable, 
                     times.setdefault(kind, []).append(twin.seconds - before)
                     if n > 1 and times[kind][-1] > LONG:
                         break
-                if perf_counter() - begun > SECONDS:
+                if perf_counter() - begun > seconds:
                     return _table(times), twin.crowded
         return _table(times), twin.crowded
 
@@ -133,7 +161,7 @@ def measure(session: Session, cancel: Cancel | None = None) -> tuple[CostTable, 
 def _again(times: dict[tuple[int, bool], list[float]]) -> list[tuple[int, bool]]:
     """Return what to measure again: the small sizes, and those slower than a larger one."""
     found, least = list[tuple[int, bool]](), math.inf
-    for kind, taken in reversed(times.items()):
+    for kind, taken in sorted(times.items(), reverse=True):
         took = statistics.median_low(taken)
         if kind[0] <= OFTEN or took > least:
             found.append(kind)
@@ -142,7 +170,7 @@ def _again(times: dict[tuple[int, bool], list[float]]) -> list[tuple[int, bool]]
 
 
 def _table(times: dict[tuple[int, bool], list[float]]) -> CostTable:
-    found = {kind: statistics.median_low(taken) for kind, taken in times.items()}
+    found = {kind: statistics.median_low(taken) for kind, taken in sorted(times.items())}
     one = found.get((SEVERAL, False))
     several = 0.0 if one is None else max(0.0, found.pop((SEVERAL, True), one) - one)
     return CostTable(tuple(n for n, _ in found), tuple(found.values()), several)

@@ -15,7 +15,9 @@ from contextlib import aclosing, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from colm_edge.cancel import Cancel, CancelledError
 from colm_edge.decode.step import Drafted, Step, Undone
+from colm_edge.errors import ColmError
 from colm_edge.options import Options, ServerOptions
 from colm_edge.serve.errors import RefusalError
 from colm_edge.serve.metrics import Metrics
@@ -24,6 +26,8 @@ from colm_edge.stream import Answer
 
 if TYPE_CHECKING:
     from colm_edge.pair import Pair
+
+IDLE = 2.0  # seconds without an answer before something is measured
 
 
 @dataclass(frozen=True)
@@ -71,6 +75,7 @@ class Server:
         self._threads = ThreadPoolExecutor(settings.n_slots, "colm-edge-answer")
         self._n_open = 0  # answers that are written or wait; changed by the event loop alone
         self._last_use = time.monotonic()
+        self._measuring = Cancel()
         self.metrics = Metrics()
         self.metrics.busy.set_function(lambda: self.n_busy)
         self.metrics.waiting.set_function(lambda: self.n_waiting)
@@ -103,6 +108,7 @@ class Server:
         Closing the generator cancels the answers: each frees its slot after the token that it is
         writing. Raises what goes wrong in any of them.
         """
+        self._measuring.request()
         loop = asyncio.get_running_loop()
         queue = asyncio.Queue[tuple[int, Event | BaseException]]()
 
@@ -163,8 +169,25 @@ class Server:
             if not self._n_open and idle >= limit and self.slots.expert_loaded:
                 await asyncio.to_thread(self.slots.unload_expert)
 
+    async def measure_when_idle(self) -> None:
+        """Measure at length what was measured in a hurry, once after each time that no answer was
+        written for a while; never return. An answer interrupts it."""
+        measured = self._last_use
+        while True:
+            await asyncio.sleep(IDLE / 2)
+            if (
+                self._n_open
+                or time.monotonic() < self._last_use + IDLE
+                or self._last_use == measured
+            ):
+                continue
+            measured, self._measuring = self._last_use, Cancel()
+            with suppress(ColmError, CancelledError):
+                await asyncio.to_thread(self.pair.measure_at_length, self._measuring)
+
     def close(self) -> None:
         """End every answer with an error, and free the slots' contexts."""
+        self._measuring.request()
         self.slots.close()
         self._threads.shutdown()
 

@@ -58,12 +58,14 @@ def create_app(server: Server) -> FastAPI:
 @asynccontextmanager
 async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     server: Server = app.state.server
-    unloading = None
+    idling = []
     if server.settings.expert_idle_unload > 0:
-        unloading = asyncio.create_task(server.unload_when_idle())
+        idling.append(asyncio.create_task(server.unload_when_idle()))
+    if server.settings.n_slots == 1:  # slots that share batches do not plan by what these cost
+        idling.append(asyncio.create_task(server.measure_when_idle()))
     yield
-    if unloading is not None:
-        unloading.cancel()
+    for task in idling:
+        task.cancel()
     await asyncio.to_thread(server.close)
 
 

@@ -14,7 +14,7 @@ from colm_edge.cancel import Cancel, CancelledError
 from colm_edge.llama import measure as costs
 from colm_edge.llama.context import Context, ContextOptions
 from colm_edge.llama.costs import CostTable, break_even, seconds_per_token, slower
-from colm_edge.llama.measure import cost_table, kept_table
+from colm_edge.llama.measure import cost_table, kept_table, refine
 from colm_edge.llama.model import Model
 from colm_edge.llama.session import Session
 
@@ -119,9 +119,67 @@ def test_costs_are_measured_once_per_model_and_settings(tiny, session):
     assert len(said) == 2
 
 
-def test_a_slow_model_is_measured_in_bounded_time(session, monkeypatch):
-    monkeypatch.setattr(costs, "SECONDS", 0.0)
-    assert costs.measure(session)[0].sizes == (1,)
+def test_a_slow_model_is_measured_in_bounded_time(session):
+    assert costs.measure(session, seconds=0.0)[0].sizes == (1,)
+
+
+def test_in_a_hurry_a_rough_picture_comes_first(session, monkeypatch):
+    """Every decode takes a tenth of a second of a made-up clock: sizes from 1 to 16 are known when
+    a rising order would have come to 6."""
+    clock = [0.0]
+    monkeypatch.setattr(costs, "perf_counter", lambda: clock[0])
+    decode = Context.decode
+
+    def slow(context, n, *, hidden=False):
+        clock[0] += 0.1
+        decode(context, n, hidden=hidden)
+
+    monkeypatch.setattr(Context, "decode", slow)
+    monkeypatch.setattr(costs, "LONG", 0.0)
+    assert costs.measure(session, seconds=costs.HASTY)[0].sizes == (1, 4, 16)
+    assert costs.measure(session, seconds=0.8)[0].sizes == (1, 2, 4, 8, 16)
+
+
+def test_what_was_measured_in_a_hurry_is_measured_again_when_nobody_waits(
+    session, monkeypatch, tmp_path
+):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    asked: list[float] = []
+    measure = costs.measure
+    monkeypatch.setattr(costs, "measure", lambda *a: (asked.append(a[2]), measure(*a))[1])
+    assert not refine((session, None), Cancel())  # nothing was measured yet
+    cost_table(session, hasty=True)
+    cost_table(session, hasty=True)  # kept
+    assert asked == [costs.HASTY]
+    session.model.unload()
+    assert not refine((session,), Cancel())  # it is not in memory any more
+    session.open()
+    assert refine((session, None), Cancel())
+    assert asked == [costs.HASTY, costs.SECONDS]
+    assert not refine((session,), Cancel())
+    cost_table(session, hasty=True)
+    cost_table(session)
+    assert len(asked) == 2
+
+
+def test_whoever_does_not_hurry_is_not_content_with_less(session, monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    said: list[str] = []
+    cost_table(session, hasty=True, note=said.append)
+    cost_table(session, note=said.append)
+    cost_table(session, note=said.append)
+    assert len(said) == 2
+
+
+def test_an_interrupted_measurement_leaves_the_hasty_table(session, monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    hasty = cost_table(session, hasty=True)
+    session.open()
+    cancel = Cancel()
+    cancel.request()
+    with pytest.raises(CancelledError):
+        refine((session,), cancel)
+    assert kept_table(session).seconds == hasty.seconds
 
 
 def test_a_measurement_is_cancelled_between_two_decodes(session, monkeypatch, tmp_path):

@@ -10,6 +10,8 @@ import httpx
 import pytest
 from serving import GREEDY, metrics_of, serving, wait_for
 
+from colm_edge.cli.terminal import Chat
+from colm_edge.llama import measure
 from colm_edge.llama.context import Context
 from colm_edge.options import Options
 from colm_edge.pair import load
@@ -128,6 +130,48 @@ def test_the_expert_calls_of_a_client_that_goes_away_are_counted(endless, slow):
             httpx.post(f"{url}/v1/completions", json=body, timeout=0.2)
         wait_for(lambda: server.n_busy == 0)
         assert metrics_of(url)["colm_expert_calls_total"] > values["colm_expert_calls_total"]
+
+
+def test_what_was_measured_in_a_hurry_is_measured_while_nobody_asks(tiny, monkeypatch, tmp_path):
+    """A single slot plans by what decodes cost."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr("colm_edge.serve.answers.IDLE", 0.2)
+    with load(tiny["template"], tiny["expert"], "margin", n_threads=1, n_ctx=128) as pair:
+        sessions = pair.base_session, pair.expert_session
+
+        def are_hasty() -> list[bool]:
+            kept = [measure._kept(session) for session in sessions]
+            return [one[1] for one in kept if one is not None]
+
+        with serving(pair, n_slots=1) as (url, _):
+            assert are_hasty() == []
+            body = {"prompt": "hello", "max_tokens": 8, "colm": {"defer_rate": 0.5}}
+            httpx.post(f"{url}/v1/completions", json=body, timeout=60).raise_for_status()
+            wait_for(lambda: are_hasty() == [False, False])
+            again = httpx.post(f"{url}/v1/completions", json=body, timeout=60)
+            assert again.status_code == 200
+
+
+def test_a_chat_measures_while_somebody_types(tiny, monkeypatch, tmp_path, capsys):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    with load(
+        tiny["template"], tiny["expert"], "margin", n_threads=1, n_ctx=128, defaults=GREEDY
+    ) as pair:
+
+        def is_hasty() -> bool:
+            kept = measure._kept(pair.base_session)
+            return kept is None or kept[1]
+
+        def typed(prompt: str) -> str:
+            if not pair.base_session.n_evaluated:
+                return "hello"
+            assert is_hasty()
+            wait_for(lambda: not is_hasty())
+            raise EOFError
+
+        monkeypatch.setattr("builtins.input", typed)
+        Chat(pair).loop()
+    assert "measuring base" not in capsys.readouterr().out
 
 
 def test_an_idle_experts_memory_is_given_back(tiny):
