@@ -31,8 +31,6 @@ class Bets:
 
     def possible(self, loop: Decoder) -> bool:
         """Return whether planning can pay; the first time, measure what decodes cost."""
-        if loop.picker.composes:  # the mixture needs the states of both models for one position
-            return False
         begun = perf_counter()
         self._planner.prepare(loop.cancel)
         loop.stats.total_seconds -= perf_counter() - begun  # measuring is not part of the answer
@@ -93,6 +91,6 @@ class Fast:
             loop.evaluate_expert(EXPERT, both, (at - 1, at))
         else:
             loop.evaluate_expert(EXPERT, tokens)
-        step = picker.write("expert", p_defer, *loop.read_expert(EXPERT, at))
+        step = picker.write("expert", p_defer, *loop.read_expert(EXPERT, at, logits, p_defer))
         self._bets.settle(guess, step, at, bets)
         return step

@@ -203,7 +203,10 @@ class Review:
         full, and before the answer may end. Return what has happened."""
         picker, drafts, tokens = loop.picker, self._drafts, loop.tokens[:]
         tokens.extend(draft.step.token for draft in drafts)
-        bets = self._bets if self._bets is not None and self._bets.possible(loop) else None
+        # What a won bet tells is kept without the base's share of a mixture.
+        bets = None if picker.composes else self._bets
+        if bets is not None and not bets.possible(loop):
+            bets = None
         if drafts:
             may_end = tokens[-1] in loop.end_tokens or len(tokens) >= loop.end
             if may_end or len(drafts) == self._window:

@@ -129,7 +129,8 @@ def test_without_a_bet_both_evaluate_what_the_sequential_loop_does():
         assert ours.batches == theirs.batches
 
 
-def test_a_deferral_after_a_repeated_choice_needs_no_call():
+@pytest.mark.parametrize("compose", [False, True])
+def test_a_deferral_after_a_repeated_choice_needs_no_call(compose):
     """The expert has evaluated that choice in the previous batch: it is called once for two
     deferrals in a row, and every token is evaluated once."""
 
@@ -140,7 +141,8 @@ def test_a_deferral_after_a_repeated_choice_needs_no_call():
     choose = writer(1)
     base, expert = Scripted(choose, 200), Scripted(choose, 200)
     read = lambda logits, hidden: (0.9, int(logits.argmax()), 0.0)  # noqa: E731
-    run = fast(base, expert, read, Eager(lambda cancel: (FLAT, FLAT)), max_tokens=100)
+    eager = Eager(lambda cancel: (FLAT, FLAT))
+    run = fast(base, expert, read, eager, max_tokens=100, compose=compose)
     assert {s.source for s in run} == {"expert"}
     assert run.stats.expert_calls == expert.n_calls == 50
     assert expert.n_evaluated == 3 + 99
