@@ -25,9 +25,10 @@ LENGTHS = (3, 2)  # tokens that have to recur, longest first
 MOST = 15  # guessed tokens
 MARGIN = 0.05  # that a guess must promise to save
 # A guess is the likelier right the more tokens before it have recurred: the least of each class,
-# and the rate that is expected before anything is known, about that of a chat model's answers to
-# questions. (Where text is edited it is higher: 0.64, 0.75, 0.85, 0.93, 0.98.)
-CLASSES = ((0, 0.5), (3, 0.6), (4, 0.65), (8, 0.7), (16, 0.85))
+# and the rate that is expected before anything is known. That is between the rates of answers to
+# questions (0.5, 0.6, 0.65, 0.7, 0.85) and of edited text (0.64, 0.75, 0.85, 0.93, 0.98), priced by
+# tools/studies/price_guesses.py: it gains most of what there is on both.
+CLASSES = ((0, 0.6), (3, 0.7), (4, 0.75), (8, 0.85), (16, 0.92))
 PRIOR_WEIGHT = 8.0
 Seconds = Callable[[int], float]  # of a batch, by its tokens
 
@@ -41,7 +42,7 @@ class Lookup:
     def __init__(self) -> None:
         self._text = array("i")
         self._behind: dict[tuple[int, ...], int] = {}  # tokens -> the place behind them, the latest
-        self._source: int | None = None  # the place that the next token is expected to repeat
+        self.source: int | None = None  # the place that the next token is expected to repeat
         self._n_same = 0  # tokens before it that are the same as those before the text's end
         self._rates = [Rate(prior, PRIOR_WEIGHT) for _, prior in CLASSES]
 
@@ -50,18 +51,18 @@ class Lookup:
         keep = common_prefix(self._text, tokens)
         if keep < len(self._text):
             del self._text[keep:]
-            self._source = None
+            self.source = None
         learns = keep > 0  # a prompt says little of its answer
         for token in tokens[keep:]:
             self._add(token, learns)
 
     def _add(self, token: int, learns: bool) -> None:
-        text, source = self._text, self._source
+        text, source = self._text, self.source
         if source is not None:
             hit = text[source] == token
             if learns:
                 self._rates[_class(self._n_same)].add(hit)
-            self._source, self._n_same = (source + 1, self._n_same + 1) if hit else (None, 0)
+            self.source, self._n_same = (source + 1, self._n_same + 1) if hit else (None, 0)
         text.append(token)
         for n in LENGTHS:
             if len(text) < n:
@@ -69,14 +70,14 @@ class Lookup:
             key = tuple(text[-n:])
             found = self._behind.get(key)
             # After a rollback a place may hold other tokens by now.
-            if self._source is None and found is not None and _ends(text, found, key):
-                self._source, self._n_same = found, n
+            if self.source is None and found is not None and _ends(text, found, key):
+                self.source, self._n_same = found, n
             self._behind[key] = len(text)
 
     def guess(self, most: int, seconds: Seconds) -> array[int]:
         """Return the tokens that are expected next: as many as promise the most tokens a second,
         none where one token by itself does."""
-        source = self._source
+        source = self.source
         if source is None:
             return array("i")
         most = min(most, MOST, len(self._text) - source)

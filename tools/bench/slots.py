@@ -15,6 +15,7 @@ from time import perf_counter
 
 from colm_edge.bench.methods import measured_on
 from colm_edge.bench.replay import Process, Trace, replay
+from colm_edge.llama.costs import CostTable, seconds_per_token
 from colm_edge.pair import Pair, load
 from colm_edge.slots import Slots
 
@@ -42,6 +43,20 @@ def together(pair: Pair, slots: Slots, traces: list[Trace]) -> float:
     return perf_counter() - begun
 
 
+def limit(base: CostTable, expert: CostTable, rate: float, n: int) -> float:
+    """Return how many times as fast as one alone n answers can be, by what decodes cost.
+
+    Either model evaluates every token once: the base n at a time, each with its state, and the
+    expert, at best, in batches that all n answers wait for.
+    """
+    if n == 1:
+        return 1.0
+    tokens = max(n, round(n / rate))
+    outputs = expert.all_states(n) - expert(n)
+    together = base.all_states(n) / n + (expert.best(tokens) + outputs) / tokens
+    return seconds_per_token(base, expert, rate) / together
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("-m", "--model")
@@ -54,6 +69,7 @@ def main() -> None:
     args = parser.parse_args()
     counts = [int(count) for count in args.slots.split(",")]
     with load(args.model, args.model_expert, n_ctx=192, n_threads=args.threads) as pair:
+        tables = pair.cost_tables()
         slots = Slots(pair, max(counts))
         seconds: dict[int, list[float]] = {count: [] for count in counts}
         for i in range(args.rounds + 1):
@@ -68,12 +84,15 @@ def main() -> None:
         machine = measured_on(pair)
         slots.close()
     one = statistics.median(seconds[counts[0]])
-    print("| answers at once | tokens/s together | times one |\n| ---: | ---: | ---: |")
+    print("| answers at once | tokens/s together | times one | at most |")
+    print("| ---: | ---: | ---: | ---: |")
     for count in counts:
         rates = sorted(count * args.n / s for s in seconds[count])
         median = statistics.median(rates)
         times = median * one / (counts[0] * args.n)
-        print(f"| {count} | {median:,.1f} ({rates[0]:,.0f}–{rates[-1]:,.0f}) | {times:.2f} |")
+        most = limit(*tables, args.replay.rate, count)
+        spread = f"{median:,.1f} ({rates[0]:,.0f}–{rates[-1]:,.0f})"
+        print(f"| {count} | {spread} | {times:.2f} | {most:.2f} |")
     print("\n" + machine)
 
 
