@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from colm_edge.decode.step import Drafted, Stats, Step, Undone
     from colm_edge.errors import ColmError
+    from colm_edge.llama.grammar import grammar_of
     from colm_edge.options import Options
     from colm_edge.pair import Pair, load
     from colm_edge.stream import Answer, AsyncStream, Stream
@@ -31,6 +32,7 @@ __all__ = [
     "Stream",
     "Switch",
     "Undone",
+    "grammar_of",
     "load",
 ]
 
@@ -49,6 +51,7 @@ _HOMES = {
     "Stream": "stream",
     "Switch": "switch.file",
     "Undone": "decode.step",
+    "grammar_of": "llama.grammar",
     "load": "pair",
 }
 

@@ -241,6 +241,12 @@ class Options:
         -1, "-s", "--seed", limits=(-1, 2**32 - 2), help="Random seed; -1: a new one each time."
     )
     stop: tuple[str, ...] = option((), "--stop", help="Stop before this text; repeatable.")
+    grammar: str | None = option(
+        None,
+        "--grammar",
+        help="Let the answer be what this grammar allows; GBNF, llama.cpp's notation.",
+        request="body",
+    )
     raw: bool = option(False, "--raw", help="Use the prompt as it is, without the chat template.")
     n_probs: int = option(0, limits=(0, 1000))  # most likely tokens to report in Step.top
 
@@ -264,6 +270,11 @@ class Options:
             raise ColmError("a stop text is empty; give at least one character")
 
     @property
+    def is_likeliest(self) -> bool:
+        """Whether each token is the writer's likeliest, whatever was written before."""
+        return self.temperature == 0 and not self.penalises and self.grammar is None
+
+    @property
     def penalises(self) -> bool:
         """Whether a token becomes less likely once it has been written."""
         return self.repeat_penalty != 1 or bool(self.presence_penalty or self.frequency_penalty)
@@ -281,7 +292,7 @@ class Options:
     @property
     def is_plain(self) -> bool:
         """Whether each token is the likeliest one, to the model's own end of the answer."""
-        return self.temperature == 0 and not self.penalises and not self.stop
+        return self.is_likeliest and not self.stop
 
     @property
     def changed(self) -> dict[str, Any]:
@@ -315,5 +326,6 @@ class ServerOptions:
     queue: int = 16  # requests that wait for a slot
     api_key: str | None = None
     cors: tuple[str, ...] = ()  # origins whose pages may send requests
+    allowed_hosts: tuple[str, ...] = ()  # names besides the local ones that it answers to
     max_tokens: int = 2048  # of one answer
     expert_idle_unload: float = 0.0  # seconds; 0: never

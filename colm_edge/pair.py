@@ -21,6 +21,7 @@ from colm_edge.decode.timeline import Expert, Timeline
 from colm_edge.errors import ColmError, ContextError, ModelError, PromptError
 from colm_edge.llama.context import ContextOptions
 from colm_edge.llama.costs import CostTable, slower
+from colm_edge.llama.grammar import Grammar
 from colm_edge.llama.measure import cost_table, kept_table, refine
 from colm_edge.llama.model import Model, shared_vocab
 from colm_edge.llama.prompt_cache import load_prompts, save_prompts
@@ -302,6 +303,8 @@ class Pair:
         if (options.reviews or options.doubts) and not self.expert_is_here:
             what = "review" if options.reviews else "doubt"
             raise ColmError(f"{what} needs the expert in this process: {self._not_here()}")
+        if options.grammar is not None:
+            Grammar(options.grammar, self.base)
 
     def stream_tokens(
         self,
@@ -334,7 +337,7 @@ class Pair:
             overlaps=self._overlap,
         )
         row = self.base.token_id(DEFER_TOKEN) if isinstance(self.switch, DeferRow) else None
-        picker = picker_of(options, n_choose, tokens, defer_row=row, goes_back=goes_back)
+        picker = picker_of(options, self.base, n_choose, tokens, defer_row=row, goes_back=goes_back)
         decoder = Decoder(
             base,
             [expert],
@@ -475,25 +478,13 @@ def load(
             other = Model(files.expert, layers, progress=_share(progress, "expert"), rpc=rpc)
         opened.callback(other.close)
         context = ContextOptions(
-            n_ctx=n_ctx,
-            n_threads=n_threads,
-            n_ubatch=n_ubatch,
-            flash_attn=flash_attn,
-            cache_type_k=cache_type_k,
-            cache_type_v=cache_type_v,
-            threads_auto=threads_auto,
-        )
+            n_ctx=n_ctx, n_threads=n_threads, n_ubatch=n_ubatch, flash_attn=flash_attn,
+            cache_type_k=cache_type_k, cache_type_v=cache_type_v, threads_auto=threads_auto,
+        )  # fmt: skip
         loaded = Pair(
-            base,
-            other,
-            head,
-            context,
-            defaults,
-            is_demo=files.is_demo,
-            overlap=overlap,
-            note=note,
-            progress=progress,
-        )
+            base, other, head, context, defaults,
+            is_demo=files.is_demo, overlap=overlap, note=note, progress=progress,
+        )  # fmt: skip
         opened.pop_all()
     for warning in warnings_of(head, {"base": base, "expert": other}):
         told(warning)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import wraps
+from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import click
@@ -185,7 +186,55 @@ def decoding_options(*names: str, **other_defaults: Any) -> Callable[[Command], 
         for name, option in OPTIONS.items()
         if option.flags and (not names or name in names)
     ]
-    return gathered("decoding", *options, defaults=other_defaults)
+    if names:
+        return gathered("decoding", *options, defaults=other_defaults)
+
+    def decorate(command: Command) -> Command:
+        @wraps(command)
+        def with_grammar(*, grammars: dict[str, str], **values: Any) -> Any:
+            if grammar := _grammar_of(grammars | values["decoding"]):
+                values["decoding"]["grammar"] = grammar
+            return command(**values)
+
+        given = gathered("grammars", *GRAMMARS)(cast(Command, with_grammar))
+        return gathered("decoding", *options, defaults=other_defaults)(given)
+
+    return decorate
+
+
+# Other ways to give a grammar, as llama.cpp has them.
+_OTHER_GRAMMARS = ("grammar_file", "json_schema")
+GRAMMARS = (
+    click.option("--grammar-file", metavar="FILE", help="--grammar from a file."),
+    click.option(
+        "-j", "--json-schema", metavar="JSON|FILE",
+        help="Let the answer be JSON of this schema; {} allows any object.",
+    ),
+)  # fmt: skip
+
+
+def _grammar_of(given: Mapping[str, Any]) -> str | None:
+    """Return the grammar that one of the options gives, or None."""
+    found = {name: given[name] for name in ("grammar", *_OTHER_GRAMMARS) if name in given}
+    if len(found) > 1:
+        flags = " and ".join("--" + name.replace("_", "-") for name in found)
+        raise click.UsageError(f"{flags} both say what is allowed; give one")
+    for name, value in found.items():
+        is_file = name == "grammar_file" or value.lstrip()[:1] not in ("{", "[")
+        text = _read(value) if name != "grammar" and is_file else str(value)
+        if name != "json_schema":
+            return text
+        from colm_edge.llama.grammar import ANY_OBJECT, grammar_of
+
+        return grammar_of(ANY_OBJECT if text.strip() == "{}" else text)
+    return None
+
+
+def _read(path: str) -> str:
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeError) as e:
+        raise click.UsageError(f"{path}: {e}; expected a text in UTF-8") from e
 
 
 def _click_option(option: Option, default: Any) -> Any:

@@ -62,7 +62,16 @@ SERVER = ServerOptions()
     "[default: none]",
 )
 @click.option(
+    "--allowed-host",
+    "allowed_hosts",
+    multiple=True,
+    metavar="NAME",
+    help="Name besides the local ones that requests may give as their host, such as a container's "
+    "or a proxy's; repeatable.",
+)
+@click.option(
     "--max-tokens",
+    "most_tokens",  # the decoding option -n has the other name
     type=click.IntRange(1),
     default=SERVER.max_tokens,
     show_default=True,
@@ -77,13 +86,17 @@ SERVER = ServerOptions()
 )
 @model_options
 @decoding_options()
-def serve_command(models: dict[str, Any], decoding: dict[str, Any], **settings: Any) -> None:
+def serve_command(
+    models: dict[str, Any], decoding: dict[str, Any], most_tokens: int, **settings: Any
+) -> None:
     """Serve the pair: OpenAI's API at /v1, and a chat page at /.
 
     The decoding options are the defaults for requests that do not set them.
     """
     from colm_edge.options import Options
 
+    if settings["api_key"] is not None and not settings["api_key"].strip():
+        raise click.UsageError("the API key is empty; give one, or leave it out")
     try:
         from colm_edge.serve.app import serve
     except ModuleNotFoundError as e:
@@ -95,4 +108,4 @@ def serve_command(models: dict[str, Any], decoding: dict[str, Any], **settings: 
         if loaded.expert_is_here:
             loaded.note_speed()
         name = models.get("pair") or f"{loaded.base.path.stem}+{expert}"
-        serve(loaded, ServerOptions(**settings), name, say)
+        serve(loaded, ServerOptions(max_tokens=most_tokens, **settings), name, say)

@@ -23,6 +23,9 @@ class Distribution(Sampler, Protocol):
     def accept(self, token: int) -> None:
         """Count a token as written."""
 
+    def likeliest(self, logits: Floats, choice: int) -> int:
+        """Return the likeliest token that may be written. choice: the likeliest of all."""
+
 
 class Fresh:
     """Draws from what another sampler would draw from, with random numbers of its own.
@@ -44,6 +47,9 @@ class Fresh:
 
     def probabilities(self, logits: Floats) -> Drawn:
         return self._sampler.probabilities(logits)
+
+    def likeliest(self, logits: Floats, choice: int) -> int:
+        return self._sampler.likeliest(logits, choice)
 
     def uniform(self) -> float:
         """Return a number from 0 to 1, without 1."""

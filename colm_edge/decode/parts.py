@@ -18,6 +18,8 @@ from colm_edge.decode.planner import Planner
 from colm_edge.decode.policy import Policy, RatePolicy, running_rate
 from colm_edge.decode.review import ByRule, Exact, Review, Tolerance
 from colm_edge.decode.timeline import Expert, Timeline
+from colm_edge.llama.grammar import Grammar
+from colm_edge.llama.model import Model
 from colm_edge.llama.sampling import ChainSampler
 from colm_edge.llama.session import Session
 from colm_edge.options import Options
@@ -38,6 +40,7 @@ def policy_of(
 
 def picker_of(
     options: Options,
+    base: Model,
     n_choose: int,
     tokens: Sequence[int],
     *,
@@ -50,9 +53,10 @@ def picker_of(
     it has one. goes_back: whether the schedule takes tokens back.
     """
     sampler: ChainSampler | Fresh | None = None
-    if options.temperature > 0 or options.penalises:
+    if not options.is_likeliest:
         never = [] if defer_row is None else [defer_row]
-        sampler = ChainSampler(options, n_choose, tokens, never)
+        grammar = Grammar(options.grammar, base) if options.grammar is not None else None
+        sampler = ChainSampler(options, n_choose, tokens, never, grammar)
         if goes_back:
             seed = options.seed if options.seed >= 0 else secrets.randbits(32)
             sampler = Fresh(sampler, Random(seed))
@@ -104,7 +108,7 @@ def schedule_of(
         return Doubt(options.doubt, WATCHED, follow)
     if goes_back:
         assert options.review is not None, "settled by the pair"
-        is_exact = options.review == 0 and (options.temperature > 0 or options.penalises)
+        is_exact = options.review == 0 and not options.is_likeliest
         reviewer = Exact() if is_exact else ByRule(Tolerance(options.review))
         return Review(reviewer, options.review_window, follow, planner)
     return Fast(planner, follow) if planner is not None else Sequential(follow)

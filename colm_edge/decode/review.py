@@ -269,7 +269,8 @@ class Review:
     ) -> tuple[int, Step | None]:
         """Return how many drafts stay, and the expert's token for the next if it is undone."""
         verdicts = [
-            Verdict(draft.step.token, *one) for draft, one in zip(drafts, told, strict=True)
+            Verdict(draft.step.token, logits, self._best(draft, logits, choice), logsumexp)
+            for draft, (logits, choice, logsumexp) in zip(drafts, told, strict=True)
         ]
         n, instead = self._reviewer.review(verdicts, drafts, loop.picker)
         loop.stats.n_reviewed += len(drafts) if instead is None else n + 1
@@ -277,3 +278,10 @@ class Review:
             gone = [draft.step for draft in drafts[n:]]
             loop.undo(len(loop.tokens) + n, gone, verdicts[n].regret)
         return n, instead
+
+    @staticmethod
+    def _best(draft: Draft, logits: Floats, choice: int) -> int:
+        """Return the expert's likeliest token in the place of a draft, of those that a grammar
+        allows there."""
+        before = draft.mark
+        return before.likeliest(logits, choice) if isinstance(before, Fresh) else choice

@@ -12,18 +12,17 @@ import llama_cpp as llama
 import numpy as np
 import numpy.typing as npt
 
+from colm_edge.llama.grammar import CANDIDATE, Grammar, array_of
+
 if TYPE_CHECKING:
     from colm_edge.options import Options
-
-
-_CANDIDATE = np.dtype([("id", np.int32), ("logit", np.float32), ("p", np.float32)])
 
 
 class ChainSampler:
     """Pick a token from logits. The same seed and the same logits give the same tokens.
 
     history: tokens already written, for the penalties.
-    never: ids that are never picked.
+    never: ids that are never picked. grammar: allows what may be picked, behind what was.
     """
 
     def __init__(
@@ -32,10 +31,12 @@ class ChainSampler:
         n_vocab: int,
         history: Sequence[int] = (),
         never: Sequence[int] = (),
+        grammar: Grammar | None = None,
     ) -> None:
+        self._grammar = grammar
         self._never, self._greedy = list(never), options.temperature == 0
         # Samplers sort and cut the candidates in place, so they are written again for each token.
-        self._candidates = np.zeros(n_vocab, _CANDIDATE)
+        self._candidates = np.zeros(n_vocab, CANDIDATE)
         self._ids = np.arange(n_vocab, dtype=np.int32)
         chain = llama.llama_sampler_chain_init(llama.llama_sampler_chain_default_params())
         self._chain = chain
@@ -61,31 +62,50 @@ class ChainSampler:
     def __call__(self, logits: npt.NDArray[np.float32]) -> int:
         array = self._apply(logits)
         token = int(array.data[array.selected].id)
+        # As llama.cpp does it: a grammar takes long to judge the whole vocabulary, and mostly the
+        # first pick is allowed. The distribution is that of the allowed tokens either way.
+        if self._grammar is not None and not self._grammar.allows(token):
+            array = self._apply(logits, masked=True)
+            token = int(array.data[array.selected].id)
         self.accept(token)
         return token
 
     def accept(self, token: int) -> None:
-        """Count a token as written, for the penalties."""
+        """Count a token as written, for the penalties and the grammar."""
+        if self._grammar is not None:
+            self._grammar.accept(token)
         llama.llama_sampler_accept(self._chain, token)
+
+    def likeliest(self, logits: npt.NDArray[np.float32], choice: int) -> int:
+        """Return the likeliest token that the grammar allows. choice: the likeliest of all."""
+        if self._grammar is None or self._grammar.allows(choice):
+            return choice
+        candidates = self._fill(logits)
+        self._grammar.mask(array_of(candidates))
+        return int(candidates["logit"].argmax())
 
     def probabilities(
         self, logits: npt.NDArray[np.float32]
     ) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float64]]:
         """Return the ids that may be drawn, and the probability of each; they sum to 1."""
-        array = self._apply(logits)
+        array = self._apply(logits, masked=True)
         if self._greedy:
             token = array.data[array.selected].id
             return np.array([token], np.int32), np.ones(1)
         address = ctypes.cast(array.data, ctypes.c_void_p).value
         assert address is not None
-        size = array.size * _CANDIDATE.itemsize
-        left = np.frombuffer((ctypes.c_char * size).from_address(address), _CANDIDATE)
-        p = np.exp(left["logit"].astype(np.float64) - left["logit"].max())
+        size = array.size * CANDIDATE.itemsize
+        left = np.frombuffer((ctypes.c_char * size).from_address(address), CANDIDATE)
+        best = left["logit"].max()
+        p = (
+            np.exp(left["logit"].astype(np.float64) - best)
+            if best > -np.inf
+            else np.ones(len(left))
+        )
         return left["id"].copy(), p / p.sum()
 
-    def _apply(self, logits: npt.NDArray[np.float32]) -> Any:
-        """Return llama.cpp's array of the candidates that are left, one of them selected. Samplers
-        may drop candidates from the front by moving its pointer."""
+    def _fill(self, logits: npt.NDArray[np.float32]) -> Any:
+        """Return the candidates, written anew."""
         n = min(len(logits), len(self._candidates))
         candidates = self._candidates[:n]
         candidates["id"] = self._ids[:n]
@@ -93,12 +113,17 @@ class ChainSampler:
         for token in self._never:
             if token < n:
                 candidates["logit"][token] = -np.inf
-        array = llama.llama_token_data_array(
-            data=candidates.ctypes.data_as(ctypes.POINTER(llama.llama_token_data)),
-            size=n,
-            selected=-1,
-            sorted=False,
-        )
+        return candidates
+
+    def _apply(self, logits: npt.NDArray[np.float32], *, masked: bool = False) -> Any:
+        """Return llama.cpp's array of the candidates that are left, one of them selected. Samplers
+        may drop candidates from the front by moving its pointer.
+
+        masked: whether the grammar is asked first.
+        """
+        array = array_of(self._fill(logits))
+        if masked and self._grammar is not None:
+            self._grammar.mask(array)
         llama.llama_sampler_apply(self._chain, ctypes.byref(array))
         return array
 
@@ -106,6 +131,7 @@ class ChainSampler:
         """Return a sampler that makes the same picks from now on; it shares the scratch memory."""
         twin = copy.copy(self)
         twin._chain = llama.llama_sampler_clone(self._chain)
+        twin._grammar = self._grammar.copy() if self._grammar is not None else None
         return twin
 
     def __del__(self) -> None:

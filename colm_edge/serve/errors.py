@@ -75,8 +75,12 @@ async def _invalid(request: Request, e: RequestValidationError) -> JSONResponse:
     return RefusalError(400, message, param=param).response()
 
 
-async def _other(_: Request, e: HTTPException) -> JSONResponse:
-    return RefusalError(e.status_code, str(e.detail), headers=e.headers).response()
+async def _other(request: Request, e: HTTPException) -> JSONResponse:
+    message = str(e.detail)
+    if e.status_code == 404:
+        paths = ", ".join(sorted(request.app.openapi()["paths"]))
+        message = f"no endpoint {request.url.path[:100]!r}; there are {paths}"
+    return RefusalError(e.status_code, message, headers=e.headers).response()
 
 
 # By class of exception: what turns it into a response.
@@ -87,7 +91,7 @@ HANDLERS: dict[int | type[Exception], Any] = {
     HTTPException: _other,
 }
 
-UNSUPPORTED = ("tools", "tool_choice", "response_format", "logit_bias", "best_of", "suffix")
+UNSUPPORTED = ("tools", "tool_choice", "logit_bias", "best_of", "suffix")
 
 
 def explain(error: Mapping[str, Any], content_type: str) -> tuple[str, str | None]:

@@ -47,9 +47,10 @@ class Guard:
     def __init__(self, app: ASGIApp, server: Server) -> None:
         self._app, self._metrics = app, server.metrics
         # Any site can point its own name at 127.0.0.1, and its pages could then read what this
-        # server answers. So a local server answers only to local names.
-        local = server.settings.host in LOCAL
-        self._hosts = {f"[{name}]" if ":" in name else name for name in LOCAL} if local else None
+        # server answers. So a local server answers only to local names, and those it is given.
+        allowed = [name.lower() for name in server.settings.allowed_hosts]
+        names = {f"[{name}]" if ":" in name else name for name in (*LOCAL, *allowed)}
+        self._hosts = names if allowed or server.settings.host in LOCAL else None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -73,9 +74,11 @@ class Guard:
         """Return why a request with these headers is not answered, or None."""
         host = headers.get("host", "")
         name = host[: host.find("]") + 1] if host.startswith("[") else host.partition(":")[0]
-        if self._hosts is not None and name not in self._hosts:
+        if self._hosts is not None and name.lower() not in self._hosts:
             return RefusalError(
-                400, f"this server does not answer to the host {name!r}; use 127.0.0.1 or localhost"
+                400,
+                f"this server does not answer to the host {name[:100]!r}; use localhost, or start "
+                "it with --allowed-host",
             )
         length = headers.get("content-length", "0")
         if not length.isdigit() or int(length) > MAX_BODY:

@@ -5,8 +5,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, create_model, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationInfo,
+    create_model,
+    field_validator,
+    model_validator,
+)
 
+from colm_edge.errors import ColmError
+from colm_edge.llama.grammar import ANY_OBJECT, grammar_of
 from colm_edge.options import OPTIONS, Option, Options
 
 if TYPE_CHECKING:
@@ -15,6 +25,11 @@ if TYPE_CHECKING:
 MAX_CHOICES = 16  # answers to one request
 MAX_LOGPROBS = 20
 DEFAULT_COMPLETION = 16  # tokens of a plain completion that sets no limit, as in OpenAI's API
+# Fields of other servers and of old clients that would change the answer: refused, never ignored.
+REFUSED = (
+    "function_call", "functions", "guided_choice", "guided_grammar", "guided_json", "guided_regex",
+    "ignore_eos", "min_tokens", "mirostat", "structured_outputs",
+)  # fmt: skip
 
 
 class Body(BaseModel):
@@ -66,31 +81,55 @@ class Sampling(BodyOptions):
     """What both kinds of completion accept, besides the options that are copied as they are."""
 
     model: str | None = None
-    max_tokens: int | None = Field(default=None, ge=0)
+    max_tokens: int | None = Field(
+        default=None, ge=-1
+    )  # -1, llama.cpp's: no limit but the server's
     seed: int | None = Field(default=None, ge=-(2**63), le=2**63 - 1)
     stop: Stop | list[Stop] | None = Field(default=None)
     n: int = Field(default=1, ge=1, le=MAX_CHOICES)
     stream: bool = False
     stream_options: StreamOptions | None = None
     colm: ColmFields = ColmFields()
+    json_schema: dict[str, Any] | None = None  # llama.cpp's: what the answer has to be
     # Not supported, and ignoring it would change the answer: a request that sets it is refused.
     logit_bias: dict[str, float] | None = Field(default=None, max_length=0)
+
+    @model_validator(mode="before")
+    @classmethod
+    def is_known(cls, given: Any) -> Any:
+        """Take null as not given, as OpenAI does, and refuse what is not supported."""
+        if not isinstance(given, dict):
+            return given
+        named = {name: value for name, value in given.items() if value is not None}
+        for name in REFUSED:
+            if name in named:
+                raise ValueError(f"{name} is not supported by this server; leave it out")
+        return named
 
     def options(self, defaults: Options, choice: int, limit: int) -> Options:
         """Return the decoding options of one choice; each has a seed of its own."""
         given = self.model_dump(include=set(BodyOptions.model_fields), exclude_none=True)
         given |= self.colm.model_dump(exclude={"trace", "provisional"}, exclude_none=True)
-        if self.seed is not None:
-            given["seed"] = (self.seed + choice) % (2**32 - 1)
+        seed = defaults.seed if self.seed is None else self.seed
+        given["seed"] = -1 if seed == -1 else (seed + choice) % (2**32 - 1)
         if self.stop is not None:
             given["stop"] = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
         wanted = self.limit()
-        given["max_tokens"] = limit if wanted is None else min(limit, wanted)
+        wanted = defaults.max_tokens if wanted is None else wanted
+        given["max_tokens"] = limit if wanted == -1 else min(limit, wanted)
         given["n_probs"] = self.n_probs()
+        if (schema := self.schema_wanted()) is not None:
+            if given.get("grammar") is not None:
+                raise ColmError("grammar and a JSON schema both say what is allowed; give one")
+            given["grammar"] = grammar_of(schema)
         return defaults.with_changes(**given)
 
     def limit(self) -> int | None:
         return self.max_tokens
+
+    def schema_wanted(self) -> dict[str, Any] | None:
+        """Return the JSON schema of the answer, if the request has one."""
+        return self.json_schema
 
     def n_probs(self) -> int:
         """Return how many of the most likely tokens to report for each token."""
@@ -125,18 +164,53 @@ class Message(Body):
         return {"role": "system" if self.role == "developer" else self.role, "content": text}
 
 
+class NamedSchema(Body):
+    name: str | None = None
+    schema_: dict[str, Any] = Field(alias="schema")
+
+
 class ResponseFormat(Body):
-    type: Literal["text"]
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: NamedSchema | None = None
+    schema_: dict[str, Any] | None = Field(default=None, alias="schema")  # llama.cpp's place
+
+    @model_validator(mode="after")
+    def has_schema(self) -> Self:
+        if self.type == "json_schema" and self.json_schema is None and self.schema_ is None:
+            raise ValueError("json_schema is missing; expected an object with a schema")
+        return self
+
+    @property
+    def wanted(self) -> dict[str, Any] | None:
+        """The JSON schema of the answer; None for a text."""
+        if self.type == "text":
+            return None
+        if self.json_schema is not None:
+            return self.json_schema.schema_
+        return self.schema_ or ANY_OBJECT
 
 
 class ChatRequest(Sampling):
     messages: list[Message] = Field(min_length=1)
     max_completion_tokens: int | None = Field(default=None, ge=0)
-    tools: list[Any] | None = Field(default=None, max_length=0)
     tool_choice: Literal["none", "auto"] | None = None
+    tools: list[Any] | None = None
     response_format: ResponseFormat | None = None
     logprobs: bool = False
     top_logprobs: int | None = Field(default=None, ge=0, le=MAX_LOGPROBS)
+
+    @field_validator("tools")
+    @classmethod
+    def are_not_called(cls, tools: list[Any] | None, info: ValidationInfo) -> list[Any] | None:
+        if tools and info.data.get("tool_choice") != "none":
+            raise ValueError("not supported")
+        return tools
+
+    def schema_wanted(self) -> dict[str, Any] | None:
+        wanted = self.response_format.wanted if self.response_format is not None else None
+        if wanted is not None and self.json_schema is not None:
+            raise ColmError("response_format and json_schema both give a schema; give one")
+        return wanted or self.json_schema
 
     def limit(self) -> int | None:
         newer = self.max_completion_tokens
@@ -147,7 +221,8 @@ class ChatRequest(Sampling):
 
     def prompt_tokens(self, pair: Pair) -> list[list[int]]:
         """Return the token ids of the one prompt, the conversation."""
-        return [pair.prompt_tokens([message.as_dict() for message in self.messages])]
+        messages = [message.as_dict() for message in self.messages]
+        return [pair.prompt_tokens(messages, raw=pair.defaults.raw)]
 
 
 class CompletionRequest(Sampling):
@@ -184,3 +259,15 @@ class TokenizeRequest(Body):
 
     prompt: str
     add_special_tokens: bool = True
+
+
+class DetokenizeRequest(Body):
+    """vLLM's: token ids whose text a client wants."""
+
+    tokens: list[Annotated[int, Field(ge=0)]]
+
+
+class TemplateRequest(Body):
+    """llama.cpp's: a conversation that a client wants as the chat template writes it."""
+
+    messages: list[Message] = Field(min_length=1)

@@ -14,7 +14,13 @@ from colm_edge.serve.completions import respond
 from colm_edge.serve.errors import REFUSALS, RefusalError
 from colm_edge.serve.formats import ChatFormat, CompletionFormat
 from colm_edge.serve.guard import TheServer, check_key
-from colm_edge.serve.requests import ChatRequest, CompletionRequest, TokenizeRequest
+from colm_edge.serve.requests import (
+    ChatRequest,
+    CompletionRequest,
+    DetokenizeRequest,
+    TemplateRequest,
+    TokenizeRequest,
+)
 
 PAGE = Path(__file__).parent.parent / "data" / "chat.html"
 PAGE_POLICY = (
@@ -31,6 +37,7 @@ public = APIRouter()
 private = APIRouter(dependencies=[Depends(check_key)], responses=REFUSALS)
 
 
+@public.head("/", include_in_schema=False)
 @public.get("/", include_in_schema=False)
 def page() -> HTMLResponse:
     text = PAGE.read_text(encoding="utf-8")
@@ -38,6 +45,7 @@ def page() -> HTMLResponse:
     return HTMLResponse(text, headers=headers)
 
 
+@public.head("/health", include_in_schema=False)
 @public.get("/health")
 def health() -> dict[str, str]:
     return {"status": "ok"}
@@ -49,6 +57,7 @@ def metrics(server: TheServer) -> Response:
     return Response(text, media_type="text/plain; version=0.0.4")
 
 
+@private.head("/v1/models", include_in_schema=False)
 @private.get("/v1/models")
 def models(server: TheServer) -> dict[str, Any]:
     model = {
@@ -93,3 +102,31 @@ async def completions(body: CompletionRequest, server: TheServer, request: Reque
 def tokenize(body: TokenizeRequest, server: TheServer) -> dict[str, Any]:
     tokens = server.pair.base.tokenize(body.prompt, bos=body.add_special_tokens)
     return {"tokens": tokens, "count": len(tokens), "max_model_len": server.pair.n_ctx}
+
+
+@private.post("/detokenize")
+def detokenize(body: DetokenizeRequest, server: TheServer) -> dict[str, str]:
+    base = server.pair.base
+    if any(token >= base.n_vocab for token in body.tokens):
+        raise RefusalError(400, f"a token is not below {base.n_vocab}", param="tokens")
+    return {"prompt": base.text(body.tokens)}
+
+
+@private.get("/tokenizer_info")
+def tokenizer_info(server: TheServer) -> dict[str, Any]:
+    """Tell what evaluation harnesses ask of vLLM."""
+    base = server.pair.base
+    return {
+        "bos_token": base.bos_text or None,
+        "eos_token": base.eos_text or None,
+        "pad_token": base.eos_text or None,
+        "chat_template": base.chat_template,
+        "model_max_length": server.pair.n_ctx,
+    }
+
+
+@private.post("/apply-template")
+def apply_template(body: TemplateRequest, server: TheServer) -> dict[str, str]:
+    if not server.pair.base.chat_template:
+        raise RefusalError(400, "the base has no chat template", param="messages")
+    return {"prompt": server.pair.render([message.as_dict() for message in body.messages])}

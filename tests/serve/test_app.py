@@ -360,7 +360,15 @@ def test_models_and_health(client, url):
         ({"messages": CHAT, "colm": {"threshold": 2}}, 400, "threshold"),
         ({"messages": CHAT, "colm": {"treshold": 0}}, 400, "colm.treshold: Extra inputs"),
         ({"messages": CHAT, "tools": [{"type": "function"}]}, 400, "tools: not supported"),
-        ({"messages": CHAT, "response_format": {"type": "json_object"}}, 400, "response_format:"),
+        ({"messages": CHAT, "response_format": {"type": "xml"}}, 400, "response_format.type:"),
+        ({"messages": CHAT, "response_format": {"type": "json_schema"}}, 400, "schema is missing"),
+        (
+            {"messages": CHAT, "response_format": {"type": "json_object", "schema": {"type": 5}}},
+            400,
+            "the JSON schema cannot be used",
+        ),
+        ({"messages": CHAT, "grammar": 'root ::= "a'}, 400, "the grammar is not valid"),
+        ({"messages": CHAT, "grammar": "root ::= 'a'", "json_schema": {}}, 400, "give one"),
         ({"messages": [{"role": "user"}]}, 400, "messages.0: content is missing"),
         ({"messages": [{"role": "user", "content": 5}]}, 400, "messages.0.content: expected a"),
         (

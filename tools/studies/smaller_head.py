@@ -80,6 +80,7 @@ def main() -> None:
     args = parser.parse_args()
     sizes = [int(size) for size in args.sizes.split(",")]
     whole = Model(args.model)
+    n_vocab = whole.n_vocab
     occur: Counter[int] = Counter()
     for path in args.texts:
         occur.update(whole.tokenize(path.read_text(), special=False, bos=False))
@@ -95,7 +96,7 @@ def main() -> None:
             session.model.close()
     print("| tokens in the head | ms per token | of the texts' tokens it lacks |")
     print("| ---: | ---: | ---: |")
-    for n, ms in zip([whole.n_vocab, *sizes], taken, strict=True):
+    for n, ms in zip([n_vocab, *sizes], taken, strict=True):
         lacks = sum(count for token, count in occur.items() if token >= n)
         print(f"| {n:,} | {ms:.2f} | {lacks / max(1, occur.total()):.2%} |")
 

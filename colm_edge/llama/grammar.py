@@ -1,0 +1,116 @@
+"""What an answer may look like: llama.cpp's grammars, and JSON schemas written as such."""
+
+from __future__ import annotations
+
+import copy
+import ctypes
+import json
+import os
+import tempfile
+import threading
+from collections.abc import Callable, Mapping
+from typing import Any, Self
+
+import llama_cpp as llama
+import numpy as np
+
+from colm_edge.errors import ColmError
+from colm_edge.llama.model import Model
+
+CANDIDATE = np.dtype([("id", np.int32), ("logit", np.float32), ("p", np.float32)])
+ANY_OBJECT = {"type": "object"}  # the schema of whoever asks for JSON alone
+_stderr = threading.Lock()
+
+
+class Grammar:
+    """A grammar in the state after some tokens.
+
+    text: in GBNF, llama.cpp's notation; the answer is one `root`.
+
+    Raises ColmError with llama.cpp's reason where it does not parse.
+    """
+
+    def __init__(self, text: str, model: Model) -> None:
+        self._one = np.zeros(1, CANDIDATE)
+        vocab = llama.llama_model_get_vocab(model.header())
+        made, said = _with_stderr(
+            lambda: llama.llama_sampler_init_grammar(vocab, text.encode(), b"root")
+        )
+        self._sampler = made if made and text.strip() else None
+        if self._sampler is None:
+            lines = [line.strip() for line in said.splitlines() if line.strip()]
+            reason = lines[0].split("error parsing grammar: ")[-1] if lines else "it has no root"
+            raise ColmError(f"the grammar is not valid: {reason[:200]}; expected GBNF with a root")
+
+    def allows(self, token: int) -> bool:
+        """Return whether a token may be written next."""
+        self._one["id"], self._one["logit"] = token, 0.0
+        self.mask(array_of(self._one))
+        return bool(self._one["logit"][0] > -np.inf)
+
+    def mask(self, candidates: Any) -> None:
+        """Set the logits of all tokens that may not be written next to -inf, in llama.cpp's array
+        of candidates."""
+        llama.llama_sampler_apply(self._sampler, ctypes.byref(candidates))
+
+    def accept(self, token: int) -> None:
+        """Go on behind a token. Raises ColmError where it is not allowed: llama.cpp would end the
+        process."""
+        if not self.allows(token):
+            raise ColmError("no token of the vocabulary goes on as the grammar says; change it")
+        llama.llama_sampler_accept(self._sampler, token)
+
+    def copy(self) -> Self:
+        """Return a grammar in the same state."""
+        twin = copy.copy(self)
+        twin._one = self._one.copy()
+        twin._sampler = llama.llama_sampler_clone(self._sampler)
+        return twin
+
+    def __del__(self) -> None:
+        sampler, self._sampler = getattr(self, "_sampler", None), None
+        if sampler is not None:
+            llama.llama_sampler_free(sampler)
+
+
+def array_of(candidates: Any) -> Any:
+    """Return llama.cpp's array of candidates, a numpy array of type CANDIDATE, none selected."""
+    return llama.llama_token_data_array(
+        data=candidates.ctypes.data_as(ctypes.POINTER(llama.llama_token_data)),
+        size=len(candidates),
+        selected=-1,
+        sorted=False,
+    )
+
+
+def grammar_of(schema: str | Mapping[str, Any]) -> str:
+    """Return the GBNF of a JSON schema, a text or an object: llama-cpp-python's translation.
+
+    Raises ColmError for what is not JSON or cannot be translated.
+    """
+    from llama_cpp.llama_grammar import json_schema_to_gbnf
+
+    try:
+        text = schema if isinstance(schema, str) else json.dumps(schema)
+        if not isinstance(json.loads(text), dict):
+            raise ValueError("expected an object")
+        # Its strings may hold line ends and the like, which JSON's may not.
+        return str(json_schema_to_gbnf(text)).replace(r'[^"\\]', r'[^"\\\x7F\x00-\x1F]')
+    except Exception as e:  # it raises anything, for example for a reference to nowhere
+        reason = " ".join(str(e).split())[:200] or type(e).__name__
+        raise ColmError(f"the JSON schema cannot be used: {reason}") from e
+
+
+def _with_stderr(work: Callable[[], Any]) -> tuple[Any, str]:
+    """Return what a function returns, and what llama.cpp prints meanwhile: why a grammar does not
+    parse is printed and told nowhere else."""
+    with _stderr, tempfile.TemporaryFile() as file:
+        before = os.dup(2)
+        os.dup2(file.fileno(), 2)
+        try:
+            made = work()
+        finally:
+            os.dup2(before, 2)
+            os.close(before)
+        file.seek(0)
+        return made, file.read().decode("utf-8", "replace")

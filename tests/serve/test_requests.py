@@ -1,0 +1,157 @@
+"""Requests are judged as OpenAI judges them, and paths that clients of other servers ask for."""
+
+from __future__ import annotations
+
+import httpx
+import pytest
+from click.testing import CliRunner
+from serving import GREEDY, serving
+
+from colm_edge.cli import main
+from colm_edge.options import Options
+from colm_edge.pair import load
+from colm_edge.serve.requests import REFUSED, ChatRequest, CompletionRequest
+
+CHAT = [{"role": "user", "content": "hello"}]
+
+
+@pytest.fixture(scope="module")
+def pair(tiny):
+    with load(
+        tiny["template"], tiny["expert"], "margin", n_threads=1, n_ctx=256, defaults=GREEDY
+    ) as pair:
+        yield pair
+
+
+@pytest.fixture(scope="module")
+def url(pair):
+    with serving(pair, n_slots=2) as (url, _):
+        yield url
+
+
+def ask(url: str, **more) -> httpx.Response:
+    body = {"messages": CHAT, "max_tokens": 4, **more}
+    return httpx.post(f"{url}/v1/chat/completions", json=body, timeout=60)
+
+
+NAMES = (
+    "n",
+    "stream",
+    "temperature",
+    "stop",
+    "seed",
+    "tools",
+    "logprobs",
+    "response_format",
+    "colm",
+)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_null_means_not_given(url, name):
+    assert ask(url, **{name: None}).json()["choices"] == ask(url).json()["choices"]
+
+
+def test_tools_that_may_not_be_called_are_no_obstacle(url):
+    tools = [{"type": "function", "function": {"name": "f", "parameters": {}}}]
+    assert ask(url, tools=tools, tool_choice="none").status_code == 200
+    refused = ask(url, tools=tools)
+    assert refused.status_code == 400
+    assert "tools: not supported" in refused.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_would_change_the_answer_is_refused(url, name):
+    refused = ask(url, **{name: 1})
+    assert refused.status_code == 400
+    assert f"{name} is not supported" in refused.json()["error"]["message"]
+
+
+def options_of(defaults: Options, choice: int = 0, limit: int = 50, **given) -> Options:
+    return ChatRequest(messages=CHAT, **given).options(defaults, choice, limit)
+
+
+@pytest.mark.parametrize(
+    ("own", "asked", "written"),
+    [(-1, None, 50), (-1, -1, 50), (-1, 9, 9), (-1, 99, 50), (7, None, 7), (7, -1, 50), (7, 9, 9)],
+)
+def test_the_limit_is_the_requests_or_else_the_servers_own(own, asked, written):
+    """`serve -n 7` is what a request gets that says nothing; --max-tokens bounds every one."""
+    assert options_of(Options(max_tokens=own), max_tokens=asked).max_tokens == written
+
+
+def test_a_plain_completion_has_openais_limit():
+    plain = CompletionRequest(prompt="x").options(Options(), 0, 50)
+    assert plain.max_tokens == 16
+
+
+@pytest.mark.parametrize(
+    ("own", "asked", "first", "second"),
+    [
+        (-1, None, -1, -1),
+        (5, None, 5, 6),
+        (5, -1, -1, -1),
+        (-1, 7, 7, 8),
+    ],
+)
+def test_each_choice_has_a_seed_of_its_own(own, asked, first, second):
+    """-1 is a new one each time."""
+    seeds = [options_of(Options(seed=own), choice=i, seed=asked).seed for i in range(2)]
+    assert seeds == [first, second]
+
+
+def test_the_limit_of_answers_is_not_the_length_of_one(monkeypatch):
+    found = []
+    monkeypatch.setattr(
+        "colm_edge.serve.app.serve",
+        lambda pair, settings, *_: found.append((pair.defaults.max_tokens, settings.max_tokens)),
+    )
+    for flags in (("--max-tokens", "3"), ("-n", "3"), ("-n", "2", "--max-tokens", "3")):
+        assert CliRunner().invoke(main, ["serve", *flags]).exit_code == 0
+    assert found == [(-1, 3), (3, 2048), (2, 3)]
+
+
+@pytest.mark.parametrize("key", ["", " "])
+def test_an_empty_key_is_an_error_at_the_start(key):
+    result = CliRunner().invoke(main, ["serve", "--api-key", key])
+    assert result.exit_code == 2
+    assert "the API key is empty" in result.stderr
+
+
+@pytest.mark.parametrize("path", ["/", "/health", "/v1/models"])
+def test_head_answers_as_get_without_a_body(url, path):
+    response = httpx.head(url + path)
+    assert response.status_code == 200
+    assert response.content == b""
+
+
+def test_tokens_become_text_again(url, pair):
+    tokens = httpx.post(f"{url}/tokenize", json={"prompt": "hello there"}).json()["tokens"]
+    back = httpx.post(f"{url}/detokenize", json={"tokens": tokens})
+    assert back.json()["prompt"].strip() == "hello there"
+    for bad in ([pair.base.n_vocab], [-1], ["x"]):
+        assert httpx.post(f"{url}/detokenize", json={"tokens": bad}).status_code == 400
+
+
+def test_a_harness_learns_the_tokenizer(url, pair):
+    told = httpx.get(f"{url}/tokenizer_info").json()
+    assert told["chat_template"] == pair.base.chat_template
+    assert told["eos_token"] == pair.base.eos_text
+    rendered = httpx.post(f"{url}/apply-template", json={"messages": CHAT}).json()
+    assert rendered["prompt"] == pair.render(CHAT)
+
+
+def test_a_wrong_path_is_told_the_right_ones(url):
+    error = httpx.post(f"{url}/v1/chat/completion", json={}).json()["error"]["message"]
+    assert "no endpoint '/v1/chat/completion'" in error
+    assert "/v1/chat/completions" in error
+
+
+def test_a_server_answers_to_names_that_it_is_given(pair):
+    with serving(pair, allowed_hosts=("Box.local",)) as (url, _):
+        for host, status in (
+            ("box.LOCAL:8080", 200), ("localhost", 200), ("LOCALHOST", 200), ("other", 400),
+        ):  # fmt: skip
+            response = httpx.get(f"{url}/health", headers={"Host": host})
+            assert response.status_code == status
+        assert "--allowed-host" in response.json()["error"]["message"]

@@ -1,0 +1,73 @@
+"""Answers in a form that the request gives: JSON, a schema, a grammar."""
+
+from __future__ import annotations
+
+import json
+
+import httpx
+import openai
+import pytest
+from pydantic import BaseModel
+from serving import GREEDY, serving
+
+from colm_edge.pair import load
+
+CHAT = [{"role": "user", "content": "hello"}]
+
+
+@pytest.fixture(scope="module")
+def url(tiny):
+    with (
+        load(
+            tiny["template"], tiny["expert"], "margin", n_threads=1, n_ctx=256, defaults=GREEDY
+        ) as pair,
+        serving(pair, n_slots=2) as (url, _),
+    ):
+        yield url
+
+
+RECORD = {
+    "type": "object",
+    "properties": {"n": {"type": "integer"}, "ok": {"type": "boolean"}},
+    "required": ["n", "ok"],
+}
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {"response_format": {"type": "json_schema", "json_schema": {"schema": RECORD}}},
+        {"response_format": {"type": "json_object", "schema": RECORD}},
+        {"json_schema": RECORD},
+    ],
+)
+@pytest.mark.parametrize("colm", [{"threshold": 0.5}, {"threshold": 0.5, "review": 1.0}])
+def test_an_answer_is_json_of_the_schema(url, asked, colm):
+    body = {"messages": CHAT, "max_tokens": 120, "seed": 3, "colm": colm, **asked}
+    answer = httpx.post(f"{url}/v1/chat/completions", json=body, timeout=60).json()
+    found = json.loads(answer["choices"][0]["message"]["content"])
+    assert set(found) == {"n", "ok"}
+    assert isinstance(found["n"], int)
+    assert answer["choices"][0]["finish_reason"] == "stop"
+
+
+def test_openais_client_parses_into_a_class(url):
+    class Record(BaseModel):
+        n: int
+        ok: bool
+
+    client = openai.OpenAI(base_url=f"{url}/v1", api_key="any", max_retries=0)
+    completion = client.chat.completions.parse(
+        model="any", messages=CHAT, response_format=Record, max_tokens=120, seed=1
+    )
+    assert isinstance(completion.choices[0].message.parsed, Record)
+
+
+def test_json_alone_is_an_object_and_a_grammar_is_taken_as_it_is(url):
+    chat, plain = f"{url}/v1/chat/completions", f"{url}/v1/completions"
+    body = {"messages": CHAT, "max_tokens": 9, "response_format": {"type": "json_object"}}
+    answer = httpx.post(chat, json=body, timeout=60).json()
+    assert answer["choices"][0]["message"]["content"].startswith("{")
+    body = {"prompt": "hello", "max_tokens": 9, "grammar": 'root ::= "yes" | "no"'}
+    answer = httpx.post(plain, json=body, timeout=60).json()
+    assert answer["choices"][0]["text"] in ("yes", "no")
