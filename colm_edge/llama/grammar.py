@@ -9,6 +9,7 @@ import os
 import tempfile
 import threading
 from collections.abc import Callable, Mapping
+from itertools import accumulate
 from typing import Any, Self
 
 import llama_cpp as llama
@@ -19,6 +20,7 @@ from colm_edge.llama.model import Model
 
 CANDIDATE = np.dtype([("id", np.int32), ("logit", np.float32), ("p", np.float32)])
 ANY_OBJECT = {"type": "object"}  # the schema of whoever asks for JSON alone
+MOST_NESTED = 2000  # parentheses: llama.cpp's parser calls itself at each, to the stack's end
 _stderr = threading.Lock()
 
 
@@ -32,6 +34,9 @@ class Grammar:
 
     def __init__(self, text: str, model: Model) -> None:
         self._one = np.zeros(1, CANDIDATE)
+        self._sampler = None
+        if _nesting(text) > MOST_NESTED:
+            raise ColmError(f"the grammar is nested deeper than {MOST_NESTED} times; simplify it")
         vocab = llama.llama_model_get_vocab(model.header())
         made, said = _with_stderr(
             lambda: llama.llama_sampler_init_grammar(vocab, text.encode(), b"root")
@@ -81,6 +86,12 @@ def array_of(candidates: Any) -> Any:
         selected=-1,
         sorted=False,
     )
+
+
+def _nesting(text: str) -> int:
+    """Return how deep parentheses are nested, those in texts counted too."""
+    steps = (1 if character == "(" else -1 for character in text if character in "()")
+    return max(accumulate(steps), default=0)
 
 
 def grammar_of(schema: str | Mapping[str, Any]) -> str:

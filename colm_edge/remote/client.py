@@ -380,6 +380,9 @@ class RemoteSession:
         wanted, reply = array("i", tokens), Future[_Reply]()
         self._check(wanted, outputs)
         self._begun = wanted, reply
+        if wanted == self._held:  # `sync` has nothing to ask
+            reply.set_result(_Reply(self._logits, 0, 0.0))
+            return reply
         # Not a pool's thread: the process may end while a server does not answer.
         threading.Thread(
             target=lambda: reply.set_result(self._ask(wanted)), name="colm-edge-ask", daemon=True

@@ -99,6 +99,19 @@ def test_a_grammar_that_does_not_parse_is_told_in_one_line(tiny_pair, text, reas
     assert capfd.readouterr().err == ""  # llama.cpp would print it
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "root ::= " + 100_000 * "(" + '"a"' + 100_000 * ")",
+        grammar_of({"maxLength": 20_000, "type": "string"}),
+    ],
+    ids=["parentheses", "maxLength"],
+)
+def test_a_grammar_too_deep_for_the_stack_is_an_error_and_no_crash(tiny_pair, text):
+    with pytest.raises(ColmError, match="nested deeper than 2000"):
+        Grammar(text, tiny_pair.base)
+
+
 def test_a_token_that_is_not_allowed_is_an_error_and_no_crash(tiny_pair):
     grammar = Grammar(RECORD, tiny_pair.base)
     (brace,) = tiny_pair.base.tokenize("{", bos=False)
