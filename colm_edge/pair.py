@@ -268,7 +268,10 @@ class Pair:
         return self.base.tokenize(text, bos=not (bos and text.startswith(bos)))
 
     def render(self, messages: Sequence[Message]) -> str:
-        """Return a conversation as the chat template in the base's GGUF writes it."""
+        """Return a conversation as the chat template in the base's GGUF writes it, up to where the
+        assistant goes on: behind its last message, if that is the last."""
+        if len(messages) > 1 and messages[-1]["role"] == "assistant":
+            return self.render(messages[:-1]) + messages[-1]["content"]
         from llama_cpp.llama_chat_format import Jinja2ChatFormatter
 
         try:

@@ -350,6 +350,8 @@ def test_templates_come_from_the_base(tiny):
         assert pair.base.chat_template == TEMPLATE
         assert pair.render(messages) == "system: be short\nuser: hi\nassistant:"
         assert pair.prompt_tokens(messages) == pair.base.tokenize(pair.render(messages))
+        begun = [*messages, {"role": "assistant", "content": " Well,"}]
+        assert pair.render(begun) == pair.render(messages) + " Well,"
         assert pair.prompt_tokens(messages, raw=True) == pair.base.tokenize("be short\n\nhi")
         assert pair.generate("hi", system="be short", **GREEDY).prompt_tokens == (
             pair.prompt_tokens(messages)
