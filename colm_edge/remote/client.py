@@ -365,6 +365,10 @@ class RemoteSession:
     def open(self, cancel: Cancel | None = None) -> None:
         """Do nothing: the client connects when it is created, or at the first request."""
 
+    def forget(self) -> None:
+        """Forget the last answer, so that the next `sync` asks in any case."""
+        self._held = array("i")
+
     def follow(self, tokens: Sequence[int]) -> None:
         """Do nothing: a server is asked only for what is needed."""
 
