@@ -16,7 +16,7 @@ from fastapi import FastAPI
 
 from colm_edge.errors import ColmError
 from colm_edge.options import ServerOptions
-from colm_edge.serve import routes
+from colm_edge.serve import responses, routes
 from colm_edge.serve.answers import Server
 from colm_edge.serve.errors import HANDLERS
 from colm_edge.serve.guard import Guard
@@ -24,7 +24,7 @@ from colm_edge.serve.guard import Guard
 if TYPE_CHECKING:
     from colm_edge.pair import Pair
 
-ROUTERS = (routes.public, routes.private)
+ROUTERS = (routes.public, routes.private, responses.router)
 SHUTDOWN = 30  # seconds in which streams may end when the server is told to stop
 
 

@@ -24,7 +24,7 @@ async def respond(
 ) -> Response:
     """Answer each prompt `n` times, in the manner of OpenAI's API."""
     server.check_queue()
-    jobs = _jobs(server, body)
+    jobs = jobs_of(server, body)
     head = {
         "id": form.prefix + secrets.token_hex(12),
         "created": int(time.time()),
@@ -52,8 +52,11 @@ async def respond(
     )
 
 
-def _jobs(server: Server, body: ChatRequest | CompletionRequest) -> list[Job]:
-    """Return one job for each choice: `n` of each prompt, one prompt after the other."""
+def jobs_of(server: Server, body: Sampling) -> list[Job]:
+    """Return one job for each choice: `n` of each prompt, one prompt after the other.
+
+    Raises RefusalError for too many, ColmError for options or a prompt that this pair cannot take.
+    """
     prompts, jobs = body.prompt_tokens(server.pair), list[Job]()
     n = len(prompts) * body.n
     if n > MAX_CHOICES:

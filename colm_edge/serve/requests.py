@@ -125,7 +125,12 @@ class Sampling(BodyOptions):
         return defaults.with_changes(**given)
 
     def limit(self) -> int | None:
+        """Return the most tokens that the request asks for, None where it does not say."""
         return self.max_tokens
+
+    def prompt_tokens(self, pair: Pair) -> list[list[int]]:
+        """Return each prompt's token ids. Raises PromptError."""
+        raise NotImplementedError
 
     def schema_wanted(self) -> dict[str, Any] | None:
         """Return the JSON schema of the answer, if the request has one."""

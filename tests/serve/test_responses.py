@@ -1,0 +1,140 @@
+"""OpenAI's Responses API, asked by OpenAI's own client."""
+
+from __future__ import annotations
+
+import json
+
+import httpx
+import openai
+import pytest
+from pydantic import BaseModel
+from serving import GREEDY, serving
+
+from colm_edge.pair import load
+from colm_edge.serve.responses import STATEFUL
+
+
+@pytest.fixture(scope="module")
+def pair(tiny):
+    with load(
+        tiny["template"], tiny["expert"], "margin", n_threads=1, n_ctx=256, defaults=GREEDY
+    ) as pair:
+        yield pair
+
+
+@pytest.fixture(scope="module")
+def url(pair):
+    with serving(pair, n_slots=2) as (url, _):
+        yield url
+
+
+@pytest.fixture
+def client(url):
+    with openai.OpenAI(base_url=f"{url}/v1", api_key="any", max_retries=0) as client:
+        yield client
+
+
+def chat_text(client, messages, n: int) -> str:
+    chat = client.chat.completions.create(model="any", messages=messages, max_tokens=n)
+    return chat.choices[0].message.content
+
+
+def test_the_text_is_that_of_a_chat(client):
+    response = client.responses.create(
+        model="any", instructions="be short", input="hello", max_output_tokens=12
+    )
+    messages = [
+        {"role": "system", "content": "be short"},
+        {"role": "user", "content": "hello"},
+    ]
+    assert response.output_text == chat_text(client, messages, 12)
+    assert response.status == "incomplete"
+    assert response.incomplete_details.reason == "max_output_tokens"
+    assert response.usage.output_tokens == 12
+    assert response.usage.input_tokens > 0
+
+
+def test_a_conversation_may_be_given(client):
+    messages = [
+        {"role": "user", "content": "hello"},
+        {"role": "assistant", "content": "yes"},
+        {"role": "user", "content": "and now"},
+    ]
+    parts = [{"role": "user", "content": [{"type": "input_text", "text": "hello"}]}, *messages[1:]]
+    expected = chat_text(client, messages, 9)
+    for given in (messages, parts):
+        response = client.responses.create(model="any", input=given, max_output_tokens=9)
+        assert response.output_text == expected
+
+
+def test_a_stream_has_openais_events_in_order(client):
+    whole = client.responses.create(model="any", input="hello", max_output_tokens=12)
+    with client.responses.stream(model="any", input="hello", max_output_tokens=12) as stream:
+        events = list(stream)
+    kinds = [event.type for event in events if not event.type.endswith(".delta")]
+    assert kinds == [
+        "response.created",
+        "response.in_progress",
+        "response.output_item.added",
+        "response.content_part.added",
+        "response.output_text.done",
+        "response.content_part.done",
+        "response.output_item.done",
+        "response.incomplete",
+    ]
+    assert [event.sequence_number for event in events] == list(range(len(events)))
+    deltas = [event.delta for event in events if event.type == "response.output_text.delta"]
+    assert "".join(deltas) == whole.output_text == events[-1].response.output_text
+
+
+def test_a_class_is_parsed(client):
+    class Record(BaseModel):
+        n: int
+        ok: bool
+
+    response = client.responses.parse(
+        model="any", input="hello", text_format=Record, max_output_tokens=120
+    )
+    assert isinstance(response.output_parsed, Record)
+    assert response.status == "completed"
+
+
+def test_json_alone_is_an_object(url):
+    body = {"input": "hello", "max_output_tokens": 200, "text": {"format": {"type": "json_object"}}}
+    answer = httpx.post(f"{url}/v1/responses", json=body, timeout=60).json()
+    text = answer["output"][0]["content"][0]["text"]
+    assert text.startswith("{")
+    if answer["status"] == "completed":
+        assert isinstance(json.loads(text), dict)
+
+
+@pytest.mark.parametrize("name", STATEFUL)
+def test_what_would_need_state_or_tools_is_refused(url, name):
+    body = {"input": "hello", name: [{"type": "function"}] if name == "tools" else "x"}
+    refused = httpx.post(f"{url}/v1/responses", json=body, timeout=60)
+    assert refused.status_code == 400
+    assert f"{name} is not supported" in refused.json()["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    ("body", "words"),
+    [
+        ({}, "input"),
+        ({"input": ""}, "input"),
+        ({"input": []}, "input"),
+        ({"input": "x", "n": 2}, "n:"),
+        ({"input": [{"role": "king", "content": "x"}]}, "input"),
+        ({"input": "x", "text": {"format": {"type": "json_schema"}}}, "schema is missing"),
+        ({"input": "word " * 300}, "the context holds 256"),
+    ],
+)
+def test_wrong_requests_are_told_what_is_wrong(url, body, words):
+    refused = httpx.post(f"{url}/v1/responses", json=body, timeout=60)
+    assert refused.status_code == 400
+    assert words in refused.json()["error"]["message"]
+
+
+def test_the_side_object_counts_the_experts_work(url):
+    body = {"input": "hello", "max_output_tokens": 9, "colm": {"threshold": 0}}
+    answer = httpx.post(f"{url}/v1/responses", json=body, timeout=60).json()
+    assert answer["colm"]["n_deferred"] == 9
