@@ -16,6 +16,7 @@ from colm_edge.llama.grammar import CANDIDATE, Grammar, array_of
 
 if TYPE_CHECKING:
     from colm_edge.options import Options
+TRIED = 256  # of the likeliest tokens, before a grammar judges the whole vocabulary
 
 
 class ChainSampler:
@@ -35,6 +36,7 @@ class ChainSampler:
     ) -> None:
         self._grammar = grammar
         self._never, self._greedy = list(never), options.temperature == 0
+        self._is_plain = self._greedy and not options.penalises  # the likeliest token is picked
         # Samplers sort and cut the candidates in place, so they are written again for each token.
         self._candidates = np.zeros(n_vocab, CANDIDATE)
         self._ids = np.arange(n_vocab, dtype=np.int32)
@@ -60,15 +62,17 @@ class ChainSampler:
             llama.llama_sampler_accept(chain, token)
 
     def __call__(self, logits: npt.NDArray[np.float32]) -> int:
-        array = self._apply(logits)
-        token = int(array.data[array.selected].id)
+        token = self._pick(logits)
         # As llama.cpp does it: a grammar takes long to judge the whole vocabulary, and mostly the
         # first pick is allowed. The distribution is that of the allowed tokens either way.
         if self._grammar is not None and not self._grammar.allows(token):
-            array = self._apply(logits, masked=True)
-            token = int(array.data[array.selected].id)
+            token = self.likeliest(logits, token) if self._is_plain else self._pick(logits, True)
         self.accept(token)
         return token
+
+    def _pick(self, logits: npt.NDArray[np.float32], masked: bool = False) -> int:
+        array = self._apply(logits, masked=masked)
+        return int(array.data[array.selected].id)
 
     def accept(self, token: int) -> None:
         """Count a token as written, for the penalties and the grammar."""
@@ -81,6 +85,11 @@ class ChainSampler:
         if self._grammar is None or self._grammar.allows(choice):
             return choice
         candidates = self._fill(logits)
+        known = candidates["logit"]
+        first = np.argpartition(-known, min(TRIED, len(known) - 1))[:TRIED]
+        for token in first[np.lexsort((first, -known[first]))]:
+            if self._grammar.allows(int(token)) and known[token] > -np.inf:
+                return int(token)
         self._grammar.mask(array_of(candidates))
         return int(candidates["logit"].argmax())
 
@@ -88,6 +97,9 @@ class ChainSampler:
         self, logits: npt.NDArray[np.float32]
     ) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float64]]:
         """Return the ids that may be drawn, and the probability of each; they sum to 1."""
+        if self._is_plain:
+            token = self.likeliest(logits, self._pick(logits))
+            return np.array([token], np.int32), np.ones(1)
         array = self._apply(logits, masked=True)
         if self._greedy:
             token = array.data[array.selected].id

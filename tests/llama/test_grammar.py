@@ -6,12 +6,14 @@ import json
 import re
 
 import jsonschema
+import numpy as np
 import pytest
 from click.testing import CliRunner
 
 from colm_edge.cli import main
 from colm_edge.errors import ColmError
-from colm_edge.llama.grammar import ANY_OBJECT, Grammar, grammar_of
+from colm_edge.llama import sampling
+from colm_edge.llama.grammar import ANY_OBJECT, CANDIDATE, Grammar, array_of, grammar_of
 from colm_edge.options import Options
 
 RECORD = r'root ::= "{" [a-z]{1,6} ":" [0-9]{1,4} "}"'
@@ -124,6 +126,28 @@ def test_a_token_that_is_not_allowed_is_an_error_and_no_crash(tiny_pair):
     grammar.accept(brace)
     assert not grammar.allows(brace)
     assert copied.allows(brace)
+
+
+@pytest.mark.parametrize("tried", [1, 3, 256])
+def test_trying_the_likeliest_tokens_finds_what_judging_all_finds(tiny_pair, tried, monkeypatch):
+    """Also where none of those tried is allowed."""
+    monkeypatch.setattr(sampling, "TRIED", tried)
+    options, n = Options(temperature=0.0), tiny_pair.n_shared
+    for seed in range(30):
+        logits = np.random.default_rng(seed).normal(0, 3, n).astype(np.float32)
+        grammar = Grammar(RECORD, tiny_pair.base)
+        quick = sampling.ChainSampler(options, n, grammar=grammar.copy())
+        while True:
+            whole = np.zeros(n, CANDIDATE)
+            whole["id"], whole["logit"] = np.arange(n), logits
+            grammar.mask(array_of(whole))
+            expected = int(whole["logit"].argmax())
+            assert quick.likeliest(logits, int(logits.argmax())) == expected
+            assert quick(logits) == expected
+            if expected in tiny_pair.base.end_tokens or seed % 3 == 0:
+                break
+            grammar.accept(expected)
+            logits = np.roll(logits, 17)
 
 
 SCHEMAS = [
