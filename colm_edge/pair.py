@@ -21,7 +21,7 @@ from colm_edge.decode.timeline import Expert, Timeline
 from colm_edge.errors import ColmError, ContextError, ModelError, PromptError
 from colm_edge.llama.context import ContextOptions
 from colm_edge.llama.costs import CostTable, slower
-from colm_edge.llama.grammar import Grammar
+from colm_edge.llama.grammar import Grammars
 from colm_edge.llama.measure import cost_table, kept_table, refine
 from colm_edge.llama.model import Model, shared_vocab
 from colm_edge.llama.prompt_cache import load_prompts, save_prompts
@@ -75,6 +75,7 @@ class Pair:
         self._note = note or log.info
         self._lock = threading.RLock()
         self._template: Any = None
+        self._grammars = Grammars(base)
         if isinstance(expert, RemoteExpert):
             n_shared, longest = expert.n_shared, expert.n_ctx
         else:
@@ -306,8 +307,7 @@ class Pair:
         if (options.reviews or options.doubts) and not self.expert_is_here:
             what = "review" if options.reviews else "doubt"
             raise ColmError(f"{what} needs the expert in this process: {self._not_here()}")
-        if options.grammar is not None:
-            Grammar(options.grammar, self.base)
+        self._grammars.parsed(options.grammar)
 
     def stream_tokens(
         self,
@@ -340,7 +340,8 @@ class Pair:
             overlaps=self._overlap,
         )
         row = self.base.token_id(DEFER_TOKEN) if isinstance(self.switch, DeferRow) else None
-        picker = picker_of(options, self.base, n_choose, tokens, defer_row=row, goes_back=goes_back)
+        grammar = self._grammars.parsed(options.grammar)
+        picker = picker_of(options, n_choose, tokens, grammar, row, goes_back=goes_back)
         decoder = Decoder(
             base,
             [expert],

@@ -107,6 +107,26 @@ def tiny_pair(tiny: dict[str, str]) -> Iterator[Pair]:
         yield pair
 
 
+@pytest.fixture(scope="module")
+def pair(tiny: dict[str, str]) -> Iterator[Pair]:
+    """A pair whose base has a chat template, and what it has unless a request says otherwise."""
+    from serving import GREEDY
+
+    with load(
+        tiny["template"], tiny["expert"], "margin", n_threads=1, n_ctx=256, defaults=GREEDY
+    ) as pair:
+        yield pair
+
+
+@pytest.fixture(scope="module")
+def url(pair: Pair) -> Iterator[str]:
+    """Where that pair is served."""
+    from serving import serving
+
+    with serving(pair, n_slots=2) as (url, _):
+        yield url
+
+
 @pytest.fixture(scope="session")
 def demo() -> Iterator[Pair]:
     with load(n_threads=1) as pair:

@@ -17,7 +17,7 @@ from typing import Any, Protocol
 
 from colm_edge.cancel import Cancel
 from colm_edge.decode.planner import Rate
-from colm_edge.decode.timeline import Floats, Timeline
+from colm_edge.decode.timeline import Around, Floats, Timeline
 
 MOST = 32  # tokens; each takes a copy of the logits
 AGREES, GOES_ON = 0.5, 0.9  # before anything is known: of the first token, and of each one behind
@@ -43,13 +43,14 @@ class Mean:
         self.value = before + RECENT * (seconds - before)
 
 
-class Ahead:
+class Ahead(Around):
     """A base's timeline that also knows what was evaluated ahead; for one answer.
 
     end_tokens: nothing is evaluated behind them.
     """
 
     def __init__(self, base: Timeline, end_tokens: frozenset[int]) -> None:
+        super().__init__(base)
         self._base, self._end_tokens = base, end_tokens
         self._last = array("i")  # of the last `sync`, if its last state can be read
         self._path = array("i")  # what was evaluated ahead, and all before it
@@ -59,26 +60,6 @@ class Ahead:
         self._agrees, self._goes_on = Rate(AGREES, 4), Rate(GOES_ON, 8)
         self._decode, self._reply = Mean(), Mean()
         self.n_ahead = self.n_won = 0  # tokens evaluated ahead, and those that were written
-
-    @property
-    def n_ctx(self) -> int:
-        return self._base.n_ctx
-
-    @property
-    def n_evaluated(self) -> int:
-        return self._base.n_evaluated
-
-    @property
-    def n_calls(self) -> int:
-        return self._base.n_calls
-
-    @property
-    def seconds(self) -> float:
-        return self._base.seconds
-
-    @property
-    def load_seconds(self) -> float:
-        return self._base.load_seconds
 
     def sync(
         self, tokens: Sequence[int], outputs: Sequence[int] = (), cancel: Cancel | None = None
@@ -152,31 +133,12 @@ class Ahead:
         self._reply.add(seconds)
 
 
-class Awaited:
+class Awaited(Around):
     """The timeline of an expert that is away: while it evaluates, the base goes on."""
 
     def __init__(self, expert: Away, base: Ahead) -> None:
+        super().__init__(expert)
         self._expert, self._base = expert, base
-
-    @property
-    def n_ctx(self) -> int:
-        return self._expert.n_ctx
-
-    @property
-    def n_evaluated(self) -> int:
-        return self._expert.n_evaluated
-
-    @property
-    def n_calls(self) -> int:
-        return self._expert.n_calls
-
-    @property
-    def seconds(self) -> float:
-        return self._expert.seconds
-
-    @property
-    def load_seconds(self) -> float:
-        return self._expert.load_seconds
 
     def sync(
         self, tokens: Sequence[int], outputs: Sequence[int] = (), cancel: Cancel | None = None

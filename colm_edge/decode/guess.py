@@ -15,7 +15,7 @@ from functools import cached_property, partial
 
 from colm_edge.cancel import Cancel
 from colm_edge.decode.planner import Rate
-from colm_edge.decode.timeline import Expert, Floats, Timeline
+from colm_edge.decode.timeline import Around, Expert, Floats, Timeline
 from colm_edge.llama.costs import CostTable
 from colm_edge.llama.measure import kept_table
 from colm_edge.llama.session import Session, common_prefix
@@ -114,7 +114,7 @@ def with_guesses(
     return base, expert
 
 
-class Guessing:
+class Guessing(Around):
     """A session's timeline that evaluates guesses along; for one answer.
 
     costs: returns what the session's decodes cost, or None where that is not known: then, and where
@@ -122,30 +122,11 @@ class Guessing:
     """
 
     def __init__(self, session: Session, costs: Callable[[], CostTable | None]) -> None:
+        super().__init__(session)
         self._session, self._table = session, costs
         self._lookup = Lookup()
         self._seen: dict[int, float] = {}  # seconds of batches with a guess, by their tokens
         self.n_guessed = 0
-
-    @property
-    def n_ctx(self) -> int:
-        return self._session.n_ctx
-
-    @property
-    def n_evaluated(self) -> int:
-        return self._session.n_evaluated
-
-    @property
-    def n_calls(self) -> int:
-        return self._session.n_calls
-
-    @property
-    def seconds(self) -> float:
-        return self._session.seconds
-
-    @property
-    def load_seconds(self) -> float:
-        return self._session.load_seconds
 
     def sync(
         self, tokens: Sequence[int], outputs: Sequence[int] = (), cancel: Cancel | None = None

@@ -19,7 +19,6 @@ from colm_edge.decode.policy import Policy, RatePolicy, running_rate
 from colm_edge.decode.review import ByRule, Exact, Review, Tolerance
 from colm_edge.decode.timeline import Expert, Timeline
 from colm_edge.llama.grammar import Grammar
-from colm_edge.llama.model import Model
 from colm_edge.llama.sampling import ChainSampler
 from colm_edge.llama.session import Session
 from colm_edge.options import Options
@@ -40,22 +39,22 @@ def policy_of(
 
 def picker_of(
     options: Options,
-    base: Model,
     n_choose: int,
     tokens: Sequence[int],
-    *,
+    grammar: Grammar | None,
     defer_row: int | None,
+    *,
     goes_back: bool,
 ) -> Picker:
     """Return what picks tokens.
 
-    tokens: of the prompt, for the penalties. defer_row: the id that is a Co-LLM base's switch, if
-    it has one. goes_back: whether the schedule takes tokens back.
+    tokens: of the prompt, for the penalties. grammar: at the answer's start, if there is one.
+    defer_row: the id that is a Co-LLM base's switch, if it has one. goes_back: whether the schedule
+    takes tokens back.
     """
     sampler: ChainSampler | Fresh | None = None
     if not options.is_likeliest:
         never = [] if defer_row is None else [defer_row]
-        grammar = Grammar(options.grammar, base) if options.grammar is not None else None
         sampler = ChainSampler(options, n_choose, tokens, never, grammar)
         if goes_back:
             seed = options.seed if options.seed >= 0 else secrets.randbits(32)

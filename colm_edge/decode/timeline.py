@@ -35,6 +35,33 @@ class Timeline(Protocol):
     def state(self, i: int) -> tuple[Floats, Floats]: ...
 
 
+class Around:
+    """What a timeline around another one passes on: its size, and what was evaluated so far."""
+
+    def __init__(self, inner: Timeline) -> None:
+        self._inner = inner
+
+    @property
+    def n_ctx(self) -> int:
+        return self._inner.n_ctx
+
+    @property
+    def n_evaluated(self) -> int:
+        return self._inner.n_evaluated
+
+    @property
+    def n_calls(self) -> int:
+        return self._inner.n_calls
+
+    @property
+    def seconds(self) -> float:
+        return self._inner.seconds
+
+    @property
+    def load_seconds(self) -> float:
+        return self._inner.load_seconds
+
+
 class Expert(Timeline, Protocol):
     """The timeline of an expert: in this process, on a thread of its own, or on a server."""
 

@@ -78,6 +78,24 @@ class Grammar:
             llama.llama_sampler_free(sampler)
 
 
+class Grammars:
+    """The grammars of a model's answers; the last one is kept, because most answers share it. Any
+    thread may use it."""
+
+    def __init__(self, model: Model) -> None:
+        self._model = model
+        self._last: tuple[str, Grammar] | None = None
+
+    def parsed(self, text: str | None) -> Grammar | None:
+        """Return a grammar at its start, None for None. Raises what `Grammar` raises."""
+        if text is None:
+            return None
+        last = self._last
+        if last is None or last[0] != text:
+            last = self._last = text, Grammar(text, self._model)
+        return last[1].copy()
+
+
 def array_of(candidates: Any) -> Any:
     """Return llama.cpp's array of candidates, a numpy array of type CANDIDATE, none selected."""
     return llama.llama_token_data_array(

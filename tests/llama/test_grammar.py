@@ -70,6 +70,18 @@ def test_the_switch_is_read_before_the_grammar(tiny_pair):
     assert bound.text == "{"
 
 
+def test_a_grammar_is_parsed_once_for_answers_that_share_it(tiny_pair, monkeypatch):
+    parsed = []
+    parse = Grammar.__init__
+    monkeypatch.setattr(
+        Grammar, "__init__", lambda *given: (parsed.append(given[1]), parse(*given))[1]
+    )
+    for text in (RECORD, RECORD, 'root ::= "yes"', RECORD):
+        answer = tiny_pair.generate("hello", grammar=text, temperature=0.0, max_tokens=60)
+        assert answer.text == "yes" or WHOLE.fullmatch(answer.text)
+    assert len(parsed) == 3
+
+
 def test_the_next_answer_is_free_again(tiny_pair):
     options = {"temperature": 0.0, "defer_rate": 0.3, "max_tokens": 20}
     before = tiny_pair.generate("hello", **options).text

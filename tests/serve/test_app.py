@@ -16,27 +16,12 @@ from serving import GREEDY, metrics_of, serving
 
 from colm_edge.decode.loop import PROMPT_OUTPUTS
 from colm_edge.options import ServerOptions
-from colm_edge.pair import load
 from colm_edge.serve.answers import Server
 from colm_edge.serve.app import create_app, listen
 from colm_edge.serve.guard import MAX_BODY
 from colm_edge.serve.requests import ChatRequest
 
 CHAT = [{"role": "user", "content": "hello"}]
-
-
-@pytest.fixture(scope="module")
-def pair(tiny):
-    with load(
-        tiny["template"], tiny["expert"], "margin", n_threads=1, n_ctx=256, defaults=GREEDY
-    ) as pair:
-        yield pair
-
-
-@pytest.fixture(scope="module")
-def url(pair):
-    with serving(pair, n_slots=2) as (url, _):
-        yield url
 
 
 @pytest.fixture(scope="module")

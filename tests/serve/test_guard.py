@@ -5,26 +5,11 @@ from __future__ import annotations
 import httpx
 import openai
 import pytest
-from serving import GREEDY, serving
+from serving import serving
 
-from colm_edge.pair import load
 from colm_edge.serve.guard import MAX_BODY
 
 CHAT = [{"role": "user", "content": "hello"}]
-
-
-@pytest.fixture(scope="module")
-def pair(tiny):
-    with load(
-        tiny["template"], tiny["expert"], "margin", n_threads=1, n_ctx=256, defaults=GREEDY
-    ) as pair:
-        yield pair
-
-
-@pytest.fixture(scope="module")
-def url(pair):
-    with serving(pair, n_slots=2) as (url, _):
-        yield url
 
 
 def test_a_body_without_its_length_is_bounded_too(url):

@@ -5,28 +5,13 @@ from __future__ import annotations
 import httpx
 import pytest
 from click.testing import CliRunner
-from serving import GREEDY, serving
+from serving import serving
 
 from colm_edge.cli import main
 from colm_edge.options import Options
-from colm_edge.pair import load
 from colm_edge.serve.requests import REFUSED, ChatRequest, CompletionRequest
 
 CHAT = [{"role": "user", "content": "hello"}]
-
-
-@pytest.fixture(scope="module")
-def pair(tiny):
-    with load(
-        tiny["template"], tiny["expert"], "margin", n_threads=1, n_ctx=256, defaults=GREEDY
-    ) as pair:
-        yield pair
-
-
-@pytest.fixture(scope="module")
-def url(pair):
-    with serving(pair, n_slots=2) as (url, _):
-        yield url
 
 
 def ask(url: str, **more) -> httpx.Response:

@@ -8,24 +8,8 @@ import httpx
 import openai
 import pytest
 from pydantic import BaseModel
-from serving import GREEDY, serving
 
-from colm_edge.pair import load
 from colm_edge.serve.responses import STATEFUL
-
-
-@pytest.fixture(scope="module")
-def pair(tiny):
-    with load(
-        tiny["template"], tiny["expert"], "margin", n_threads=1, n_ctx=256, defaults=GREEDY
-    ) as pair:
-        yield pair
-
-
-@pytest.fixture(scope="module")
-def url(pair):
-    with serving(pair, n_slots=2) as (url, _):
-        yield url
 
 
 @pytest.fixture

@@ -8,22 +8,8 @@ import httpx
 import openai
 import pytest
 from pydantic import BaseModel
-from serving import GREEDY, serving
-
-from colm_edge.pair import load
 
 CHAT = [{"role": "user", "content": "hello"}]
-
-
-@pytest.fixture(scope="module")
-def url(tiny):
-    with (
-        load(
-            tiny["template"], tiny["expert"], "margin", n_threads=1, n_ctx=256, defaults=GREEDY
-        ) as pair,
-        serving(pair, n_slots=2) as (url, _),
-    ):
-        yield url
 
 
 RECORD = {
