@@ -224,9 +224,9 @@ def _grammar_of(given: Mapping[str, Any]) -> str | None:
         text = _read(value) if name != "grammar" and is_file else str(value)
         if name != "json_schema":
             return text
-        from colm_edge.llama.grammar import ANY_OBJECT, grammar_of
+        from colm_edge.llama.grammar import grammar_of
 
-        return grammar_of(ANY_OBJECT if text.strip() == "{}" else text)
+        return grammar_of(text)
     return None
 
 

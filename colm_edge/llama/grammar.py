@@ -19,7 +19,6 @@ from colm_edge.errors import ColmError
 from colm_edge.llama.model import Model
 
 CANDIDATE = np.dtype([("id", np.int32), ("logit", np.float32), ("p", np.float32)])
-ANY_OBJECT = {"type": "object"}  # the schema of whoever asks for JSON alone
 MOST_NESTED = 2000  # parentheses: llama.cpp's parser calls itself at each, to the stack's end
 _stderr = threading.Lock()
 
@@ -113,16 +112,18 @@ def _nesting(text: str) -> int:
 
 
 def grammar_of(schema: str | Mapping[str, Any]) -> str:
-    """Return the GBNF of a JSON schema, a text or an object: llama-cpp-python's translation.
+    """Return the GBNF of a JSON schema, a text or an object: llama-cpp-python's translation. As in
+    llama.cpp, {} stands for any object.
 
     Raises ColmError for what is not JSON or cannot be translated.
     """
     from llama_cpp.llama_grammar import json_schema_to_gbnf
 
     try:
-        text = schema if isinstance(schema, str) else json.dumps(schema)
-        if not isinstance(json.loads(text), dict):
+        wanted = json.loads(schema) if isinstance(schema, str) else schema
+        if not isinstance(wanted, Mapping):
             raise ValueError("expected an object")
+        text = json.dumps(wanted or {"type": "object"})
         # Its strings may hold line ends and the like, which JSON's may not.
         return str(json_schema_to_gbnf(text)).replace(r'[^"\\]', r'[^"\\\x7F\x00-\x1F]')
     except Exception as e:  # it raises anything, for example for a reference to nowhere

@@ -16,7 +16,7 @@ from pydantic import (
 )
 
 from colm_edge.errors import ColmError
-from colm_edge.llama.grammar import ANY_OBJECT, grammar_of
+from colm_edge.llama.grammar import grammar_of
 from colm_edge.options import OPTIONS, Option, Options
 
 if TYPE_CHECKING:
@@ -81,9 +81,8 @@ class Sampling(BodyOptions):
     """What both kinds of completion accept, besides the options that are copied as they are."""
 
     model: str | None = None
-    max_tokens: int | None = Field(
-        default=None, ge=-1
-    )  # -1, llama.cpp's: no limit but the server's
+    # -1 is llama.cpp's: no limit but the server's.
+    max_tokens: int | None = Field(default=None, ge=-1)
     seed: int | None = Field(default=None, ge=-(2**63), le=2**63 - 1)
     stop: Stop | list[Stop] | None = Field(default=None)
     n: int = Field(default=1, ge=1, le=MAX_CHOICES)
@@ -192,7 +191,7 @@ class ResponseFormat(Body):
             return None
         if self.json_schema is not None:
             return self.json_schema.schema_
-        return self.schema_ or ANY_OBJECT
+        return {} if self.schema_ is None else self.schema_
 
 
 class ChatRequest(Sampling):
@@ -215,7 +214,7 @@ class ChatRequest(Sampling):
         wanted = self.response_format.wanted if self.response_format is not None else None
         if wanted is not None and self.json_schema is not None:
             raise ColmError("response_format and json_schema both give a schema; give one")
-        return wanted or self.json_schema
+        return self.json_schema if wanted is None else wanted
 
     def limit(self) -> int | None:
         newer = self.max_completion_tokens

@@ -13,7 +13,7 @@ from click.testing import CliRunner
 from colm_edge.cli import main
 from colm_edge.errors import ColmError
 from colm_edge.llama import sampling
-from colm_edge.llama.grammar import ANY_OBJECT, CANDIDATE, Grammar, array_of, grammar_of
+from colm_edge.llama.grammar import CANDIDATE, Grammar, array_of, grammar_of
 from colm_edge.options import Options
 
 RECORD = r'root ::= "{" [a-z]{1,6} ":" [0-9]{1,4} "}"'
@@ -178,6 +178,10 @@ def test_answers_of_a_schema_are_valid_json(tiny_pair, schema, options):
     assert grammar_of(json.dumps(schema)) == grammar_of(schema)
 
 
+def test_an_empty_schema_is_any_object():
+    assert grammar_of({}) == grammar_of(" {} ") == grammar_of({"type": "object"})
+
+
 def test_a_string_of_a_schema_holds_no_line_end(tiny_pair):
     base = tiny_pair.base
     grammar = Grammar(grammar_of({"type": "string"}), base)
@@ -224,4 +228,3 @@ def test_the_command_line_says_what_is_wrong_with_a_grammar(tiny, tmp_path):
     assert missing.exit_code == 2
     assert "No such file" in missing.stderr
     assert "the JSON schema cannot be used" in run(tiny, "-j", "[").stderr
-    assert ANY_OBJECT == {"type": "object"}

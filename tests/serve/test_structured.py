@@ -49,11 +49,22 @@ def test_openais_client_parses_into_a_class(url):
     assert isinstance(completion.choices[0].message.parsed, Record)
 
 
-def test_json_alone_is_an_object_and_a_grammar_is_taken_as_it_is(url):
-    chat, plain = f"{url}/v1/chat/completions", f"{url}/v1/completions"
-    body = {"messages": CHAT, "max_tokens": 9, "response_format": {"type": "json_object"}}
-    answer = httpx.post(chat, json=body, timeout=60).json()
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {"json_schema": {}},
+        {"response_format": {"type": "json_object"}},
+        {"response_format": {"type": "json_object", "schema": {}}},
+        {"response_format": {"type": "json_schema", "json_schema": {"schema": {}}}},
+    ],
+)
+def test_an_empty_schema_is_any_object(url, asked):
+    body = {"messages": CHAT, "max_tokens": 9, **asked}
+    answer = httpx.post(f"{url}/v1/chat/completions", json=body, timeout=60).json()
     assert answer["choices"][0]["message"]["content"].startswith("{")
+
+
+def test_a_grammar_is_taken_as_it_is(url):
     body = {"prompt": "hello", "max_tokens": 9, "grammar": 'root ::= "yes" | "no"'}
-    answer = httpx.post(plain, json=body, timeout=60).json()
+    answer = httpx.post(f"{url}/v1/completions", json=body, timeout=60).json()
     assert answer["choices"][0]["text"] in ("yes", "no")
