@@ -16,6 +16,7 @@ import llama_cpp as llama
 import numpy as np
 
 from colm_edge.errors import ColmError
+from colm_edge.llama.json_schema import Plain
 from colm_edge.llama.model import Model
 
 CANDIDATE = np.dtype([("id", np.int32), ("logit", np.float32), ("p", np.float32)])
@@ -111,11 +112,13 @@ def _nesting(text: str) -> int:
     return max(accumulate(steps), default=0)
 
 
-def grammar_of(schema: str | Mapping[str, Any]) -> str:
-    """Return the GBNF of a JSON schema, a text or an object: llama-cpp-python's translation. As in
-    llama.cpp, {} stands for any object.
+def grammar_of(schema: str | Mapping[str, Any], *, strict: bool = True) -> str:
+    """Return the GBNF of a JSON schema, a text or an object. As in llama.cpp, {} stands for any
+    object.
 
-    Raises ColmError for what is not JSON or cannot be translated.
+    strict: whether a keyword that cannot be kept to is an error; else it is left out.
+
+    Raises ColmError for what is not JSON, and for a schema that cannot be kept to, with the reason.
     """
     from llama_cpp.llama_grammar import json_schema_to_gbnf
 
@@ -123,10 +126,14 @@ def grammar_of(schema: str | Mapping[str, Any]) -> str:
         wanted = json.loads(schema) if isinstance(schema, str) else schema
         if not isinstance(wanted, Mapping):
             raise ValueError("expected an object")
-        text = json.dumps(wanted or {"type": "object"})
+        plain = Plain(wanted, strict=strict)
         # Its strings may hold line ends and the like, which JSON's may not.
-        return str(json_schema_to_gbnf(text)).replace(r'[^"\\]', r'[^"\\\x7F\x00-\x1F]')
-    except Exception as e:  # it raises anything, for example for a reference to nowhere
+        text = str(json_schema_to_gbnf(json.dumps(plain.schema)))
+        text = text.replace(r'[^"\\]', r'[^"\\\x7F\x00-\x1F]')
+        for name, rule in plain.rules.items():
+            text = text.replace(f'"\\"{name}\\""', rule)
+        return text
+    except Exception as e:  # it raises anything, for example for a pattern without ^
         reason = " ".join(str(e).split())[:200] or type(e).__name__
         raise ColmError(f"the JSON schema cannot be used: {reason}") from e
 
