@@ -11,13 +11,15 @@ from typing import Any
 import llama_cpp as llama
 
 from colm_edge.errors import MismatchError
+from colm_edge.gguf_header import read_header
 from colm_edge.llama.context import ContextOptions
 from colm_edge.llama.costs import CostTable, break_even, seconds_per_token
 from colm_edge.llama.measure import cost_table, kept_table
+from colm_edge.llama.memory import cache_bytes
 from colm_edge.llama.model import Model, shared_vocab
 from colm_edge.llama.session import Session
 from colm_edge.references import resolve
-from colm_edge.switch.file import ARCHITECTURE, HEAD_BYTES, Switch, architecture
+from colm_edge.switch.file import ARCHITECTURE, Switch
 
 RATES = (0.05, 0.1, 0.2)  # of deferrals, that speeds are predicted for
 N_CTX = 4096  # tokens that the memory is stated for, or fewer if the model was trained for fewer
@@ -55,9 +57,8 @@ def describe_files(
 def _as_switch(path: str) -> Switch | None:
     """Return the switch in a file, or None for a file of another kind."""
     try:
-        with open(path, "rb") as file:
-            is_switch = architecture(file.read(HEAD_BYTES)) == ARCHITECTURE
-    except OSError:
+        is_switch = read_header(path).architecture == ARCHITECTURE
+    except (OSError, ValueError):
         return None  # reading the file as a model says what is wrong
     return Switch.load(path) if is_switch else None
 
@@ -97,7 +98,7 @@ def _model_facts(model: Model, table: CostTable | None) -> dict[str, Any]:
     kind = llama.ctypes.create_string_buffer(128)
     llama.llama_model_desc(weights, kind, len(kind))
     size, n_params = (f(weights) for f in (llama.llama_model_size, llama.llama_model_n_params))
-    cache = _cache_bytes(model, n_ctx)
+    cache = cache_bytes(model, n_ctx)
     return {
         "model": str(model.path),
         "name": model.metadata("general.name") or "–",
@@ -112,15 +113,6 @@ def _model_facts(model: Model, table: CostTable | None) -> dict[str, Any]:
         "tokens in f16",
         "decode_costs_in_ms": "not measured (--costs)" if table is None else _as_line(table),
     }
-
-
-def _cache_bytes(model: Model, n_ctx: int) -> int:
-    """Return the size of a KV cache of n_ctx tokens in f16."""
-    n_head = model.number("attention.head_count")
-    n_head_kv = model.number("attention.head_count_kv") or n_head
-    width = model.number("attention.key_length") or model.n_embd // max(1, n_head)
-    keys_and_values, bytes_each = 2, 2
-    return keys_and_values * bytes_each * model.number("block_count") * n_head_kv * width * n_ctx
 
 
 def _as_line(table: CostTable) -> str:

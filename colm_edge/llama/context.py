@@ -19,6 +19,7 @@ import numpy.typing as npt
 from colm_edge.cancel import Cancel
 from colm_edge.errors import ColmError, ModelError
 from colm_edge.llama.backend import last_errors, supports_gpu
+from colm_edge.llama.memory import check_room
 from colm_edge.llama.model import Model
 from colm_edge.llama.threads import Cores, cores, n_cores
 
@@ -48,6 +49,9 @@ CACHE_TYPES = {
     "q4_1": 3,
     "q4_0": 2,
 }
+CACHE_BITS = {  # of a number; those of blocks have a scale, and some an offset, for 32 numbers
+    "f32": 32, "f16": 16, "bf16": 16, "q8_0": 8.5, "q5_1": 6, "q5_0": 5.5, "q4_1": 5, "q4_0": 4.5,
+}  # fmt: skip
 PLAIN_TYPES = ("f32", "f16", "bf16")
 _FLASH = {"auto": -1, "off": 0, "on": 1}
 _BATCH_FIELDS = dict(llama.llama_batch._fields_)
@@ -234,6 +238,9 @@ class Context:
         self._n_threads = self._most_threads = self.options.n_threads_of(self.model)
         if self._n_threads > 1 and is_on_cpu(self.model):
             self._cores = cores()
+        if is_on_cpu(self.model):
+            bits = (CACHE_BITS[self.options.cache_type_k], CACHE_BITS[self.options.cache_type_v])
+            check_room(self.model, self.n_ctx, *bits)
         model = self.model.load(None if cancel is None else cancel.check)
         last_errors.clear()
         handle = llama.llama_init_from_model(model, self._params())

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import struct
 from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,6 +12,7 @@ import numpy as np
 from colm_edge import readout
 from colm_edge.errors import MismatchError, SwitchError
 from colm_edge.files import replacing
+from colm_edge.gguf_header import read_header, read_tensor
 from colm_edge.switch.reading import (
     HIDDEN,
     N_LOGIT,
@@ -28,7 +28,6 @@ from colm_edge.switch.reading import (
 ARCHITECTURE = "colmswitch"
 VERSION = 1
 PREFIX = "colm.switch."
-HEAD_BYTES = 256  # of a GGUF file, where its architecture stands
 FEATURE_SETS = {
     "hidden": (HIDDEN,),
     "logits": readout.FEATURES,
@@ -185,27 +184,19 @@ class Switch:
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Switch:
         """Read a switch file. Raises SwitchError when it is missing or broken."""
-        from gguf import GGUFReader
-
         try:
-            with open(path, "rb") as file:
-                head = file.read(HEAD_BYTES)
+            header = read_header(path)
+            if header.architecture != ARCHITECTURE:
+                raise SwitchError(
+                    f"{path}: its architecture is {header.architecture!r}, expected "
+                    f"{ARCHITECTURE!r}: this is a model, not a switch"
+                )
+            keys = header.keys
+            tensors = {name: read_tensor(path, one) for name, one in header.tensors.items()}
         except OSError as e:
             raise SwitchError(f"{path}: {e.strerror or e}; expected a switch file") from e
-        if not head.startswith(b"GGUF"):
-            raise SwitchError(f"{path}: not a GGUF file, so not a switch")
-        known = architecture(head)
-        if known not in (None, ARCHITECTURE):  # a model, perhaps of gigabytes: read no more of it
-            raise SwitchError(_not_a_switch(path, known))
-        try:
-            reader = GGUFReader(path)
-            keys = {key: f.contents() for key, f in reader.fields.items()}
-            # GGUFReader maps the file; copies let it go.
-            tensors = {t.name: np.array(t.data, np.float32) for t in reader.tensors}
-        except Exception as e:  # gguf raises errors of any class
-            raise SwitchError(f"{path}: a broken or truncated GGUF file ({e})") from e
-        if keys.get("general.architecture") != ARCHITECTURE:
-            raise SwitchError(_not_a_switch(path, keys.get("general.architecture")))
+        except ValueError as e:
+            raise SwitchError(f"{path}: {e}; expected a switch file") from e
         try:
             version = int(keys["colm.switch.version"])
             if version != VERSION:
@@ -234,30 +225,8 @@ class Switch:
             )
         except KeyError as e:
             raise SwitchError(f"{path}: the switch lacks {e.args[0]}; train it again") from e
-        except (TypeError, ValueError) as e:
+        except (TypeError, ValueError, OverflowError) as e:
             raise SwitchError(f"{path}: a key or tensor has the wrong type or shape ({e})") from e
-
-
-def architecture(head: bytes) -> str | None:
-    """Return general.architecture from the first bytes of a GGUF file, where it is the first key,
-    as every known writer puts it; else None."""
-    # After the magic: version (4 bytes), tensors and keys (8 each); then a key's length and name,
-    # the type of its value (8: a text), the text's length and the text.
-    name, at = b"general.architecture", 24
-    if head[at : at + 12 + len(name)] != struct.pack("<Q", len(name)) + name + struct.pack("<I", 8):
-        return None
-    at += 12 + len(name)
-    length = int.from_bytes(head[at : at + 8], "little")
-    if at + 8 + length > len(head):
-        return None
-    return head[at + 8 : at + 8 + length].decode("utf-8", "replace")
-
-
-def _not_a_switch(path: str | os.PathLike[str], found: object) -> str:
-    return (
-        f"{path}: its architecture is {found!r}, expected {ARCHITECTURE!r}: this is a model, "
-        "not a switch"
-    )
 
 
 def _float_or_none(value: Any) -> float | None:

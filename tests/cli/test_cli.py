@@ -100,7 +100,7 @@ def test_errors_are_one_line_and_exit_1(tiny, tmp_path):
     data.write_text('{"prompt": "a", "completion": "b"}\n' * 6)
     cases = [
         (["run", "hi", "-m", base, "-me", tmp_path / "no.gguf"], "No such file"),
-        (["run", "hi", "-m", base, "-me", tmp_path / "half.gguf"], "not within the file bounds"),
+        (["run", "hi", "-m", base, "-me", tmp_path / "half.gguf"], "ends beyond the file"),
         (["run", "hi", "-m", tmp_path / "text.gguf", "-me", expert], "not a GGUF file"),
         (["run", "hi", "-m", base, "-me", expert, "-sw", tmp_path / "narrow.gguf"], "48 numbers"),
         (["run", "hi", "-m", base, "-me", expert, "-sw", tmp_path / "nan.gguf"], "NaN"),

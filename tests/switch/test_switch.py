@@ -150,7 +150,7 @@ def test_broken_files_are_refused(tmp_path, tiny):
     make().save(tmp_path / "good.gguf")
     whole = (tmp_path / "good.gguf").read_bytes()
     cases = {
-        "half": (whole[: len(whole) // 2], "broken or truncated"),
+        "half": (whole[: len(whole) // 2], "truncated"),
         "text": (b"weights = 3", "not a GGUF file"),
         "empty": (b"", "not a GGUF file"),
         "nan": (whole[:-64] + np.full(16, np.nan, np.float32).tobytes(), "NaN"),
