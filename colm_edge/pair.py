@@ -19,6 +19,7 @@ from colm_edge.decode.planner import Planner
 from colm_edge.decode.policy import expected_rate, review_of, threshold_of
 from colm_edge.decode.timeline import Expert, Timeline
 from colm_edge.errors import ColmError, ContextError, ModelError, PromptError
+from colm_edge.llama.chat_template import ChatTemplate, Message, each_text
 from colm_edge.llama.context import ContextOptions
 from colm_edge.llama.costs import CostTable, slower
 from colm_edge.llama.grammar import Grammars
@@ -39,7 +40,6 @@ log = logging.getLogger("colm_edge")
 # Contexts cost memory: unless asked for more, no more than this.
 DEFAULT_N_CTX = 4096
 
-Message = Mapping[str, str]
 Progress = Callable[[str, float], None]
 
 
@@ -74,7 +74,8 @@ class Pair:
         self.defaults = defaults or Options()
         self._note = note or log.info
         self._lock = threading.RLock()
-        self._template: Any = None
+        text = base.chat_template
+        self.template = ChatTemplate(text, base.bos_text, base.eos_text) if text else None
         self._grammars = Grammars(base)
         if isinstance(expert, RemoteExpert):
             n_shared, longest = expert.n_shared, expert.n_ctx
@@ -225,7 +226,7 @@ class Pair:
     def stream(self, prompt: str, *, system: str | None = None, **options: Any) -> Stream:
         """Answer a prompt step by step; options as for `generate`."""
         messages = [{"role": "user", "content": prompt}]
-        if system:
+        if system is not None:
             messages.insert(0, {"role": "system", "content": system})
         if isinstance(prompt, str) and not prompt.strip():
             raise PromptError("the prompt is empty; write at least one word")
@@ -248,10 +249,23 @@ class Pair:
         """Answer a conversation for `async for`; options as for `generate`."""
         return AsyncStream(self.stream_chat(messages, **options))
 
-    def prompt_tokens(self, messages: Sequence[Message], *, raw: bool = False) -> list[int]:
-        """Return a conversation as token ids, as the base's chat template writes it.
+    def prompt_tokens(
+        self, messages: Sequence[Message], *, raw: bool = False, **variables: Any
+    ) -> list[int]:
+        """Return a conversation as token ids; as for `prompt_text`."""
+        return self.tokens_of(self.prompt_text(messages, raw=raw, **variables))
 
-        Without a template (or raw), the contents are joined with a blank line between them.
+    def prompt_text(
+        self, messages: Sequence[Message], *, raw: bool = False, **variables: Any
+    ) -> str:
+        """Return a conversation as the base's chat template writes it.
+
+        Without a template (or raw), the contents are joined with a blank line between them. Unless
+        raw, names of control tokens in it that are the template's own stay so, and those in
+        somebody's words are parted, so that nobody can forge a turn.
+        variables: what the template may read besides, such as `enable_thinking`.
+
+        Raises PromptError for what is no conversation, and where the template refuses it.
         """
         if isinstance(messages, str) or not isinstance(messages, Sequence):
             raise PromptError(f"a conversation is {messages!r}; expected a list of messages")
@@ -261,29 +275,17 @@ class Pair:
                 raise PromptError(f"a message is {message!r}; expected role and content, as texts")
         if not messages:
             raise PromptError("the conversation is empty; give at least one message")
-        if raw or not self.base.chat_template:
-            text = "\n\n".join(m["content"] for m in messages)
-        else:
-            text = self.render(messages)
+        if raw:
+            return "\n\n".join(m["content"] for m in messages)
+        messages, variables = each_text([list(messages), variables], self.base.plain)
+        if self.template is None:
+            return "\n\n".join(m["content"] for m in messages)
+        return self.template.render(messages, **variables)
+
+    def tokens_of(self, text: str) -> list[int]:
+        """Return the token ids of a prompt, behind one begin token where the vocabulary has it."""
         bos = self.base.bos_text
         return self.base.tokenize(text, bos=not (bos and text.startswith(bos)))
-
-    def render(self, messages: Sequence[Message]) -> str:
-        """Return a conversation as the chat template in the base's GGUF writes it, up to where the
-        assistant goes on: behind its last message, if that is the last."""
-        if len(messages) > 1 and messages[-1]["role"] == "assistant":
-            return self.render(messages[:-1]) + messages[-1]["content"]
-        from llama_cpp.llama_chat_format import Jinja2ChatFormatter
-
-        try:
-            if self._template is None:
-                self._template = Jinja2ChatFormatter(
-                    self.base.chat_template or "", self.base.eos_text, self.base.bos_text
-                )
-            text: str = self._template(messages=[dict(m) for m in messages]).prompt
-        except Exception as e:  # templates raise anything, for example for unknown roles
-            raise PromptError(f"the base's chat template refuses this conversation: {e}") from e
-        return text
 
     def check_prompt(self, tokens: Sequence[int], threshold: float) -> None:
         """Raise PromptError for no tokens, too many, or some that are not in the vocabulary."""

@@ -28,6 +28,7 @@ class Answer:
     prompt_tokens: list[int] = field(repr=False)
     threshold: float
     undone: list[Undone] = field(default_factory=list, repr=False)  # by review
+    stopped_by: str | None = None  # the stop string that it ended at
 
 
 class Stream:
@@ -52,6 +53,7 @@ class Stream:
         self.prompt_tokens = list(decoder.tokens)
         self.steps: list[Step] = []  # already handed out
         self._finish: Literal["stop", "length"] | None = None
+        self._stopped_by: str | None = None
         self._iterator = self._run()
 
     def __iter__(self) -> Iterator[Step]:
@@ -118,7 +120,14 @@ class Stream:
         text = "".join(step.text for step in steps)
         undone = [one for one in self._decoder.undone if one.at <= len(steps)]
         return Answer(
-            text, steps, self.finish_reason, stats, self.prompt_tokens, self.threshold, undone
+            text,
+            steps,
+            self.finish_reason,
+            stats,
+            self.prompt_tokens,
+            self.threshold,
+            undone,
+            self._stopped_by,
         )
 
     def _hand_out(self, step: Step) -> Step:
@@ -162,10 +171,10 @@ class Stream:
     def _cut_at_stop(self, held: list[Step]) -> bool:
         """Cut the held steps at the first stop string in them; return whether there was one."""
         text = "".join(step.text for step in held)
-        found = [at for at in (text.find(stop) for stop in self._stop) if at >= 0]
+        found = [(at, stop) for stop in self._stop if (at := text.find(stop)) >= 0]
         if not found:
             return False
-        left = min(found)
+        left, self._stopped_by = min(found)
         for i, step in enumerate(held):
             if left <= 0:
                 del held[i:]

@@ -348,10 +348,10 @@ def test_templates_come_from_the_base(tiny):
     with load(tiny["template"], tiny["expert"], "margin", n_threads=1) as pair:
         messages = [{"role": "system", "content": "be short"}, {"role": "user", "content": "hi"}]
         assert pair.base.chat_template == TEMPLATE
-        assert pair.render(messages) == "system: be short\nuser: hi\nassistant:"
-        assert pair.prompt_tokens(messages) == pair.base.tokenize(pair.render(messages))
+        assert pair.prompt_text(messages) == "system: be short\nuser: hi\nassistant:"
+        assert pair.prompt_tokens(messages) == pair.base.tokenize(pair.prompt_text(messages))
         begun = [*messages, {"role": "assistant", "content": " Well,"}]
-        assert pair.render(begun) == pair.render(messages) + " Well,"
+        assert pair.prompt_text(begun) == pair.prompt_text(messages) + " Well,"
         assert pair.prompt_tokens(messages, raw=True) == pair.base.tokenize("be short\n\nhi")
         assert pair.generate("hi", system="be short", **GREEDY).prompt_tokens == (
             pair.prompt_tokens(messages)

@@ -36,7 +36,7 @@ def smol(tmp_path_factory) -> Iterator[Pair]:
 
 
 def test_the_template_and_its_end_token_are_the_models_own(smol):
-    text = smol.render([{"role": "user", "content": "What is the capital of France?"}])
+    text = smol.prompt_text([{"role": "user", "content": "What is the capital of France?"}])
     assert text.endswith("<|im_start|>assistant\n")
     expert_alone = GREEDY | {"threshold": 0.0}
     answer = smol.generate("What is 2+2?", **expert_alone)

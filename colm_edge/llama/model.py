@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import os
+import re
 import threading
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -20,8 +21,10 @@ import llama_cpp as llama
 from colm_edge.cancel import CancelledError
 from colm_edge.errors import MismatchError, ModelError
 from colm_edge.files import parts_of
+from colm_edge.gguf_header import check_model, read_header
 from colm_edge.llama import huge_pages
 from colm_edge.llama.backend import last_errors, model_params
+from colm_edge.llama.interrupts import interrupts_noted
 from colm_edge.llama.rpc import check_servers, device_list
 from colm_edge.llama.threads import cores
 
@@ -31,6 +34,8 @@ MAX_VOCAB_DIFFERENCE = 128
 FIRST_COMPARED_TOKEN = 5
 FINGERPRINT_PLACES = 1024  # in a model's file, evenly spread
 FINGERPRINT_BYTES = 4096  # read at each place
+PARTED = "\ufdd0"  # no character of Unicode, and never will be one
+CONTROL = llama.LLAMA_TOKEN_ATTR_CONTROL | llama.LLAMA_TOKEN_ATTR_UNKNOWN
 WAIT = 0.05  # seconds between two checks while another thread reads the weights
 
 
@@ -72,6 +77,10 @@ class Model:
             _check_gguf(file)
         self._handle = self._open(vocab_only=True)
         handle = self._handle
+        causal = self.metadata(f"{self.metadata('general.architecture')}.attention.causal")
+        if causal == "false" or llama.llama_model_has_encoder(handle):
+            self.close()
+            raise ModelError(f"{self.path}: an encoder writes no text; use a decoder")
         if llama.llama_model_is_recurrent(handle) or llama.llama_model_is_hybrid(handle):
             self.close()
             raise ModelError(
@@ -104,11 +113,13 @@ class Model:
         devices = None if vocab_only or not self.rpc else device_list(self.rpc)
         if devices is not None:
             params.devices = ctypes.cast(devices, ctypes.c_void_p)
-        if not vocab_only:
-            # `params` keeps the callback alive.
-            params.progress_callback = _progress_callback(progress, check, raised)
-        last_errors.clear()
-        handle = llama.llama_model_load_from_file(os.fsencode(self.path), params)
+        with interrupts_noted() as raise_interrupt:
+            if not vocab_only:
+                # `params` keeps the callback alive.
+                checks = (raise_interrupt,) if check is None else (raise_interrupt, check)
+                params.progress_callback = _progress_callback(progress, checks, raised)
+            last_errors.clear()
+            handle = llama.llama_model_load_from_file(os.fsencode(self.path), params)
         if raised:
             if handle:
                 llama.llama_model_free(handle)
@@ -262,8 +273,9 @@ class Model:
             size = n + 1
 
     def number(self, key: str) -> int:
-        arch = self.metadata("general.architecture")
-        return int(self.metadata(f"{arch}.{key}") or 0)
+        """Return a whole number of the architecture's keys, 0 for what is none."""
+        found = self.metadata(f"{self.metadata('general.architecture')}.{key}") or ""
+        return int(found) if found.isdecimal() else 0
 
     @cached_property
     def n_vocab(self) -> int:
@@ -323,9 +335,35 @@ class Model:
     def tokenize(self, text: str, *, special: bool = True, bos: bool = True) -> list[int]:
         """Return the token ids of a text.
 
-        special: turn the names of special tokens in the text into those tokens.
+        special: turn the names of control tokens in the text into those tokens, but not where
+            `plain` has parted them.
         bos: put the begin token first, if the vocabulary adds one.
         """
+        first, *others = text.split(PARTED)
+        tokens = self._tokenize(first, special, bos)
+        for other in others:
+            tokens += self._tokenize(other, special, False)
+        return tokens
+
+    def plain(self, text: str) -> str:
+        """Return a text in which the names of control tokens are parted: `tokenize` then takes them
+        for what they are in somebody's words, text."""
+        text = text.replace(PARTED, "")
+        while names := self._control_names(text):
+            pattern = "|".join(map(re.escape, sorted(names)))
+            text = re.sub(pattern, lambda found: found[0][0] + PARTED + found[0][1:], text)
+        return text
+
+    def _control_names(self, text: str) -> set[str]:
+        """Return the names of the control tokens that `tokenize` finds in a text."""
+        tokens = set(self.tokenize(text, bos=False))
+        with self._lock:
+            vocab = self._vocab
+            found = [t for t in tokens if llama.llama_vocab_get_attr(vocab, t) & CONTROL]
+        names = {self.token_text(token) for token in found}
+        return {name for name in names if len(name) > 1 and name in text}
+
+    def _tokenize(self, text: str, special: bool, bos: bool) -> list[int]:
         raw = text.encode("utf-8", "replace")
         size = len(raw) + 8
         while True:
@@ -383,10 +421,10 @@ class Model:
 
 def _progress_callback(
     progress: Callable[[float], None] | None,
-    check: Callable[[], None] | None,
+    checks: Sequence[Callable[[], None]],
     raised: list[BaseException],
 ) -> Any:
-    """Return llama.cpp's callback. It calls `progress` and `check`, keeps what they raise in
+    """Return llama.cpp's callback. It calls `progress` and `checks`, keeps what they raise in
     `raised`, and then ends the load."""
     ask_for_huge_pages: Callable[[], None] | None = huge_pages.watch()
 
@@ -398,7 +436,7 @@ def _progress_callback(
             if ask_for_huge_pages is not None:
                 ask_for_huge_pages()
                 ask_for_huge_pages = None
-            if check is not None:
+            for check in checks:
                 check()
             if progress is not None:
                 progress(share)
@@ -424,12 +462,11 @@ def fingerprint(*paths: Path) -> str:
 
 def _check_gguf(path: Path) -> None:
     try:
-        with path.open("rb") as file:
-            magic = file.read(4)
+        check_model(read_header(path))
     except OSError as e:
         raise ModelError(f"{path}: {e.strerror or e}; expected a GGUF file") from e
-    if magic != b"GGUF":
-        raise ModelError(f"{path}: not a GGUF file (starts with {magic!r}, expected b'GGUF')")
+    except ValueError as e:
+        raise ModelError(f"{path}: {e}; download or convert it again") from e
 
 
 def shared_vocab(base: Model, expert: Model) -> int:

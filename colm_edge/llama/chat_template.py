@@ -1,0 +1,50 @@
+"""A model's chat template: a conversation as the text that the model was trained to go on from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from colm_edge.errors import PromptError
+
+Message = Mapping[str, Any]  # role, content, and what the template reads besides
+
+
+class ChatTemplate:
+    """text: in Jinja. bos, eos: the texts of the begin and the end token."""
+
+    def __init__(self, text: str, bos: str, eos: str) -> None:
+        self.text, self._bos, self._eos = text, bos, eos
+        self._formatter: Any = None  # llama-cpp-python's, once it is needed
+
+    def render(self, messages: Sequence[Message], **variables: Any) -> str:
+        """Return a conversation as the template writes it, up to where the assistant goes on:
+        behind its last message, if that is the last and a text alone.
+
+        variables: what the template may read besides, such as `tools` or `enable_thinking`.
+
+        Raises PromptError where the template refuses.
+        """
+        last = messages[-1]
+        if len(messages) > 1 and last["role"] == "assistant" and not last.get("tool_calls"):
+            return self.render(messages[:-1], **variables) + str(last["content"])
+        from llama_cpp.llama_chat_format import Jinja2ChatFormatter
+
+        try:
+            if self._formatter is None:
+                self._formatter = Jinja2ChatFormatter(self.text, self._eos, self._bos)
+            found = self._formatter(messages=[dict(m) for m in messages], **variables)
+        except Exception as e:  # templates raise anything, for example for unknown roles
+            raise PromptError(f"the base's chat template refuses this conversation: {e}") from e
+        return str(found.prompt)
+
+
+def each_text(given: Any, change: Callable[[str], str]) -> Any:
+    """Return a copy of what JSON can hold, each text in it changed, but for keys."""
+    if isinstance(given, str):
+        return change(given)
+    if isinstance(given, Mapping):
+        return {key: each_text(value, change) for key, value in given.items()}
+    if isinstance(given, list | tuple):
+        return [each_text(value, change) for value in given]
+    return given

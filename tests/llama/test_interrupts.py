@@ -1,0 +1,59 @@
+"""Ctrl-C while llama.cpp reads weights and calls back is never lost."""
+
+from __future__ import annotations
+
+import signal
+import threading
+
+import pytest
+
+from colm_edge.llama.interrupts import interrupts_noted
+from colm_edge.llama.model import Model
+
+
+@pytest.fixture(autouse=True)
+def default_handler():
+    """A process that was started in the background ignores SIGINT."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_it_is_raised_where_that_is_asked_for():
+    with interrupts_noted() as raise_it:
+        raise_it()
+        signal.raise_signal(signal.SIGINT)
+        with pytest.raises(KeyboardInterrupt):
+            raise_it()
+        raise_it()
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_or_at_the_end():
+    with pytest.raises(KeyboardInterrupt), interrupts_noted():
+        signal.raise_signal(signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_on_another_thread_nothing_changes():
+    told = []
+
+    def work() -> None:
+        with interrupts_noted() as raise_it:
+            raise_it()
+            told.append(signal.getsignal(signal.SIGINT))
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert told == [signal.default_int_handler]
+
+
+def test_a_load_ends_with_it_every_time(tiny, capfd):
+    model = Model(tiny["base"], progress=lambda share: signal.raise_signal(signal.SIGINT))
+    for _ in range(20):
+        with pytest.raises(KeyboardInterrupt):
+            model.load()
+        assert not model.loaded
+    model.close()
+    assert "ignored" not in capfd.readouterr().err
