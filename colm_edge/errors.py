@@ -1,8 +1,18 @@
 """Errors that a user can fix: each message says what is wrong, what was expected, and the cure."""
 
+LONGEST = 300  # characters of a message
+
 
 class ColmError(Exception):
-    """Base of every error that colm-edge raises on purpose."""
+    """Base of every error that colm-edge raises on purpose. Its text is one line that can be
+    printed, whatever names and values of hostile files it tells; a long one lacks its middle."""
+
+    def __str__(self) -> str:
+        text = " ".join(super().__str__().split())
+        text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+        if len(text) > LONGEST:
+            text = f"{text[: LONGEST * 2 // 3 - 3]} … {text[-LONGEST // 3 :]}"
+        return text
 
 
 class ModelError(ColmError):

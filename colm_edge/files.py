@@ -62,6 +62,26 @@ def replacing(path: AnyPath) -> Iterator[Path]:
         raise WriteError(f"{path}: cannot write: {e.strerror or e}") from e
 
 
+@contextmanager
+def locked(folder: AnyPath) -> Iterator[None]:
+    """Keep other runs out of a folder, which is made if it is not there.
+
+    Raises WriteError where another run is using it, or where it cannot be written.
+    """
+    from filelock import FileLock, Timeout
+
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        with FileLock(Path(folder) / ".lock", timeout=0):
+            yield
+    except Timeout as e:
+        raise WriteError(
+            f"{folder} is used by another run; wait for its end, or name another folder"
+        ) from e
+    except OSError as e:
+        raise WriteError(f"{folder}: cannot write: {e.strerror or e}") from e
+
+
 def check_writable(path: AnyPath, *inputs: AnyPath | None) -> None:
     """Raise WriteError now, rather than after an hour's work, when a file cannot be written.
 

@@ -33,8 +33,8 @@ class Journal:
                 file.truncate(whole)
         except OSError as e:
             raise DataError(f"{path}: cannot keep results there: {e.strerror or e}") from e
-        except (ValueError, KeyError, TypeError) as e:
-            raise DataError(f"{path}: not a file of kept results ({e}); remove it") from e
+        except (ValueError, KeyError, TypeError, RecursionError) as e:
+            raise DataError(f"{path}: not a file of kept results; remove it") from e
 
     def get(self, key: str) -> dict[str, Any] | None:
         return self._entries.get(key)

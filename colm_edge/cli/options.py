@@ -10,6 +10,7 @@ from typing import Any, TypeVar, cast
 
 import click
 
+from colm_edge.files import locked
 from colm_edge.options import INT_MAX, OPTIONS, Option
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -40,11 +41,22 @@ ALLOW_EXEC = click.option(
     help="Let --metric python run the code that the models write, in a child process with limits "
     "on time, memory, files and network. Read docs/cli.md first.",
 )
+
+
+def claim(ctx: click.Context, param: click.Parameter | None, folder: str | None) -> str | None:
+    """Keep other runs out of a folder while the command runs; return the folder."""
+    if folder is not None:
+        ctx.with_resource(locked(folder))
+    return folder
+
+
 WORK_DIR = click.option(
     "--work-dir",
     metavar="DIR",
     type=click.Path(file_okay=False),
-    help="Save results here as they are computed; an interrupted run resumes from them.",
+    callback=claim,
+    help="Save results here as they are computed; an interrupted run resumes from them, one at a "
+    "time.",
 )
 BASE = click.option(
     "-m",

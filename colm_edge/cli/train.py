@@ -12,7 +12,16 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from colm_edge.cli.common import progress
-from colm_edge.cli.options import DATA, PARALLEL, RAW, WORK_DIR, Number, gathered, pair_options
+from colm_edge.cli.options import (
+    DATA,
+    PARALLEL,
+    RAW,
+    WORK_DIR,
+    Number,
+    claim,
+    gathered,
+    pair_options,
+)
 from colm_edge.cli.terminal import say
 from colm_edge.errors import ColmError, ModelError
 from colm_edge.evaluate.metrics import METRICS
@@ -161,7 +170,7 @@ def train(
     _check_choice(text, threshold_by, expert_scores, models)
     check_writable(outfile, data, text.get("prompts"), *_read_files(models), expert_scores)
     if data is None and work_dir is None:
-        work_dir = f"{outfile}.work"
+        work_dir = claim(click.get_current_context(), None, f"{outfile}.work")
         say(f"{work_dir}: keeps the answers; the same command again goes on from there")
     old = Switch.load(update) if update is not None else None
     work = Path(work_dir) if work_dir else None

@@ -14,7 +14,6 @@ import platform
 import random
 import statistics
 from collections.abc import Callable, Iterable
-from contextlib import suppress
 from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING
@@ -36,6 +35,7 @@ COARSE = (1, 4, 16, 8, 2)
 HASTY, SECONDS = 0.5, 3.0  # of measuring, plus the decode in flight: in a hurry, and at length
 ROUNDS = 8
 OFTEN = 16  # sizes up to this one are measured in every round
+MOST_SECONDS = 3600.0  # of a decode, that a kept table may tell
 LONG = 0.005  # seconds of a decode that make the time to build a graph negligible
 
 
@@ -48,9 +48,18 @@ def kept_table(session: Session) -> CostTable | None:
 def _kept(session: Session) -> tuple[CostTable, bool] | None:
     try:
         kept = json.loads(_cache_file(session).read_text())
-        sizes, seconds = tuple(kept["sizes"]), tuple(kept["seconds"])
-        return CostTable(sizes, seconds, float(kept["several"])), bool(kept["hasty"])
-    except (OSError, ValueError, KeyError, TypeError):
+        sizes, seconds, several = kept["sizes"], kept["seconds"], float(kept["several"])
+        if (
+            len(sizes) != len(seconds)
+            or not all(isinstance(n, int) and 0 < n <= SIZES[-1] for n in sizes)
+            or sizes[:1] != [1]
+            or sorted(set(sizes)) != sizes
+            or not all(isinstance(x, float) and 0 < x < MOST_SECONDS for x in seconds)
+            or not 0 <= several < MOST_SECONDS
+        ):
+            return None
+        return CostTable(tuple(sizes), tuple(seconds), several), bool(kept["hasty"])
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError):
         return None  # missing or broken: it is measured again
 
 
@@ -79,18 +88,20 @@ def cost_table(
     if crowded:
         note(f"other programs use the cores, so {name} will be measured again the next time")
         return table
-    path = _cache_file(session)
-    with suppress(OSError, WriteError):  # without a cache it is measured again next time
+    content = {
+        "model": str(session.model.path),
+        "sizes": table.sizes,
+        "seconds": table.seconds,
+        "several": table.several,
+        "hasty": hasty,
+    }
+    try:
+        path = _cache_file(session)
         path.parent.mkdir(parents=True, exist_ok=True)
-        content = {
-            "model": str(session.model.path),
-            "sizes": table.sizes,
-            "seconds": table.seconds,
-            "several": table.several,
-            "hasty": hasty,
-        }
         with replacing(path) as temporary:
             temporary.write_text(json.dumps(content) + "\n")
+    except (OSError, WriteError, RuntimeError) as e:  # RuntimeError: nobody has a home here
+        note(f"the measurement cannot be kept ({e}); XDG_CACHE_HOME may name another folder")
     return table
 
 

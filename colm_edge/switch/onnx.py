@@ -30,6 +30,8 @@ class OnnxSwitch:
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> OnnxSwitch:
         """Open an ONNX file. Raises SwitchError when it is missing or is not such a head."""
+        # onnxruntime calls its maker's host otherwise; nothing that it offers later stops that.
+        os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
         import onnxruntime as ort
 
         try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 import os
 from array import array
@@ -149,6 +150,10 @@ def read_rows(path: str | os.PathLike[str]) -> Iterator[Row]:
     """Yield a JSONL file's objects. Raises DataError with the number of a bad line."""
     try:
         with open(path, "rb") as file:
+            head = file.read(len(codecs.BOM_UTF8))
+            if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+                raise DataError(f"{path} is UTF-16; save it as UTF-8")
+            file.seek(len(head) if head == codecs.BOM_UTF8 else 0)
             for number, line in enumerate(file, 1):
                 if not line.strip():
                     continue
@@ -235,7 +240,7 @@ def _documents_of(rows: Iterable[Row], pair: Pair, raw: bool) -> Iterator[Docume
 
 def _documents(row: dict[str, Any], pair: Pair, raw: bool, line: int) -> Iterator[Document]:
     if "text" in row:
-        tokens = pair.base.tokenize(_text(row, "text"))
+        tokens = pair.tokens_of(_text(row, "text"))
         # The first token has nothing before it to predict it from.
         yield _document(tokens, 1, pair, line)
         return
