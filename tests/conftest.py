@@ -127,6 +127,19 @@ def url(pair: Pair) -> Iterator[str]:
         yield url
 
 
+@pytest.fixture(scope="module")
+def roomy(tiny: dict[str, str]) -> Iterator[str]:
+    """Where such a pair is served with a context that holds tools, a token for each letter."""
+    from serving import GREEDY, serving
+
+    files = tiny["template"], tiny["expert"]
+    with (
+        load(*files, "margin", n_threads=1, n_ctx=1536, defaults=GREEDY) as pair,
+        serving(pair, n_slots=2) as (url, _),
+    ):
+        yield url
+
+
 @pytest.fixture(scope="session")
 def demo() -> Iterator[Pair]:
     with load(n_threads=1) as pair:

@@ -11,7 +11,8 @@ from colm_edge.cli import main
 from colm_edge.cli.terminal import HELP, SETTINGS
 from colm_edge.errors import ColmError
 from colm_edge.options import OPTIONS, Options
-from colm_edge.serve.requests import ChatRequest, ColmFields, CompletionRequest
+from colm_edge.serve.chat import ChatRequest
+from colm_edge.serve.requests import ColmFields, CompletionRequest
 
 FLAGGED = {name: option for name, option in OPTIONS.items() if option.flags}
 REQUESTED = {name: option for name, option in OPTIONS.items() if option.request}

@@ -9,10 +9,13 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import Counter
 from collections.abc import AsyncGenerator, Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing, suppress
 from dataclasses import dataclass
+from functools import partial
+from itertools import count
 from typing import TYPE_CHECKING, Any
 
 from colm_edge.cancel import Cancel, CancelledError
@@ -59,6 +62,16 @@ class Ended:
 
 
 Event = Began | Step | Drafted | Undone | Ended
+Events = AsyncGenerator[tuple[int, Event], None]  # each with the index of its job
+
+
+@dataclass
+class Waiting:
+    """An answer that waits for a slot. owner: who asked, a connection. request: its number."""
+
+    owner: object
+    request: int
+    begin: Callable[[], None]  # on a thread of its own
 
 
 class Server:
@@ -70,10 +83,15 @@ class Server:
         self.slots = Slots(pair, settings.n_slots)
         self.slots.open()
         self.created = int(time.time())
-        # One thread for each slot, so a thread that runs finds a slot free; jobs wait in the
-        # pool's queue.
+        # One thread for each slot, so a thread that runs finds a slot free.
         self._threads = ThreadPoolExecutor(settings.n_slots, "colm-edge-answer")
-        self._n_open = 0  # answers that are written or wait; changed by the event loop alone
+        # Changed by the event loop alone:
+        self._waiting: list[Waiting] = []
+        self._running = Counter[object]()  # answers that are written, by who asked
+        self._requests = count()
+        self._begun: set[int] = set()  # requests of which an answer has begun
+        self._queues: set[asyncio.Queue[tuple[int, Event | BaseException]]] = set()
+        self.stopping = asyncio.Event()
         self._last_use = time.monotonic()
         self._measuring = Cancel()
         self.metrics = Metrics()
@@ -84,16 +102,17 @@ class Server:
     @property
     def n_busy(self) -> int:
         """How many answers are being written."""
-        return min(self._n_open, self.settings.n_slots)
+        return self._running.total()
 
     @property
     def n_waiting(self) -> int:
-        """How many answers wait for a slot."""
-        return self._n_open - self.n_busy
+        """How many requests wait for a slot; none of their answers has begun."""
+        return len({one.request for one in self._waiting} - self._begun)
 
     def check_queue(self) -> None:
-        """Raise RefusalError when another answer would have to wait and the queue is full."""
-        if self._n_open >= self.settings.n_slots + self.settings.queue:
+        """Raise RefusalError when another request would have to wait and the queue is full."""
+        waits = self.n_busy >= self.settings.n_slots
+        if waits and self.n_waiting >= self.settings.queue:
             raise RefusalError(
                 503,
                 f"{self.n_waiting} requests are already waiting; try again later",
@@ -102,13 +121,18 @@ class Server:
                 headers={"Retry-After": "1"},
             )
 
-    async def stream(self, jobs: Sequence[Job]) -> AsyncGenerator[tuple[int, Event], None]:
+    async def stream(self, jobs: Sequence[Job], owner: object = None) -> Events:
         """Write the answers of a request side by side; yield (index of the job, event).
+
+        owner: who asks. A slot that becomes free goes to the one who has the fewest. None: nobody
+            else.
 
         Closing the generator cancels the answers: each frees its slot after the token that it is
         writing. Raises what goes wrong in any of them.
         """
         self._measuring.request()
+        owner = object() if owner is None else owner
+        arrived, request = time.monotonic(), next(self._requests)
         loop = asyncio.get_running_loop()
         queue = asyncio.Queue[tuple[int, Event | BaseException]]()
 
@@ -116,27 +140,26 @@ class Server:
             with suppress(RuntimeError):  # the loop is closed: nothing reads the answer any more
                 loop.call_soon_threadsafe(function, *arguments)
 
-        def left() -> None:
-            self._n_open -= 1
-            self._last_use = time.monotonic()
-
         def write(i: int, writer: Writer) -> None:
+            def put(event: Event | BaseException) -> None:
+                call(queue.put_nowait, (i, event))
+
             last: Ended | BaseException
             try:
-                last = self._write(
-                    jobs[i], writer, lambda event: call(queue.put_nowait, (i, event))
-                )
+                last = self._write(jobs[i], writer, arrived, put)
             except BaseException as e:  # raised below, in the event loop
                 last = e
-            call(left)
-            call(queue.put_nowait, (i, last))
+            call(self._left, owner)
+            put(last)
 
         writers = [Writer(self.slots, job.tokens, job.options) for job in jobs]
-        futures: list[Future[None]] = []
+        mine = [
+            Waiting(owner, request, partial(write, i, writer)) for i, writer in enumerate(writers)
+        ]
+        self._queues.add(queue)
         try:
-            for i, writer in enumerate(writers):
-                self._n_open += 1
-                futures.append(self._threads.submit(write, i, writer))
+            self._waiting += mine
+            self._begin()
             n_left = len(jobs)
             while n_left:
                 i, event = await queue.get()
@@ -145,16 +168,49 @@ class Server:
                 n_left -= isinstance(event, Ended)
                 yield i, event
         finally:
+            self._queues.discard(queue)
             for writer in writers:
                 writer.cancel()
-            for future in futures:
-                if future.cancel():  # it was still waiting
-                    left()
+            self._waiting = [one for one in self._waiting if one not in mine]
+            self._begun.discard(request)
 
-    async def generate(self, jobs: Sequence[Job]) -> list[Ended]:
+    def _begin(self) -> None:
+        """Let answers begin while slots are free: first of who has the fewest, then the oldest."""
+        while self._waiting and self.n_busy < self.settings.n_slots:
+            chosen = min(self._waiting, key=lambda one: self._running[one.owner])
+            self._waiting.remove(chosen)
+            self._running[chosen.owner] += 1
+            self._begun.add(chosen.request)
+            self._threads.submit(chosen.begin)
+
+    def _left(self, owner: object) -> None:
+        """Count an answer as written."""
+        self._running[owner] -= 1
+        self._running += Counter()  # forgets who has none
+        self._last_use = time.monotonic()
+        self._begin()
+
+    def stop(self, seconds: float) -> None:
+        """Refuse requests that are not whole yet, and end every answer after so many seconds."""
+        self.stopping.set()
+        asyncio.get_running_loop().call_later(seconds, self.end_answers)
+
+    async def all_told(self, seconds: float) -> None:
+        """Wait until nobody reads an answer, at most so many seconds."""
+        end = time.monotonic() + seconds
+        while self._queues and time.monotonic() < end:
+            await asyncio.sleep(0.01)
+
+    def end_answers(self) -> None:
+        """End every answer with an error, which its client is told."""
+        ended = RefusalError(503, "the server was stopped before the answer ended", "server_error")
+        for queue in self._queues:
+            queue.put_nowait((0, ended))
+
+    async def generate(self, jobs: Sequence[Job], owner: object = None) -> list[Ended]:
         """Write the answers of a request side by side; return them once all are complete."""
         ended: dict[int, Ended] = {}
-        async with aclosing(self.stream(jobs)) as events:
+        async with aclosing(self.stream(jobs, owner)) as events:
             async for i, event in events:
                 if isinstance(event, Ended):
                     ended[i] = event
@@ -166,7 +222,7 @@ class Server:
         while True:
             await asyncio.sleep(min(1.0, limit / 4))
             idle = time.monotonic() - self._last_use
-            if not self._n_open and idle >= limit and self.slots.expert_loaded:
+            if not self.n_busy and idle >= limit and self.slots.expert_loaded:
                 await asyncio.to_thread(self.slots.unload_expert)
 
     async def measure_when_idle(self) -> None:
@@ -176,7 +232,7 @@ class Server:
         while True:
             await asyncio.sleep(IDLE / 2)
             if (
-                self._n_open
+                self.n_busy
                 or time.monotonic() < self._last_use + IDLE
                 or self._last_use == measured
             ):
@@ -191,9 +247,11 @@ class Server:
         self.slots.close()
         self._threads.shutdown()
 
-    def _write(self, job: Job, writer: Writer, put: Callable[[Event], None]) -> Ended:
+    def _write(
+        self, job: Job, writer: Writer, arrived: float, put: Callable[[Event], None]
+    ) -> Ended:
         """Write an answer; tell `put` of each event but the last, which is returned."""
-        since = time.monotonic()
+        since, metrics = time.monotonic(), self.metrics
         with writer.stream() as stream:
             try:
                 prompt_steps = stream.read_prompt() if job.reads_prompt else []
@@ -202,10 +260,12 @@ class Server:
                 for event in stream.events() if job.provisional else stream:
                     if isinstance(event, Step):
                         if len(stream.steps) == 1:
-                            self.metrics.first_token.observe(time.monotonic() - since)
-                        self.metrics.tokens.labels(event.source).inc()
+                            metrics.first_token.observe(time.monotonic() - arrived)
+                        metrics.tokens.labels(event.source).inc()
                     put(event)
             finally:  # an answer that nobody waits for, or that fails, has cost its calls as well
                 answer = stream.answer()
-                self.metrics.expert_calls.inc(answer.stats.expert_calls)
+                metrics.expert_calls.inc(answer.stats.expert_calls)
+                metrics.prompt_tokens.inc(len(job.tokens))
+                metrics.answer.observe(time.monotonic() - arrived)
         return Ended(began, answer, stream.end)

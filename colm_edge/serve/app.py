@@ -1,4 +1,4 @@
-"""An OpenAI-compatible server for a pair, and its web page.
+"""A server for a pair with OpenAI's, Anthropic's and Ollama's API, and its web page.
 
 It listens on this machine only unless told otherwise, opens no file that a request names, and lets
 no other site's pages ask.
@@ -16,7 +16,7 @@ from fastapi import FastAPI
 
 from colm_edge.errors import ColmError
 from colm_edge.options import ServerOptions
-from colm_edge.serve import responses, routes
+from colm_edge.serve import messages, ollama, responses, routes
 from colm_edge.serve.answers import Server
 from colm_edge.serve.errors import HANDLERS
 from colm_edge.serve.guard import Guard
@@ -24,7 +24,8 @@ from colm_edge.serve.guard import Guard
 if TYPE_CHECKING:
     from colm_edge.pair import Pair
 
-ROUTERS = (routes.public, routes.private, responses.router)
+ROUTERS = (routes.router, responses.router, messages.router, ollama.router)
+LAST_WORDS = 1.0  # seconds in which clients may be told that their answers end
 SHUTDOWN = 30  # seconds in which streams may end when the server is told to stop
 
 
@@ -50,7 +51,7 @@ def create_app(server: Server) -> FastAPI:
             CORSMiddleware,
             allow_origins=list(server.settings.cors),
             allow_methods=["GET", "POST"],
-            allow_headers=["authorization", "content-type"],
+            allow_headers=["authorization", "content-type", "x-api-key", "anthropic-version"],
         )
     return app
 
@@ -78,6 +79,7 @@ def listen(host: str, port: int) -> socket.socket:
     listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listening.bind((host, port))
+        listening.listen()  # from here on a client may connect
     except OSError as e:
         listening.close()
         raise ColmError(
@@ -97,13 +99,25 @@ def serve(pair: Pair, settings: ServerOptions, name: str, note: Callable[[str], 
 
     listening = listen(settings.host, settings.port)
     server = Server(pair, settings, name)
+
+    class Uvicorn(uvicorn.Server):
+        async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+            """End what is under way: in time, or at once at a second signal."""
+            server.stop(SHUTDOWN)
+            await super().shutdown(sockets)
+            server.end_answers()
+            await server.all_told(LAST_WORDS)
+
     host = f"[{settings.host}]" if ":" in settings.host else settings.host
     note(f"listening on http://{host}:{listening.getsockname()[1]}")
     config = uvicorn.Config(
         create_app(server),
-        log_level="warning",
-        timeout_graceful_shutdown=SHUTDOWN,
+        log_level="critical",  # it would report the tasks that it cancels
+        timeout_graceful_shutdown=SHUTDOWN + 5,
         lifespan="on",
         access_log=False,
     )
-    uvicorn.Server(config).run(sockets=[listening])
+    try:
+        Uvicorn(config).run(sockets=[listening])
+    finally:
+        server.close()  # a second signal has left it open

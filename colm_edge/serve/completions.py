@@ -12,19 +12,19 @@ from fastapi import Request
 from fastapi.responses import JSONResponse, Response
 
 from colm_edge.decode.step import Drafted, Step, Undone
-from colm_edge.serve.answers import Ended, Job, Server
+from colm_edge.serve.answers import Ended, Events, Job, Server
+from colm_edge.serve.dialogue import Prompt
 from colm_edge.serve.errors import RefusalError
 from colm_edge.serve.formats import Format, Json, colm_of, usage_of
-from colm_edge.serve.requests import MAX_CHOICES, ChatRequest, CompletionRequest, Sampling
-from colm_edge.serve.streaming import EventStream, sse, while_connected
+from colm_edge.serve.requests import MAX_CHOICES, Sampling
+from colm_edge.serve.streaming import DONE, EventStream, sse, while_connected
 
 
 async def respond(
-    server: Server, form: Format, body: ChatRequest | CompletionRequest, request: Request
+    server: Server, form: Format, body: Sampling, prompts: Sequence[Prompt], request: Request
 ) -> Response:
     """Answer each prompt `n` times, in the manner of OpenAI's API."""
-    server.check_queue()
-    jobs = jobs_of(server, body)
+    jobs = jobs_of(server, body, prompts)
     head = {
         "id": form.prefix + secrets.token_hex(12),
         "created": int(time.time()),
@@ -32,8 +32,10 @@ async def respond(
     }
     n_prompt = sum(len(job.tokens) for job in jobs[:: body.n])
     if body.stream:
-        return EventStream(_chunks(server, form, body, jobs, head, n_prompt))
-    ended = await while_connected(request, server.generate(jobs))
+        return EventStream(
+            _chunks(server.stream(jobs, request.client), form, body, len(jobs), head, n_prompt)
+        )
+    ended = await while_connected(request, server.generate(jobs, request.client))
     if ended is None:
         return Response(status_code=499)
     colm = colm_of(ended)
@@ -52,31 +54,33 @@ async def respond(
     )
 
 
-def jobs_of(server: Server, body: Sampling) -> list[Job]:
+def jobs_of(server: Server, body: Sampling, prompts: Sequence[Prompt]) -> list[Job]:
     """Return one job for each choice: `n` of each prompt, one prompt after the other.
 
     Raises RefusalError for too many, ColmError for options or a prompt that this pair cannot take.
     """
-    prompts, jobs = body.prompt_tokens(server.pair), list[Job]()
+    server.check_queue()
+    jobs = list[Job]()
     n = len(prompts) * body.n
     if n > MAX_CHOICES:
         raise RefusalError(
             400, f"the request asks for {n} answers; at most {MAX_CHOICES} are allowed", param="n"
         )
-    for tokens in prompts:
+    limit = server.settings.max_tokens
+    for prompt in prompts:
         for _ in range(body.n):
-            options = body.options(server.pair.defaults, len(jobs), server.settings.max_tokens)
+            options = body.options(server.pair.defaults, len(jobs), limit, prompt.grammar)
             server.pair.check_options(options)
-            server.pair.check_prompt(tokens, server.pair.threshold(options))
+            server.pair.check_prompt(prompt.tokens, server.pair.threshold(options))
             provisional = body.stream and body.colm.provisional
-            jobs.append(Job(tokens, options, body.tells_prompt, provisional))
+            jobs.append(Job(prompt.tokens, options, body.tells_prompt, provisional))
     return jobs
 
 
 async def _chunks(
-    server: Server, form: Format, body: Sampling, jobs: Sequence[Job], head: Json, n_prompt: int
+    stream: Events, form: Format, body: Sampling, n: int, head: Json, n_prompt: int
 ) -> AsyncGenerator[str, None]:
-    """Yield a stream of OpenAI's API: a chunk for each token, the choices interleaved."""
+    """Yield a stream of OpenAI's API: a chunk for each token, the n choices interleaved."""
     wants_usage = body.stream_options is not None and body.stream_options.include_usage
 
     def chunk(choices: list[Json], **more: Any) -> str:
@@ -84,7 +88,7 @@ async def _chunks(
         return sse({**head, "object": form.chunk_kind, "choices": choices, **usage, **more})
 
     ended: dict[int, Ended] = {}
-    async with aclosing(server.stream(jobs)) as events:
+    async with aclosing(stream) as events:
         async for i, event in events:
             more = {}
             if isinstance(event, Step) and body.colm.trace:
@@ -95,11 +99,11 @@ async def _chunks(
                 more["colm"] = {"undone": event.record()}
             elif isinstance(event, Ended):
                 ended[i] = event
-                if len(ended) == len(jobs):
+                if len(ended) == n:
                     more["colm"] = colm_of(list(ended.values()))
             delta = form.delta(i, event)
             if delta is not None:
                 yield chunk([delta], **more)
     if wants_usage:  # OpenAI's clients expect a chunk without choices then, and only then
         yield chunk([], usage=usage_of(n_prompt, list(ended.values())))
-    yield "data: [DONE]\n\n"
+    yield DONE

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 from fastapi import Request
 from fastapi.exceptions import RequestValidationError
@@ -29,10 +29,28 @@ class RefusalError(Exception):
         """param: the field of the request that is wrong."""
         super().__init__(message)
         self.status, self.headers = status, headers
-        self.body = {"error": {"message": message, "type": kind, "param": param, "code": code}}
+        self.kind, self.code, self.param = kind, code, param
 
-    def response(self) -> JSONResponse:
-        return JSONResponse(self.body, self.status, self.headers)
+    @property
+    def body(self) -> dict[str, Any]:
+        """What OpenAI's API answers."""
+        error = {"message": str(self), "type": self.kind, "param": self.param, "code": self.code}
+        return {"error": error}
+
+    def response(self, path: str) -> JSONResponse:
+        """Return it in the words of the API that a path belongs to."""
+        body = self.body
+        if path.startswith("/v1/messages"):
+            body = anthropic(self)
+        elif path.startswith("/api/"):
+            body = {"error": str(self)}
+        return JSONResponse(body, self.status, self.headers)
+
+
+def anthropic(e: RefusalError) -> dict[str, Any]:
+    """Return a refusal as Anthropic's API words it."""
+    kind = "api_error" if e.status >= 500 else e.kind
+    return {"type": "error", "error": {"type": kind, "message": str(e)}}
 
 
 class ErrorDetail(BaseModel):
@@ -46,33 +64,52 @@ class ErrorBody(BaseModel):
     error: ErrorDetail
 
 
-REFUSALS: dict[int | str, dict[str, Any]] = {
-    status: {"description": text, "model": ErrorBody}
-    for status, text in {
+class AnthropicDetail(BaseModel):
+    type: str
+    message: str
+
+
+class AnthropicError(BaseModel):
+    type: Literal["error"]
+    error: AnthropicDetail
+
+
+class OllamaError(BaseModel):
+    error: str
+
+
+def _refusals(model: type[BaseModel]) -> dict[int | str, dict[str, Any]]:
+    """Return what the API's document says of refusals."""
+    texts = {
         400: "The request is wrong",
         401: "The key is missing or wrong",
         404: "The model does not exist",
         413: "The body is too large",
         415: "The body is not JSON",
-        503: "Too many requests are waiting",
-    }.items()
-}
+        503: "Too many requests are waiting, or the server is being stopped",
+    }
+    return {status: {"description": text, "model": model} for status, text in texts.items()}
 
 
-async def _refused(_: Request, e: RefusalError) -> JSONResponse:
-    return e.response()
+REFUSALS = _refusals(ErrorBody)
+ANTHROPIC_REFUSALS, OLLAMA_REFUSALS = _refusals(AnthropicError), _refusals(OllamaError)
 
 
-async def _failed(_: Request, e: ColmError) -> JSONResponse:
-    if isinstance(e, ModelError):
-        return RefusalError(500, str(e), "server_error").response()
-    code = "context_length_exceeded" if isinstance(e, ContextError) else None
-    return RefusalError(400, str(e), code=code).response()
+async def _refused(request: Request, e: RefusalError) -> JSONResponse:
+    return e.response(request.url.path)
+
+
+async def _failed(request: Request, e: ColmError) -> JSONResponse:
+    refusal = RefusalError(500, str(e), "server_error")
+    if not isinstance(e, ModelError):
+        code = "context_length_exceeded" if isinstance(e, ContextError) else None
+        refusal = RefusalError(400, str(e), code=code)
+    return refusal.response(request.url.path)
 
 
 async def _invalid(request: Request, e: RequestValidationError) -> JSONResponse:
     message, param = explain(e.errors()[0], request.headers.get("content-type", ""))
-    return RefusalError(400, message, param=param).response()
+    return RefusalError(400, message, param=param).response(request.url.path)
 
 
 async def _other(request: Request, e: HTTPException) -> JSONResponse:
@@ -80,7 +117,7 @@ async def _other(request: Request, e: HTTPException) -> JSONResponse:
     if e.status_code == 404:
         paths = ", ".join(sorted(request.app.openapi()["paths"]))
         message = f"no endpoint {request.url.path[:100]!r}; there are {paths}"
-    return RefusalError(e.status_code, message, headers=e.headers).response()
+    return RefusalError(e.status_code, message, headers=e.headers).response(request.url.path)
 
 
 # By class of exception: what turns it into a response.
@@ -91,7 +128,7 @@ HANDLERS: dict[int | type[Exception], Any] = {
     HTTPException: _other,
 }
 
-UNSUPPORTED = ("tools", "tool_choice", "logit_bias", "best_of", "suffix")
+UNSUPPORTED = ("logit_bias", "best_of", "suffix")
 
 
 def explain(error: Mapping[str, Any], content_type: str) -> tuple[str, str | None]:
@@ -110,6 +147,4 @@ def explain(error: Mapping[str, Any], content_type: str) -> tuple[str, str | Non
     if field == "colm" and len(error["loc"]) > 3:  # one of two types
         where = where[: where.index(str(error["loc"][2])) + len(str(error["loc"][2]))]
         return f"{where}: expected a number in its range, or one of its words", where
-    if "tool_calls" in error["loc"]:
-        return f"{where}: this server has no tools; leave it out", where
     return f"{where or 'the body'}: {error['msg'].removeprefix('Value error, ')}", where or None

@@ -12,7 +12,10 @@ from typing import Any, Protocol
 
 from colm_edge.decode.step import Step
 from colm_edge.serve.answers import Began, Ended, Event
-from colm_edge.serve.requests import ChatRequest, CompletionRequest
+from colm_edge.serve.chat import ChatRequest
+from colm_edge.serve.dialogue import Dialogue, finish_of
+from colm_edge.serve.parts import CallArguments, CallBegan, Part, Splitter, Text, Thought
+from colm_edge.serve.requests import CompletionRequest
 
 Json = dict[str, Any]
 Piece = Callable[[int], bytes]  # the bytes of a token
@@ -36,27 +39,38 @@ class Format(Protocol):
 class ChatFormat:
     prefix, kind, chunk_kind = "chatcmpl-", "chat.completion", "chat.completion.chunk"
 
-    def __init__(self, body: ChatRequest, piece: Piece) -> None:
-        self._body, self._piece = body, piece
+    def __init__(self, body: ChatRequest, dialogue: Dialogue, piece: Piece) -> None:
+        self._body, self._dialogue, self._piece = body, dialogue, piece
+        self._splitters: dict[int, Splitter] = {}  # of what is streamed, by choice
 
     def choice(self, i: int, ended: Ended) -> Json:
         answer = ended.answer
+        reply = self._dialogue.reply(answer)
+        message: Json = {"role": "assistant", "content": reply.text, "refusal": None}
+        if reply.thought:
+            message["reasoning_content"] = reply.thought
+        if reply.calls:
+            message["content"] = reply.text or None
+            message["tool_calls"] = [_call(c.id, c.name, c.arguments) for c in reply.calls]
         return {
             "index": i,
-            "finish_reason": answer.finish_reason,
+            "finish_reason": finish_of(answer, len(reply.calls)),
             "logprobs": self._logprobs(answer.steps),
-            "message": {"role": "assistant", "content": answer.text, "refusal": None},
+            "message": message,
         }
 
-    def delta(self, i: int, event: Event) -> Json:
+    def delta(self, i: int, event: Event) -> Json | None:
         finish, delta, logprobs = None, Json(), None
         match event:
             case Began():
+                self._splitters[i] = self._dialogue.splitter()
                 delta = {"role": "assistant", "content": ""}
             case Step():
-                delta, logprobs = {"content": event.text}, self._logprobs([event])
+                delta, logprobs = _delta(self._splitters[i].read(event)), self._logprobs([event])
             case Ended():
-                finish = event.answer.finish_reason
+                splitter = self._splitters.pop(i)
+                delta = _delta(splitter.read(event))
+                finish = finish_of(event.answer, splitter.n_calls)
         return {"index": i, "finish_reason": finish, "logprobs": logprobs, "delta": delta}
 
     def _logprobs(self, steps: Sequence[Step]) -> Json | None:
@@ -76,6 +90,30 @@ class ChatFormat:
         piece = self._piece(token)
         text = piece.decode("utf-8", "replace")
         return {"token": text, "logprob": logprob, "bytes": list(piece)}
+
+
+def _delta(parts: Sequence[Part]) -> Json:
+    """Return what parts add to a message."""
+    delta, calls = Json(), dict[int, Json]()
+    for part in parts:
+        match part:
+            case Text():
+                delta["content"] = delta.get("content", "") + part.text
+            case Thought():
+                delta["reasoning_content"] = delta.get("reasoning_content", "") + part.text
+            case CallBegan():
+                calls[part.index] = _call(part.id, part.name, "")
+            case CallArguments():
+                call = calls.setdefault(part.index, {"function": {"arguments": ""}})
+                call["function"]["arguments"] += part.text
+    if calls:
+        delta["tool_calls"] = [{"index": index, **call} for index, call in calls.items()]
+    return delta
+
+
+def _call(id: str, name: str, arguments: str) -> Json:
+    function = {"name": name, "arguments": arguments}
+    return {"id": id, "type": "function", "function": function}
 
 
 class CompletionFormat:

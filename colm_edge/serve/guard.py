@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import secrets
 from typing import Annotated
 
@@ -14,6 +15,7 @@ from colm_edge.serve.errors import RefusalError
 
 MAX_BODY = 4 << 20  # bytes of a request
 LOCAL = ("127.0.0.1", "localhost", "::1")
+PUBLIC = ("/", "/health")  # paths that need no key
 
 
 def server_of(request: Request) -> Server:
@@ -24,28 +26,13 @@ def server_of(request: Request) -> Server:
 TheServer = Annotated[Server, Depends(server_of)]
 
 
-def check_key(request: Request, server: TheServer) -> None:
-    """Raise RefusalError unless the request carries the server's key, if it has one."""
-    key = server.settings.api_key
-    if key is None:
-        return
-    kind, _, given = request.headers.get("authorization", "").partition(" ")
-    sent = given.strip().encode() if kind.lower() == "bearer" else b""
-    if not secrets.compare_digest(sent, key.encode()):
-        raise RefusalError(
-            401,
-            "the API key is missing or wrong; send Authorization: Bearer KEY",
-            "authentication_error",
-            "invalid_api_key",
-            headers={"WWW-Authenticate": "Bearer"},
-        )
-
-
 class Guard:
-    """Middleware that counts requests, and refuses foreign hosts and bodies that are too large."""
+    """Middleware that counts requests, and refuses foreign hosts, missing keys and bodies that are
+    too large, before a body is read."""
 
     def __init__(self, app: ASGIApp, server: Server) -> None:
         self._app, self._metrics = app, server.metrics
+        self._key, self._stopping = server.settings.api_key, server.stopping
         # Any site can point its own name at 127.0.0.1, and its pages could then read what this
         # server answers. So a local server answers only to local names, and those it is given.
         allowed = [name.lower() for name in server.settings.allowed_hosts]
@@ -64,51 +51,88 @@ class Guard:
                 self._metrics.requests.labels(path, message["status"]).inc()
             await send(message)
 
-        refusal = self._refusal(Headers(scope=scope))
+        path, headers = scope["path"], Headers(scope=scope)
+        refusal = self._of_host(headers) or self._of_key(path, headers) or _of_length(headers)
         if refusal is not None:
-            await refusal.response()(scope, receive, counted)
+            await refusal.response(path)(scope, receive, counted)
         else:
-            await _bounded(self._app, scope, receive, counted)
+            await self._bounded(scope, receive, counted)
 
-    def _refusal(self, headers: Headers) -> RefusalError | None:
-        """Return why a request with these headers is not answered, or None."""
+    def _of_host(self, headers: Headers) -> RefusalError | None:
+        """Return why a request to this host is not answered, or None."""
         host = headers.get("host", "")
         name = host[: host.find("]") + 1] if host.startswith("[") else host.partition(":")[0]
-        if self._hosts is not None and name.lower() not in self._hosts:
-            return RefusalError(
-                400,
-                f"this server does not answer to the host {name[:100]!r}; use localhost, or start "
-                "it with --allowed-host",
-            )
-        length = headers.get("content-length", "0")
-        if not length.isdigit() or int(length) > MAX_BODY:
-            return _too_large(length)
-        return None
+        if self._hosts is None or name.lower() in self._hosts:
+            return None
+        return RefusalError(
+            400,
+            f"this server does not answer to the host {name[:100]!r}; use localhost, or start "
+            "it with --allowed-host",
+        )
+
+    def _of_key(self, path: str, headers: Headers) -> RefusalError | None:
+        """Return why a request with this key is not answered, or None."""
+        if self._key is None or path in PUBLIC:
+            return None
+        kind, _, given = headers.get("authorization", "").partition(" ")
+        sent = given.strip() if kind.lower() == "bearer" else headers.get("x-api-key", "")
+        if secrets.compare_digest(sent.encode(), self._key.encode()):
+            return None
+        return RefusalError(
+            401,
+            "the API key is missing or wrong; send Authorization: Bearer KEY, or x-api-key: KEY",
+            "authentication_error",
+            "invalid_api_key",
+            headers={"WWW-Authenticate": "Bearer"},
+        )
+
+    async def _bounded(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Run the application on a body that comes in pieces, its length unknown. Beyond MAX_BODY
+        bytes, or where the server is stopped before the body is whole, the application sees the
+        client leave, and the client is told why."""
+        n_read, whole, refusal, told = 0, False, None, False
+
+        async def bounded_receive() -> Message:
+            nonlocal n_read, whole, refusal
+            message = await (receive() if whole else self._received(receive))
+            whole = not message.get("more_body", False)
+            n_read += len(message.get("body", b""))
+            if n_read > MAX_BODY:
+                refusal = _too_large(f"more than {MAX_BODY}")
+            elif message["type"] == "stopping":
+                refusal = RefusalError(503, "the server is being stopped", "server_error")
+            return message if refusal is None else {"type": "http.disconnect"}
+
+        async def tell() -> None:
+            nonlocal told
+            if refusal is not None and not told:
+                told = True
+                await refusal.response(scope["path"])(scope, receive, send)
+
+        async def bounded_send(message: Message) -> None:
+            await (tell() if refusal is not None else send(message))
+
+        await self._app(scope, bounded_receive, bounded_send)
+        await tell()
+
+    async def _received(self, receive: Receive) -> Message:
+        """Return the next piece of a body, or a message of type "stopping"."""
+        receiving = asyncio.ensure_future(receive())
+        stopping = asyncio.ensure_future(self._stopping.wait())
+        try:
+            await asyncio.wait({receiving, stopping}, return_when=asyncio.FIRST_COMPLETED)
+            return receiving.result() if receiving.done() else {"type": "stopping"}
+        finally:
+            receiving.cancel()
+            stopping.cancel()
 
 
-async def _bounded(app: ASGIApp, scope: Scope, receive: Receive, send: Send) -> None:
-    """Run an application on a body that comes in pieces, its length unknown: beyond MAX_BODY bytes
-    the application sees the client leave, and the client receives a 413."""
-    n_read, refused = 0, False
-
-    async def refuse() -> None:
-        nonlocal refused
-        if not refused:
-            refused = True
-            await _too_large(f"more than {MAX_BODY}").response()(scope, receive, send)
-
-    async def bounded_receive() -> Message:
-        nonlocal n_read
-        message = await receive()
-        n_read += len(message.get("body", b""))
-        return {"type": "http.disconnect"} if n_read > MAX_BODY else message
-
-    async def bounded_send(message: Message) -> None:
-        await (refuse() if n_read > MAX_BODY else send(message))
-
-    await app(scope, bounded_receive, bounded_send)
-    if n_read > MAX_BODY:
-        await refuse()
+def _of_length(headers: Headers) -> RefusalError | None:
+    """Return why a body of this length is not read, or None."""
+    length = headers.get("content-length", "0")
+    if not length.isdigit() or int(length) > MAX_BODY:
+        return _too_large(length)
+    return None
 
 
 def _too_large(length: str) -> RefusalError:

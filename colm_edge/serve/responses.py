@@ -1,35 +1,36 @@
-"""OpenAI's Responses API: one text from a conversation, as a body or as its events.
+"""OpenAI's Responses API: items from a conversation, as a body or as their events.
 
-Nothing is stored, so what refers to an earlier response is refused; tools are refused too.
+Nothing is stored, so what refers to an earlier response is refused.
 """
 
 from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Iterator
 from contextlib import aclosing
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
-from fastapi import APIRouter, Depends, Request
+from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 from pydantic import Field, field_validator, model_validator
 
-from colm_edge.decode.step import Step
-from colm_edge.serve.answers import Ended, Job
+from colm_edge.serve.answers import Ended, Events
+from colm_edge.serve.chat import Function, Message, ResponseFormat, ToolCall
 from colm_edge.serve.completions import jobs_of
+from colm_edge.serve.dialogue import Conversation, Dialogue
 from colm_edge.serve.errors import REFUSALS
 from colm_edge.serve.formats import colm_of, usage_of
-from colm_edge.serve.guard import TheServer, check_key
-from colm_edge.serve.requests import Body, Message, ResponseFormat, Sampling
+from colm_edge.serve.guard import TheServer
+from colm_edge.serve.parts import CallArguments, CallBegan, Part, Text, Thought
+from colm_edge.serve.requests import Body, Sampling
 from colm_edge.serve.streaming import EventStream, sse, while_connected
-
-if TYPE_CHECKING:
-    from colm_edge.pair import Pair
+from colm_edge.serve.tools import use_of
 
 # What this server keeps nothing for, or cannot do, and what would change the answer.
-STATEFUL = ("previous_response_id", "conversation", "prompt", "background", "tools")
-router = APIRouter(dependencies=[Depends(check_key)], responses=REFUSALS)
+STATEFUL = ("previous_response_id", "conversation", "prompt", "background")
+router = APIRouter(responses=REFUSALS)
+Json = dict[str, Any]
 
 
 class InputText(Body):
@@ -37,16 +38,39 @@ class InputText(Body):
     text: str
 
 
+Texts = str | list[InputText]
+
+
+def joined(texts: Texts) -> str:
+    return texts if isinstance(texts, str) else "".join(part.text for part in texts)
+
+
 class InputMessage(Body):
     type: Literal["message"] = "message"
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[InputText]
+    content: Texts
 
-    def as_message(self) -> Message:
-        text = self.content
-        if not isinstance(text, str):
-            text = "".join(part.text for part in text)
-        return Message(role=self.role, content=text)
+
+class InputCall(Body):
+    type: Literal["function_call"]
+    call_id: str
+    name: str
+    arguments: str
+
+
+class InputResult(Body):
+    type: Literal["function_call_output"]
+    call_id: str
+    output: Texts
+
+
+class InputReasoning(Body):
+    """What was thought before an earlier answer; templates leave it out."""
+
+    type: Literal["reasoning"]
+
+
+Item = InputMessage | InputCall | InputResult | InputReasoning
 
 
 class TextFormat(Body):
@@ -72,11 +96,24 @@ class TextOptions(Body):
     format: TextFormat | None = None
 
 
+class FunctionTool(Function):
+    type: Literal["function"]
+
+
+class NamedTool(Body):
+    type: Literal["function"]
+    name: str
+
+
 class ResponsesRequest(Sampling):
-    input: str | Annotated[list[InputMessage], Field(min_length=1)]
+    input: str | Annotated[list[Item], Field(min_length=1)]
     instructions: str | None = None
     max_output_tokens: int | None = Field(default=None, ge=0)
     text: TextOptions = TextOptions()
+    tools: list[FunctionTool] = Field(default_factory=list)
+    tool_choice: Literal["none", "auto", "required"] | NamedTool = "auto"
+    parallel_tool_calls: bool = True
+    chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
     n: Literal[1] = 1
 
     @model_validator(mode="before")
@@ -89,26 +126,46 @@ class ResponsesRequest(Sampling):
 
     @field_validator("input")
     @classmethod
-    def is_not_empty(cls, given: str | list[InputMessage]) -> str | list[InputMessage]:
+    def is_not_empty(cls, given: str | list[Item]) -> str | list[Item]:
         if isinstance(given, str) and not given.strip():
-            raise ValueError("expected a text, or a list of messages")
+            raise ValueError("expected a text, or a list of items")
         return given
 
     def limit(self) -> int | None:
         return self.max_output_tokens
 
-    def schema_wanted(self) -> dict[str, Any] | None:
-        return self.text.format.wanted if self.text.format is not None else None
+    def conversation(self) -> Conversation:
+        """Return the conversation. Raises ColmError for tools that cannot be."""
+        choice = self.tool_choice
+        return Conversation(
+            [message.as_dict() for message in self._messages()],
+            use_of(
+                [tool.as_tool() for tool in self.tools],
+                choice if isinstance(choice, str) else choice.name,
+                parallel=self.parallel_tool_calls,
+            ),
+            self.text.format.wanted if self.text.format is not None else None,
+            self.chat_template_kwargs,
+        )
 
-    def prompt_tokens(self, pair: Pair) -> list[list[int]]:
-        """Return the token ids of the one prompt, the conversation."""
-        messages = [Message(role="system", content=self.instructions)] if self.instructions else []
+    def _messages(self) -> list[Message]:
+        found = [Message(role="system", content=self.instructions)] if self.instructions else []
         if isinstance(self.input, str):
-            messages.append(Message(role="user", content=self.input))
-        else:
-            messages += [one.as_message() for one in self.input]
-        conversation = [message.as_dict() for message in messages]
-        return [pair.prompt_tokens(conversation, raw=pair.defaults.raw)]
+            return [*found, Message(role="user", content=self.input)]
+        for item in self.input:
+            match item:
+                case InputMessage():
+                    found.append(Message(role=item.role, content=joined(item.content)))
+                case InputCall():  # of the assistant's message before it, if that is one
+                    if not found or found[-1].role != "assistant":
+                        found.append(Message(role="assistant", tool_calls=[]))
+                    function = {"name": item.name, "arguments": item.arguments}
+                    call = ToolCall.model_validate({"id": item.call_id, "function": function})
+                    found[-1].tool_calls = [*(found[-1].tool_calls or ()), call]
+                case InputResult():
+                    output = joined(item.output)
+                    found.append(Message(role="tool", content=output, tool_call_id=item.call_id))
+        return found
 
 
 @router.post(
@@ -116,23 +173,32 @@ class ResponsesRequest(Sampling):
     responses={200: {"content": {"application/json": {}, "text/event-stream": {}}}},
 )
 async def responses(body: ResponsesRequest, server: TheServer, request: Request) -> Response:
-    server.check_queue()
-    (job,) = jobs_of(server, body)
+    dialogue = Dialogue(server.pair, body.conversation())
+    (job,) = jobs_of(server, body, [dialogue.prompt])
     head = Head(server.name, body, len(job.tokens))
     if body.stream:
-        return EventStream(_events(server, job, head))
-    ended = await while_connected(request, server.generate([job]))
+        return EventStream(_events(server.stream([job], request.client), head, dialogue))
+    ended = await while_connected(request, server.generate([job], request.client))
     if ended is None:
         return Response(status_code=499)
-    return JSONResponse(head.whole(ended[0]))
+    output, splitter = Output(), dialogue.splitter()
+    for part in (*splitter.feed(ended[0].answer.text), *splitter.end()):
+        for _ in output.add(part):
+            pass
+    for _ in output.end(ended[0]):
+        pass
+    return JSONResponse(head.whole(ended[0], output))
 
 
 class Head:
     """What all objects of one response share."""
 
     def __init__(self, model: str, body: ResponsesRequest, n_prompt: int) -> None:
-        self._n_prompt, self.item_id = n_prompt, "msg_" + secrets.token_hex(12)
-        self._fields: dict[str, Any] = {
+        self._n_prompt = n_prompt
+        given = body.model_dump(
+            include={"temperature", "top_p", "tools", "tool_choice", "parallel_tool_calls"}
+        )
+        self._fields: Json = {
             "id": "resp_" + secrets.token_hex(12),
             "object": "response",
             "created_at": int(time.time()),
@@ -140,17 +206,14 @@ class Head:
             "instructions": body.instructions,
             "max_output_tokens": body.max_output_tokens,
             "metadata": {},
-            "parallel_tool_calls": False,
             "previous_response_id": None,
             "store": False,
             "text": body.text.model_dump(by_alias=True, exclude_none=True),
-            "tool_choice": "none",
-            "tools": [],
             "error": None,
-            **body.model_dump(include={"temperature", "top_p"}),
+            **given,
         }
 
-    def unfinished(self) -> dict[str, Any]:
+    def unfinished(self) -> Json:
         """Return the response before its answer is whole."""
         return {
             **self._fields,
@@ -160,15 +223,16 @@ class Head:
             "usage": None,
         }
 
-    def whole(self, ended: Ended) -> dict[str, Any]:
+    def whole(self, ended: Ended, output: Output) -> Json:
         """Return the response with its answer."""
-        cut = ended.answer.finish_reason == "length"
+        status = status_of(ended)
+        cut = status == "incomplete"
         usage = usage_of(self._n_prompt, [ended])
         return {
             **self._fields,
-            "status": "incomplete" if cut else "completed",
+            "status": status,
             "incomplete_details": {"reason": "max_output_tokens"} if cut else None,
-            "output": [self.item(ended.answer.text, "incomplete" if cut else "completed")],
+            "output": output.items,
             "usage": {
                 "input_tokens": usage["prompt_tokens"],
                 "input_tokens_details": {"cached_tokens": 0, "cache_write_tokens": 0},
@@ -179,45 +243,117 @@ class Head:
             "colm": colm_of([ended]),
         }
 
-    def item(self, text: str | None, status: str) -> dict[str, Any]:
-        """Return the message that is the answer; without content where there is no text yet."""
-        return {
-            "id": self.item_id,
-            "type": "message",
-            "role": "assistant",
-            "status": status,
-            "content": [] if text is None else [part_of(text)],
-        }
+
+def status_of(ended: Ended) -> str:
+    return "incomplete" if ended.answer.finish_reason == "length" else "completed"
 
 
-def part_of(text: str) -> dict[str, Any]:
-    return {"type": "output_text", "text": text, "annotations": [], "logprobs": []}
+Told = tuple[str, Json]  # an event: its type and its fields
 
 
-async def _events(server: TheServer, job: Job, head: Head) -> AsyncGenerator[str, None]:
+class Output:
+    """The items of a response, which an answer's parts make, and the events that tell of it."""
+
+    def __init__(self) -> None:
+        self.items: list[Json] = []
+        self._kind: type[Part] | None = None  # of the item that is open
+
+    def add(self, part: Part) -> Iterator[Told]:
+        kind = CallBegan if isinstance(part, CallArguments) else type(part)
+        if isinstance(part, CallBegan) or kind is not self._kind:
+            yield from self._close("completed")
+            self._kind = kind
+            yield from self._open(part)
+        item = self.items[-1]
+        match part:
+            case CallArguments():
+                item["arguments"] += part.text
+                yield self._told("response.function_call_arguments.delta", delta=part.text)
+            case Text():
+                item["content"][0]["text"] += part.text
+                if part.text:
+                    yield self._told(
+                        "response.output_text.delta", content_index=0, delta=part.text, logprobs=[]
+                    )
+            case Thought():
+                item["content"][0]["text"] += part.text
+                yield self._told("response.reasoning_text.delta", content_index=0, delta=part.text)
+
+    def end(self, ended: Ended) -> Iterator[Told]:
+        """Close the last item; an empty answer has a message too."""
+        if not self.items:
+            yield from self.add(Text(""))
+        yield from self._close(status_of(ended))
+
+    def _told(self, kind: str, **fields: Any) -> Told:
+        """Return an event about the item that is open."""
+        place = {"item_id": self.items[-1]["id"], "output_index": len(self.items) - 1}
+        return kind, {**place, **fields}
+
+    def _open(self, part: Part) -> Iterator[Told]:
+        item = _item_of(part)
+        content = item.pop("content", None)
+        self.items.append(item)
+        empty = {**item, "content": []} if content is not None else dict(item)
+        yield "response.output_item.added", {"output_index": len(self.items) - 1, "item": empty}
+        if content is not None:
+            item["content"] = content
+            yield self._told("response.content_part.added", content_index=0, part=dict(content[0]))
+
+    def _close(self, status: str) -> Iterator[Told]:
+        if self._kind is None:
+            return
+        item = self.items[-1]
+        item["status"] = status
+        if self._kind is CallBegan:
+            arguments, name = item["arguments"], item["name"]
+            yield self._told(
+                "response.function_call_arguments.done", arguments=arguments, name=name
+            )
+        else:
+            part = item["content"][0]
+            of_text: Json = {"logprobs": []} if self._kind is Text else {}
+            name = "output_text" if self._kind is Text else "reasoning_text"
+            yield self._told(f"response.{name}.done", content_index=0, text=part["text"], **of_text)
+            yield self._told("response.content_part.done", content_index=0, part=part)
+        yield "response.output_item.done", {"output_index": len(self.items) - 1, "item": item}
+
+
+def _item_of(part: Part) -> Json:
+    """Return the item that a part begins, empty."""
+    key, status = secrets.token_hex(12), "in_progress"
+    match part:
+        case CallBegan():
+            call = {"call_id": part.id, "name": part.name, "arguments": ""}
+            return {"id": f"fc_{key}", "type": "function_call", "status": status, **call}
+        case Thought():
+            thought: Json = {"id": f"rs_{key}", "type": "reasoning", "status": status}
+            content = [{"type": "reasoning_text", "text": ""}]
+            return {**thought, "summary": [], "content": content}
+    empty: Json = {"type": "output_text", "text": "", "annotations": [], "logprobs": []}
+    head = {"id": f"msg_{key}", "type": "message", "role": "assistant", "status": status}
+    return {**head, "content": [empty]}
+
+
+async def _events(stream: Events, head: Head, dialogue: Dialogue) -> AsyncGenerator[str, None]:
     """Yield the events of a response that is streamed, each with its number."""
     number = -1
 
-    def event(kind: str, **fields: Any) -> str:
+    def event(kind: str, fields: Json) -> str:
         nonlocal number
         number += 1
         return f"event: {kind}\n" + sse({"type": kind, "sequence_number": number, **fields})
 
-    item = {"output_index": 0, "item_id": head.item_id}
-    part = {**item, "content_index": 0}
-    yield event("response.created", response=head.unfinished())
-    yield event("response.in_progress", response=head.unfinished())
-    begun = head.item(None, "in_progress")
-    yield event("response.output_item.added", output_index=0, item=begun)
-    yield event("response.content_part.added", **part, part=part_of(""))
-    async with aclosing(server.stream([job])) as events:
+    output, splitter = Output(), dialogue.splitter()
+    yield event("response.created", {"response": head.unfinished()})
+    yield event("response.in_progress", {"response": head.unfinished()})
+    async with aclosing(stream) as events:
         async for _, one in events:
-            if isinstance(one, Step) and one.text:
-                yield event("response.output_text.delta", **part, delta=one.text, logprobs=[])
-            elif isinstance(one, Ended):
-                text, whole = one.answer.text, head.whole(one)
-                yield event("response.output_text.done", **part, text=text, logprobs=[])
-                yield event("response.content_part.done", **part, part=part_of(text))
-                done = whole["output"][0]
-                yield event("response.output_item.done", output_index=0, item=done)
-                yield event(f"response.{whole['status']}", response=whole)
+            for part in splitter.read(one):
+                for told in output.add(part):
+                    yield event(*told)
+            if isinstance(one, Ended):
+                for told in output.end(one):
+                    yield event(*told)
+                whole = head.whole(one, output)
+                yield event(f"response.{whole['status']}", {"response": whole})

@@ -6,21 +6,17 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from fastapi import APIRouter, Depends, Request
+from fastapi import APIRouter, Request
 from fastapi.responses import HTMLResponse, Response
 from prometheus_client import generate_latest
 
+from colm_edge.serve.chat import ChatRequest, TemplateRequest
 from colm_edge.serve.completions import respond
+from colm_edge.serve.dialogue import Dialogue
 from colm_edge.serve.errors import REFUSALS, RefusalError
 from colm_edge.serve.formats import ChatFormat, CompletionFormat
-from colm_edge.serve.guard import TheServer, check_key
-from colm_edge.serve.requests import (
-    ChatRequest,
-    CompletionRequest,
-    DetokenizeRequest,
-    TemplateRequest,
-    TokenizeRequest,
-)
+from colm_edge.serve.guard import TheServer
+from colm_edge.serve.requests import CompletionRequest, DetokenizeRequest, TokenizeRequest
 
 PAGE = Path(__file__).parent.parent / "data" / "chat.html"
 PAGE_POLICY = (
@@ -32,33 +28,31 @@ BODY_OR_STREAM: dict[int | str, dict[str, Any]] = {
     200: {"content": {"application/json": {}, "text/event-stream": {}}}
 }
 
-# Paths that anyone may ask for, and those that need the key where the server has one.
-public = APIRouter()
-private = APIRouter(dependencies=[Depends(check_key)], responses=REFUSALS)
+router = APIRouter(responses=REFUSALS)
 
 
-@public.head("/", include_in_schema=False)
-@public.get("/", include_in_schema=False)
+@router.head("/", include_in_schema=False)
+@router.get("/", include_in_schema=False)
 def page() -> HTMLResponse:
     text = PAGE.read_text(encoding="utf-8")
     headers = {"Content-Security-Policy": PAGE_POLICY, "X-Frame-Options": "DENY"}
     return HTMLResponse(text, headers=headers)
 
 
-@public.head("/health", include_in_schema=False)
-@public.get("/health")
+@router.head("/health", include_in_schema=False)
+@router.get("/health")
 def health() -> dict[str, str]:
     return {"status": "ok"}
 
 
-@private.get("/metrics", include_in_schema=False)
+@router.get("/metrics", include_in_schema=False)
 def metrics(server: TheServer) -> Response:
     text = generate_latest(server.metrics.registry)
     return Response(text, media_type="text/plain; version=0.0.4")
 
 
-@private.head("/v1/models", include_in_schema=False)
-@private.get("/v1/models")
+@router.head("/v1/models", include_in_schema=False)
+@router.get("/v1/models")
 def models(server: TheServer) -> dict[str, Any]:
     model = {
         "id": server.name,
@@ -71,7 +65,7 @@ def models(server: TheServer) -> dict[str, Any]:
     return {"object": "list", "data": [model]}
 
 
-@private.get("/v1/models/{model}")
+@router.get("/v1/models/{model}")
 def one_model(model: str, server: TheServer) -> dict[str, Any]:
     if model != server.name:
         message = f"no model {model!r}; this server has {server.name!r}"
@@ -79,13 +73,14 @@ def one_model(model: str, server: TheServer) -> dict[str, Any]:
     return dict(models(server)["data"][0])
 
 
-@private.post("/v1/chat/completions", responses=BODY_OR_STREAM)
+@router.post("/v1/chat/completions", responses=BODY_OR_STREAM)
 async def chat(body: ChatRequest, server: TheServer, request: Request) -> Response:
-    form = ChatFormat(body, server.pair.base.piece)
-    return await respond(server, form, body, request)
+    dialogue = Dialogue(server.pair, body.conversation())
+    form = ChatFormat(body, dialogue, server.pair.base.piece)
+    return await respond(server, form, body, [dialogue.prompt], request)
 
 
-@private.post("/v1/completions", responses=BODY_OR_STREAM)
+@router.post("/v1/completions", responses=BODY_OR_STREAM)
 async def completions(body: CompletionRequest, server: TheServer, request: Request) -> Response:
     if body.stream and body.prompt_logprobs is not None:
         raise RefusalError(
@@ -95,16 +90,16 @@ async def completions(body: CompletionRequest, server: TheServer, request: Reque
             param="prompt_logprobs",
         )
     form = CompletionFormat(body, server.pair.base.piece)
-    return await respond(server, form, body, request)
+    return await respond(server, form, body, body.prompts(server.pair), request)
 
 
-@private.post("/tokenize")
+@router.post("/tokenize")
 def tokenize(body: TokenizeRequest, server: TheServer) -> dict[str, Any]:
     tokens = server.pair.base.tokenize(body.prompt, bos=body.add_special_tokens)
     return {"tokens": tokens, "count": len(tokens), "max_model_len": server.pair.n_ctx}
 
 
-@private.post("/detokenize")
+@router.post("/detokenize")
 def detokenize(body: DetokenizeRequest, server: TheServer) -> dict[str, str]:
     base = server.pair.base
     if any(token >= base.n_vocab for token in body.tokens):
@@ -112,7 +107,7 @@ def detokenize(body: DetokenizeRequest, server: TheServer) -> dict[str, str]:
     return {"prompt": base.text(body.tokens)}
 
 
-@private.get("/tokenizer_info")
+@router.get("/tokenizer_info")
 def tokenizer_info(server: TheServer) -> dict[str, Any]:
     """Tell what evaluation harnesses ask of vLLM."""
     base = server.pair.base
@@ -125,8 +120,8 @@ def tokenizer_info(server: TheServer) -> dict[str, Any]:
     }
 
 
-@private.post("/apply-template")
+@router.post("/apply-template")
 def apply_template(body: TemplateRequest, server: TheServer) -> dict[str, str]:
     if not server.pair.base.chat_template:
         raise RefusalError(400, "the base has no chat template", param="messages")
-    return {"prompt": server.pair.render([message.as_dict() for message in body.messages])}
+    return {"prompt": Dialogue(server.pair, body.conversation()).text}

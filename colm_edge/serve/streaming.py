@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncGenerator, Coroutine
+from collections.abc import AsyncGenerator, Callable, Coroutine
 from contextlib import aclosing
 from typing import Any, TypeVar
 
@@ -16,6 +16,7 @@ from colm_edge.errors import ColmError
 from colm_edge.serve.errors import RefusalError
 
 T = TypeVar("T")
+DONE = "data: [DONE]\n\n"
 
 
 def sse(data: Any) -> str:
@@ -23,32 +24,44 @@ def sse(data: Any) -> str:
     return f"data: {json.dumps(data, ensure_ascii=False)}\n\n"
 
 
-class EventStream(StreamingResponse):
-    """Server-sent events; the generator is closed when the client leaves.
+def failed(e: RefusalError) -> str:
+    """Return the end of a stream of OpenAI's that an error ends."""
+    return sse(e.body) + DONE
 
-    What goes wrong after the first event cannot change the status: it becomes the last event.
+
+class EventStream(StreamingResponse):
+    """A response that comes in pieces; the generator is closed when the client leaves.
+
+    What goes wrong after the first piece cannot change the status: `failed` makes it the last one.
     """
 
-    def __init__(self, events: AsyncGenerator[str, None]) -> None:
-        self._events = _with_errors(events)
+    def __init__(
+        self,
+        pieces: AsyncGenerator[str, None],
+        media_type: str = "text/event-stream",
+        failed: Callable[[RefusalError], str] = failed,
+    ) -> None:
+        self._pieces = _with_errors(pieces, failed)
         super().__init__(
-            self._events,
-            media_type="text/event-stream",
+            self._pieces,
+            media_type=media_type,
             headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"},
         )
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        async with aclosing(self._events):
+        async with aclosing(self._pieces):
             await super().__call__(scope, receive, send)
 
 
-async def _with_errors(events: AsyncGenerator[str, None]) -> AsyncGenerator[str, None]:
+async def _with_errors(
+    pieces: AsyncGenerator[str, None], failed: Callable[[RefusalError], str]
+) -> AsyncGenerator[str, None]:
     try:
-        async with aclosing(events):
-            async for text in events:
+        async with aclosing(pieces):
+            async for text in pieces:
                 yield text
     except (ColmError, RefusalError) as e:
-        yield sse(RefusalError(500, str(e), "server_error").body)
+        yield failed(RefusalError(500, str(e), "server_error"))
 
 
 async def while_connected(request: Request, work: Coroutine[Any, Any, T]) -> T | None:

@@ -110,22 +110,75 @@ def test_an_answer_that_fails_is_counted_and_raised(server, pair, monkeypatch):
     assert server.n_busy == 0
 
 
-def test_answers_wait_for_slots_and_are_counted_once(server):
+def test_requests_wait_for_slots_and_are_counted_once(server):
     async def fill() -> None:
         jobs = [job(server, text, 100) for text in ("one", "two", "three")]
         async with aclosing(server.stream(jobs)) as events:
             await anext(events)
-            assert (server.n_busy, server.n_waiting) == (2, 1)
+            # The third answer waits, but the request does not.
+            assert (server.n_busy, server.n_waiting) == (2, 0)
+            server.check_queue()
+            other = asyncio.ensure_future(server.generate([job(server), job(server)]))
+            await until(lambda: server.n_waiting == 1)
             assert value(server, "colm_busy_slots") == 2
             assert value(server, "colm_waiting_requests") == 1
             with pytest.raises(RefusalError, match="1 requests are already waiting"):
                 server.check_queue()
+            other.cancel()
+            await asyncio.wait([other])
         assert server.n_waiting == 0  # the one that waited is gone at once
         server.check_queue()
         await until(lambda: server.n_busy == 0)
 
     asyncio.run(fill())
     assert len(asyncio.run(server.generate([job(server)]))[0].answer.steps) == 5
+
+
+def test_a_slot_goes_to_who_has_the_fewest(server):
+    """One connection's many answers do not keep another's waiting."""
+    ended: list[str] = []
+
+    async def ask(owner: str, n: int) -> None:
+        async with aclosing(server.stream([job(server, owner, 30)] * n, owner)) as events:
+            async for _, event in events:
+                if isinstance(event, Ended):
+                    ended.append(owner)
+
+    async def go() -> None:
+        await asyncio.gather(ask("many", 8), ask("few", 1), ask("other", 1))
+
+    asyncio.run(go())
+    assert sorted(ended) == ["few", *["many"] * 8, "other"]
+    # Two of the many have the slots first; then each of the others has its turn.
+    assert {"few", "other"} <= set(ended[:5])
+
+
+def test_a_server_that_stops_ends_its_answers_with_an_error(server):
+    async def go() -> None:
+        async with aclosing(server.stream([job(server, max_tokens=200)])) as events:
+            await anext(events)
+            server.stop(0)
+            with pytest.raises(RefusalError, match="the server was stopped"):
+                async for _ in events:
+                    pass
+        await until(lambda: server.n_busy == 0)
+
+    asyncio.run(go())
+
+
+def test_the_first_token_is_timed_from_the_requests_arrival(server):
+    """The time that it waits for a slot is part of it; what the prompt holds is counted."""
+
+    async def go() -> None:
+        await server.generate([job(server, text, 20) for text in ("one", "two", "three")])
+
+    asyncio.run(go())
+    assert value(server, "colm_first_token_seconds_count") == 3
+    assert value(server, "colm_answer_seconds_count") == 3
+    first, whole = (value(server, f"colm_{x}_seconds_sum") for x in ("first_token", "answer"))
+    assert 0 < first <= whole
+    n = sum(len(server.pair.base.tokenize(text)) for text in ("one", "two", "three"))
+    assert value(server, "colm_prompt_tokens_total") == n
 
 
 def test_an_answer_that_is_cancelled_while_it_waits_never_begins(server, pair, monkeypatch):

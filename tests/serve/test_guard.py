@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import socket
+
 import httpx
 import openai
 import pytest
-from serving import serving
+from serving import serving, wait_for
 
 from colm_edge.serve.guard import MAX_BODY
 
@@ -24,7 +26,8 @@ def test_a_key_is_asked_for_where_there_is_one(pair):
             ({"Authorization": "Bearer sesame"}, 200),
         ):  # fmt: skip
             assert httpx.get(f"{url}/v1/models", headers=headers).status_code == status
-            assert httpx.get(f"{url}/metrics", headers=headers).status_code == status
+            for path in ("/metrics", "/openapi.json", "/api/tags"):
+                assert httpx.get(f"{url}{path}", headers=headers).status_code == status
         assert httpx.get(f"{url}/health").status_code == 200
         with (
             openai.OpenAI(base_url=f"{url}/v1", api_key="wrong", max_retries=0) as client,
@@ -56,3 +59,34 @@ def test_other_sites_pages_may_ask_only_where_allowed(pair):
 def test_a_local_server_answers_to_local_names_alone(url, host, status):
     response = httpx.get(f"{url}/health", headers={"Host": host})
     assert response.status_code == status
+
+
+def test_anthropics_header_carries_the_key_too(pair):
+    with serving(pair, api_key="sesame") as (url, _):
+        for key, status in (("sesame", 200), ("x", 401)):
+            got = httpx.get(f"{url}/v1/models", headers={"x-api-key": key})
+            assert got.status_code == status
+
+
+def test_the_key_is_asked_for_before_the_body_is_read(pair):
+    """The client is refused while it still has most of the body to send."""
+    with serving(pair, api_key="sesame") as (url, _), half_sent(url) as connection:
+        assert connection.recv(200).startswith(b"HTTP/1.1 401 ")
+
+
+def half_sent(url: str) -> socket.socket:
+    """Return a connection on which a request with a body of 1,000 bytes has sent two."""
+    host, port = url.removeprefix("http://").split(":")
+    connection = socket.create_connection((host, int(port)), 60)
+    connection.sendall(
+        b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+        b"Content-Length: 1000\r\n\r\n{ "
+    )
+    return connection
+
+
+def test_a_request_that_is_half_sent_does_not_hold_up_the_servers_end(pair):
+    with serving(pair) as (url, server), half_sent(url) as connection:
+        wait_for(lambda: server.stopping._waiters)  # the request is there and waits for more
+        server.stopping._loop.call_soon_threadsafe(server.stopping.set)
+        assert connection.recv(200).startswith(b"HTTP/1.1 503 ")

@@ -9,7 +9,8 @@ from serving import serving
 
 from colm_edge.cli import main
 from colm_edge.options import Options
-from colm_edge.serve.requests import REFUSED, ChatRequest, CompletionRequest
+from colm_edge.serve.chat import ChatRequest
+from colm_edge.serve.requests import REFUSED, CompletionRequest
 
 CHAT = [{"role": "user", "content": "hello"}]
 
@@ -35,14 +36,6 @@ NAMES = (
 @pytest.mark.parametrize("name", NAMES)
 def test_null_means_not_given(url, name):
     assert ask(url, **{name: None}).json()["choices"] == ask(url).json()["choices"]
-
-
-def test_tools_that_may_not_be_called_are_no_obstacle(url):
-    tools = [{"type": "function", "function": {"name": "f", "parameters": {}}}]
-    assert ask(url, tools=tools, tool_choice="none").status_code == 200
-    refused = ask(url, tools=tools)
-    assert refused.status_code == 400
-    assert "tools: not supported" in refused.json()["error"]["message"]
 
 
 @pytest.mark.parametrize("name", REFUSED)
@@ -123,7 +116,7 @@ def test_a_harness_learns_the_tokenizer(url, pair):
     assert told["chat_template"] == pair.base.chat_template
     assert told["eos_token"] == pair.base.eos_text
     rendered = httpx.post(f"{url}/apply-template", json={"messages": CHAT}).json()
-    assert rendered["prompt"] == pair.render(CHAT)
+    assert rendered["prompt"] == pair.prompt_text(CHAT)
 
 
 def test_a_wrong_path_is_told_the_right_ones(url):

@@ -93,8 +93,8 @@ def test_json_alone_is_an_object(url):
 
 
 @pytest.mark.parametrize("name", STATEFUL)
-def test_what_would_need_state_or_tools_is_refused(url, name):
-    body = {"input": "hello", name: [{"type": "function"}] if name == "tools" else "x"}
+def test_what_would_need_state_is_refused(url, name):
+    body = {"input": "hello", name: "x"}
     refused = httpx.post(f"{url}/v1/responses", json=body, timeout=60)
     assert refused.status_code == 400
     assert f"{name} is not supported" in refused.json()["error"]["message"]
@@ -122,3 +122,58 @@ def test_the_side_object_counts_the_experts_work(url):
     body = {"input": "hello", "max_output_tokens": 9, "colm": {"threshold": 0}}
     answer = httpx.post(f"{url}/v1/responses", json=body, timeout=60).json()
     assert answer["colm"]["n_deferred"] == 9
+
+
+TOOL = {
+    "type": "function",
+    "name": "pick",
+    "parameters": {
+        "type": "object",
+        "properties": {"n": {"enum": [1, 2]}},
+        "required": ["n"],
+    },
+}
+
+
+def test_a_tool_is_called_and_told_in_a_stream_too(roomy):
+    client = openai.OpenAI(base_url=f"{roomy}/v1", api_key="any", max_retries=0)
+    asked = {"input": "hello", "tools": [TOOL], "tool_choice": "required", "max_output_tokens": 90}
+    asked["parallel_tool_calls"] = False
+    (call,) = client.responses.create(model="any", **asked).output
+    assert (call.type, call.name, call.status) == ("function_call", "pick", "completed")
+    assert json.loads(call.arguments)["n"] in (1, 2)
+    with client.responses.stream(model="any", **asked) as stream:
+        events = list(stream)
+    kinds = [event.type for event in events if not event.type.endswith(".delta")]
+    assert kinds == [
+        "response.created",
+        "response.in_progress",
+        "response.output_item.added",
+        "response.function_call_arguments.done",
+        "response.output_item.done",
+        "response.completed",
+    ]
+    (streamed,) = events[-1].response.output
+    assert streamed.arguments == call.arguments
+
+
+def test_earlier_calls_and_what_they_returned_are_told(url, pair):
+    """As a chat's messages of the same conversation are."""
+    call = {"name": "pick", "arguments": '{"n": 1}'}
+    items = [
+        {"role": "user", "content": "hello"},
+        {"type": "function_call", "call_id": "a", **call},
+        {"type": "function_call_output", "call_id": "a", "output": "one"},
+    ]
+    messages = [
+        items[0],
+        {"role": "assistant", "tool_calls": [{"id": "a", "type": "function", "function": call}]},
+        {"role": "tool", "tool_call_id": "a", "content": "one"},
+    ]
+    body = {"input": items, "max_output_tokens": 9}
+    response = httpx.post(f"{url}/v1/responses", json=body, timeout=60).json()
+    chat = {"messages": messages, "max_tokens": 9}
+    expected = httpx.post(f"{url}/v1/chat/completions", json=chat, timeout=60).json()
+    assert response["usage"]["input_tokens"] == expected["usage"]["prompt_tokens"]
+    text = response["output"][0]["content"][0]["text"]
+    assert text == expected["choices"][0]["message"]["content"]

@@ -1,0 +1,270 @@
+"""Anthropic's Messages API: text, thoughts and tools, as a body or as its events."""
+
+from __future__ import annotations
+
+import json
+import secrets
+from collections.abc import AsyncGenerator, Iterator
+from contextlib import aclosing
+from typing import Annotated, Any, Literal
+
+from fastapi import APIRouter, Request
+from fastapi.responses import JSONResponse, Response
+from pydantic import Field
+
+from colm_edge.serve.answers import Began, Ended, Events
+from colm_edge.serve.completions import jobs_of
+from colm_edge.serve.dialogue import Conversation, Dialogue
+from colm_edge.serve.errors import ANTHROPIC_REFUSALS, RefusalError, anthropic
+from colm_edge.serve.formats import colm_of
+from colm_edge.serve.guard import TheServer
+from colm_edge.serve.parts import CallArguments, CallBegan, Part, Reply, Text, Thought
+from colm_edge.serve.requests import Body, Sampling, Stop
+from colm_edge.serve.streaming import EventStream, sse, while_connected
+from colm_edge.serve.tools import Tool, use_of
+
+router = APIRouter(responses=ANTHROPIC_REFUSALS)
+Json = dict[str, Any]
+
+
+class TextBlock(Body):
+    type: Literal["text"]
+    text: str
+
+
+class ThinkingBlock(Body):
+    type: Literal["thinking", "redacted_thinking"]
+    thinking: str = ""
+
+
+class UseBlock(Body):
+    type: Literal["tool_use"]
+    id: str
+    name: str
+    input: dict[str, Any]
+
+
+class ResultBlock(Body):
+    type: Literal["tool_result"]
+    tool_use_id: str
+    content: str | list[TextBlock] = ""
+
+
+Texts = str | list[TextBlock]
+Block = Annotated[TextBlock | ThinkingBlock | UseBlock | ResultBlock, Field(discriminator="type")]
+
+
+def joined(texts: Texts) -> str:
+    return texts if isinstance(texts, str) else "".join(block.text for block in texts)
+
+
+class Message(Body):
+    role: Literal["user", "assistant"]
+    content: str | list[Block]
+
+    def as_dicts(self) -> list[Json]:
+        """Return it as messages of OpenAI's: each tool's result is one of its own, before what
+        the user says."""
+        if isinstance(self.content, str):
+            return [{"role": self.role, "content": self.content}]
+        results, texts, calls, thoughts = [], "", list[Json](), ""
+        for block in self.content:
+            match block:
+                case TextBlock():
+                    texts += block.text
+                case ThinkingBlock():
+                    thoughts += block.thinking
+                case UseBlock():
+                    function = {"name": block.name, "arguments": block.input}
+                    calls.append({"id": block.id, "type": "function", "function": function})
+                case ResultBlock():
+                    content = joined(block.content)
+                    key = block.tool_use_id
+                    results.append({"role": "tool", "content": content, "tool_call_id": key})
+        more: Json = {"tool_calls": calls} if calls else {}
+        if thoughts:
+            more["reasoning_content"] = thoughts
+        rest = {"role": self.role, "content": texts, **more}
+        return [*results, rest] if texts or calls or not results else results
+
+
+class OfferedTool(Body):
+    name: str
+    description: str = ""
+    input_schema: dict[str, Any]
+    type: Literal["custom"] = "custom"  # Anthropic's own tools have other types
+
+
+class ToolChoice(Body):
+    type: Literal["auto", "any", "tool", "none"] = "auto"
+    name: str = ""
+    disable_parallel_tool_use: bool = False
+
+    @property
+    def choice(self) -> str:
+        return {"any": "required", "tool": self.name}.get(self.type, self.type)
+
+
+class CountRequest(Body):
+    """A conversation whose tokens a client wants to count."""
+
+    messages: list[Message] = Field(min_length=1)
+    system: Texts = ""
+    tools: list[OfferedTool] = Field(default_factory=list)
+    tool_choice: ToolChoice = ToolChoice()
+    chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
+
+    def conversation(self) -> Conversation:
+        """Return the conversation. Raises ColmError for tools that cannot be."""
+        system = joined(self.system)
+        messages: list[Json] = [{"role": "system", "content": system}] if system else []
+        tools = [Tool(tool.name, tool.description, tool.input_schema) for tool in self.tools]
+        chosen = self.tool_choice
+        return Conversation(
+            messages + [one for message in self.messages for one in message.as_dicts()],
+            use_of(tools, chosen.choice, parallel=not chosen.disable_parallel_tool_use),
+            variables=self.chat_template_kwargs,
+        )
+
+
+class MessagesRequest(CountRequest, Sampling):
+    max_tokens: int = Field(ge=1)
+    stop_sequences: list[Stop] | None = None
+    n: Literal[1] = 1
+
+    def stops(self) -> tuple[str, ...] | None:
+        return None if self.stop_sequences is None else tuple(self.stop_sequences)
+
+
+@router.post("/v1/messages/count_tokens")
+def count_tokens(body: CountRequest, server: TheServer) -> dict[str, int]:
+    return {"input_tokens": len(Dialogue(server.pair, body.conversation()).prompt.tokens)}
+
+
+@router.post(
+    "/v1/messages",
+    responses={200: {"content": {"application/json": {}, "text/event-stream": {}}}},
+)
+async def messages(body: MessagesRequest, server: TheServer, request: Request) -> Response:
+    dialogue = Dialogue(server.pair, body.conversation())
+    (job,) = jobs_of(server, body, [dialogue.prompt])
+    head = {
+        "id": "msg_" + secrets.token_hex(12),
+        "type": "message",
+        "role": "assistant",
+        "model": server.name,
+    }
+    if body.stream:
+        return EventStream(
+            _events(server.stream([job], request.client), head, dialogue), failed=_failed
+        )
+    ended = await while_connected(request, server.generate([job], request.client))
+    if ended is None:
+        return Response(status_code=499)
+    reply = dialogue.reply(ended[0].answer)
+    whole = {**head, "content": blocks_of(reply), **end_of(ended[0], len(reply.calls))}
+    return JSONResponse({**whole, "usage": usage(ended[0]), "colm": colm_of(ended)})
+
+
+def blocks_of(reply: Reply) -> list[Json]:
+    blocks: list[Json] = []
+    if reply.thought:
+        blocks.append({"type": "thinking", "thinking": reply.thought, "signature": ""})
+    if reply.text or not reply.calls:
+        blocks.append({"type": "text", "text": reply.text})
+    for call in reply.calls:
+        try:
+            given = json.loads(call.arguments)
+        except ValueError:  # cut by max_tokens
+            given = {}
+        blocks.append({"type": "tool_use", "id": call.id, "name": call.name, "input": given})
+    return blocks
+
+
+def end_of(ended: Ended, n_calls: int) -> Json:
+    """Return why an answer ended, in Anthropic's words."""
+    answer = ended.answer
+    if answer.finish_reason == "length":
+        return {"stop_reason": "max_tokens", "stop_sequence": None}
+    if n_calls:
+        return {"stop_reason": "tool_use", "stop_sequence": None}
+    if answer.stopped_by is not None:
+        return {"stop_reason": "stop_sequence", "stop_sequence": answer.stopped_by}
+    return {"stop_reason": "end_turn", "stop_sequence": None}
+
+
+def usage(ended: Ended) -> dict[str, int]:
+    n = ended.answer.stats.n_generated
+    return {"input_tokens": len(ended.began.prompt_tokens), "output_tokens": n}
+
+
+def _event(data: Json) -> str:
+    return f"event: {data['type']}\n" + sse(data)
+
+
+def _failed(e: RefusalError) -> str:
+    return _event(anthropic(e))
+
+
+class Blocks:
+    """The blocks of a message that is streamed: the events that open, fill and close them."""
+
+    def __init__(self) -> None:
+        self._n = 0
+        self._kind: type[Part] | None = None  # of the block that is open
+
+    def add(self, part: Part) -> Iterator[Json]:
+        kind = CallBegan if isinstance(part, CallArguments) else type(part)
+        if isinstance(part, CallBegan) or kind is not self._kind:
+            yield from self.close()
+            self._kind = kind
+            block = _empty(part)
+            yield {"type": "content_block_start", "index": self._n, "content_block": block}
+        delta: Json | None = None
+        match part:
+            case Text():
+                delta = {"type": "text_delta", "text": part.text}
+            case Thought():
+                delta = {"type": "thinking_delta", "thinking": part.text}
+            case CallArguments():
+                delta = {"type": "input_json_delta", "partial_json": part.text}
+        if delta is not None:
+            yield {"type": "content_block_delta", "index": self._n, "delta": delta}
+
+    def close(self) -> Iterator[Json]:
+        if self._kind is not None:
+            yield {"type": "content_block_stop", "index": self._n}
+            self._kind = None
+            self._n += 1
+
+
+def _empty(part: Part) -> Json:
+    match part:
+        case CallBegan():
+            return {"type": "tool_use", "id": part.id, "name": part.name, "input": {}}
+        case Thought():
+            return {"type": "thinking", "thinking": "", "signature": ""}
+    return {"type": "text", "text": ""}
+
+
+async def _events(stream: Events, head: Json, dialogue: Dialogue) -> AsyncGenerator[str, None]:
+    """Yield the events of a message that is streamed."""
+
+    blocks, splitter = Blocks(), dialogue.splitter()
+    async with aclosing(stream) as events:
+        async for _, one in events:
+            if isinstance(one, Began):
+                counts = {"input_tokens": len(one.prompt_tokens), "output_tokens": 0}
+                begun: Json = {"content": [], "stop_reason": None, "stop_sequence": None}
+                message = {**head, **begun, "usage": counts}
+                yield _event({"type": "message_start", "message": message})
+            for part in splitter.read(one):
+                for data in blocks.add(part):
+                    yield _event(data)
+            if isinstance(one, Ended):
+                for data in blocks.close():
+                    yield _event(data)
+                delta = end_of(one, splitter.n_calls)
+                counts = {"output_tokens": one.answer.stats.n_generated}
+                yield _event({"type": "message_delta", "delta": delta, "usage": counts})
+                yield _event({"type": "message_stop", "colm": colm_of([one])})

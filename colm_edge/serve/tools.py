@@ -1,0 +1,151 @@
+"""Functions that an answer may call: how the model is told of them, and how it writes a call."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from colm_edge.errors import ColmError
+
+NAME = re.compile(r"[A-Za-z0-9_.-]{1,128}")
+THINK, THINK_END = "<think>", "</think>"
+
+
+@dataclass(frozen=True)
+class Tool:
+    """A function. parameters: the JSON schema of its one argument, an object. strict: whether a
+    schema that cannot be kept to is refused; else calls keep to it as far as possible."""
+
+    name: str
+    description: str = ""
+    parameters: Mapping[str, Any] = field(default_factory=dict)
+    strict: bool = False
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return it as OpenAI's API and chat templates have it."""
+        parameters = dict(self.parameters) or {"type": "object", "properties": {}}
+        described = {"name": self.name, "description": self.description, "parameters": parameters}
+        return {"type": "function", "function": described}
+
+
+@dataclass(frozen=True)
+class ToolUse:
+    """The tools of a request, and what it says about their use.
+
+    choice: "auto", "none", "required", or the one tool that has to be called.
+    """
+
+    tools: tuple[Tool, ...] = ()
+    choice: str | Tool = "auto"
+    parallel: bool = True
+
+    @property
+    def callable(self) -> tuple[Tool, ...]:
+        """The tools that this answer may call."""
+        if isinstance(self.choice, Tool):
+            return (self.choice,)
+        return () if self.choice == "none" else self.tools
+
+    @property
+    def several(self) -> bool:
+        """Whether the answer may be several calls; one that is named is called once."""
+        return self.parallel and not isinstance(self.choice, Tool)
+
+    @property
+    def forced(self) -> bool:
+        """Whether the answer has to be a call."""
+        return self.choice == "required" or isinstance(self.choice, Tool)
+
+
+def use_of(tools: Sequence[Tool], choice: str = "auto", *, parallel: bool = True) -> ToolUse:
+    """Return the tools of a request. choice: "auto", "none", "required", or a tool's name.
+
+    Raises ColmError for names that are wrong, that come twice, or that no tool has.
+    """
+    by_name = {tool.name: tool for tool in tools}
+    for tool in tools:
+        if not NAME.fullmatch(tool.name):
+            raise ColmError(
+                f"a tool's name is {tool.name[:200]!r}; expected letters, digits, _, - and ., at "
+                "most 128"
+            )
+    if len(by_name) < len(tools):
+        raise ColmError("two tools have the same name; give each one its own")
+    if choice in ("auto", "none"):
+        return ToolUse(tuple(tools), choice, parallel)
+    if not tools:
+        raise ColmError(f"tool_choice is {choice!r}, but there are no tools; give them")
+    if choice == "required":
+        return ToolUse(tuple(tools), choice, parallel)
+    if choice not in by_name:
+        raise ColmError(f"tool_choice is {choice!r}; expected one of {', '.join(by_name)}")
+    return ToolUse(tuple(tools), by_name[choice], parallel)
+
+
+@dataclass(frozen=True)
+class CallForm:
+    """How a family of models writes a call: {"name": …, "arguments": {…}} between marks.
+
+    begin, end: the marks, if it has them. Without, and because small models leave them out, such an
+        object that begins the answer is a call too, if there is a tool of that name.
+    arguments: the key of the arguments. native: whether the template tells the model of tools.
+    """
+
+    begin: str
+    end: str
+    arguments: Literal["arguments", "parameters"]
+    native: bool = True
+
+
+HERMES = CallForm("<tool_call>", "</tool_call>", "arguments")  # Hermes, Qwen
+LLAMA = CallForm("", "", "parameters")  # Llama 3
+GENERIC = CallForm("", "", "arguments", native=False)
+
+
+def form_of(template: str) -> CallForm:
+    """Return the form that a chat template teaches; where it teaches none of those known here, the
+    one that `told` asks for."""
+    if "<tool_call>" in template and "arguments" in template and "<function=" not in template:
+        return HERMES
+    if "ipython" in template and '"parameters"' in template.replace("\\", ""):
+        return LLAMA
+    return GENERIC
+
+
+def told(messages: Sequence[dict[str, Any]], tools: Sequence[Tool]) -> list[dict[str, Any]]:
+    """Return a conversation for a template that knows no tools: they, their calls and what these
+    returned are told in plain messages."""
+    found = list[dict[str, Any]]()
+    names = dict[str, str]()
+    for message in messages:
+        calls = [call["function"] for call in message.get("tool_calls", ())]
+        names |= {c["id"]: c["function"]["name"] for c in message.get("tool_calls", ())}
+        plain = {"role": message["role"], "content": message["content"]}
+        if calls:
+            written = [json.dumps(_written(call), ensure_ascii=False) for call in calls]
+            plain["content"] = "\n".join(filter(None, [message["content"], *written]))
+        elif message["role"] == "tool":
+            name = names.get(message.get("tool_call_id", ""), "the function")
+            plain = {"role": "user", "content": f"{name} returned: {message['content']}"}
+        found.append(plain)
+    if tools:
+        offered = "\n".join(
+            json.dumps(tool.as_dict()["function"], ensure_ascii=False) for tool in tools
+        )
+        text = (
+            f"These functions can be called:\n{offered}\n"
+            'To call one, answer with a JSON object {"name": its name, "arguments": {…}} and '
+            "nothing else, several on a line each. Answer in words where no call is needed."
+        )
+        if found[0]["role"] == "system":
+            found[0]["content"] += "\n\n" + text
+        else:
+            found.insert(0, {"role": "system", "content": text})
+    return found
+
+
+def _written(call: Mapping[str, Any]) -> dict[str, Any]:
+    return {"name": call["name"], "arguments": call["arguments"]}

@@ -1,0 +1,105 @@
+"""Ollama's paths, by plain HTTP, as its clients use them."""
+
+from __future__ import annotations
+
+import json
+
+import httpx
+import jsonschema
+import pytest
+
+CHAT = [{"role": "user", "content": "hello"}]
+OPTIONS = {"num_predict": 12, "temperature": 0, "num_ctx": 4096}
+SCHEMA = {"type": "object", "properties": {"n": {"enum": [1, 2]}}, "required": ["n"]}
+TOOL = {"type": "function", "function": {"name": "pick", "description": "d", "parameters": SCHEMA}}
+
+
+def post(url: str, path: str, **body) -> dict:
+    answer = httpx.post(f"{url}{path}", json=body, timeout=60)
+    assert answer.status_code == 200, answer.text
+    return answer.json()
+
+
+def lines_of(url: str, path: str, **body) -> list[dict]:
+    with httpx.stream("POST", f"{url}{path}", json=body, timeout=60) as response:
+        assert response.headers["content-type"] == "application/x-ndjson"
+        return [json.loads(line) for line in response.iter_lines()]
+
+
+def text_of_chat(url: str, n: int = 12) -> str:
+    body = {"messages": CHAT, "max_tokens": n, "temperature": 0}
+    answer = httpx.post(f"{url}/v1/chat/completions", json=body, timeout=60).json()
+    return answer["choices"][0]["message"]["content"]
+
+
+def test_a_chat_streams_unless_told_otherwise(url):
+    asked = {"model": "any", "messages": CHAT, "options": OPTIONS}
+    *lines, last = lines_of(url, "/api/chat", **asked)
+    assert "".join(line["message"]["content"] for line in lines) == text_of_chat(url)
+    assert not any(line["done"] for line in lines)
+    assert (last["done"], last["done_reason"], last["eval_count"]) == (True, "length", 12)
+    assert last["eval_duration"] > 0
+    whole = post(url, "/api/chat", **asked, stream=False)
+    assert whole["message"] == {"role": "assistant", "content": text_of_chat(url)}
+    assert whole["prompt_eval_count"] == last["prompt_eval_count"] > 0
+
+
+def test_a_prompt_is_one_turn_unless_raw(url, pair):
+    whole = post(url, "/api/generate", prompt="hello", options=OPTIONS, stream=False)
+    assert whole["response"] == text_of_chat(url)
+    lines = lines_of(url, "/api/generate", prompt="hello", options=OPTIONS)
+    assert "".join(line["response"] for line in lines) == whole["response"]
+    raw = post(url, "/api/generate", prompt="hello", raw=True, options=OPTIONS, stream=False)
+    assert raw["prompt_eval_count"] == len(pair.base.tokenize("hello"))
+
+
+def test_an_empty_request_is_one_to_load(url):
+    for path, body in (("/api/generate", {}), ("/api/chat", {"messages": []})):
+        answer = post(url, path, model="any", **body)
+        assert (answer["done"], answer["done_reason"]) == (True, "load")
+
+
+@pytest.mark.parametrize("form", ["json", SCHEMA])
+def test_a_format_is_kept_to(url, form):
+    options = {"num_predict": 200, "temperature": 0}
+    asked = {"messages": CHAT, "options": options, "stream": False, "format": form}
+    answer = post(url, "/api/chat", **asked)
+    text = answer["message"]["content"]
+    assert text.startswith("{")
+    if form is SCHEMA:
+        jsonschema.validate(json.loads(text), SCHEMA)
+
+
+def test_tools_are_told_and_their_history_too(roomy):
+    call = {"function": {"name": "pick", "arguments": {"n": 1}}}
+    messages = [
+        *CHAT,
+        {"role": "assistant", "content": "", "tool_calls": [call]},
+        {"role": "tool", "content": "one"},
+    ]
+    asked = {"tools": [TOOL], "options": OPTIONS, "stream": False}
+    shorter = post(roomy, "/api/chat", messages=CHAT, **asked)
+    longer = post(roomy, "/api/chat", messages=messages, **asked)
+    assert longer["prompt_eval_count"] > shorter["prompt_eval_count"] > 40
+
+
+def test_what_there_is(url):
+    (model,) = httpx.get(f"{url}/api/tags").json()["models"]
+    assert model["name"] == "tiny"
+    assert "completion" in post(url, "/api/show", model="tiny")["capabilities"]
+    assert httpx.get(f"{url}/api/version").json()["version"]
+
+
+@pytest.mark.parametrize(
+    ("body", "words"),
+    [
+        ({"messages": [{"role": "king", "content": "x"}]}, "messages"),
+        ({"messages": CHAT, "options": {"temperature": -1}}, "temperature"),
+        ({"messages": [{"role": "user", "content": "x", "images": ["a"]}]}, "images"),
+        ({"messages": [{"role": "user", "content": "word " * 300}]}, "the context holds 256"),
+    ],
+)
+def test_errors_are_one_text(url, body, words):
+    refused = httpx.post(f"{url}/api/chat", json=body, timeout=60)
+    assert refused.status_code == 400
+    assert words in refused.json()["error"]
