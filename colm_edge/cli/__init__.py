@@ -10,7 +10,7 @@ import click
 from colm_edge.cli.bench import bench_command
 from colm_edge.cli.evaluate import eval_command
 from colm_edge.cli.models import info_command, models_command, pull_command, quantize_command
-from colm_edge.cli.run import run
+from colm_edge.cli.run import chat, run
 from colm_edge.cli.serve import serve_command
 from colm_edge.cli.train import score_command, train
 from colm_edge.errors import ColmError
@@ -69,6 +69,7 @@ def say_version(ctx: click.Context) -> None:
 
 for command in (
     run,
+    chat,
     train,
     score_command,
     eval_command,

@@ -1,13 +1,14 @@
-"""`colm-edge run`: answer one prompt, or chat."""
+"""`colm-edge run` and `chat`: answer one prompt, or chat."""
 
 from __future__ import annotations
 
 import io
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
+from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,55 +16,74 @@ import click
 
 from colm_edge.cli.common import open_pair
 from colm_edge.cli.options import decoding_options, model_options
-from colm_edge.cli.terminal import Chat, drain, say, summary, write
+from colm_edge.cli.terminal import Chat, drain, reader, say, summary, write
 
 if TYPE_CHECKING:
     from colm_edge.pair import Pair
     from colm_edge.stream import Stream
 
 
-@click.command()
-@click.argument("words", metavar="[PROMPT]", nargs=-1)
-@click.option(
-    "-p",
-    "--prompt",
-    help="Prompt to answer; without it or PROMPT, standard input or a chat.",
-)
-@click.option("-sys", "--system-prompt", "system", help="System prompt.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object with every token.")
-@click.option(
-    "--prompt-cache",
-    metavar="FILE",
-    type=click.Path(dir_okay=False),
-    help="Save what both models have evaluated to this file, and start from it next time.",
-)
-@model_options
-@decoding_options()
-def run(
-    words: tuple[str, ...],
-    prompt: str | None,
-    system: str | None,
-    as_json: bool,
-    prompt_cache: str | None,
-    models: dict[str, Any],
-    decoding: dict[str, Any],
-) -> None:
-    """Answer PROMPT, or chat when there is none."""
-    from colm_edge.options import Options
+def asking(command: Callable[..., None]) -> Callable[..., None]:
+    """Add PROMPT, passed as `prompt`, and every option that `run` and `chat` share."""
 
-    if words and prompt is not None:
-        raise click.UsageError("give the prompt once: as PROMPT or with -p")
-    prompt = " ".join(words) if words else prompt
-    if prompt is None:
+    @wraps(command)
+    def with_prompt(*, words: tuple[str, ...], prompt: str | None, **given: Any) -> None:
+        if words and prompt is not None:
+            raise click.UsageError("give the prompt once: as PROMPT or with -p")
+        prompt = " ".join(words) if words else prompt
+        command(prompt=read_stdin() if prompt == "-" else prompt, **given)
+
+    options = (
+        click.argument("words", metavar="[PROMPT]", nargs=-1),
+        click.option(
+            "-p", "--prompt", help="The prompt, instead of PROMPT; either can be -: standard input."
+        ),
+        click.option("-sys", "--system-prompt", "system", help="System prompt."),
+        click.option(
+            "--no-history",
+            is_flag=True,
+            help="Do not keep what is typed in a chat for later chats, nor show earlier ones.",
+        ),
+        click.option(
+            "--prompt-cache",
+            metavar="FILE",
+            type=click.Path(dir_okay=False),
+            help="Save what both models have evaluated to this file, and start from it next time.",
+        ),
+        model_options,
+        decoding_options(),
+    )
+    for option in reversed(options):
+        with_prompt = option(with_prompt)
+    return with_prompt
+
+
+@click.command()
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object with every token.")
+@asking
+def run(as_json: bool, prompt: str | None, no_history: bool, **given: Any) -> None:
+    """Answer PROMPT, or chat when there is none."""
+    if prompt is None and (sys.stdin is None or not sys.stdin.isatty()):
         prompt = read_stdin()
-    if prompt is None and as_json:
+    if prompt is not None:
+        answer(prompt, as_json, **given)
+    elif as_json:
         raise click.UsageError("--json needs a prompt")
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")  # a console may lack a character of the answer
-    with open_pair(models, defaults=Options(**decoding)) as pair, kept_prompts(pair, prompt_cache):
-        if prompt is None:
-            Chat(pair, system).loop()
-            return
+    else:
+        converse(keep=not no_history, **given)
+
+
+@click.command()
+@asking
+def chat(prompt: str | None, no_history: bool, **given: Any) -> None:
+    """Chat in the terminal, after an answer to PROMPT if there is one."""
+    first = () if prompt is None else (prompt,)
+    converse(*first, keep=not no_history, **given)
+
+
+def answer(prompt: str, as_json: bool, system: str | None, **given: Any) -> None:
+    """Print one answer."""
+    with opened(**given) as pair:
         stream = pair.stream(prompt, system=system)
         if as_json:
             interrupted = drain(stream)
@@ -76,11 +96,36 @@ def run(
             raise SystemExit(130)
 
 
-def read_stdin() -> str | None:
-    """Return standard input, None if it is a terminal."""
+def converse(*first: str, keep: bool, system: str | None, **given: Any) -> None:
+    """Chat until the user leaves.
+
+    first: what is asked before anything is typed.
+    keep: whether what is typed is kept for later chats.
+    """
+    with opened(**given) as pair:
+        Chat(pair, system, reader(keep=keep)).loop(*first)
+
+
+def read_stdin() -> str:
+    """Return all of standard input, without the newline that ends its last line."""
     if sys.stdin is None:  # a process can be started without one
         return ""
-    return None if sys.stdin.isatty() else sys.stdin.buffer.read().decode("utf-8", "replace")
+    text = sys.stdin.buffer.read().decode("utf-8", "replace")
+    return text.removesuffix("\n").removesuffix("\r")
+
+
+@contextmanager
+def opened(
+    models: dict[str, Any], decoding: dict[str, Any], prompt_cache: str | None
+) -> Iterator[Pair]:
+    """Load the pair that the options name, for texts from and to this terminal."""
+    from colm_edge.options import Options
+
+    for file in (sys.stdin, sys.stdout):  # a console may lack a character of the answer
+        if isinstance(file, io.TextIOWrapper):
+            file.reconfigure(errors="replace")
+    with open_pair(models, defaults=Options(**decoding)) as pair, kept_prompts(pair, prompt_cache):
+        yield pair
 
 
 @contextmanager

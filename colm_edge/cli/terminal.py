@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+import os
+import re
 import shutil
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
+from itertools import chain
 from pathlib import Path
 from textwrap import fill
 from types import SimpleNamespace
@@ -17,6 +20,7 @@ import click
 
 from colm_edge.cancel import Cancel, CancelledError
 from colm_edge.cli.drafts import Drafts
+from colm_edge.cli.keyboard import is_terminal, read_lines, unechoed
 from colm_edge.decode.step import Drafted, Step
 from colm_edge.errors import ColmError
 from colm_edge.options import OPTIONS
@@ -44,8 +48,11 @@ HELP = f"""\
 /regen               generate the last answer again
 /clear               clear the conversation
 /bye, /exit, /quit   leave (or Ctrl-D)
-\"\"\"                  begin and end a prompt of several lines
-Ctrl-C stops an answer and keeps what was generated."""
+\"\"\"                  begin and end a message of several lines
+Tab                  complete a command, a setting, or the file of /read
+Up, Down, Ctrl-R     go back to earlier messages, search them
+Ctrl-C               clear the line; in an answer: stop it, and keep what was generated"""
+COMMANDS = sorted(set(re.findall(r"/[a-z]+", HELP)))
 # When a conversation grows, 1 / ANSWER_SHARE of the context is kept free for the answer.
 ANSWER_SHARE = 4
 _cursor = SimpleNamespace(inside=False)  # whether the terminal's cursor is inside an answer
@@ -67,12 +74,14 @@ def write(stream: Stream) -> bool:
 
     Return whether Ctrl-C ended the stream.
     """
-    marked = sys.stdout.isatty()
+    live = is_terminal(sys.stdout)
+    marked = live or bool(os.environ.get("FORCE_COLOR") and not os.environ.get("NO_COLOR"))
     drafts = Drafts(shutil.get_terminal_size().columns)
 
     def show(event: Event) -> None:
-        if not marked:
-            click.echo(event.text if isinstance(event, Step) else "", nl=False)
+        if not live:
+            if isinstance(event, Step):
+                click.echo(mark(event) if marked else event.text, nl=False, color=marked)
             return
         if isinstance(event, Step):
             shown = drafts.step(event.text, mark(event))
@@ -84,7 +93,8 @@ def write(stream: Stream) -> bool:
         _cursor.inside = True
 
     try:
-        return drain(stream, show)
+        with unechoed():
+            return drain(stream, show)
     finally:
         click.echo(drafts.end(), nl=False)
         _cursor.inside = False
@@ -105,7 +115,8 @@ def mark(step: Step) -> str:
     """Return a step's text; the expert's is coloured, and underlined to show without colour too."""
     if step.source == "base" or not step.text:
         return step.text
-    return click.style(step.text, fg="cyan", underline=True)
+    colour = None if os.environ.get("NO_COLOR") else "cyan"
+    return click.style(step.text, fg=colour, underline=True)
 
 
 def summary(stats: Stats) -> str:
@@ -136,20 +147,53 @@ def shown_threshold(pair: Pair) -> str:
     return str(round(pair.threshold(pair.defaults), 3))
 
 
+def reader(*, keep: bool) -> Callable[[], str | None]:
+    """Return what reads a chat's messages: an editor at a terminal, plain lines elsewhere.
+
+    keep: whether an editor keeps them for later chats.
+    """
+    if not (is_terminal(sys.stdin) and is_terminal(sys.stdout)):
+        return read_lines
+    from platformdirs import user_data_path
+
+    from colm_edge.cli.editor import Editor
+
+    history = user_data_path("colm-edge", appauthor=False) / "history" if keep else None
+    return Editor(following, history).read
+
+
+def following(words: Sequence[str]) -> Iterable[str]:
+    """Return the words that can follow those of a command."""
+    match words:
+        case []:
+            return COMMANDS
+        case ["/set"]:
+            return (*SETTINGS, "system")
+        case ["/set", name] if name in SETTINGS:
+            return (*SETTINGS[name].choices, *SETTINGS[name].words)
+    return ()
+
+
 class Chat:
     """One conversation with a pair, typed at a terminal."""
 
-    def __init__(self, pair: Pair, system: str | None = None) -> None:
+    def __init__(
+        self,
+        pair: Pair,
+        system: str | None = None,
+        read: Callable[[], str | None] = read_lines,
+    ) -> None:
+        """read: returns the next message or command, None at the end."""
         self.pair = pair
         self.system = system
         self.turns: list[dict[str, str]] = []
+        self._read = read
         self._at_start = pair.defaults
 
-    def loop(self) -> None:
-        """Read lines until /bye or the end of input."""
-        self._edit_lines()
+    def loop(self, *first: str) -> None:
+        """Take first what is given, then what is typed, until /bye or the end of input."""
         say("Type a message, or /help for the commands.")
-        while (line := self._typed()) is not None:
+        for line in chain(first, iter(self._typed, None)):
             try:
                 if not line.strip():
                     continue
@@ -161,8 +205,8 @@ class Chat:
                 say(f"Error: {e}")
 
     def _typed(self) -> str | None:
-        """Return one prompt, None at the end of input; meanwhile, measure at length what was
-        measured in a hurry."""
+        """Return what is typed next, None at the end of input; meanwhile, measure at length what
+        was measured in a hurry."""
         cancel = Cancel()
 
         def work() -> None:
@@ -174,32 +218,6 @@ class Chat:
             return self._read()
         finally:
             cancel.request()
-
-    @staticmethod
-    def _edit_lines() -> None:
-        with suppress(ImportError):  # on Windows the console edits lines itself
-            import readline  # noqa: F401  (input() then edits lines and keeps a history)
-
-    @staticmethod
-    def _read() -> str | None:
-        """Return one prompt, None at the end of input."""
-        lines: list[str] = []
-        while True:
-            try:
-                line = input("... " if lines else ">>> ")
-            except EOFError:
-                click.echo()
-                return None
-            except KeyboardInterrupt:
-                lines = []
-                say("\nUse Ctrl-D or /bye to leave.")
-                continue
-            if not lines and not line.startswith('"""'):
-                return line
-            lines.append(line)
-            text = "\n".join(lines)
-            if len(text) >= 6 and text.endswith('"""'):
-                return text[3:-3].strip("\n")
 
     def ask(self, text: str) -> None:
         """Answer a message and keep both as a turn; a message that fails is not kept."""

@@ -1,17 +1,13 @@
-"""The command line as a user meets it: outputs whole, errors in one line, a chat in a terminal."""
+"""The command line as a user meets it: outputs whole, and errors in one line."""
 
 from __future__ import annotations
 
 import json
 import os
 import re
-import select
 import shutil
-import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -20,8 +16,6 @@ from click.testing import CliRunner
 
 from colm_edge.cli import main
 from colm_edge.switch.file import Switch
-
-posix_only = pytest.mark.skipif(os.name == "nt", reason="needs a POSIX terminal")
 
 
 def invoke(*args: str, **kwargs):
@@ -44,16 +38,36 @@ def test_run_prints_the_answer_and_a_summary(tiny):
     )
 
 
-def test_the_prompt_comes_from_any_of_three_places(tiny):
+def test_the_prompt_comes_from_any_of_its_places(tiny):
     options = [*models_of(tiny), "--temp", "0", "-n", "9"]
     texts = {
         invoke("run", "hello you", *options).stdout,
         invoke("run", *options, "hello", "you").stdout,
         invoke("run", "-p", "hello you", *options).stdout,
         invoke("run", *options, input="hello you").stdout,
+        invoke("run", "-", *options, input="hello you\n").stdout,
+        invoke("run", "-p", "-", *options, input="hello you").stdout,
     }
     assert len(texts) == 1
     assert invoke("run", "a", "-p", "b", *options).exit_code == 2
+
+
+@pytest.mark.parametrize(
+    ("environment", "codes"),
+    [
+        ({}, set()),
+        ({"FORCE_COLOR": ""}, set()),
+        ({"FORCE_COLOR": "1"}, {"36", "4", "0"}),
+        ({"FORCE_COLOR": "1", "NO_COLOR": ""}, {"36", "4", "0"}),
+        ({"FORCE_COLOR": "1", "NO_COLOR": "1"}, set()),
+    ],
+)
+def test_a_pipe_gets_marks_if_they_are_forced(tiny, environment, codes):
+    options = [*models_of(tiny), "--temp", "0", "-n", "9", "--threshold", "0"]
+    plain = invoke("run", "hello", *options).stdout
+    text = invoke("run", "hello", *options, env=environment).stdout
+    assert set(re.findall(r"\x1b\[(\d+)m", text)) == codes
+    assert re.sub(r"\x1b\[\d+m", "", text) == plain
 
 
 def test_without_a_switch_one_line_says_margin(tiny):
@@ -221,7 +235,8 @@ def test_expert_scores_come_from_elsewhere(tiny, tmp_path):
 
 def test_help_and_import_load_nothing_heavy():
     heavy = ["numpy", "llama_cpp", "onnxruntime", "matplotlib", "torch", "starlette", "fastapi",
-             "pydantic", "gguf", "huggingface_hub"]  # fmt: skip
+             "pydantic", "gguf", "huggingface_hub", "prompt_toolkit", "wcwidth",
+             "platformdirs"]  # fmt: skip
     code = (
         "import sys, colm_edge\nfrom click.testing import CliRunner\n"
         "from colm_edge.cli import main\n"
@@ -233,135 +248,6 @@ def test_help_and_import_load_nothing_heavy():
         [sys.executable, "-P", "-c", code], capture_output=True, text=True, check=False
     )
     assert result.stdout.strip() == "[]", result.stderr
-
-
-class Terminal:
-    """`colm-edge run` on a pseudo-terminal; `expect` reads on until a text appears."""
-
-    # A job in the background hands an ignored SIGINT down to its children.
-    START = (
-        "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
-        "from colm_edge.cli import main; main(sys.argv[1:])"
-    )
-
-    def __init__(self, *args: str) -> None:
-        import pty
-
-        self.master, slave = pty.openpty()
-        self.process = subprocess.Popen(
-            [sys.executable, "-P", "-c", self.START, "run", *args],
-            stdin=slave, stdout=slave, stderr=slave, close_fds=True, start_new_session=True,
-            env={**os.environ, "TERM": "xterm"},
-        )  # fmt: skip
-        os.close(slave)
-        self.text = ""
-
-    def expect(self, pattern: str, again: Callable[[], object] | None = None) -> str:
-        """Read until the pattern appears; do `again` every second until then."""
-        due = time.monotonic()
-        deadline = due + 60
-        while not (found := re.search(pattern, self.text)):
-            now = time.monotonic()
-            assert now < deadline, f"waited for {pattern!r}, got {self.text[-500:]!r}"
-            wait = deadline - now
-            if again is not None:
-                if now >= due:  # not at each piece of output: what is surplus would meet the end
-                    again()
-                    due = now + 1.0
-                wait = due - now
-            if select.select([self.master], [], [], wait)[0]:
-                self.text += os.read(self.master, 65536).decode("utf-8", "replace")
-        before, self.text = self.text[: found.end()], self.text[found.end() :]
-        return before
-
-    def interrupt(self) -> None:
-        os.kill(self.process.pid, signal.SIGINT)
-
-    def send(self, text: str) -> None:
-        os.write(self.master, text.encode())
-
-    def close(self) -> None:
-        self.process.kill()
-        self.process.wait()
-        os.close(self.master)
-
-
-@posix_only
-def test_a_chat_in_a_terminal(tiny):
-    terminal = Terminal(*models_of(tiny), "-sw", "margin", "--temp", "0", "-n", "30")
-    try:
-        terminal.expect(">>> ")
-        terminal.send("/help\n")
-        assert "/regen" in terminal.expect(">>> ")
-        terminal.send("/set threshold 0\n")
-        terminal.expect(">>> ")
-        terminal.send("hello\n")
-        answer = terminal.expect("100% deferred")
-        assert "\x1b[36m\x1b[4m" in answer  # coloured and underlined
-        terminal.expect(">>> ")
-        terminal.send("/set threshold 1\n")
-        terminal.expect(">>> ")
-        terminal.send("/regen\n")
-        assert "\x1b[36m" not in terminal.expect("0% deferred")
-        terminal.expect(">>> ")
-        terminal.send("/set colour red\n")
-        terminal.expect("Error: no setting colour")
-        terminal.send("/set temperature warm\n")
-        terminal.expect("Error: temperature is 'warm'")
-        terminal.send("/dance\n")
-        terminal.expect("Error: no command /dance")
-        terminal.expect(">>> ")
-        terminal.send('"""two\nlines"""\n')
-        terminal.expect("deferred")
-        terminal.expect(">>> ")
-        terminal.send("/bye\n")
-        assert terminal.process.wait(timeout=60) == 0
-    finally:
-        terminal.close()
-
-
-@posix_only
-def test_a_long_chat_forgets_its_oldest_turns(tiny):
-    endless = tiny["endless"]
-    terminal = Terminal(
-        "-m", endless, "-me", endless, "-t", "1", "--temp", "0", "-c", "64", "-n", "9"
-    )
-    try:
-        terminal.expect(">>> ")
-        for _ in range(8):
-            terminal.send("hello\n")
-            seen = terminal.expect(">>> ")
-            assert "Error" not in seen
-            assert "deferred" in seen
-        assert "turn(s) forgotten" in seen
-        terminal.send("/set threshold 0.25\n")
-        assert "threshold 0.25" in terminal.expect(">>> ")
-        terminal.send("/set threshold\n")
-        assert "threshold follows a defer rate of 0.2" in terminal.expect(">>> ")
-    finally:
-        terminal.close()
-
-
-@posix_only
-def test_ctrl_c_stops_the_answer_and_not_the_program(tiny):
-    endless = tiny["endless"]
-    # One token takes well under a millisecond: this context is not full for half a minute.
-    terminal = Terminal("-m", endless, "-me", endless, "-t", "1", "--temp", "0", "-c", "100000")
-    try:
-        terminal.expect(">>> ")
-        terminal.send("hello\n")
-        terminal.expect("(?s)hello\r\n.{200}")  # the answer is under way
-        terminal.interrupt()
-        terminal.expect(r"\(stopped\)")
-        terminal.expect("deferred")
-        terminal.expect(">>> ")
-        # A signal just before readline waits is seen only with the next key or signal.
-        terminal.expect("Use Ctrl-D or /bye to leave", again=terminal.interrupt)
-        terminal.expect(">>> ")
-        terminal.send("\x04")
-        assert terminal.process.wait(timeout=60) == 0
-    finally:
-        terminal.close()
 
 
 def test_the_version_tells_of_llama_cpp_and_the_devices():

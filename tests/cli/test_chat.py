@@ -1,0 +1,283 @@
+"""The chat on a real pseudo-terminal, and where there is none."""
+
+from __future__ import annotations
+
+import os
+import re
+import select
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from colm_edge.cli import main
+from colm_edge.cli.keyboard import LEAVE
+from colm_edge.cli.terminal import HELP
+
+posix_only = pytest.mark.skipif(os.name == "nt", reason="needs a POSIX terminal")
+PROMPT = r"(?s)\x1b\[\?2004h.*?>>>"  # pastes are bracketed while a prompt reads
+UNDER_WAY = r"(?s)\x1b\[\?2004l.{200}"  # an answer, behind the end of its prompt
+CTRL_C, CTRL_D, UP = "\x03", "\x04", "\x1b[A"
+
+
+def models_of(tiny) -> list[str]:
+    return ["-m", tiny["base"], "-me", tiny["expert"], "-t", "1", "--temp", "0", "-n", "30"]
+
+
+def endless_of(tiny) -> list[str]:
+    # One token takes well under a millisecond: this context is not full for half a minute.
+    endless = tiny["endless"]
+    return ["-m", endless, "-me", endless, "-t", "1", "--temp", "0", "-c", "100000"]
+
+
+class Terminal:
+    """`colm-edge` on a pseudo-terminal; `expect` reads on until a text appears."""
+
+    # The terminal controls the process, as a shell's does, so that it turns Ctrl-C into a signal.
+    # A job in the background hands an ignored SIGINT down to its children.
+    START = (
+        "import fcntl, signal, sys, termios\n"
+        "fcntl.ioctl(0, termios.TIOCSCTTY, 0)\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "from colm_edge.cli import main; main(sys.argv[1:])"
+    )
+
+    def __init__(self, *args: str, **environment: str) -> None:
+        import pty
+
+        self.master, slave = pty.openpty()
+        # This terminal does not answer when it is asked where its cursor is.
+        surroundings = {"TERM": "xterm", "PROMPT_TOOLKIT_NO_CPR": "1"}
+        self.process = subprocess.Popen(
+            [sys.executable, "-P", "-c", self.START, *args],
+            stdin=slave, stdout=slave, stderr=slave, close_fds=True, start_new_session=True,
+            env={**os.environ, **surroundings, **environment},
+        )  # fmt: skip
+        os.close(slave)
+        self.text = ""
+
+    def expect(self, pattern: str) -> str:
+        """Read until the pattern appears."""
+        deadline = time.monotonic() + 60
+        while not (found := re.search(pattern, self.text)):
+            wait = deadline - time.monotonic()
+            assert wait > 0, f"waited for {pattern!r}, got {self.text[-500:]!r}"
+            if select.select([self.master], [], [], wait)[0]:
+                self.text += os.read(self.master, 65536).decode("utf-8", "replace")
+        before, self.text = self.text[: found.end()], self.text[found.end() :]
+        return before
+
+    def send(self, text: str) -> None:
+        os.write(self.master, text.encode())
+
+    def say(self, text: str) -> str:
+        """Send a message or a command; return what appears until the next prompt is there."""
+        self.send(f"{text}\r")
+        return self.expect(PROMPT)
+
+    def ends(self) -> int:
+        return self.process.wait(timeout=60)
+
+    def close(self) -> None:
+        self.process.kill()
+        self.process.wait()
+        os.close(self.master)
+
+
+@contextmanager
+def terminal(*args: str, **environment: str) -> Iterator[Terminal]:
+    it = Terminal(*args, **environment)
+    try:
+        yield it
+    finally:
+        it.close()
+
+
+@pytest.fixture
+def history(tmp_path, monkeypatch) -> Path:
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path))
+    return tmp_path / "colm-edge" / "history"
+
+
+def entries(history: Path) -> list[str]:
+    found = re.findall(r"(?:^\+.*\n)+", history.read_text(), re.MULTILINE)
+    return [re.sub(r"^\+", "", entry, flags=re.MULTILINE).rstrip("\n") for entry in found]
+
+
+@posix_only
+def test_a_chat_in_a_terminal(tiny):
+    with terminal("run", *models_of(tiny), "-sw", "margin") as it:
+        it.expect(PROMPT)
+        assert "/regen" in it.say("/help")
+        it.say("/set threshold 0")
+        answer = it.say("hello")
+        assert "100% deferred" in answer
+        assert "\x1b[36m\x1b[4m" in answer  # coloured and underlined
+        it.say("/set threshold 1")
+        answer = it.say("/regen")
+        assert ", 0% deferred" in answer
+        assert "\x1b[36m" not in answer
+        assert "Error: no setting colour" in it.say("/set colour red")
+        assert "Error: temperature is 'warm'" in it.say("/set temperature warm")
+        assert "Error: no command /dance" in it.say("/dance")
+        it.send('"""two\r')
+        it.expect(r"\.\.\.")
+        assert it.say('lines"""').count("deferred") == 1
+        it.send("/bye\r")
+        assert it.ends() == 0
+
+
+@posix_only
+def test_chat_asks_its_prompt_first(tiny):
+    with terminal("chat", "hello", "you", *models_of(tiny)) as it:
+        assert it.expect(PROMPT).count("deferred") == 1
+        assert it.say("/regen").count("deferred") == 1
+        it.send(CTRL_D)
+        assert it.ends() == 0
+
+
+@posix_only
+def test_a_long_chat_forgets_its_oldest_turns(tiny):
+    with terminal("chat", *endless_of(tiny), "-c", "64", "-n", "9") as it:
+        it.expect(PROMPT)
+        for _ in range(8):
+            seen = it.say("hello")
+            assert "Error" not in seen
+            assert "deferred" in seen
+        assert "turn(s) forgotten" in seen
+        assert "threshold 0.25" in it.say("/set threshold 0.25")
+        assert "threshold follows a defer rate of 0.2" in it.say("/set threshold")
+
+
+@posix_only
+def test_ctrl_c_stops_the_answer_and_not_the_program(tiny):
+    with terminal("run", *endless_of(tiny)) as it:
+        it.expect(PROMPT)
+        it.send("hello\r")
+        it.expect(UNDER_WAY)
+        it.send(CTRL_C)
+        it.expect(r"\(stopped\)")
+        assert "^C" not in it.expect("deferred")
+        it.expect(PROMPT)
+        it.send(CTRL_C)
+        it.expect(LEAVE)
+        it.expect(PROMPT)
+        it.send("junk")
+        it.expect("junk")
+        it.send(CTRL_C + CTRL_D)  # leaves an empty line only
+        assert it.ends() == 0
+
+
+@posix_only
+def test_a_signal_at_the_prompt_does_not_end_the_chat(tiny):
+    with terminal("chat", *models_of(tiny)) as it:
+        it.expect(PROMPT)
+        os.kill(it.process.pid, signal.SIGINT)
+        it.expect(LEAVE)
+        it.expect(PROMPT)
+        assert "deferred" in it.say("hello")
+
+
+@posix_only
+def test_what_is_typed_during_an_answer_waits_for_its_end(tiny, history):
+    with terminal("chat", *endless_of(tiny)) as it:
+        it.expect(PROMPT)
+        it.send("hello\r")
+        it.expect(UNDER_WAY)
+        it.send(f"typed early\rand more\r{CTRL_C}")
+        answer = it.expect(PROMPT)
+        assert "(stopped)" in answer
+        assert "early" not in answer
+        it.expect("(?s)typed early.*and more")
+        it.send(" and now\r")
+        it.expect(UNDER_WAY)
+        it.send(CTRL_C)
+        it.expect(PROMPT)
+    assert entries(history) == ["hello", "typed early\nand more and now"]
+
+
+@posix_only
+def test_pasted_lines_are_one_message(tiny, history):
+    with terminal("chat", *models_of(tiny)) as it:
+        it.expect(PROMPT)
+        it.send("\x1b[200~one\r\n\rthree\x1b[201~")
+        it.expect("three")
+        assert it.say("").count("deferred") == 1
+    assert entries(history) == ["one\n\nthree"]
+
+
+@posix_only
+def test_a_history_lasts_until_it_is_not_wanted(tiny, history):
+    with terminal("chat", *models_of(tiny)) as it:
+        it.expect(PROMPT)
+        it.say("remember me")
+        it.send(CTRL_D)
+        assert it.ends() == 0
+    with terminal("run", *models_of(tiny)) as it:
+        it.expect(PROMPT)
+        it.send(UP)
+        it.expect("remember me")
+    kept = history.read_bytes()
+    with terminal("chat", "--no-history", *models_of(tiny)) as it:
+        it.expect(PROMPT)
+        it.say("forget me")
+        it.send(UP + UP)  # the second finds nothing
+        it.expect("forget me")
+        it.send(CTRL_C + CTRL_D)
+        assert it.ends() == 0
+    assert history.read_bytes() == kept
+    assert [path for path in history.parents[1].rglob("*") if path.is_file()] == [history]
+
+
+@posix_only
+def test_without_colour_the_experts_tokens_are_underlined(tiny):
+    with terminal("run", "hello", *models_of(tiny), "--threshold", "0", NO_COLOR="1") as it:
+        answer = it.expect("100% deferred")
+        assert "\x1b[4m" in answer
+        assert "\x1b[36m" not in answer
+
+
+@posix_only
+def test_a_dumb_terminal_gets_plain_lines(tiny, history):
+    with terminal("chat", *models_of(tiny), "--threshold", "0", TERM="dumb") as it:
+        seen = it.expect(">>> ")
+        it.send("hello\n")
+        seen += it.expect("100% deferred")
+        seen += it.expect(">>> ")
+        it.send(CTRL_C)
+        seen += it.expect(LEAVE)
+        seen += it.expect(">>> ")
+        it.send('"""two\n')
+        seen += it.expect(r"\.\.\. ")
+        it.send('lines"""\n')
+        seen += it.expect("100% deferred")
+        assert "\x1b" not in seen
+        it.expect(">>> ")
+        it.send(CTRL_D)
+        assert it.ends() == 0
+    assert not history.exists()
+
+
+def test_a_chat_is_read_from_a_file_too(tiny):
+    def ask(*args: str, said: str | bytes = ""):
+        result = CliRunner().invoke(main, [*args, *models_of(tiny)], input=said)
+        assert result.exit_code == 0, result.output
+        return result
+
+    one = ask("run", "hello")
+    chat = ask("chat", said='hello\n/clear\n"""hello\n"""\n/bye\nnot this')
+    assert chat.stdout == one.stdout * 2
+    assert ask("chat", "hello").stdout == one.stdout
+    assert ask("chat", "-", said="hello").stdout == one.stdout
+    assert "tok/s" in ask("chat", said=b"caf\xe9 and more").stderr
+
+
+def test_the_manual_shows_the_help_of_the_chat():
+    manual = Path(__file__).parents[2] / "docs" / "cli.md"
+    assert f"```text\n>>> /help\n{HELP}\n```" in manual.read_text(encoding="utf-8")
