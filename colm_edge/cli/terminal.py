@@ -53,6 +53,8 @@ Tab                  complete a command, a setting, or the file of /read
 Up, Down, Ctrl-R     go back to earlier messages, search them
 Ctrl-C               clear the line; in an answer: stop it, and keep what was generated"""
 COMMANDS = sorted(set(re.findall(r"/[a-z]+", HELP)))
+CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # all but tab and newline
+COMMAND = re.compile(r"/[a-z?]*(\s|$)")  # /etc/hosts is none
 # When a conversation grows, 1 / ANSWER_SHARE of the context is kept free for the answer.
 ANSWER_SHARE = 4
 _cursor = SimpleNamespace(inside=False)  # whether the terminal's cursor is inside an answer
@@ -81,12 +83,13 @@ def write(stream: Stream) -> bool:
     def show(event: Event) -> None:
         if not live:
             if isinstance(event, Step):
-                click.echo(mark(event) if marked else event.text, nl=False, color=marked)
+                text = harmless(event.text) if sys.stdout.isatty() else event.text
+                click.echo(mark(event) if marked else text, nl=False, color=marked)
             return
         if isinstance(event, Step):
-            shown = drafts.step(event.text, mark(event))
+            shown = drafts.step(harmless(event.text), mark(event))
         elif isinstance(event, Drafted):
-            shown = drafts.add(event.step.text)
+            shown = drafts.add(harmless(event.step.text))
         else:
             shown = drafts.undo(len(event.steps))
         click.echo(shown, nl=False)
@@ -113,10 +116,16 @@ def drain(stream: Stream, show: Callable[[Event], object] = lambda event: None) 
 
 def mark(step: Step) -> str:
     """Return a step's text; the expert's is coloured, and underlined to show without colour too."""
-    if step.source == "base" or not step.text:
-        return step.text
+    text = harmless(step.text)
+    if step.source == "base" or not text:
+        return text
     colour = None if os.environ.get("NO_COLOR") else "cyan"
-    return click.style(step.text, fg=colour, underline=True)
+    return click.style(text, fg=colour, underline=True)
+
+
+def harmless(text: str) -> str:
+    """Return a text without the control characters by which it could drive a terminal."""
+    return CONTROLS.sub("", text)
 
 
 def summary(stats: Stats) -> str:
@@ -197,7 +206,7 @@ class Chat:
             try:
                 if not line.strip():
                     continue
-                if not line.startswith("/"):
+                if not COMMAND.match(line):
                     self.ask(line)
                 elif not self.command(line):
                     return
@@ -231,7 +240,7 @@ class Chat:
 
     def _messages(self, user: dict[str, str]) -> list[dict[str, str]]:
         """Return the conversation and a new message; the oldest turns go if they do not fit."""
-        system = [{"role": "system", "content": self.system}] if self.system else []
+        system = [{"role": "system", "content": self.system}] if self.system is not None else []
         room = self.pair.n_ctx - self.pair.n_ctx // ANSWER_SHARE
         forgotten = 0
         while self.turns:
@@ -302,8 +311,8 @@ class Chat:
         if not name:
             self._show_settings()
         elif name == "system":
-            self.system = value.strip().strip('"') or None
-            say(f"system {self.system or 'prompt removed'}")
+            self.system = value.strip().strip('"') if value.strip() else None
+            say("system prompt removed" if self.system is None else f"system {self.system}")
         elif name not in SETTINGS:
             raise ColmError(f"no setting {name}; known: {', '.join(SETTINGS)}, system")
         else:

@@ -13,12 +13,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import click
 import pytest
 from click.testing import CliRunner
 
 from colm_edge.cli import main
 from colm_edge.cli.keyboard import LEAVE
-from colm_edge.cli.terminal import HELP
+from colm_edge.cli.terminal import COMMAND, HELP, Chat, harmless, mark
+from colm_edge.decode.step import Step
 
 posix_only = pytest.mark.skipif(os.name == "nt", reason="needs a POSIX terminal")
 PROMPT = r"(?s)\x1b\[\?2004h.*?>>>"  # pastes are bracketed while a prompt reads
@@ -281,3 +283,27 @@ def test_a_chat_is_read_from_a_file_too(tiny):
 def test_the_manual_shows_the_help_of_the_chat():
     manual = Path(__file__).parents[2] / "docs" / "cli.md"
     assert f"```text\n>>> /help\n{HELP}\n```" in manual.read_text(encoding="utf-8")
+
+
+def test_a_path_is_a_message_and_no_command():
+    for line in ("/help", "/?", "/set temperature 0", "/nonsense"):
+        assert COMMAND.match(line)
+    for line in ("/etc/hosts is a file", "/usr/bin", "hello", "// a comment"):
+        assert not COMMAND.match(line)
+
+
+def test_an_empty_system_prompt_is_one(tiny_pair, capsys):
+    chat = Chat(tiny_pair, "")
+    user = {"role": "user", "content": "x"}
+    assert chat._messages(user) == [{"role": "system", "content": ""}, user]
+    chat.command("/set system")
+    assert chat._messages(user) == [user]
+    chat.command('/set system ""')
+    assert chat._messages(user)[0] == {"role": "system", "content": ""}
+
+
+def test_an_answer_cannot_drive_the_terminal():
+    step = Step(1, "expert", 0.9, -0.1)
+    step.text = "a\x1b[2J\x07\x9b31mb\tc\n\r"
+    assert harmless(step.text) == "a[2J31mb\tc\n"
+    assert click.unstyle(mark(step)) == "a[2J31mb\tc\n"
