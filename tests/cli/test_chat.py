@@ -64,14 +64,20 @@ class Terminal:
         os.close(slave)
         self.text = ""
 
-    def expect(self, pattern: str) -> str:
-        """Read until the pattern appears."""
+    def expect(self, pattern: str, *, after: str = "") -> str:
+        """Read until the pattern appears.
+
+        after: what is sent, and again when nothing has come for half a second. Python's input()
+        does not see a signal between its prompt and its read.
+        """
         deadline = time.monotonic() + 60
+        self.send(after)
         while not (found := re.search(pattern, self.text)):
-            wait = deadline - time.monotonic()
-            assert wait > 0, f"waited for {pattern!r}, got {self.text[-500:]!r}"
-            if select.select([self.master], [], [], wait)[0]:
+            assert time.monotonic() < deadline, f"no {pattern!r} in {self.text[-500:]!r}"
+            if select.select([self.master], [], [], 0.5)[0]:
                 self.text += os.read(self.master, 65536).decode("utf-8", "replace")
+            else:
+                self.send(after)
         before, self.text = self.text[: found.end()], self.text[found.end() :]
         return before
 
@@ -252,8 +258,7 @@ def test_a_dumb_terminal_gets_plain_lines(tiny, history):
         it.send("hello\n")
         seen += it.expect("100% deferred")
         seen += it.expect(">>> ")
-        it.send(CTRL_C)
-        seen += it.expect(LEAVE)
+        seen += it.expect(LEAVE, after=CTRL_C)
         seen += it.expect(">>> ")
         it.send('"""two\n')
         seen += it.expect(r"\.\.\. ")
