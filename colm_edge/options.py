@@ -17,6 +17,8 @@ from colm_edge.errors import ColmError
 
 T = TypeVar("T")
 INT_MAX = 2**31 - 1
+EXPERT_TIMEOUT = 60.0  # seconds that a request to a remote expert may take
+MAX_TIMEOUT = 86400.0
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ from colm_edge.llama.measure import cost_table, kept_table, refine
 from colm_edge.llama.model import Model, shared_vocab
 from colm_edge.llama.prompt_cache import load_prompts, save_prompts
 from colm_edge.llama.session import Session
-from colm_edge.options import Options
+from colm_edge.options import EXPERT_TIMEOUT, Options
 from colm_edge.references import LOCAL_HOSTS, choose_pair, is_url
 from colm_edge.remote.client import RemoteExpert, RemoteSession
 from colm_edge.stream import Answer, AsyncStream, Stream
@@ -425,6 +425,7 @@ def load(
     overlap: bool | None = None,
     offline: bool = False,
     expert_required: bool = False,
+    expert_timeout: float = EXPERT_TIMEOUT,
     defaults: Options | None = None,
     note: Callable[[str], None] | None = None,
     progress: Progress | None = None,
@@ -432,8 +433,8 @@ def load(
     """Load a pair: a base, an expert and a switch, or the pair that ships here.
 
     model, expert: GGUF files, names in models.txt, or user/repo:file.gguf on the Hugging Face Hub.
-
-    expert: may be the address of a llama.cpp, vLLM or colm-edge server, http://host:port.
+    expert: may be the address of a llama.cpp, vLLM or colm-edge server, http://host:port or
+        http://host:port#MODEL.
     switch: a file, "margin" (the default beside two models), "entropy", or "defer-row".
     pair: a name in models.txt instead.
     lora: a LoRA adapter for the base, a GGUF file.
@@ -450,6 +451,7 @@ def load(
         gaps then; None: where they are on different machines or devices, or there are cores enough.
     offline: download nothing; what is not in the Hub's cache is an error.
     expert_required: a remote expert that fails is a ModelError; else the base goes on alone.
+    expert_timeout: seconds that a request to a remote expert may take.
     note: called with a line about anything that takes a while; by default that line is logged.
     progress: told what is under way and the share of it that is done, 0 to 1: "base" and "expert",
         whose weights are read (the expert's at its first token), "base prompt" and "expert prompt",
@@ -476,7 +478,9 @@ def load(
         if is_url(files.expert):
             if rpc:
                 raise ColmError("an expert on a server cannot be spread over RPC servers as well")
-            other = RemoteExpert(files.expert, base, required=expert_required, note=note)
+            other = RemoteExpert(
+                files.expert, base, required=expert_required, timeout=expert_timeout, note=note
+            )
         else:
             layers = -1 if rpc else n_gpu_layers
             if n_gpu_layers_expert is not None:

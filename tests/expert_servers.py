@@ -15,14 +15,18 @@ from colm_edge.llama.context import ContextOptions
 from colm_edge.llama.model import Model
 from colm_edge.llama.session import Session
 
+N_CTX = 256
+
 
 class Fake:
     """A server of one dialect and a real model; it answers with `failures` first, one each."""
 
     def __init__(self, owner: str, model: str) -> None:
         self.owner, self.model = owner, Model(model)
-        self.session = Session(self.model, ContextOptions(n_ctx=256, n_threads=1))
+        self.session = Session(self.model, ContextOptions(n_ctx=N_CTX, n_threads=1))
         self.n_vocab, self.shift = self.model.n_vocab, 0
+        self.names = ["the model"]
+        self.max_logprobs, self.tells_cached = 20, True  # as vLLM's options
         self.n_connections = self.n_absent = 0
         self.requests: list[tuple[str, dict]] = []
         self.keys: list[str | None] = []
@@ -35,12 +39,29 @@ class Fake:
         return [body for path, body in self.requests if "completion" in path]
 
     def models(self) -> dict:
-        entry = {"id": "the model", "owned_by": self.owner}
+        entry: dict = {"owned_by": self.owner}
         if self.owner == "llamacpp":
-            entry["meta"] = {"n_vocab": self.n_vocab, "n_ctx": 256}
+            entry["meta"] = {"n_vocab": self.n_vocab, "n_ctx": N_CTX}
         else:
-            entry["max_model_len"] = 256
-        return {"object": "list", "data": [entry]}
+            entry["max_model_len"] = N_CTX
+        return {"object": "list", "data": [{"id": name, **entry} for name in self.names]}
+
+    def refusal(self, body: dict) -> tuple[int, str, str] | None:
+        """Return the status, the kind of error and the message with which vLLM refuses a body."""
+        if self.owner != "vllm":
+            return None
+        if body["model"] not in self.names:
+            return 404, "NotFoundError", f"The model `{body['model']}` does not exist."
+        if (n := body.get("logprobs", 0)) > self.max_logprobs:
+            most = self.max_logprobs
+            told = f"Requested sample logprobs of {n}, which is greater than max allowed: {most}"
+            return 400, "BadRequestError", told
+        prompts = body["prompt"] if "prompt_logprobs" in body else [body["prompt"]]
+        longest = 0 if isinstance(prompts[0], str) else max(map(len, prompts))
+        if longest >= N_CTX:  # with its answer
+            told = f"the model's context length is only {N_CTX} tokens, you passed {longest}"
+            return 400, "BadRequestError", told
+        return None
 
     def answer(self, path: str, body: dict) -> dict:
         if path == "/tokenize":
@@ -65,6 +86,10 @@ class Fake:
         assert path == "/v1/completions"
         told = {f"token_id:{i}": float(x[i]) for i in best[: body["logprobs"]]}
         answer: dict = {"choices": [{"logprobs": {"top_logprobs": [told]}}]}
+        if self.owner == "vllm":
+            n_prompt = len(body["prompt"])
+            cached = {"cached_tokens": n_prompt - n} if self.tells_cached else None
+            answer["usage"] = {"prompt_tokens": n_prompt, "prompt_tokens_details": cached}
         if self.owner == "colm-edge":
             answer["colm"] = {"expert_tokens": n, "expert_failures": self.n_absent}
         return answer
@@ -116,10 +141,14 @@ def handler(fake: Fake) -> type[BaseHTTPRequestHandler]:
         def do_POST(self) -> None:
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             fake.requests.append((self.path, body))
-            failure = ""
+            failure, refusal = "", fake.refusal(body)
             if "completion" in self.path:
                 failure = fake.failures.pop(0) if fake.failures else fake.always
-            if failure.isdigit():
+            if refusal is not None:
+                status, kind, told = refusal
+                error = {"message": told, "type": kind, "param": None, "code": status}
+                self.send(json.dumps({"error": error}).encode(), status)
+            elif failure.isdigit():
                 self.send(b'{"error": "as told"}', int(failure))
             elif failure == "garbage":
                 self.send(b"<html>")

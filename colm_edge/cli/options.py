@@ -11,7 +11,7 @@ from typing import Any, TypeVar, cast
 import click
 
 from colm_edge.files import locked
-from colm_edge.options import INT_MAX, OPTIONS, Option
+from colm_edge.options import EXPERT_TIMEOUT, INT_MAX, MAX_TIMEOUT, OPTIONS, Option
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -69,8 +69,8 @@ EXPERT = click.option(
     "--model-expert",
     "expert",
     metavar="REF|URL",
-    help="Expert model: as -m, or a server that runs it, http://HOST:PORT (llama.cpp, vLLM or "
-    "colm-edge).",
+    help="Expert model: as -m, or a server that runs it (llama.cpp, vLLM or colm-edge), "
+    "http://HOST:PORT or, if it has several models, http://HOST:PORT#MODEL.",
 )
 SWITCH = click.option(
     "-sw",
@@ -158,6 +158,14 @@ LOADING = (
         is_flag=True,
         help="Stop with an error when a remote expert fails, instead of going on with the base "
         "alone.",
+    ),
+    click.option(
+        "--expert-timeout",
+        metavar="SECONDS",
+        type=click.FloatRange(0, MAX_TIMEOUT, min_open=True),
+        default=EXPERT_TIMEOUT,
+        show_default=True,
+        help="Seconds that a request to a remote expert may take.",
     ),
 )
 

@@ -131,15 +131,16 @@ def harmless(text: str) -> str:
 def summary(stats: Stats) -> str:
     """Return the line printed below an answer."""
 
-    def rate(n: int, seconds: float) -> str:
+    def rate(n: int | None, seconds: float) -> str:
         return f"{n / seconds:,.0f}" if n and seconds > 0 else "-"
 
     expert_seconds = stats.expert_seconds - stats.expert_load_seconds
+    evaluated = "?" if stats.expert_tokens is None else stats.expert_tokens
     undone = f"{stats.n_undone} undone, " if stats.n_undone else ""
     return (
         f"{stats.n_generated} tokens, {stats.defer_rate:.0%} deferred, {undone}"
         f"{stats.expert_calls} expert call{'s' * (stats.expert_calls != 1)} "
-        f"({stats.expert_tokens} tokens); "
+        f"({evaluated} tokens); "
         f"tok/s: base {rate(stats.base_tokens, stats.base_seconds)}, "
         f"expert {rate(stats.expert_tokens, expert_seconds)}, "
         f"overall {rate(stats.n_generated, stats.total_seconds)}"

@@ -206,7 +206,11 @@ class Decoder:
             expert.sync(tokens, outputs, self.cancel)
         finally:  # a server may fail, which takes time as well
             stats.expert_calls += expert.n_calls - calls
-            stats.expert_tokens += expert.n_evaluated - evaluated
+            total, now = stats.expert_tokens, expert.n_evaluated
+            if total is None or now is None or evaluated is None:
+                stats.expert_tokens = None
+            else:
+                stats.expert_tokens = total + now - evaluated
             stats.expert_seconds += expert.seconds - seconds
             stats.expert_load_seconds += expert.load_seconds - loading
 

@@ -63,8 +63,8 @@ Event = Step | Drafted | Undone
 @dataclass(slots=True)
 class Stats:
     """The statistics of an answer. `base_tokens` and `expert_tokens` count every evaluated token,
-    including the prompt and tokens that were rolled back. If the expert works in the background,
-    its seconds overlap with the base's."""
+    including the prompt and tokens that were rolled back; None where the expert's server does not
+    tell. If the expert works in the background, its seconds overlap with the base's."""
 
     n_prompt: int = 0
     n_generated: int = 0
@@ -74,7 +74,7 @@ class Stats:
     defer_rate: float = 0.0
     base_tokens: int = 0
     expert_calls: int = 0
-    expert_tokens: int = 0
+    expert_tokens: int | None = 0
     expert_failures: int = 0  # deferrals that the base wrote because a remote expert was absent
     base_seconds: float = 0.0
     expert_seconds: float = 0.0

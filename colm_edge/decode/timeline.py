@@ -20,7 +20,9 @@ class Timeline(Protocol):
     @property
     def n_ctx(self) -> int: ...
     @property
-    def n_evaluated(self) -> int: ...
+    def n_evaluated(self) -> int | None:
+        """None where a server does not tell."""
+
     @property
     def n_calls(self) -> int: ...
     @property
@@ -46,7 +48,7 @@ class Around:
         return self._inner.n_ctx
 
     @property
-    def n_evaluated(self) -> int:
+    def n_evaluated(self) -> int | None:
         return self._inner.n_evaluated
 
     @property

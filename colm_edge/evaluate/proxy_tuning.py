@@ -76,7 +76,7 @@ class Contrast:
         return combined, np.empty(0, np.float32)
 
     def _account(self) -> None:
-        self.n_evaluated = sum(timeline.n_evaluated for timeline in self._pair)
+        self.n_evaluated = sum(timeline.n_evaluated or 0 for timeline in self._pair)
         self.n_calls = sum(timeline.n_calls for timeline in self._pair)
         self.seconds = sum(timeline.seconds for timeline in self._pair)
         self.load_seconds = sum(timeline.load_seconds for timeline in self._pair)

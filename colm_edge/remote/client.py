@@ -10,12 +10,12 @@ from __future__ import annotations
 import hashlib
 import logging
 import math
-import os
 import threading
 import time
 from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
@@ -26,9 +26,10 @@ from colm_edge.cancel import Cancel
 from colm_edge.errors import AbsentExpertError, ColmError, MismatchError, ModelError, PromptError
 from colm_edge.llama.model import MAX_VOCAB_DIFFERENCE, Model
 from colm_edge.llama.session import common_prefix
-from colm_edge.references import LOCAL_HOSTS
+from colm_edge.options import EXPERT_TIMEOUT
 from colm_edge.remote import colm_edge, llama_cpp, vllm
 from colm_edge.remote.dialect import Body, Dialect, Reply, Scored
+from colm_edge.remote.http import RequestError, Server
 
 DIALECTS = {
     dialect.owner: dialect for dialect in (llama_cpp.DIALECT, vllm.DIALECT, colm_edge.DIALECT)
@@ -37,13 +38,11 @@ DIALECTS = {
 Floats = npt.NDArray[np.float32]
 T = TypeVar("T")
 log = logging.getLogger("colm_edge")
-TIMEOUT = 60.0  # seconds that an answer may take
-CONNECT_TIMEOUT = 5.0
 TRIES = 3
 BACK_OFF = 0.2  # seconds before the second try, twice as many before the third
 PAUSE = 30.0  # seconds that an expert which failed is left alone
+LONG = 3.0  # seconds after which the user is told what the first answer waits for
 SCORE_TOGETHER = 8  # documents in one request of a scoring pass
-KEY_VARIABLE = "COLM_EDGE_EXPERT_KEY"
 # Texts that both sides tokenize, besides words of the base's vocabulary.
 PROBES = (
     "The quick brown fox jumps over the lazy dog.",
@@ -55,24 +54,18 @@ PROBES = (
 _MALFORMED = (KeyError, IndexError, TypeError, ValueError, AttributeError)
 
 
-class _RequestError(Exception):
-    """A request failed; `final` if another try would fail too."""
-
-    def __init__(self, message: str, *, final: bool = False) -> None:
-        super().__init__(message)
-        self.final = final
-
-
 class RemoteExpert:
     """A model behind HTTP. Any thread may use it.
 
+    url: http://host:port, or http://host:port#MODEL if the server has several models.
     is_local: whether the server runs on this machine.
     required: raise ModelError when the server fails. Otherwise AbsentExpertError is raised, and
-        the base goes on alone, after one warning to `note` (the log, if None).
+        the base goes on alone, after a warning to `note` (the log, if None) for each cause.
     timeout: seconds that an answer may take. pause: seconds without requests after a failure.
 
-    Raises ModelError for a server of an unknown kind and MismatchError for another vocabulary:
-    when it is created, or at the first request that is answered if nobody answers then.
+    Raises ModelError for a server of an unknown kind or without the model, and MismatchError for
+    another vocabulary: when it is created, and at the first request that is answered after the
+    server was away.
     """
 
     def __init__(
@@ -82,36 +75,19 @@ class RemoteExpert:
         *,
         required: bool = False,
         note: Callable[[str], None] | None = None,
-        timeout: float = TIMEOUT,
+        timeout: float = EXPERT_TIMEOUT,
         pause: float = PAUSE,
     ) -> None:
-        self._httpx = httpx = import_httpx()
-        try:
-            parsed = httpx.URL(url)
-        except httpx.InvalidURL as e:
-            raise ModelError(f"{url}: {e}; expected http://host:port") from e
-        if not parsed.host or not 0 < (parsed.port or 80) < 1 << 16:
-            raise ModelError(f"{url} is not an address; expected http://host:port")
-        self.is_local = parsed.host in LOCAL_HOSTS
-        self.url = str(parsed.copy_with(userinfo=b"")).rstrip("/").removesuffix("/v1")
+        self._server = Server(url, timeout)
+        self.url, self.is_local = self._server.name, self._server.is_local
         self.base, self.required, self.end_tokens = base, required, base.end_tokens
         self.n_ctx, self.n_shared = 2**31 - 1, base.n_vocab  # until the server tells its own
         self._note, self._pause = note or log.warning, pause
         self._dialect: Dialect | None = None
         self._model = ""
         self._lock = threading.RLock()  # held where the dialect or the next two are set
-        self._absent_until, self._warned = -math.inf, False
-        key = os.environ.get(KEY_VARIABLE, "")
-        if not (key.isascii() and key.isprintable()):
-            raise ModelError(
-                f"the variable {KEY_VARIABLE} has characters that a key cannot have; expected "
-                "printable ASCII"
-            )
-        self._client = httpx.Client(
-            timeout=httpx.Timeout(timeout, connect=min(timeout, CONNECT_TIMEOUT)),
-            headers={"Authorization": f"Bearer {key}"} if key else {},
-            auth=(parsed.username, parsed.password) if parsed.userinfo else None,
-        )
+        self._absent_until, self._warned = -math.inf, set[str]()
+        self._is_told = False  # whether the first answer is there, or said to be waited for
         try:
             self._with_retries(self._connected)
         except AbsentExpertError:
@@ -128,11 +104,11 @@ class RemoteExpert:
     def fingerprint(self) -> str:
         """A hash that identifies the model: of its server's address and its name there."""
         self._with_retries(self._connected, required=True)
-        return hashlib.sha256(f"{self.url} {self._model}".encode()).hexdigest()
+        return hashlib.sha256(f"{self._server.address} {self._model}".encode()).hexdigest()
 
     def close(self) -> None:
         """Close the connections."""
-        self._client.close()
+        self._server.close()
 
     def ask(self, tokens: list[int]) -> tuple[Floats, int | None]:
         """Return the log-probabilities (n_vocab,) of the token after `tokens`, and how many tokens
@@ -146,18 +122,24 @@ class RemoteExpert:
             try:
                 return logits_of(top, self.base.n_vocab), n_evaluated
             except ValueError as e:
-                raise _RequestError(str(e)) from e
+                raise RequestError(str(e), "malformed") from e
 
         return self._with_retries(work)
 
     def _ask(self, tokens: list[int], n_probs: int) -> Reply:
         dialect = self._connected()
         self._check_length(tokens)
-        answer = self._request(dialect.path, dialect.ask(self._model, tokens, n_probs))
+        return self._read(dialect, dialect.ask(self._model, tokens, n_probs), dialect.read)
+
+    def _read(self, dialect: Dialect, body: Body, read: Callable[[Any], T]) -> T:
+        """Return what `read` makes of the answer to a request."""
+        answer = self._server.request(dialect.path, body)
         try:
-            return dialect.read(answer)
+            done = read(answer)
         except _MALFORMED as e:
-            raise _RequestError(f"its answer is not {dialect.name}'s ({e!r})") from e
+            raise RequestError(f"its answer is not {dialect.name}'s ({e!r})", "malformed") from e
+        self._is_told = True
+        return done
 
     def score(
         self, documents: Sequence[npt.NDArray[np.int32]], starts: Sequence[int]
@@ -170,7 +152,7 @@ class RemoteExpert:
         spans = [document.tolist() for document in documents]
         if dialect.scoring is None:
             for span, start in zip(spans, starts, strict=True):
-                yield self._score_by_token(span, start)
+                yield self._score_by_token(span, start, dialect.n_probs)
             return
         for i in range(0, len(spans), SCORE_TOGETHER):
             some = slice(i, i + SCORE_TOGETHER)
@@ -183,15 +165,11 @@ class RemoteExpert:
         assert dialect.scoring is not None
         for document in documents:
             self._check_length(document)
-        answer = self._request(dialect.path, dialect.scoring.ask(self._model, documents))
-        try:
-            return dialect.scoring.read(answer, documents, starts)
-        except _MALFORMED as e:
-            raise _RequestError(f"its answer is not {dialect.name}'s ({e!r})") from e
+        body, read = dialect.scoring.ask(self._model, documents), dialect.scoring.read
+        return self._read(dialect, body, lambda answer: read(answer, documents, starts))
 
-    def _score_by_token(self, document: list[int], start: int) -> Scored:
+    def _score_by_token(self, document: list[int], start: int, few: int) -> Scored:
         """Ask what follows every prefix; the server's cache makes that one token each."""
-        few = self._connected().n_probs
         logprobs, right = list[float](), list[bool]()
         for at in range(start, len(document)):
             token, prefix = document[at], document[:at]
@@ -206,23 +184,26 @@ class RemoteExpert:
 
     def _check_length(self, tokens: list[int]) -> None:
         if len(tokens) > self.n_ctx:
-            raise _RequestError(f"{len(tokens)} tokens do not fit its {self.n_ctx}", final=True)
+            told = f"{len(tokens)} tokens do not fit its {self.n_ctx}"
+            raise RequestError(told, "length", final=True)
 
     def _connected(self) -> Dialect:
-        """Return the server's dialect, learnt at the first request that it answers."""
+        """Return the server's dialect, learnt at the first request that it answers, and again
+        after it was away: it may have come back with another model."""
         with self._lock:
             return self._dialect or self._connect()
 
     def _connect(self) -> Dialect:
         """Find out the server's dialect, and check that it has the base's vocabulary."""
-        listed = self._request("/v1/models")
+        listed = self._server.request("/v1/models")
         try:
-            entry = listed["data"][0]
+            entry = self._chosen({str(entry["id"]): entry for entry in listed["data"]})
             owner, model, meta = entry.get("owned_by"), str(entry["id"]), entry.get("meta") or {}
             n_vocab = int(meta.get("n_vocab") or self.base.n_vocab)
             n_ctx = int(entry.get("max_model_len") or meta.get("n_ctx") or self.n_ctx)
         except _MALFORMED as e:
-            raise _RequestError(f"its list of models is malformed ({e!r})") from e
+            told = f"its list of models is malformed ({e!r})"
+            raise RequestError(told, "malformed") from e
         dialect = DIALECTS.get(owner)
         if dialect is None:
             raise ModelError(
@@ -241,6 +222,19 @@ class RemoteExpert:
         self._dialect = dialect
         return dialect
 
+    def _chosen(self, models: dict[str, Any]) -> Any:
+        """Return the model that the address names, or the only one."""
+        named, names = self._server.model, ", ".join(models)
+        if named in models:
+            return models[named]
+        if named:
+            raise ModelError(f"{self.url}: the server has no such model; it has {names}")
+        if len(models) > 1:
+            raise ModelError(
+                f"{self.url}: the server has several models; add # and the name of one: {names}"
+            )
+        return next(iter(models.values()), None)
+
     def _difference(self, dialect: Dialect, n_vocab: int) -> str:
         """Return where the two vocabularies differ, "" if they do not."""
         base = self.base
@@ -249,11 +243,12 @@ class RemoteExpert:
             return f"{base.n_vocab} tokens in the base, {n_vocab} in the expert ({most})"
         for text in (*PROBES, probe_words(base)):
             ours = base.tokenize(text, special=False, bos=False)
-            answer = self._request("/tokenize", dialect.tokenize(self._model, text))
+            answer = self._server.request("/tokenize", dialect.tokenize(self._model, text))
             try:
                 theirs = [int(token) for token in answer["tokens"]]
             except _MALFORMED as e:
-                raise _RequestError(f"its answer to /tokenize is malformed ({e!r})") from e
+                told = f"its answer to /tokenize is malformed ({e!r})"
+                raise RequestError(told, "malformed") from e
             if ours != theirs:
                 at = common_prefix(array("i", ours), array("i", theirs))
                 cut = text if len(text) < 60 else text[:57] + "…"
@@ -269,52 +264,59 @@ class RemoteExpert:
         required = required or self.required
         if not required and time.monotonic() < self._absent_until:
             raise AbsentExpertError(f"{self.url}: the expert did not answer a moment ago")
-        for n in range(1, TRIES + 1):
-            try:
-                done = work()
-            except _RequestError as e:
-                if e.final or n == TRIES:
-                    raise self._failed(e, required) from e
-                time.sleep(BACK_OFF * 2 ** (n - 1))
-            else:
-                self._warned = False
-                return done
+        with self._announced():
+            for n in range(1, TRIES + 1):
+                try:
+                    done = work()
+                except RequestError as e:
+                    if e.final or n == TRIES:
+                        raise self._failed(e, required) from e
+                    time.sleep(BACK_OFF * 2 ** (n - 1))
+                else:
+                    self._warned = set()
+                    return done
         raise AssertionError
 
-    def _failed(self, e: _RequestError, required: bool) -> ColmError:
-        """Return what to raise for the last try; warn, once in an outage, if it is not required."""
+    @contextmanager
+    def _announced(self) -> Iterator[None]:
+        """Say what is waited for, if the server's first answer takes long: some compile then."""
+
+        def tell() -> None:
+            if not self._is_told:
+                self._is_told = True
+                self._note(f"waiting for the expert's server, {self.url} …")
+
+        timer = None if self._is_told else threading.Timer(LONG, tell)
+        if timer is not None:
+            timer.daemon = True
+            timer.start()
+        try:
+            yield
+        finally:
+            if timer is not None:
+                timer.cancel()
+
+    def _failed(self, e: RequestError, required: bool) -> ColmError:
+        """Return what to raise for the last try; if it is not required, warn once of each cause in
+        an outage."""
         if e.final:
             what, cure = f"{self.url}: the expert refuses: {e}", ""
         else:
             what = f"{self.url}: the expert does not answer: {e}"
             cure = "; start it, or check the address"
-        if required:
-            return ModelError(what + cure)
+        is_away = not e.final
         with self._lock:
-            if not e.final:  # a refusal says nothing about the next request
+            if is_away or e.cause == "HTTP 404":  # what comes back may be another model
+                self._dialect = None
+            if required:
+                return ModelError(what + cure)
+            if is_away:  # a refusal says nothing about the next request
                 self._absent_until = time.monotonic() + self._pause
-            warned, self._warned = self._warned, True
-        if not warned:
+            is_new = e.cause not in self._warned
+            self._warned.add(e.cause)
+        if is_new:
             self._note(f"{what}; the base goes on alone")
         return AbsentExpertError(what)
-
-    def _request(self, path: str, body: Body | None = None) -> Any:
-        """Return the JSON that answers a GET, or a POST if there is a body."""
-        method = "GET" if body is None else "POST"
-        try:
-            response = self._client.request(method, self.url + path, json=body)
-        except (self._httpx.HTTPError, UnicodeError) as e:
-            raise _RequestError(f"{path}: {str(e) or type(e).__name__}") from e
-        if response.status_code != 200:
-            busy = response.status_code >= 500 or response.status_code in (408, 429)
-            told = " ".join(response.text[:200].split())
-            if response.status_code in (401, 403):
-                told += f" (set the variable {KEY_VARIABLE} to its key)"
-            raise _RequestError(f"{path}: HTTP {response.status_code}: {told}", final=not busy)
-        try:
-            return response.json()
-        except ValueError as e:
-            raise _RequestError(f"{path}: its answer is not valid JSON") from e
 
 
 class _Reply(NamedTuple):
@@ -335,7 +337,8 @@ class RemoteSession:
 
     def __init__(self, expert: RemoteExpert) -> None:
         self.expert = expert
-        self.n_evaluated = self.n_calls = 0
+        self.n_evaluated: int | None = 0  # None once the server did not tell
+        self.n_calls = 0
         self.seconds = self.load_seconds = 0.0
         self._held, self._logits = array("i"), np.empty(0, np.float32)
         self._begun: tuple[array[int], Future[_Reply]] | None = None
@@ -396,7 +399,8 @@ class RemoteSession:
     def sync(
         self, tokens: Sequence[int], outputs: Sequence[int] = (), cancel: Cancel | None = None
     ) -> int:
-        """Ask what follows `tokens`; return how many of them the server evaluated.
+        """Ask what follows `tokens`; return how many of them the server evaluated, 0 if it does
+        not tell.
 
         outputs: nothing, or the last token's position. cancel: ignored; a request is not
             interrupted.
@@ -412,13 +416,11 @@ class RemoteSession:
         self.seconds += reply.seconds
         if reply.error is not None:
             raise reply.error
-        n_evaluated = reply.n_evaluated
-        if n_evaluated is None:  # the server has the last prefix in its cache
-            n_evaluated = len(wanted) - common_prefix(self._held, wanted)
         self._held, self._logits = wanted, reply.logits
         self.n_calls += 1
-        self.n_evaluated += n_evaluated
-        return n_evaluated
+        told, known = reply.n_evaluated, self.n_evaluated
+        self.n_evaluated = None if told is None or known is None else known + told
+        return told or 0
 
     def _check(self, tokens: array[int], outputs: Sequence[int]) -> None:
         if not tokens:
@@ -465,14 +467,3 @@ def probe_words(base: Model) -> str:
     tokens = range(0, base.n_vocab, max(1, base.n_vocab // 1000))
     pieces = [base.piece(token).decode("utf-8", "replace").strip() for token in tokens]
     return " ".join(piece for piece in pieces if piece.isascii() and piece.isalpha())
-
-
-def import_httpx() -> Any:
-    """Return httpx. Raises ModelError with the cure where it is missing."""
-    try:
-        import httpx
-    except ModuleNotFoundError as e:
-        raise ModelError(
-            "a remote expert needs httpx; install the extra: pip install 'colm-edge[remote]'"
-        ) from e
-    return httpx

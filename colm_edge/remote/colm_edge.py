@@ -24,8 +24,8 @@ def _ask(model: str, tokens: list[int], n_probs: int) -> Body:
 def _read(answer: Any) -> Reply:
     if answer["colm"]["expert_failures"]:
         raise ValueError("its own expert is absent")
-    top, _ = vllm.read(answer)
-    return top, int(answer["colm"]["expert_tokens"])
+    n_evaluated = answer["colm"]["expert_tokens"]
+    return vllm.read_top(answer), None if n_evaluated is None else int(n_evaluated)
 
 
 def _ask_scores(model: str, documents: list[list[int]]) -> Body:

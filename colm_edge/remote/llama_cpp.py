@@ -8,11 +8,12 @@ from colm_edge.remote.dialect import Body, Dialect, Reply
 
 
 def _tokenize(model: str, text: str) -> Body:
-    return {"content": text, "add_special": False, "parse_special": False}
+    return {"model": model, "content": text, "add_special": False, "parse_special": False}
 
 
 def _ask(model: str, tokens: list[int], n_probs: int) -> Body:
     return {
+        "model": model,  # of a server that has several
         "prompt": tokens,
         "n_predict": 1,
         "n_probs": n_probs,

@@ -1,4 +1,7 @@
-"""The dialect of vLLM's OpenAI-compatible server."""
+"""The dialect of vLLM's OpenAI-compatible server.
+
+`ask` and `ask_scores` are what its API shares with others.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,17 @@ from collections.abc import Sequence
 from typing import Any
 
 from colm_edge.remote.dialect import Body, Dialect, Reply, Scored, Scoring
+
+# Else a generation_config.json in the model's folder would say, and a server may tell what its
+# samplers make of the probabilities (--logprobs-mode).
+_NEUTRAL: Body = {
+    "presence_penalty": 0,
+    "frequency_penalty": 0,
+    "repetition_penalty": 1,
+    "top_p": 1,
+    "top_k": -1,
+    "min_p": 0,
+}
 
 
 def tokenize(model: str, text: str) -> Body:
@@ -24,9 +38,24 @@ def ask(model: str, tokens: list[int], n_probs: int) -> Body:
     }
 
 
-def read(answer: Any) -> Reply:
+def _ask(model: str, tokens: list[int], n_probs: int) -> Body:
+    return ask(model, tokens, n_probs) | _NEUTRAL
+
+
+def read_top(answer: Any) -> dict[int, float]:
     top = answer["choices"][0]["logprobs"]["top_logprobs"][0]
-    return {int(name.removeprefix("token_id:")): float(x) for name, x in top.items()}, None
+    return {int(name.removeprefix("token_id:")): float(x) for name, x in top.items()}
+
+
+def _read(answer: Any) -> Reply:
+    return read_top(answer), _n_evaluated(answer.get("usage") or {})
+
+
+def _n_evaluated(usage: Any) -> int | None:
+    """Return how many tokens were not in the prefix cache, which is told if the server was started
+    with --enable-prompt-tokens-details."""
+    cached = (usage.get("prompt_tokens_details") or {}).get("cached_tokens")
+    return None if cached is None else int(usage["prompt_tokens"]) - int(cached)
 
 
 def ask_scores(model: str, documents: list[list[int]]) -> Body:
@@ -38,6 +67,10 @@ def ask_scores(model: str, documents: list[list[int]]) -> Body:
         "prompt_logprobs": 1,
         "stream": False,
     }
+
+
+def _ask_scores(model: str, documents: list[list[int]]) -> Body:
+    return ask_scores(model, documents) | _NEUTRAL
 
 
 def read_scores(answer: Any, documents: list[list[int]], starts: Sequence[int]) -> list[Scored]:
@@ -64,8 +97,8 @@ DIALECT = Dialect(
     owner="vllm",
     path="/v1/completions",
     tokenize=tokenize,
-    ask=ask,
-    read=read,
+    ask=_ask,
+    read=_read,
     n_probs=20,  # the most that it allows by default (--max-logprobs)
-    scoring=Scoring(ask_scores, read_scores),
+    scoring=Scoring(_ask_scores, read_scores),
 )

@@ -235,6 +235,12 @@ def colm_of(ended: Sequence[Ended]) -> Json:
         "defer_rate": n_deferred / n if n else 0.0,
         "n_deferred": n_deferred,
         "threshold": ended[0].answer.threshold,
-        **{name: sum(s[name] for s in stats) for name in SUMMED},
+        **{name: _sum([s[name] for s in stats]) for name in SUMMED},
         "tokens_per_second": n / seconds if seconds > 0 else 0.0,
     }
+
+
+def _sum(counts: Sequence[int | None]) -> int | None:
+    """Return the total, or None where one is not known."""
+    known = [n for n in counts if n is not None]
+    return sum(known) if len(known) == len(counts) else None

@@ -26,6 +26,7 @@ from expert_servers import faking, free_port, log_softmax
 
 import colm_edge
 from colm_edge.cli import main
+from colm_edge.cli.terminal import summary
 from colm_edge.errors import AbsentExpertError, ColmError, MismatchError, ModelError
 from colm_edge.llama.context import ContextOptions
 from colm_edge.llama.model import Model
@@ -33,6 +34,7 @@ from colm_edge.options import Options
 from colm_edge.pair import Pair, load
 from colm_edge.remote import client as remote
 from colm_edge.remote.client import RemoteExpert, logits_of
+from colm_edge.remote.http import KEY_VARIABLE
 from colm_edge.slots import Slots
 from colm_edge.switch.load import load_switch
 
@@ -44,7 +46,7 @@ DIALECTS = ("llamacpp", "vllm", "colm-edge")
 @pytest.fixture(autouse=True)
 def no_back_off(monkeypatch):
     monkeypatch.setattr(remote, "BACK_OFF", 0.0)
-    monkeypatch.delenv(remote.KEY_VARIABLE, raising=False)
+    monkeypatch.delenv(KEY_VARIABLE, raising=False)
 
 
 @pytest.fixture
@@ -66,6 +68,11 @@ def remote_pair(tiny, url: str, **settings) -> Iterator[Pair]:
     context = ContextOptions(n_ctx=256, n_threads=1)
     with Pair(base, expert, load_switch("margin"), context, GREEDY) as pair:
         yield pair
+
+
+def warnings_in(caplog) -> list[str]:
+    found = [r for r in caplog.records if r.name == "colm_edge" and r.levelno >= logging.WARNING]
+    return [r.getMessage() for r in found]
 
 
 @pytest.mark.parametrize("owner", DIALECTS)
@@ -93,14 +100,19 @@ def test_a_remote_expert_writes_what_a_local_one_writes(tiny, local, owner):
         assert [body["prompt"] for body in fake.asked] == prefixes
 
 
+# Whatever the server's generation_config.json says.
+NEUTRAL = {
+    "presence_penalty": 0, "frequency_penalty": 0, "repetition_penalty": 1, "top_p": 1,
+    "top_k": -1, "min_p": 0,
+}  # fmt: skip
 BODIES = {
     "llamacpp": {
-        "n_predict": 1, "n_probs": 64, "temperature": 0, "cache_prompt": True,
-        "return_tokens": True, "stream": False,
+        "model": "the model", "n_predict": 1, "n_probs": 64, "temperature": 0,
+        "cache_prompt": True, "return_tokens": True, "stream": False,
     },
     "vllm": {
         "model": "the model", "max_tokens": 1, "temperature": 0, "logprobs": 20,
-        "return_tokens_as_token_ids": True, "stream": False,
+        "return_tokens_as_token_ids": True, "stream": False, **NEUTRAL,
     },
     "colm-edge": {
         "model": "the model", "max_tokens": 1, "temperature": 0, "logprobs": 20,
@@ -118,7 +130,7 @@ def test_what_each_dialect_asks(tiny, owner):
         for path, body in fake.requests:
             assert path == "/tokenize"
             if owner == "llamacpp":
-                assert set(body) == {"content", "add_special", "parse_special"}
+                assert set(body) == {"model", "content", "add_special", "parse_special"}
                 assert not body["add_special"] and not body["parse_special"]  # noqa: PT018
             else:
                 assert set(body) == {"model", "prompt", "add_special_tokens"}
@@ -153,7 +165,7 @@ def test_a_timeline_there_has_what_one_here_has(tiny):
         assert expert.sync([1, 2, 3], (), lambda: True) == 3
         assert fake.n_connections == n_connections
         expert.close()
-        assert pair.expert.expert._client.is_closed
+        assert pair.expert.expert._server._client.is_closed
 
 
 def test_logits_are_the_told_ones_and_the_rest_shares_what_is_left():
@@ -189,7 +201,7 @@ def test_the_base_goes_on_alone(tiny, local, caplog, owner, failure):
         assert answer.stats.expert_seconds > 0
         # Three tries, then it is left alone for a while.
         assert len(fake.asked) == remote.TRIES
-        (warning,) = (r.getMessage() for r in caplog.records if r.name == "colm_edge")
+        (warning,) = warnings_in(caplog)
         assert warning.startswith(f"{url}: the expert does not answer: ")
         assert warning.endswith("; the base goes on alone")
 
@@ -205,7 +217,7 @@ def test_one_failure_is_tried_again(tiny, local, caplog, failure):
         assert answer.text == local.generate(PROMPT).text
         assert answer.stats.expert_failures == 0
         assert len(fake.asked) == answer.stats.expert_calls + 1
-    assert not [r for r in caplog.records if r.name == "colm_edge" and r.levelno >= 30]
+    assert not warnings_in(caplog)
 
 
 def test_a_required_expert_that_fails_is_an_error(tiny):
@@ -245,7 +257,7 @@ def test_a_base_does_not_pass_for_the_expert(tiny, local):
 
 
 def test_a_key_that_no_header_may_have_is_named(tiny, monkeypatch):
-    monkeypatch.setenv(remote.KEY_VARIABLE, "schlüssel")
+    monkeypatch.setenv(KEY_VARIABLE, "schlüssel")
     with pytest.raises(ModelError, match="COLM_EDGE_EXPERT_KEY has characters that a key cannot"):
         load(tiny["base"], "http://127.0.0.1:1", "margin")
 
@@ -278,6 +290,121 @@ def test_an_expert_may_come_up_later(tiny, local):
         assert len(notes) == 2
 
 
+def test_each_cause_of_an_outage_is_told_once(tiny, caplog):
+    with faking("vllm", tiny["expert"]) as (url, fake), remote_pair(tiny, url, pause=0.0) as pair:
+        for causes in (["500", "garbage"], ["400", "500"]):
+            for cause in causes * 2:
+                fake.always = cause
+                answer = pair.generate(PROMPT, max_tokens=6, threshold=0.0)
+                assert {step.source for step in answer.steps} == {"base"}
+            fake.always = ""
+            assert pair.generate(PROMPT, threshold=0.0).stats.n_deferred > 0
+    told = warnings_in(caplog)
+    assert len(told) == 4
+    for warning, cause in zip(told, ["HTTP 500", "JSON", "HTTP 400", "HTTP 500"], strict=True):
+        assert cause in warning
+
+
+def test_a_server_that_comes_back_is_asked_again_what_it_has(tiny, local, caplog):
+    with faking("vllm", tiny["expert"]) as (url, fake), remote_pair(tiny, url, pause=0.0) as pair:
+        expected = local.generate(PROMPT)
+        assert pair.generate(PROMPT).text == expected.text
+        before = pair.expert.fingerprint
+        # Another name: the first request is refused, and the next one knows it.
+        fake.names = ["another model"]
+        answer = pair.generate(PROMPT)
+        assert answer.stats.expert_failures == 1
+        (warning,) = warnings_in(caplog)
+        assert "HTTP 404: The model `the model` does not exist." in warning
+        assert fake.asked[-1]["model"] == "another model"
+        assert pair.expert.fingerprint != before
+        # An outage, after which the vocabulary is another one.
+        fake.always = "500"
+        assert pair.generate(PROMPT).stats.expert_failures > 0
+        fake.always, fake.shift = "", 1
+        with pytest.raises(MismatchError, match="differ: token 0"):
+            pair.generate(PROMPT)
+        fake.shift = 0
+        assert pair.generate(PROMPT).text == expected.text
+
+
+def test_one_of_several_models_is_named(tiny):
+    with faking("vllm", tiny["expert"]) as (url, fake):
+        fake.names = ["org/base", "adapter"]
+        with pytest.raises(
+            ModelError, match=r"several models; add # and the name of one: org/base, adapter"
+        ):
+            load(tiny["base"], url, "margin")
+        with pytest.raises(ModelError, match="has no such model; it has org/base, adapter"):
+            load(tiny["base"], url + "#base", "margin")
+        prints = set()
+        for name in fake.names:
+            with remote_pair(tiny, f"{url}/v1#{name}") as pair:
+                assert pair.expert.name == f"{url}#{name}"
+                pair.generate(PROMPT)
+                assert fake.asked[-1]["model"] == name
+                prints.add(pair.expert.fingerprint)
+        assert len(prints) == 2
+
+
+def test_what_vllm_refuses_is_told_in_its_words(tiny, caplog):
+    with faking("vllm", tiny["expert"]) as (url, fake), remote_pair(tiny, url) as pair:
+        expert = pair.expert.expert.session()
+        fake.max_logprobs = 5
+        with pytest.raises(
+            AbsentExpertError, match=r"HTTP 400: Requested sample logprobs of 20, .* allowed: 5$"
+        ):
+            expert.sync([1, 2, 3])
+        fake.max_logprobs = 20
+        pair.expert.expert.n_ctx = 1000  # as if the server had told no length
+        with pytest.raises(AbsentExpertError, match="HTTP 400: the model's context length"):
+            expert.sync([7] * 300)
+
+
+def test_what_a_server_does_not_tell_it_evaluated_is_unknown(tiny):
+    with faking("vllm", tiny["expert"]) as (url, fake), remote_pair(tiny, url) as pair:
+        told = pair.generate(PROMPT)
+        assert 0 < told.stats.expert_tokens <= len(told.prompt_tokens) + len(told.steps)
+        fake.tells_cached = False
+        answer = pair.generate("another one")
+        assert answer.stats.expert_calls > 0
+        assert answer.stats.expert_tokens is None
+        assert "(? tokens)" in summary(answer.stats)
+
+
+def test_a_long_wait_for_the_first_answer_is_told(tiny, local, monkeypatch):
+    notes = []
+    with faking("vllm", tiny["expert"]) as (url, fake):
+
+        def note(text: str) -> None:
+            notes.append(text)
+            fake.released.set()
+
+        with remote_pair(tiny, url, note=note) as pair:
+            monkeypatch.setattr(remote, "LONG", 0.01)
+            fake.failures = ["slow"]
+            assert pair.generate(PROMPT).text == local.generate(PROMPT).text
+            assert notes == [f"waiting for the expert's server, {url} …"]
+
+
+@pytest.mark.parametrize("seconds", [0.0, -1.0, math.nan, math.inf])
+def test_a_time_that_no_answer_may_take_is_refused(tiny, seconds):
+    with pytest.raises(ColmError, match=r"expert_timeout is .*; expected seconds, more than 0"):
+        load(tiny["base"], "http://127.0.0.1:1", "margin", expert_timeout=seconds)
+
+
+def test_an_answer_that_takes_too_long_names_the_option(tiny):
+    with (
+        faking("vllm", tiny["expert"]) as (url, fake),
+        load(
+            tiny["base"], url, "margin", n_threads=1, expert_timeout=0.5, expert_required=True
+        ) as pair,
+    ):
+        fake.always = "slow"
+        with pytest.raises(ModelError, match=r"no answer in 0.5 seconds \(--expert-timeout\)"):
+            pair.generate(PROMPT, threshold=0.0)
+
+
 @pytest.mark.parametrize("owner", DIALECTS)
 def test_another_vocabulary_is_refused(tiny, owner):
     with faking(owner, tiny["expert"]) as (url, fake):
@@ -307,7 +434,7 @@ def test_the_key_is_sent_and_no_password_shown(tiny, monkeypatch):
     with faking("vllm", tiny["expert"]) as (url, fake):
         with remote_pair(tiny, url.replace("//", "//me:secret@")) as pair:
             assert pair.expert.name == url
-        monkeypatch.setenv(remote.KEY_VARIABLE, "a key")
+        monkeypatch.setenv(KEY_VARIABLE, "a key")
         with remote_pair(tiny, url):
             pass
         assert fake.keys[0].startswith("Basic ")
@@ -432,7 +559,7 @@ def test_what_a_scoring_pass_asks(tiny, owner):
     expert_alone = {"colm": {"threshold": 0, "strategy": "defer"}, "repeat_penalty": 1}
     expert_alone |= {"presence_penalty": 0, "frequency_penalty": 0}
     common = {"model": "the model", "temperature": 0, "prompt_logprobs": 1, "stream": False}
-    bodies = {"vllm": {"max_tokens": 1}, "colm-edge": {"max_tokens": 0} | expert_alone}
+    bodies = {"vllm": {"max_tokens": 1} | NEUTRAL, "colm-edge": {"max_tokens": 0} | expert_alone}
     with faking(owner, tiny["expert"]) as (url, fake), remote_pair(tiny, url) as pair:
         documents = [np.array([5, 6, 7, 8], np.int32), np.array([9, 10], np.int32)]
         scored = list(pair.expert.expert.score(documents, [2, 1]))
@@ -567,6 +694,42 @@ QUESTIONS = (
 )
 
 
+def check_the_shipped_expert_at(url: str) -> None:
+    """What the shipped pair writes with its expert there is what it writes with its own."""
+    data, greedy = Path(colm_edge.__file__).parent / "data", Options(temperature=0.0)
+    files = (data / "base.gguf", url, data / "switch.gguf")
+    with (
+        load(n_threads=1, defaults=greedy) as local,
+        load(*files, n_threads=1, defaults=greedy, expert_required=True) as pair,
+    ):
+        for question in QUESTIONS:
+            answer, expected = pair.generate(question), local.generate(question)
+            assert answer.text == expected.text
+            assert answer.stats.n_deferred > 0
+        # Its scores of a document: those of the right text, and of an unlikely token.
+        tokens = np.array([*expected.prompt_tokens, *[s.token for s in expected.steps], 7])
+        start = len(expected.prompt_tokens)
+        ((logprobs, right),) = pair.expert.expert.score([tokens], [start])
+        for i, (logprob, is_likeliest) in enumerate(zip(logprobs, right, strict=True), start):
+            local.expert_session.sync(tokens[:i].tolist())
+            x = log_softmax(local.expert_session.logits)
+            assert logprob == pytest.approx(x[tokens[i]], abs=5e-2)
+            assert is_likeliest == (tokens[i] == x.argmax())
+        assert logprobs[-1] < -8
+
+
+@pytest.mark.skipif(
+    "COLM_EDGE_VLLM_URL" not in os.environ,
+    reason="set COLM_EDGE_VLLM_URL to the address of a vLLM server with the shipped expert",
+)
+def test_a_real_vllm_is_an_expert():
+    url = os.environ["COLM_EDGE_VLLM_URL"]
+    check_the_shipped_expert_at(url)
+    base = Path(colm_edge.__file__).parent / "data" / "base.gguf"
+    with pytest.raises(ModelError, match="the server has no such model; it has"):
+        load(base, f"{url.partition('#')[0]}#no-such-model")
+
+
 @pytest.mark.skipif(
     "COLM_EDGE_LLAMA_SERVER" not in os.environ,
     reason="set COLM_EDGE_LLAMA_SERVER to the path of a llama-server binary",
@@ -576,7 +739,6 @@ def test_a_real_llama_server_is_an_expert(tmp_path):
     url = f"http://127.0.0.1:{port}"
     flags = f"-m {data}/expert.gguf -t 1 -np 1 --host 127.0.0.1 --port {port}".split()
     command = [os.environ["COLM_EDGE_LLAMA_SERVER"], *flags]
-    greedy = Options(temperature=0.0)
     with (tmp_path / "log").open("wb") as out:
         server = subprocess.Popen(command, stdout=out, stderr=out)
     try:
@@ -588,31 +750,7 @@ def test_a_real_llama_server_is_an_expert(tmp_path):
             except httpx.TransportError:
                 assert time.monotonic() < end, (tmp_path / "log").read_text()
             time.sleep(0.1)
-        with (
-            load(n_threads=1, defaults=greedy) as local,
-            load(
-                data / "base.gguf",
-                url,
-                data / "switch.gguf",
-                n_threads=1,
-                defaults=greedy,
-                expert_required=True,
-            ) as pair,
-        ):
-            for question in QUESTIONS:
-                answer, expected = pair.generate(question), local.generate(question)
-                assert answer.text == expected.text
-                assert answer.stats.n_deferred > 0
-            # Its scores of a document: those of the right text, and of an unlikely token.
-            tokens = np.array([*expected.prompt_tokens, *[s.token for s in expected.steps], 7])
-            start = len(expected.prompt_tokens)
-            ((logprobs, right),) = pair.expert.expert.score([tokens], [start])
-            for i, (logprob, is_likeliest) in enumerate(zip(logprobs, right, strict=True), start):
-                local.expert_session.sync(tokens[:i].tolist())
-                x = log_softmax(local.expert_session.logits)
-                assert logprob == pytest.approx(x[tokens[i]], abs=5e-2)
-                assert is_likeliest == (tokens[i] == x.argmax())
-            assert logprobs[-1] < -8
+        check_the_shipped_expert_at(url)
     finally:
         server.terminate()
         server.wait(30)

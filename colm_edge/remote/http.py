@@ -1,0 +1,116 @@
+"""One server: its address, its key, and requests whose answers are JSON."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from colm_edge.errors import ColmError, ModelError
+from colm_edge.options import MAX_TIMEOUT
+from colm_edge.references import LOCAL_HOSTS
+from colm_edge.remote.dialect import Body
+
+CONNECT_TIMEOUT = 5.0  # seconds
+KEY_VARIABLE = "COLM_EDGE_EXPERT_KEY"
+TOLD = 200  # characters of a server's own words that an error repeats
+
+
+class RequestError(Exception):
+    """A request failed; `final` if another try would fail too.
+
+    cause: the kind of failure, the same for every request that fails in this way.
+    """
+
+    def __init__(self, message: str, cause: str, *, final: bool = False) -> None:
+        super().__init__(message)
+        self.cause, self.final = cause, final
+
+
+class Server:
+    """Whoever answers at http://host:port, or http://host:port#MODEL. Any thread may use it.
+
+    name: the address as it is shown: without a password and a trailing /v1, with the model.
+    model: the part after #, "" without one. is_local: whether the server runs on this machine.
+    """
+
+    def __init__(self, url: str, timeout: float) -> None:
+        """timeout: seconds that an answer may take. Raises ModelError for what is no address."""
+        if not 0 < timeout <= MAX_TIMEOUT:
+            raise ColmError(
+                f"expert_timeout is {timeout!r}; expected seconds, more than 0 and at most "
+                f"{MAX_TIMEOUT:g}"
+            )
+        self._httpx = httpx = import_httpx()
+        address, _, self.model = url.partition("#")
+        try:
+            parsed = httpx.URL(address)
+        except httpx.InvalidURL as e:
+            raise ModelError(f"{url}: {e}; expected http://host:port") from e
+        if not parsed.host or not 0 < (parsed.port or 80) < 1 << 16:
+            raise ModelError(f"{url} is not an address; expected http://host:port")
+        self.is_local = parsed.host in LOCAL_HOSTS
+        self.address = str(parsed.copy_with(userinfo=b"")).rstrip("/").removesuffix("/v1")
+        self.name = f"{self.address}#{self.model}" if self.model else self.address
+        key = os.environ.get(KEY_VARIABLE, "")
+        if not (key.isascii() and key.isprintable()):
+            raise ModelError(
+                f"the variable {KEY_VARIABLE} has characters that a key cannot have; expected "
+                "printable ASCII"
+            )
+        self._timeout = timeout
+        self._client = httpx.Client(
+            timeout=httpx.Timeout(timeout, connect=min(timeout, CONNECT_TIMEOUT)),
+            headers={"Authorization": f"Bearer {key}"} if key else {},
+            auth=(parsed.username, parsed.password) if parsed.userinfo else None,
+        )
+
+    def close(self) -> None:
+        """Close the connections."""
+        self._client.close()
+
+    def request(self, path: str, body: Body | None = None) -> Any:
+        """Return the JSON that answers a GET, or a POST if there is a body.
+
+        Raises RequestError.
+        """
+        method = "GET" if body is None else "POST"
+        try:
+            response = self._client.request(method, self.address + path, json=body)
+        except self._httpx.ReadTimeout as e:
+            told = f"no answer in {self._timeout:g} seconds (--expert-timeout)"
+            raise RequestError(f"{path}: {told}", "timeout") from e
+        except (self._httpx.HTTPError, UnicodeError) as e:
+            what = type(e).__name__
+            raise RequestError(f"{path}: {str(e) or what}", what) from e
+        status = response.status_code
+        if status != 200:
+            told = _told(response)
+            if status in (401, 403):
+                told += f" (set the variable {KEY_VARIABLE} to its key)"
+            busy = status >= 500 or status in (408, 429)
+            cause = f"HTTP {status}"
+            raise RequestError(f"{path}: {cause}: {told}", cause, final=not busy)
+        try:
+            return response.json()
+        except ValueError as e:
+            raise RequestError(f"{path}: its answer is not valid JSON", "no JSON") from e
+
+
+def _told(response: Any) -> str:
+    """Return what a server says is wrong: the message of an OpenAI error, or else all of it."""
+    try:
+        text = str(response.json()["error"]["message"])
+    except (ValueError, KeyError, TypeError):
+        text = response.text
+    return " ".join(text[:TOLD].split())
+
+
+def import_httpx() -> Any:
+    """Return httpx. Raises ModelError with the cure where it is missing."""
+    try:
+        import httpx
+    except ModuleNotFoundError as e:
+        raise ModelError(
+            "a remote expert needs httpx; install the extra: pip install 'colm-edge[remote]'"
+        ) from e
+    return httpx
