@@ -27,10 +27,20 @@ from colm_edge.errors import ColmError, ModelError
 from colm_edge.evaluate.metrics import METRICS
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from colm_edge.pair import Pair
     from colm_edge.train.documents import Documents
     from colm_edge.train.fit import ChooseThreshold, Fit
     from colm_edge.train.scoring import Recorded
+
+
+def part_of(_: click.Context, __: click.Parameter, value: str) -> tuple[int, int]:
+    """Return K and N of K/N: the K-th of N parts."""
+    k, _slash, n = value.partition("/")
+    if not (k.isdecimal() and n.isdecimal() and 1 <= int(k) <= int(n)):
+        raise click.BadParameter(f"{value!r} is no part; expected K/N, with K from 1 to N")
+    return int(k), int(n)
 
 
 class Tolerance(Number):
@@ -107,6 +117,17 @@ text_options = gathered(
     PARALLEL,
 )
 
+score_files = gathered(
+    "scored",
+    click.option(
+        "--expert-scores",
+        metavar="FILE.npz…",
+        help="File that `colm-edge score` wrote on the expert's machine, or those of all its "
+        "shards; then -m is enough.",
+    ),
+    click.argument("more_scores", nargs=-1, metavar=""),
+)
+
 
 @click.command()
 @text_options
@@ -134,11 +155,7 @@ text_options = gathered(
     help="Write a report with figures, plots and coloured texts to this folder.",
 )
 @WORK_DIR
-@click.option(
-    "--expert-scores",
-    metavar="FILE.npz",
-    help="File that `colm-edge score` wrote on the expert's machine; then -m is enough.",
-)
+@score_files
 @RAW
 @pair_options
 def train(
@@ -150,7 +167,7 @@ def train(
     update: str | None,
     report_dir: str | None,
     work_dir: str | None,
-    expert_scores: str | None,
+    scored: dict[str, Any],
     raw: bool,
     models: dict[str, Any],
 ) -> None:
@@ -166,9 +183,9 @@ def train(
     from colm_edge.train.fit import FitOptions, fit_switch
     from colm_edge.train.report import check_report
 
-    data = text.get("data")
-    _check_choice(text, threshold_by, expert_scores, models)
-    check_writable(outfile, data, text.get("prompts"), *_read_files(models), expert_scores)
+    data, scores = text.get("data"), _files_of(**scored)
+    _check_choice(text, threshold_by, bool(scores), models)
+    check_writable(outfile, data, text.get("prompts"), *_read_files(models), *scores)
     if data is None and work_dir is None:
         work_dir = claim(click.get_current_context(), None, f"{outfile}.work")
         say(f"{work_dir}: keeps the answers; the same command again goes on from there")
@@ -179,7 +196,7 @@ def train(
     with load(**models | {"expert_required": True}, switch="margin") as pair:
         if old is not None:
             old.reader(pair.base, pair.n_shared)  # checks its width
-        here = pair.expert_is_here and expert_scores is None
+        here = pair.expert_is_here and not scores
         if carried == "best" and not here:
             raise ColmError("--review best needs both models here; give a number of nats, or off")
         documents, recorded = _text(text, pair, raw, work)
@@ -194,7 +211,7 @@ def train(
             ),
             progress=progress,
             work=work,
-            expert_scores=Path(expert_scores) if expert_scores else None,
+            expert_scores=scores,
             recorded=recorded,
         )
         fit = _with_review(fit, pair if here else None, carried)
@@ -203,20 +220,29 @@ def train(
     click.echo(json.dumps({**fit.report, **_n_answers(recorded)}))
 
 
+def _files_of(expert_scores: str | None = None, more_scores: Sequence[str] = ()) -> list[Path]:
+    """Return the files of --expert-scores, which takes as many as a shell's * names."""
+    if expert_scores is not None:
+        return [Path(file) for file in (expert_scores, *more_scores)]
+    if more_scores:
+        raise click.UsageError(f"unexpected argument {more_scores[0]!r}")
+    return []
+
+
 def _check_choice(
     text: dict[str, Any],
     threshold_by: dict[str, Any],
-    expert_scores: str | None,
+    is_scored: bool,
     models: dict[str, Any],
 ) -> None:
     """Refuse options that contradict each other; with scores from elsewhere -m is enough."""
     if ("data" in text) is ("prompts" in text):
         raise click.UsageError("give --data, texts to fit to, or --prompts, questions to answer")
-    if "prompts" in text and ("metric" in threshold_by or expert_scores is not None):
+    if "prompts" in text and ("metric" in threshold_by or is_scored):
         raise click.UsageError("--threshold-by and --expert-scores go with --data")
-    if "metric" in threshold_by and expert_scores is not None and "expert" not in models:
+    if "metric" in threshold_by and is_scored and "expert" not in models:
         raise click.UsageError("--threshold-by needs the expert itself (-me) to answer prompts")
-    if expert_scores is not None and "model" in models:
+    if is_scored and "model" in models:
         models.setdefault("expert", models["model"])  # it is never evaluated
 
 
@@ -321,6 +347,13 @@ def _in_words(report: dict[str, Any]) -> str:
 @click.command("score")
 @DATA
 @click.option("--outfile", required=True, metavar="FILE.npz", help="File to write the scores to.")
+@click.option(
+    "--shard",
+    metavar="K/N",
+    default="1/1",
+    callback=part_of,
+    help="Score only the K-th of N parts of the data, for `train` with the files of all parts.",
+)
 @WORK_DIR
 @click.option(
     "--update",
@@ -330,7 +363,13 @@ def _in_words(report: dict[str, Any]) -> str:
 @RAW
 @pair_options
 def score_command(
-    data: str, outfile: str, work_dir: str | None, update: bool, raw: bool, models: dict[str, Any]
+    data: str,
+    outfile: str,
+    shard: tuple[int, int],
+    work_dir: str | None,
+    update: bool,
+    raw: bool,
+    models: dict[str, Any],
 ) -> None:
     """Score a JSONL file with the expert, for `train` elsewhere.
 
@@ -348,5 +387,7 @@ def score_command(
     work = Path(work_dir) if work_dir else None
     with load(**models | {"expert_required": True}, switch="margin") as pair:
         documents = _documents(data, pair, raw, work)
-        result = score_expert(pair, documents, Path(outfile), progress, work=work, update=update)
+        result = score_expert(
+            pair, documents, Path(outfile), progress, shard=shard, work=work, update=update
+        )
     click.echo(json.dumps(result))

@@ -7,7 +7,7 @@ fine-tuning (arXiv 2403.03870, section 2.2) that needs only the two GGUF files.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -39,7 +39,8 @@ from colm_edge.train.objectives import (
     loss_figures,
     weak_label,
 )
-from colm_edge.train.scoring import MakeProgress, Recorded, Scores, score, scored_by
+from colm_edge.train.score_files import scored_by
+from colm_edge.train.scoring import MakeProgress, Recorded, Scores, score
 
 if TYPE_CHECKING:
     from colm_edge.pair import Pair
@@ -129,7 +130,7 @@ def fit_switch(
     *,
     progress: MakeProgress,
     work: Path | None = None,
-    expert_scores: Path | None = None,
+    expert_scores: Sequence[Path] = (),
     recorded: Recorded | None = None,
 ) -> Fit:
     """Score the documents, fit a switch on one part of them and judge it on the other.
@@ -158,7 +159,7 @@ def fit_switch(
     by_expert = recorded is not None and options.objective == "best"
     objective = "regret" if by_expert else options.objective
     trial, trials = fit_head(split, names, objective, old)
-    info = _identities(pair, scored_by(expert_scores), expert_scores is not None)
+    info = _identities(pair, scored_by(expert_scores), bool(expert_scores))
     switch = _switch(trial, names, split, info | {"objective": trial.objective})
     chosen = {}
     if options.choose is not None:

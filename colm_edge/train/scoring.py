@@ -12,7 +12,7 @@ stopped.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,9 +23,9 @@ import numpy.typing as npt
 
 from colm_edge import readout
 from colm_edge.errors import ColmError, DataError
-from colm_edge.files import replacing
 from colm_edge.remote.client import RemoteSession
 from colm_edge.train.documents import Documents, Ints
+from colm_edge.train.score_files import read_scores, write_scores
 from colm_edge.train.store import (
     COPY_ROWS,
     Columns,
@@ -47,7 +47,6 @@ PACK_TOKENS = 1024  # of short documents, evaluated together
 # llama.cpp one below it.
 ZERO_PROBABILITY = -9999.0
 LEAST_LOGPROB = -1e4  # stands for minus infinity, of what the expert never writes
-EXPERT_COLUMNS = ("logprob", "right", "best", "choice")
 
 
 class Progress(Protocol):
@@ -57,6 +56,7 @@ class Progress(Protocol):
 
 
 MakeProgress = Callable[[str, int], AbstractContextManager[Progress]]
+Shard = tuple[int, int]  # (k, n): the k-th of n parts
 # What an expert told while it wrote documents, by their keys: of each of the tokens, its likeliest
 # ones, best first, (n, k), and their log-probabilities.
 Recorded = Mapping[int, tuple[npt.NDArray[np.int32], Array]]
@@ -100,28 +100,27 @@ def score(
     *,
     work: Path | None = None,
     update: bool = False,
-    expert_scores: Path | None = None,
+    expert_scores: Sequence[Path] = (),
     recorded: Recorded | None = None,
 ) -> Scores:
     """Evaluate every document once with each model.
 
     work: a folder that keeps the results; a killed run goes on from them, and those of another
     model or of other data are refused. update: other data and another expert are accepted there;
-    documents that the folder has scores of are not evaluated again. expert_scores: a file that
+    documents that the folder has scores of are not evaluated again. expert_scores: the files that
     `score_expert` wrote, instead of the expert. recorded: what the expert told when it wrote the
     documents, for which it is then not evaluated.
 
     Raises DataError for scores that do not belong to these documents and for a full disk,
     ColmError for a model that gives NaN.
     """
+    elsewhere = read_scores(expert_scores, documents) if expert_scores else None
     base = score_model(pair, "base", documents, progress, work=work, update=update)
     likeliest = base["likeliest"]
     if recorded is not None:
         expert = _from_records(recorded, documents, likeliest)
-    elif expert_scores is not None:
-        expert = _read_expert_scores(expert_scores, documents)
     else:
-        expert = score_model(
+        expert = elsewhere or score_model(
             pair, "expert", documents, progress, work=work, update=update, choices=likeliest
         )
     told = _tokens_and_lines(documents, work)
@@ -191,77 +190,49 @@ def score_expert(
     path: Path,
     progress: MakeProgress,
     *,
+    shard: Shard = (1, 1),
     work: Path | None = None,
     update: bool = False,
 ) -> dict[str, Any]:
     """Write the expert's log-probabilities of the documents to a file that `score` reads.
 
-    The file is numpy's .npz: tokens int32, those of all documents one after the other; lengths,
-    starts and lines int64, one for each document; logprob float64 in nats and right bool, one for
-    each scored token; model, the expert's file. work, update: as in `score`.
+    shard: (k, n), to score only the k-th of n parts, by `bounds_of`. work, update: as in `score`.
 
-    Returns a summary. Raises WriteError when the file cannot be written.
+    Returns a summary. Raises WriteError when the file cannot be written, and DataError for a shard
+    without documents.
     """
-    base = score_model(pair, "choice", documents, progress, work=work, update=update)
+    first, last = bounds_of(documents, shard)
+    part = documents if shard == (1, 1) else documents[first:last]
+    base = score_model(pair, "choice", part, progress, work=work, update=update)
     columns = score_model(
-        pair, "expert", documents, progress,
-        work=work, update=update, choices=base["likeliest"],
-    )  # fmt: skip
-    with replacing(path) as temporary, temporary.open("wb") as file:
-        np.savez(
-            file,
-            tokens=documents.tokens,
-            lengths=documents.lengths,
-            starts=documents.starts,
-            lines=documents.lines,
-            logprob=columns["logprob"],
-            right=columns["right"],
-            best=columns["best"],
-            choice=columns["choice"],
-            model=np.array(pair.expert.name),
-        )
+        pair, "expert", part, progress, work=work, update=update, choices=base["likeliest"]
+    )
+    write_scores(path, part, first, len(documents), columns, pair.expert.name)
     return {
         "model": pair.expert.name,
-        "n_documents": len(documents),
-        "n_tokens": documents.n_scored,
+        "n_documents": len(part),
+        "n_tokens": part.n_scored,
         "n_cut": documents.n_cut,
         "n_dropped": documents.n_dropped,
         "nll": float(-columns["logprob"].mean()),
     }
 
 
-def scored_by(path: Path | None) -> str | None:
-    """Return the model that a file of `score_expert` names; None where none is named."""
-    if path is None:
-        return None
-    with np.load(path) as file:
-        return str(file["model"]) if "model" in file else None
+def bounds_of(documents: Documents, shard: Shard) -> tuple[int, int]:
+    """Return the number of a shard's first document, and of the one after its last.
 
-
-def _read_expert_scores(path: Path, documents: Documents) -> Columns:
-    try:
-        with np.load(path) as file:
-            same = (
-                np.array_equal(file["lengths"], documents.lengths)
-                and np.array_equal(file["starts"], documents.starts)
-                and np.array_equal(file["tokens"], documents.tokens)
-            )
-            columns: Columns = {name: file[name] for name in EXPERT_COLUMNS}
-    except OSError as e:
-        raise DataError(f"{path}: {e.strerror or e}; expected a file of `colm-edge score`") from e
-    except (KeyError, ValueError, EOFError) as e:
-        raise DataError(f"{path}: not a file of `colm-edge score` ({e})") from e
-    if not same:
+    A shard is made of whole groups that are evaluated together, so its scores are to the last bit
+    those that it would have among all.
+    """
+    k, n = shard
+    groups = list(_groups(documents, np.arange(len(documents))))
+    chosen = groups[len(groups) * (k - 1) // n : len(groups) * k // n]
+    if not chosen:
         raise DataError(
-            f"{path}: holds scores of other data, or of prompts in another base's chat template; "
-            "score this data with this base"
+            f"shard {k} of {n} has no documents: the data makes {len(groups)} batches; use at most "
+            "so many shards"
         )
-    if any(column.shape != (documents.n_scored,) for column in columns.values()):
-        raise DataError(
-            f"{path}: is broken: expected {documents.n_scored} scores; write it again with "
-            "`colm-edge score`"
-        )
-    return columns
+    return int(chosen[0][0]), int(chosen[-1][-1]) + 1
 
 
 def score_model(

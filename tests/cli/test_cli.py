@@ -212,8 +212,9 @@ def test_train_writes_a_switch_that_runs(tiny, tmp_path):
     assert run.exit_code == 0
 
 
-def test_expert_scores_come_from_elsewhere(tiny, tmp_path):
+def test_expert_scores_come_from_elsewhere(tiny, tmp_path, monkeypatch):
     """`score` where the expert is, `train` where it is not: the same switch."""
+    monkeypatch.setattr("colm_edge.train.scoring.PACK_TOKENS", 40)
     data = tmp_path / "data.jsonl"
     lines = [{"prompt": f"p{i}", "completion": f"c{i} and more"} for i in range(10)]
     data.write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -227,6 +228,15 @@ def test_expert_scores_come_from_elsewhere(tiny, tmp_path):
     assert result.exit_code == 0, result.output
     one, other = (Switch.load(path) for path in switches)
     assert np.array_equal(one.weight, other.weight)
+    parts = [tmp_path / f"part{k}.npz" for k in (1, 2)]
+    for k, part in enumerate(parts, 1):
+        options = ["--data", data, "--outfile", part, "--shard", f"{k}/2", *models_of(tiny)]
+        assert invoke("score", *options).exit_code == 0
+    refused = invoke("score", "--data", data, "--outfile", parts[0], "--shard", "3/2")
+    assert "expected K/N, with K from 1 to N" in refused.stderr
+    result = invoke(*apart[:-1], *parts, "-m", tiny["base"], "-t", "1")
+    assert result.exit_code == 0, result.output
+    assert np.array_equal(Switch.load(switches[1]).weight, one.weight)
     data.write_text("".join(json.dumps(line) + "\n" for line in lines[1:]))
     result = invoke(*apart, "-m", tiny["base"], "-t", "1")
     assert result.exit_code == 1

@@ -364,28 +364,29 @@ def test_a_score_file_replaces_the_expert(pair, tiny, tmp_path):
         "right": "bool",
         "best": "float64",
         "choice": "float64",
+        "part": "int64",
     }
     evaluated = Evaluated(pair)
-    assert_same(score(pair, documents, no_bar, expert_scores=path), scores)
+    assert_same(score(pair, documents, no_bar, expert_scores=[path]), scores)
     assert evaluated() == (cost(documents), 0)
     with pytest.raises(DataError, match="holds scores of other data, or of prompts"):
-        score(pair, documents[1:], no_bar, expert_scores=path)
+        score(pair, documents[1:], no_bar, expert_scores=[path])
     assert [p.name for p in tmp_path.iterdir()] == ["expert.npz"]
 
 
 def test_broken_score_files_are_refused(pair, tmp_path):
     documents = tokenized(enumerate(ROWS), pair)
     with pytest.raises(DataError, match="No such file"):
-        score(pair, documents, no_bar, expert_scores=tmp_path / "absent.npz")
+        score(pair, documents, no_bar, expert_scores=[tmp_path / "absent.npz"])
     (tmp_path / "text.npz").write_text("no scores")
     with pytest.raises(DataError, match="not a file of `colm-edge score`"):
-        score(pair, documents, no_bar, expert_scores=tmp_path / "text.npz")
+        score(pair, documents, no_bar, expert_scores=[tmp_path / "text.npz"])
     path = tmp_path / "short.npz"
     arrays = {"tokens": documents.tokens, "lengths": documents.lengths, "starts": documents.starts}
     columns = {name: np.zeros(3) for name in ("logprob", "right", "best", "choice")}
     np.savez(path, **arrays, **columns)
     with pytest.raises(DataError, match=rf"expected {documents.n_scored} scores"):
-        score(pair, documents, no_bar, expert_scores=path)
+        score(pair, documents, no_bar, expert_scores=[path])
 
 
 def test_a_pass_with_a_work_folder_keeps_a_few_numbers_a_document(pair, tmp_path, monkeypatch):
