@@ -46,21 +46,27 @@ class Fake:
             entry["max_model_len"] = N_CTX
         return {"object": "list", "data": [{"id": name, **entry} for name in self.names]}
 
-    def refusal(self, body: dict) -> tuple[int, str, str] | None:
-        """Return the status, the kind of error and the message with which vLLM refuses a body."""
+    def refusal(self, body: dict) -> dict | None:
+        """Return the error with which vLLM 0.32 refuses a body."""
         if self.owner != "vllm":
             return None
+
+        def error(code: int, kind: str, param: str, message: str) -> dict:
+            return {"message": message, "type": kind, "param": param, "code": code}
+
         if body["model"] not in self.names:
-            return 404, "NotFoundError", f"The model `{body['model']}` does not exist."
+            told = f"The model `{body['model']}` does not exist. Valid aliases: {self.names[0]}."
+            return error(404, "NotFoundError", "model", told)
         if (n := body.get("logprobs", 0)) > self.max_logprobs:
-            most = self.max_logprobs
-            told = f"Requested sample logprobs of {n}, which is greater than max allowed: {most}"
-            return 400, "BadRequestError", told
+            told = f"Requested sample logprobs of {n}, which is greater than max allowed: "
+            told += f"{self.max_logprobs} (parameter=logprobs, value={n})"
+            return error(400, "BadRequestError", "logprobs", told)
         prompts = body["prompt"] if "prompt_logprobs" in body else [body["prompt"]]
         longest = 0 if isinstance(prompts[0], str) else max(map(len, prompts))
-        if longest >= N_CTX:  # with its answer
-            told = f"the model's context length is only {N_CTX} tokens, you passed {longest}"
-            return 400, "BadRequestError", told
+        if longest > N_CTX:
+            told = f"This model's maximum context length is {N_CTX} tokens. However, your prompt "
+            told += f"contains {longest} input tokens"
+            return error(400, "BadRequestError", "input_tokens", told)
         return None
 
     def answer(self, path: str, body: dict) -> dict:
@@ -145,9 +151,7 @@ def handler(fake: Fake) -> type[BaseHTTPRequestHandler]:
             if "completion" in self.path:
                 failure = fake.failures.pop(0) if fake.failures else fake.always
             if refusal is not None:
-                status, kind, told = refusal
-                error = {"message": told, "type": kind, "param": None, "code": status}
-                self.send(json.dumps({"error": error}).encode(), status)
+                self.send(json.dumps({"error": refusal}).encode(), refusal["code"])
             elif failure.isdigit():
                 self.send(b'{"error": "as told"}', int(failure))
             elif failure == "garbage":

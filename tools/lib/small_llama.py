@@ -58,7 +58,7 @@ def train_vocab(corpus: Iterable[str], end: str, n_vocab: int, path: Path) -> No
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = _pretokenizer()
+    tokenizer.pre_tokenizer = pretokenizer()
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=n_vocab,
@@ -70,7 +70,8 @@ def train_vocab(corpus: Iterable[str], end: str, n_vocab: int, path: Path) -> No
     tokenizer.save(str(path))
 
 
-def _pretokenizer() -> Any:
+def pretokenizer() -> Any:
+    """Return what cuts a text into the parts within which a BPE merges."""
     from tokenizers import Regex, pre_tokenizers
 
     return pre_tokenizers.Sequence(
@@ -199,7 +200,7 @@ def import_gguf(name: str, path: Path, work: Path) -> None:
     tokens = reader.fields["tokenizer.ggml.tokens"].contents()
     merges = [tuple(m.split(" ")) for m in reader.fields["tokenizer.ggml.merges"].contents()]
     tokenizer = Tokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, merges))
-    tokenizer.pre_tokenizer = _pretokenizer()
+    tokenizer.pre_tokenizer = pretokenizer()
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens([tokens[0]])
     tokenizer.save(str(work / "tokenizer.json"))
