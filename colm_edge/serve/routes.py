@@ -54,13 +54,16 @@ def metrics(server: TheServer) -> Response:
 @router.head("/v1/models", include_in_schema=False)
 @router.get("/v1/models")
 def models(server: TheServer) -> dict[str, Any]:
+    pair = server.pair
+    expert = Path(pair.expert.name).stem if pair.expert_is_here else "remote"
+    names = {"base": pair.base.path.stem, "expert": expert, "switch": Path(pair.switch.name).stem}
     model = {
         "id": server.name,
         "object": "model",
         "created": server.created,
         "owned_by": "colm-edge",
-        "max_model_len": server.pair.n_ctx,
-        "meta": {"n_vocab": server.pair.n_shared},
+        "max_model_len": pair.n_ctx,
+        "meta": {"n_vocab": pair.n_shared, **names},
     }
     return {"object": "list", "data": [model]}
 

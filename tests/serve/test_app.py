@@ -326,9 +326,14 @@ def test_messages_in_parts_and_other_roles(client):
     assert texts[0] == texts[1]
 
 
-def test_models_and_health(client, url):
+def test_models_and_health(client, url, pair):
     assert [model.id for model in client.models.list()] == ["tiny"]
-    assert client.models.retrieve("tiny").owned_by == "colm-edge"
+    model = client.models.retrieve("tiny")
+    assert model.owned_by == "colm-edge"
+    # The names of the files, and nothing of where they are.
+    meta = model.meta
+    assert "/" not in meta["base"] + meta["expert"] + meta["switch"]
+    assert (meta["base"], meta["switch"]) == (pair.base.path.stem, "margin")
     with pytest.raises(openai.NotFoundError, match="this server has 'tiny'"):
         client.models.retrieve("other")
     assert httpx.get(f"{url}/health").json() == {"status": "ok"}
