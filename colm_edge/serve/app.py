@@ -16,7 +16,7 @@ from fastapi import FastAPI
 
 from colm_edge.errors import ColmError
 from colm_edge.options import ServerOptions
-from colm_edge.serve import messages, ollama, responses, routes
+from colm_edge.serve import messages, ollama, page, responses, routes
 from colm_edge.serve.answers import Server
 from colm_edge.serve.errors import HANDLERS
 from colm_edge.serve.guard import Guard
@@ -24,7 +24,7 @@ from colm_edge.serve.guard import Guard
 if TYPE_CHECKING:
     from colm_edge.pair import Pair
 
-ROUTERS = (routes.router, responses.router, messages.router, ollama.router)
+ROUTERS = (page.router, routes.router, responses.router, messages.router, ollama.router)
 LAST_WORDS = 1.0  # seconds in which clients may be told that their answers end
 SHUTDOWN = 30  # seconds in which streams may end when the server is told to stop
 

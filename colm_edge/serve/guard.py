@@ -15,7 +15,8 @@ from colm_edge.serve.errors import RefusalError
 
 MAX_BODY = 4 << 20  # bytes of a request
 LOCAL = ("127.0.0.1", "localhost", "::1")
-PUBLIC = ("/", "/health")  # paths that need no key
+PUBLIC = ("/", "/health")  # paths that need no key, as those of the page's files
+PAGE = "/page/"
 
 
 def server_of(request: Request) -> Server:
@@ -72,7 +73,7 @@ class Guard:
 
     def _of_key(self, path: str, headers: Headers) -> RefusalError | None:
         """Return why a request with this key is not answered, or None."""
-        if self._key is None or path in PUBLIC:
+        if self._key is None or path in PUBLIC or path.startswith(PAGE):
             return None
         kind, _, given = headers.get("authorization", "").partition(" ")
         sent = given.strip() if kind.lower() == "bearer" else headers.get("x-api-key", "")

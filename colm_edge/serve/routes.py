@@ -3,11 +3,10 @@ with a router of its own to ROUTERS in `app`."""
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from fastapi import APIRouter, Request
-from fastapi.responses import HTMLResponse, Response
+from fastapi.responses import Response
 from prometheus_client import generate_latest
 
 from colm_edge.serve.chat import ChatRequest, TemplateRequest
@@ -18,25 +17,12 @@ from colm_edge.serve.formats import ChatFormat, CompletionFormat
 from colm_edge.serve.guard import TheServer
 from colm_edge.serve.requests import CompletionRequest, DetokenizeRequest, TokenizeRequest
 
-PAGE = Path(__file__).parent.parent / "data" / "chat.html"
-PAGE_POLICY = (
-    "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; "
-    "connect-src 'self'; img-src data:; frame-ancestors 'none'; base-uri 'none'; form-action 'none'"
-)
 # In the API's document, of an endpoint that answers with a body or a stream.
 BODY_OR_STREAM: dict[int | str, dict[str, Any]] = {
     200: {"content": {"application/json": {}, "text/event-stream": {}}}
 }
 
 router = APIRouter(responses=REFUSALS)
-
-
-@router.head("/", include_in_schema=False)
-@router.get("/", include_in_schema=False)
-def page() -> HTMLResponse:
-    text = PAGE.read_text(encoding="utf-8")
-    headers = {"Content-Security-Policy": PAGE_POLICY, "X-Frame-Options": "DENY"}
-    return HTMLResponse(text, headers=headers)
 
 
 @router.head("/health", include_in_schema=False)

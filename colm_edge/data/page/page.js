@@ -1,0 +1,247 @@
+// The page: what is open, what is being written, and what the reader does.
+
+import { askAgain, newChat, newTurn, removeTurn, textOf, titleOf, turnOf } from "./chat.js";
+import { chatList } from "./chats.js";
+import { $, button, element } from "./dom.js";
+import { follow } from "./follow.js";
+import * as server from "./server.js";
+import { askKey, settingsPanel } from "./settings.js";
+import * as store from "./store.js";
+import { tips } from "./tip.js";
+import { submitOnEnter, TurnView } from "./turn.js";
+import { Writing } from "./writing.js";
+
+const log = $("log"), turns = $("turns"), toast = $("toast");
+const form = $("form"), prompt = $("prompt");
+const writings = new Map(); // by conversation
+const views = new Map(); // by turn, of the open conversation
+let openId = null; // null: a new conversation, stored with its first question
+let known = null; // the server's entry for its pair
+let warned = false; // that the browser keeps no more
+
+// The server
+
+async function model() {
+  known ??= await server.model(store.settings().key);
+  if (known) name(known);
+  return known;
+}
+
+function name({ meta }) {
+  for (const part of ["base", "expert", "switch"]) {
+    const called = meta?.[part] === part ? "" : meta?.[part] ?? ""; // the shipped pair's files
+    $(part).textContent = $(part).title = called;
+    if (part === "switch") $(part).parentElement.hidden = !called;
+  }
+}
+
+// What is open
+
+const placed = () => location.hash.slice(1) || null;
+
+function open(id) {
+  if (id === openId) return;
+  openId = id;
+  if (placed() !== id) history.pushState(null, "", id ? `#${id}` : location.pathname);
+  views.clear();
+  turns.replaceChildren();
+  draw();
+  toEnd();
+}
+
+function draw() {
+  const chat = openId && store.getChat(openId);
+  if (openId && !chat) return open(null); // deleted, here or in another tab
+  const title = titleOf(chat);
+  $("title").textContent = title;
+  document.title = chat ? `${title} – colm-edge` : title;
+  drawList(openId);
+  drawTurns(chat?.turns ?? []);
+  const busy = writings.has(openId);
+  $("stop").hidden = !busy;
+  $("send").hidden = busy;
+}
+
+function drawTurns(all) {
+  const writing = writings.get(openId);
+  const shown = all.map((turn, i) => {
+    if (!views.has(turn.id)) views.set(turn.id, new TurnView(turn, actions));
+    const view = views.get(turn.id), here = writing?.turnId === turn.id;
+    if (here) turn.answer = writing.answer;
+    const elsewhere = turn.answer.state === "writing" && !here;
+    view.show(turn, { last: i === all.length - 1, elsewhere, drafts: here ? writing.drafts : [] });
+    if (elsewhere) recover(openId, turn.id);
+    return view.element;
+  });
+  const lost = all.findLastIndex((turn) => turn.forgotten);
+  if (lost >= 0) shown.splice(lost + 1, 0, border);
+  place(shown.length ? shown : [hint]);
+  for (const id of views.keys()) if (!all.some((turn) => turn.id === id)) views.delete(id);
+}
+
+// Put elements in their order, and leave those where they are that are there: what is moved loses
+// its focus and selection.
+function place(shown) {
+  for (const old of [...turns.children]) if (!shown.includes(old)) old.remove();
+  for (const [i, one] of shown.entries()) {
+    const there = turns.children[i] ?? null;
+    if (there !== one) turns.insertBefore(one, there);
+  }
+}
+
+const border = element("p", { className: "border" },
+  "What is above no longer fits the context and is not sent any more.");
+const hint = element("p", { className: "hint" }, "Two models write: the base, and ",
+  element("span", { className: "expert" }, "the expert"), " wherever the switch defers to it. "
+  + "Point at a word, tap it, or reach it with Tab and the arrows to see how sure the switch was.");
+
+// An answer that is unfinished though no tab writes it was cut when its page was closed.
+const recovering = new Set();
+async function recover(chatId, turnId) {
+  if (recovering.has(chatId)) return;
+  recovering.add(chatId);
+  await store.whenFree(chatId);
+  recovering.delete(chatId);
+  const answer = () => turnOf(store.getChat(chatId), turnId)?.answer;
+  if (answer()?.state !== "writing" || writings.has(chatId)) return;
+  store.changeChat(chatId, (chat) => { turnOf(chat, turnId).answer.state = "cut"; });
+}
+
+// What is written
+
+async function write(chatId, turnId) {
+  const writing = new Writing(chatId, turnId, { model, askKey: newKey, show });
+  writings.set(chatId, writing);
+  draw();
+  $("said").textContent = "The answer is being written.";
+  writing.over = writing.run();
+  await writing.over;
+  writings.delete(chatId);
+  draw();
+  const { answer } = writing;
+  if (chatId === openId) $("said").textContent = `${answer.note || "Answer:"} ${textOf(answer)}`;
+}
+
+function show({ chatId, turnId, answer, drafts }) {
+  if (chatId === openId) views.get(turnId)?.grow(answer, drafts);
+}
+
+async function newKey() {
+  known = null;
+  return askKey();
+}
+
+async function stopWriting(chatId) {
+  const writing = writings.get(chatId);
+  writing?.stop();
+  await writing?.over;
+}
+
+function ask(question) {
+  if (writings.has(openId)) return false;
+  const chat = (openId && store.getChat(openId)) || newChat();
+  if (chat.turns.at(-1)?.answer.state === "writing") {
+    say("Another tab is writing in this conversation.");
+    return false;
+  }
+  const turn = newTurn(question);
+  chat.turns.push(turn);
+  store.putChat(chat);
+  open(chat.id);
+  write(chat.id, turn.id);
+  toEnd();
+  return true;
+}
+
+// What can be done with a turn, and taken back
+
+const actions = {
+  edit: (id, question) => again(id, question),
+  again: (id) => again(id, turnOf(store.getChat(openId), id).question),
+  goOn: (id) => write(openId, id),
+  remove: (id) => undoably("Deleted.", (chatId) => (
+    store.changeChat(chatId, (chat) => removeTurn(chat, id)))),
+};
+
+function again(id, question) {
+  const { answer } = turnOf(store.getChat(openId), id);
+  const words = answer.tokens.length ? "The old answer is gone." : "";
+  undoably(words, (chatId) => {
+    let turn;
+    store.changeChat(chatId, (chat) => { turn = askAgain(chat, id, question); });
+    write(chatId, turn.id);
+    toEnd();
+  });
+}
+
+// Change a conversation, and offer to put it back as it was.
+async function undoably(words, change, chatId = openId) {
+  await stopWriting(chatId);
+  const before = store.getChat(chatId);
+  change(chatId);
+  if (!words) return;
+  say(words, button("Undo", async () => {
+    await stopWriting(chatId);
+    say("");
+    store.putChat(before);
+    open(chatId);
+  }));
+}
+
+let silence = 0;
+function say(words, ...more) {
+  clearTimeout(silence);
+  toast.replaceChildren(...(words ? [element("span", {}, words), ...more] : []));
+  silence = setTimeout(() => { if (!toast.matches(":hover, :focus-within")) say(""); }, 12000);
+}
+
+// What the reader does
+
+form.onsubmit = (event) => {
+  event.preventDefault();
+  const words = prompt.value.trim();
+  if (words && ask(words)) prompt.value = "";
+};
+
+prompt.onkeydown = (event) => {
+  submitOnEnter(event, form);
+  if (event.key === "ArrowUp" && !prompt.value && views.size) {
+    event.preventDefault();
+    [...views.values()].at(-1).edit();
+  }
+};
+
+document.addEventListener("keydown", (event) => {
+  const closes = document.querySelector(":popover-open, dialog[open]"); // Escape closes that
+  if (event.key === "Escape" && !closes) stopWriting(openId);
+});
+
+$("stop").onclick = () => stopWriting(openId);
+$("new").onclick = () => {
+  hideDrawer();
+  open(null);
+  prompt.focus();
+};
+const hideDrawer = () => { if ($("chats").matches(":popover-open")) $("chats").hidePopover(); };
+matchMedia("(min-width: 52rem)").onchange = hideDrawer; // it stands beside the conversation now
+
+window.addEventListener("popstate", () => open(placed()));
+window.addEventListener("pagehide", () => writings.forEach((writing) => writing.stop("cut")));
+
+const drawList = chatList({
+  open(id) { hideDrawer(); open(id); },
+  remove: (id) => undoably("Deleted.", () => store.removeChat(id), id),
+  model,
+});
+const toEnd = follow(log, turns, $("end"));
+tips(log, (node) => views.get(node.closest(".turn").dataset.turn).factOf(node));
+settingsPanel();
+store.watch(() => {
+  draw();
+  if (store.full && !warned) say("The browser keeps no more: what is new is lost with this tab.");
+  warned = store.full;
+});
+openId = placed();
+draw();
+toEnd();
+model();

@@ -1,0 +1,99 @@
+// What the browser keeps: each conversation under a key of its own, and the settings.
+//
+// Tabs share it. Every change reads the conversation anew, so no tab writes back what another one
+// has changed meanwhile.
+
+const CHAT = "colm-edge/chat/", SETTINGS = "colm-edge/settings";
+const unsaved = new Map(); // by key: what the browser could not keep
+const watchers = [];
+
+/** Whether the last writing failed: the storage is full, or the window private. */
+export let full = false;
+
+function read(key) {
+  let text = unsaved.get(key);
+  try { text ??= localStorage.getItem(key); } catch { /* forbidden: what this tab holds */ }
+  if (!text) return null;
+  try { return JSON.parse(text); } catch { return null; }
+}
+
+function write(key, value) {
+  const text = JSON.stringify(value);
+  try {
+    localStorage.setItem(key, text);
+    unsaved.delete(key);
+    full = false;
+  } catch {
+    unsaved.set(key, text);
+    full = true;
+  }
+  tell(key);
+}
+
+function keys() {
+  let kept = [];
+  try { kept = Object.keys(localStorage); } catch { /* as above */ }
+  return new Set([...kept, ...unsaved.keys()]);
+}
+
+function tell(key) {
+  const id = key?.startsWith(CHAT) ? key.slice(CHAT.length) : null;
+  for (const watcher of watchers) watcher(id);
+}
+
+/** Call `watcher` with the id of a conversation that was changed here or in another tab, or with
+ *  null after any other change. */
+export function watch(watcher) {
+  watchers.push(watcher);
+}
+
+window.addEventListener("storage", (event) => tell(event.key));
+
+export const getChat = (id) => read(CHAT + id);
+export const putChat = (chat) => write(CHAT + chat.id, chat);
+
+/** All conversations, the one that was changed last first. */
+export function allChats() {
+  const chats = [...keys()].filter((key) => key.startsWith(CHAT)).map(read);
+  return chats.filter((chat) => chat?.turns).sort((a, b) => b.changed - a.changed);
+}
+
+/** Change a conversation as it is stored now. Returns it, or null where it is no more. */
+export function changeChat(id, change) {
+  const chat = getChat(id);
+  if (!chat) return null;
+  change(chat);
+  chat.changed = Date.now();
+  putChat(chat);
+  return chat;
+}
+
+export function removeChat(id) {
+  unsaved.delete(CHAT + id);
+  try { localStorage.removeItem(CHAT + id); } catch { /* it was in `unsaved` only */ }
+  tell(CHAT + id);
+}
+
+const OWN = {
+  system: "", temperature: null, max_tokens: null, threshold: null, review: null, key: "",
+  marks: true,
+};
+
+/** The settings; null leaves a thing to the server and the switch. */
+export const settings = () => ({ ...OWN, ...read(SETTINGS) });
+export const set = (changes) => write(SETTINGS, { ...settings(), ...changes });
+
+// While a tab writes into a conversation it holds a lock. So other tabs know that it is being
+// written, and that what is found unfinished without a lock was cut.
+
+/** Do some work while no other tab writes into a conversation. Throws if one does. */
+export function alone(id, work) {
+  if (!navigator.locks) return work(); // plain http to another machine
+  const signal = AbortSignal.timeout(1000);
+  return navigator.locks.request(CHAT + id, { signal }, work);
+}
+
+/** Returns once no tab writes into a conversation. */
+export async function whenFree(id) {
+  await navigator.locks?.request(CHAT + id, { mode: "shared" }, () => {});
+}
