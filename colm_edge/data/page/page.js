@@ -54,7 +54,7 @@ function draw() {
   if (openId && !chat) return open(null); // deleted, here or in another tab
   const title = titleOf(chat);
   $("title").textContent = title;
-  document.title = chat ? `${title} – colm-edge` : title;
+  document.title = chat ? `${title} – colm-edge` : "colm-edge";
   drawList(openId);
   drawTurns(chat?.turns ?? []);
   const busy = writings.has(openId);

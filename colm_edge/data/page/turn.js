@@ -23,8 +23,8 @@ export class TurnView {
     this.id = turn.id;
     this.actions = actions;
     this.question = turn.question;
-    this.words = element("div", { className: "words" }, turn.question);
-    this.text = element("div", { className: "text" });
+    this.words = element("div", { className: "words", dir: "auto" }, turn.question);
+    this.text = element("div", { className: "text", dir: "auto" });
     this.wait = element("p", { className: "wait" }, "Waiting for the first token");
     this.note = element("p", { className: "note" });
     this.speed = element("span", { className: "speed" });
