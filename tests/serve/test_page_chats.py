@@ -224,14 +224,19 @@ def test_a_failed_question_is_tried_again(script):
         ask(page, "Why?")
         shown(page, words).wait_for()
         assert page.locator(".words").last.inner_text() == "Why?"
+    page.get_by_role("button", name="Retry").first.click()
+    script.asked(3)
+    assert page.locator(".words").count() == 1
+    page.get_by_role("button", name="Undo").click()
+    page.locator(".words").nth(1).wait_for()
     page.get_by_role("button", name="Retry").last.click()
     # The first one had no answer: it is no part of the conversation.
-    assert [m["content"] for m in script.asked(3)["messages"]] == ["Why?"]
+    assert [m["content"] for m in script.asked(4)["messages"]] == ["Why?"]
     script.write("Because.")
     page.evaluate("answer.close()")  # without an end
     shown(page, "The answer broke off.").wait_for()
     page.get_by_role("button", name="Continue").click()
-    script.asked(4)
+    script.asked(5)
     script.end()
     assert shown(page, "broke off").count() == 0
 

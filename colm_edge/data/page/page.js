@@ -164,9 +164,9 @@ const actions = {
 };
 
 function again(id, question) {
-  const { answer } = turnOf(store.getChat(openId), id);
-  const words = answer.tokens.length ? "The old answer is gone." : "";
-  undoably(words, (chatId) => {
+  const { turns: all } = store.getChat(openId);
+  const nothing = all.at(-1).id === id && !all.at(-1).answer.tokens.length;
+  undoably(nothing ? "" : "What stood here is gone.", (chatId) => {
     let turn;
     store.changeChat(chatId, (chat) => { turn = askAgain(chat, id, question); });
     write(chatId, turn.id);
@@ -192,7 +192,7 @@ let silence = 0;
 function say(words, ...more) {
   clearTimeout(silence);
   toast.replaceChildren(...(words ? [element("span", {}, words), ...more] : []));
-  silence = setTimeout(() => { if (!toast.matches(":hover, :focus-within")) say(""); }, 12000);
+  silence = setTimeout(() => { if (!toast.matches(":hover, :focus-within")) say(""); }, 20_000);
 }
 
 // What the reader does
