@@ -275,10 +275,9 @@ class Pair:
                 raise PromptError(f"a message is {message!r}; expected role and content, as texts")
         if not messages:
             raise PromptError("the conversation is empty; give at least one message")
-        if raw:
-            return "\n\n".join(m["content"] for m in messages)
-        messages, variables = each_text([list(messages), variables], self.base.plain)
-        if self.template is None:
+        if not raw:
+            messages, variables = each_text([list(messages), variables], self.base.plain)
+        if raw or self.template is None:
             return "\n\n".join(m["content"] for m in messages)
         return self.template.render(messages, **variables)
 

@@ -3,6 +3,7 @@ with a router of its own to ROUTERS in `app`."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from fastapi import APIRouter, Request
