@@ -166,7 +166,7 @@ const actions = {
 function again(id, question) {
   const { turns: all } = store.getChat(openId);
   const nothing = all.at(-1).id === id && !all.at(-1).answer.tokens.length;
-  undoably(nothing ? "" : "What stood here is gone.", (chatId) => {
+  undoably(nothing ? "" : "Replaced.", (chatId) => {
     let turn;
     store.changeChat(chatId, (chat) => { turn = askAgain(chat, id, question); });
     write(chatId, turn.id);
