@@ -19,6 +19,8 @@ from lib.random_model import SHAPES, write_model
 
 from colm_edge.pair import Pair, load
 
+pytest_plugins = ["pages"]
+
 N_VOCAB = 32
 TEMPLATE = (
     "{%- for m in messages -%}{{ m['role'] + ': ' + m['content'] + '\\n' }}{%- endfor -%}"

@@ -1,4 +1,4 @@
-"""Pages in a real headless Chromium."""
+"""Fixtures: pages in a real headless Chromium. conftest.py makes them known to all tests."""
 
 from __future__ import annotations
 
