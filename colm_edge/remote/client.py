@@ -51,7 +51,7 @@ PROBES = (
     "Größe, señor, déjà vu — naïve “quotes” … 中文 русский العربية 😀",
 )
 # What is raised by reading an answer of another shape.
-_MALFORMED = (KeyError, IndexError, TypeError, ValueError, AttributeError)
+_MALFORMED = (KeyError, IndexError, TypeError, ValueError, AttributeError, OverflowError)
 
 
 class RemoteExpert:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import time
 from typing import Any
 
 from colm_edge.errors import ColmError, ModelError
@@ -12,6 +14,7 @@ from colm_edge.remote.dialect import Body
 
 CONNECT_TIMEOUT = 5.0  # seconds
 KEY_VARIABLE = "COLM_EDGE_EXPERT_KEY"
+MOST_BYTES = 64 << 20  # of an answer: the log-probabilities of a vocabulary take 10 MB
 TOLD = 200  # characters of a server's own words that an error repeats
 
 
@@ -59,8 +62,11 @@ class Server:
             )
         self._timeout = timeout
         self._client = httpx.Client(
+            trust_env=not self.is_local,  # a proxy is not asked for this machine
             timeout=httpx.Timeout(timeout, connect=min(timeout, CONNECT_TIMEOUT)),
-            headers={"Authorization": f"Bearer {key}"} if key else {},
+            # A small answer could unpack to any size.
+            headers={"Accept-Encoding": "identity"}
+            | ({"Authorization": f"Bearer {key}"} if key else {}),
             auth=(parsed.username, parsed.password) if parsed.userinfo else None,
         )
 
@@ -73,35 +79,50 @@ class Server:
 
         Raises RequestError.
         """
-        method = "GET" if body is None else "POST"
         try:
-            response = self._client.request(method, self.address + path, json=body)
+            status, content = self._exchange(path, body)
         except self._httpx.ReadTimeout as e:
             told = f"no answer in {self._timeout:g} seconds (--expert-timeout)"
             raise RequestError(f"{path}: {told}", "timeout") from e
         except (self._httpx.HTTPError, UnicodeError) as e:
             what = type(e).__name__
             raise RequestError(f"{path}: {str(e) or what}", what) from e
-        status = response.status_code
         if status != 200:
-            told = _told(response)
+            told = _told(content)
             if status in (401, 403):
                 told += f" (set the variable {KEY_VARIABLE} to its key)"
             busy = status >= 500 or status in (408, 429)
             cause = f"HTTP {status}"
             raise RequestError(f"{path}: {cause}: {told}", cause, final=not busy)
         try:
-            return response.json()
-        except ValueError as e:
+            return json.loads(content)
+        except (ValueError, RecursionError) as e:
             raise RequestError(f"{path}: its answer is not valid JSON", "no JSON") from e
 
+    def _exchange(self, path: str, body: Body | None) -> tuple[int, bytes]:
+        """Return the status and the body of an answer that comes in time and is not too large."""
+        method, end = "GET" if body is None else "POST", time.monotonic() + self._timeout
+        content = bytearray()
+        with self._client.stream(method, self.address + path, json=body) as response:
+            if response.headers.get("content-encoding", "identity") != "identity":
+                told = "its answer is compressed, which it was not asked for"
+                raise RequestError(f"{path}: {told}", "compressed", final=True)
+            for piece in response.iter_raw():
+                content += piece
+                if len(content) > MOST_BYTES:
+                    told = f"its answer has more than {MOST_BYTES >> 20} MB"
+                    raise RequestError(f"{path}: {told}", "size", final=True)
+                if time.monotonic() > end:
+                    raise self._httpx.ReadTimeout("")
+            return response.status_code, bytes(content)
 
-def _told(response: Any) -> str:
+
+def _told(content: bytes) -> str:
     """Return what a server says is wrong: the message of an OpenAI error, or else all of it."""
     try:
-        text = str(response.json()["error"]["message"])
-    except (ValueError, KeyError, TypeError):
-        text = response.text
+        text = str(json.loads(content)["error"]["message"])
+    except (ValueError, KeyError, TypeError, RecursionError):
+        text = content[: 4 * TOLD].decode("utf-8", "replace")
     return " ".join(text[:TOLD].split())
 
 
