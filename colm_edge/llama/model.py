@@ -6,7 +6,6 @@ The vocabulary is read at once, the weights at the first evaluation.
 from __future__ import annotations
 
 import ctypes
-import hashlib
 import os
 import re
 import threading
@@ -20,7 +19,7 @@ import llama_cpp as llama
 
 from colm_edge.cancel import CancelledError
 from colm_edge.errors import MismatchError, ModelError
-from colm_edge.files import parts_of
+from colm_edge.files import fingerprint, parts_of
 from colm_edge.gguf_header import check_model, read_header
 from colm_edge.llama import huge_pages
 from colm_edge.llama.backend import last_errors, model_params
@@ -32,9 +31,10 @@ from colm_edge.llama.threads import cores
 MAX_VOCAB_DIFFERENCE = 128
 # Lower ids are special tokens, which models of one vocabulary may name differently.
 FIRST_COMPARED_TOKEN = 5
-FINGERPRINT_PLACES = 1024  # in a model's file, evenly spread
-FINGERPRINT_BYTES = 4096  # read at each place
 PARTED = "\ufdd0"  # no character of Unicode, and never will be one
+# Pre-tokenizers that llama.cpp has code of its own for; other texts are cut here.
+OWN_SPLITS = ("gpt-2", "llama-bpe", "olmo", "qwen2", "smollm")
+LONG_RUN = re.compile(r"\S{4000}|\s{4000}")
 CONTROL = llama.LLAMA_TOKEN_ATTR_CONTROL | llama.LLAMA_TOKEN_ATTR_UNKNOWN
 WAIT = 0.05  # seconds between two checks while another thread reads the weights
 
@@ -339,11 +339,20 @@ class Model:
             `plain` has parted them.
         bos: put the begin token first, if the vocabulary adds one.
         """
+        if not self._splits_long_runs:
+            text = LONG_RUN.sub(lambda run: run[0] + PARTED, text)
         first, *others = text.split(PARTED)
         tokens = self._tokenize(first, special, bos)
         for other in others:
             tokens += self._tokenize(other, special, False)
         return tokens
+
+    @cached_property
+    def _splits_long_runs(self) -> bool:
+        """Whether llama.cpp splits a text without a regex that calls itself at each character, to
+        the stack's end: some 20,000 without a space end the process."""
+        byte_pairs = self.metadata("tokenizer.ggml.model") == "gpt2"
+        return not byte_pairs or self.metadata("tokenizer.ggml.pre") in OWN_SPLITS
 
     def plain(self, text: str) -> str:
         """Return a text in which the names of control tokens are parted: `tokenize` then takes them
@@ -445,19 +454,6 @@ def _progress_callback(
         return not raised
 
     return on_progress
-
-
-def fingerprint(*paths: Path) -> str:
-    """Return a hash of the files' sizes and of samples of their bytes, without reading it all."""
-    digest = hashlib.sha256()
-    for path in paths:
-        size = path.stat().st_size
-        digest.update(str(size).encode())
-        with path.open("rb") as file:
-            for i in range(FINGERPRINT_PLACES):
-                file.seek(size * i // FINGERPRINT_PLACES)
-                digest.update(file.read(FINGERPRINT_BYTES))
-    return digest.hexdigest()
 
 
 def _check_gguf(path: Path) -> None:

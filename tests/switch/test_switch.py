@@ -15,7 +15,7 @@ from reference import p_defer
 
 from colm_edge import readout
 from colm_edge.errors import MismatchError, SwitchError, WriteError
-from colm_edge.llama.model import fingerprint
+from colm_edge.files import fingerprint
 from colm_edge.pair import load
 from colm_edge.readout import FEATURES
 from colm_edge.switch.file import FEATURE_SETS, Switch

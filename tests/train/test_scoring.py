@@ -15,7 +15,7 @@ from conftest import no_bar
 from lib.random_model import SHAPES, write_model
 
 from colm_edge.errors import ColmError, DataError
-from colm_edge.llama.model import fingerprint
+from colm_edge.files import fingerprint
 from colm_edge.pair import load
 from colm_edge.train import scoring, store
 from colm_edge.train.documents import tokenized

@@ -14,8 +14,7 @@ from pathlib import Path
 
 import click
 
-from colm_edge.files import sha256_of
-from colm_edge.llama.model import fingerprint
+from colm_edge.files import fingerprint, sha256_of
 from colm_edge.switch.file import Switch
 
 FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
