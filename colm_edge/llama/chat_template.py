@@ -40,11 +40,21 @@ class ChatTemplate:
 
 
 def each_text(given: Any, change: Callable[[str], str]) -> Any:
-    """Return a copy of what JSON can hold, each text in it changed, but for keys."""
+    """Return a copy of what JSON can hold, each text in it changed, but for keys.
+
+    Raises PromptError where it is nested too deep.
+    """
+    try:
+        return _changed(given, change)
+    except RecursionError as e:
+        raise PromptError("the conversation is nested too deep; send less of it") from e
+
+
+def _changed(given: Any, change: Callable[[str], str]) -> Any:
     if isinstance(given, str):
         return change(given)
     if isinstance(given, Mapping):
-        return {key: each_text(value, change) for key, value in given.items()}
+        return {key: _changed(value, change) for key, value in given.items()}
     if isinstance(given, list | tuple):
-        return [each_text(value, change) for value in given]
+        return [_changed(value, change) for value in given]
     return given

@@ -88,7 +88,7 @@ def arguments_of(text: str) -> Any:
     no JSON stays one."""
     try:
         return json.loads(text or "{}")
-    except ValueError:
+    except (ValueError, RecursionError):
         return text
 
 

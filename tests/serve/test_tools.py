@@ -332,6 +332,21 @@ def test_any_text_without_the_mark_is_allowed(model, text):
         assert accepts(model, grammar, text)
 
 
+def test_what_is_nested_too_deep_is_refused(urls):
+    for depth in (100, 900, 100_000):
+        nested = "[" * depth + "]" * depth
+        call = {"id": "a", "type": "function", "function": {"name": "f", "arguments": nested}}
+        messages = [*CHAT, {"role": "assistant", "tool_calls": [call]}, CALLED[2]]
+        body = {"messages": messages, "max_tokens": 1}
+        answer = httpx.post(f"{urls['hermes']}/v1/chat/completions", json=body, timeout=60)
+        assert answer.status_code in (200, 400), answer.text
+    body = '{"messages": [], "chat_template_kwargs": {"x": ' + "[" * 700 + "]" * 700 + "}}"
+    body = body.replace("[]", json.dumps(CHAT), 1)
+    url = f"{urls['hermes']}/v1/chat/completions"
+    headers = {"Content-Type": "application/json"}
+    assert httpx.post(url, content=body, headers=headers, timeout=60).status_code in (200, 400)
+
+
 def test_a_thought_is_told_apart(urls):
     """The grammar stands in for a model that thinks."""
     for template, start in (("thinking", "<think>"), ("open", "")):
