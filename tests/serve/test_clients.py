@@ -5,6 +5,7 @@ Each test runs where its client is installed (the extra test-clients).
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import shutil
@@ -111,15 +112,28 @@ def test_instructor(roomy):
             assert isinstance(found, Pick)
 
 
+# In a process of its own, because it leaves an event loop behind.
+LITELLM = """
+import json, sys, litellm
+schema = {"type": "json_schema", "json_schema": {"name": "Pick", "schema": json.loads(sys.argv[2])}}
+asked = {"model": "openai/any", "api_base": sys.argv[1], "api_key": "any", "max_tokens": 120}
+asked["messages"] = [{"role": "user", "content": "hello"}]
+whole = litellm.completion(**asked)
+parsed = litellm.completion(**asked, response_format=schema)
+pieces = litellm.completion(**asked, stream=True)
+told = "".join(piece.choices[0].delta.content or "" for piece in pieces)
+contents = [one.choices[0].message.content for one in (whole, parsed)]
+print(json.dumps([*contents, told]))
+"""
+
+
 def test_litellm(roomy):
-    litellm = pytest.importorskip("litellm")
-    asked = {"api_base": f"{roomy}/v1", "api_key": "any", "messages": CHAT, "max_tokens": 120}
-    answer = litellm.completion(model="openai/any", **asked)
-    assert answer.choices[0].message.content
-    parsed = litellm.completion(model="openai/any", response_format=Pick, **asked)
-    Pick.model_validate_json(parsed.choices[0].message.content)
-    streamed = litellm.completion(model="openai/any", stream=True, **asked)
-    assert "".join(chunk.choices[0].delta.content or "" for chunk in streamed)
+    pytest.importorskip("litellm")
+    schema = json.dumps(Pick.model_json_schema())
+    told = output_of([sys.executable, "-c", LITELLM, f"{roomy}/v1", schema])
+    whole, parsed, streamed = json.loads(told.splitlines()[-1])
+    assert whole == streamed != ""
+    Pick.model_validate_json(parsed)
 
 
 def test_pydantic_ai(roomy):
@@ -127,11 +141,16 @@ def test_pydantic_ai(roomy):
     from pydantic_ai.models.openai import OpenAIChatModel
     from pydantic_ai.providers.openai import OpenAIProvider
 
-    model = OpenAIChatModel("any", provider=OpenAIProvider(base_url=f"{roomy}/v1", api_key="any"))
     settings = {"max_tokens": 120, "parallel_tool_calls": False}
+
+    async def ask(output) -> None:
+        async with openai.AsyncOpenAI(base_url=f"{roomy}/v1", api_key="any") as client:
+            model = OpenAIChatModel("any", provider=OpenAIProvider(openai_client=client))
+            agent = agents.Agent(model, output_type=output, model_settings=settings)
+            assert isinstance((await agent.run("hello")).output, Pick)
+
     for output in (Pick, agents.NativeOutput(Pick)):
-        agent = agents.Agent(model, output_type=output, model_settings=settings)
-        assert isinstance(agent.run_sync("hello").output, Pick)
+        asyncio.run(ask(output))
 
 
 def test_llm(roomy, tmp_path):
@@ -150,16 +169,16 @@ def test_llm(roomy, tmp_path):
 
 def test_ollamas_own_client(roomy):
     ollama = pytest.importorskip("ollama")
-    client = ollama.Client(host=roomy)
-    options = {"num_predict": 60, "temperature": 0}
-    whole = client.chat(model="any", messages=CHAT, options=options)
-    assert whole.message.content
-    pieces = client.chat(model="any", messages=CHAT, options=options, stream=True)
-    assert "".join(piece.message.content for piece in pieces) == whole.message.content
-    schema = Pick.model_json_schema()
-    formatted = client.generate(model="any", prompt="x", options=options, format=schema)
-    Pick.model_validate_json(formatted.response)
-    assert client.list().models[0].model == "tiny"
+    with ollama.Client(host=roomy) as client:
+        options = {"num_predict": 60, "temperature": 0}
+        whole = client.chat(model="any", messages=CHAT, options=options)
+        assert whole.message.content
+        pieces = client.chat(model="any", messages=CHAT, options=options, stream=True)
+        assert "".join(piece.message.content for piece in pieces) == whole.message.content
+        schema = Pick.model_json_schema()
+        formatted = client.generate(model="any", prompt="x", options=options, format=schema)
+        Pick.model_validate_json(formatted.response)
+        assert client.list().models[0].model == "tiny"
 
 
 def test_lm_eval(roomy, tmp_path):
