@@ -8,13 +8,12 @@ from pydantic import Field, model_validator
 
 from colm_edge.errors import ColmError
 from colm_edge.serve.dialogue import Conversation, arguments_of
-from colm_edge.serve.requests import MAX_LOGPROBS, Body, Sampling
+from colm_edge.serve.requests import MAX_LOGPROBS, Body, Sampling, TextPart, joined
 from colm_edge.serve.tools import Tool, use_of
 
 
-class Part(Body):
+class Part(TextPart):
     type: Literal["text"]
-    text: str
 
 
 class CalledFunction(Body):
@@ -50,9 +49,7 @@ class Message(Body):
 
     def as_dict(self) -> dict[str, Any]:
         """Return it as chat templates read it."""
-        text = self.content or ""
-        if not isinstance(text, str):
-            text = "".join(part.text for part in text)
+        text = joined(self.content or "")
         role = "system" if self.role == "developer" else self.role
         more = self.model_dump(
             include={"tool_call_id", "name", "reasoning_content"}, exclude_none=True

@@ -59,7 +59,6 @@ def jobs_of(server: Server, body: Sampling, prompts: Sequence[Prompt]) -> list[J
 
     Raises RefusalError for too many, ColmError for options or a prompt that this pair cannot take.
     """
-    server.check_queue()
     jobs = list[Job]()
     n = len(prompts) * body.n
     if n > MAX_CHOICES:

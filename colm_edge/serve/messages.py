@@ -19,7 +19,7 @@ from colm_edge.serve.errors import ANTHROPIC_REFUSALS, RefusalError, anthropic
 from colm_edge.serve.formats import colm_of
 from colm_edge.serve.guard import TheServer
 from colm_edge.serve.parts import CallArguments, CallBegan, Part, Reply, Text, Thought
-from colm_edge.serve.requests import Body, Sampling, Stop
+from colm_edge.serve.requests import Body, Sampling, Stop, TextPart, joined
 from colm_edge.serve.streaming import EventStream, sse, while_connected
 from colm_edge.serve.tools import Tool, use_of
 
@@ -27,9 +27,8 @@ router = APIRouter(responses=ANTHROPIC_REFUSALS)
 Json = dict[str, Any]
 
 
-class TextBlock(Body):
+class TextBlock(TextPart):
     type: Literal["text"]
-    text: str
 
 
 class ThinkingBlock(Body):
@@ -52,10 +51,6 @@ class ResultBlock(Body):
 
 Texts = str | list[TextBlock]
 Block = Annotated[TextBlock | ThinkingBlock | UseBlock | ResultBlock, Field(discriminator="type")]
-
-
-def joined(texts: Texts) -> str:
-    return texts if isinstance(texts, str) else "".join(block.text for block in texts)
 
 
 class Message(Body):
@@ -146,6 +141,7 @@ def count_tokens(body: CountRequest, server: TheServer) -> dict[str, int]:
     responses={200: {"content": {"application/json": {}, "text/event-stream": {}}}},
 )
 async def messages(body: MessagesRequest, server: TheServer, request: Request) -> Response:
+    server.check_queue()
     dialogue = Dialogue(server.pair, body.conversation())
     (job,) = jobs_of(server, body, [dialogue.prompt])
     head = {

@@ -207,6 +207,7 @@ def _loaded(server: Server, written: Written) -> Response:
 async def _respond(
     body: Asked, conversation: Conversation, written: Written, server: Server, request: Request
 ) -> Response:
+    server.check_queue()
     dialogue = Dialogue(server.pair, conversation)
     (job,) = jobs_of(server, body.sampling, [dialogue.prompt])
     if body.stream:

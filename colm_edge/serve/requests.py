@@ -63,6 +63,17 @@ class ColmFields(ColmOptions):
     provisional: bool = False  # of a stream: report drafts, and what is undone
 
 
+class TextPart(Body):
+    """A piece of a message's content; each API has its own types of such pieces."""
+
+    text: str
+
+
+def joined(texts: str | Sequence[TextPart]) -> str:
+    """Return a content, which may come in pieces, as one text."""
+    return texts if isinstance(texts, str) else "".join(part.text for part in texts)
+
+
 class StreamOptions(Body):
     include_usage: bool = False
 

@@ -23,7 +23,7 @@ from colm_edge.serve.errors import REFUSALS
 from colm_edge.serve.formats import colm_of, usage_of
 from colm_edge.serve.guard import TheServer
 from colm_edge.serve.parts import CallArguments, CallBegan, Part, Text, Thought
-from colm_edge.serve.requests import Body, Sampling
+from colm_edge.serve.requests import Body, Sampling, TextPart, joined
 from colm_edge.serve.streaming import EventStream, sse, while_connected
 from colm_edge.serve.tools import use_of
 
@@ -33,16 +33,11 @@ router = APIRouter(responses=REFUSALS)
 Json = dict[str, Any]
 
 
-class InputText(Body):
+class InputText(TextPart):
     type: Literal["input_text", "output_text", "text"]
-    text: str
 
 
 Texts = str | list[InputText]
-
-
-def joined(texts: Texts) -> str:
-    return texts if isinstance(texts, str) else "".join(part.text for part in texts)
 
 
 class InputMessage(Body):
@@ -173,6 +168,7 @@ class ResponsesRequest(Sampling):
     responses={200: {"content": {"application/json": {}, "text/event-stream": {}}}},
 )
 async def responses(body: ResponsesRequest, server: TheServer, request: Request) -> Response:
+    server.check_queue()
     dialogue = Dialogue(server.pair, body.conversation())
     (job,) = jobs_of(server, body, [dialogue.prompt])
     head = Head(server.name, body, len(job.tokens))

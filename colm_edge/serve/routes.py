@@ -65,6 +65,7 @@ def one_model(model: str, server: TheServer) -> dict[str, Any]:
 
 @router.post("/v1/chat/completions", responses=BODY_OR_STREAM)
 async def chat(body: ChatRequest, server: TheServer, request: Request) -> Response:
+    server.check_queue()
     dialogue = Dialogue(server.pair, body.conversation())
     form = ChatFormat(body, dialogue, server.pair.base.piece)
     return await respond(server, form, body, [dialogue.prompt], request)
@@ -72,6 +73,7 @@ async def chat(body: ChatRequest, server: TheServer, request: Request) -> Respon
 
 @router.post("/v1/completions", responses=BODY_OR_STREAM)
 async def completions(body: CompletionRequest, server: TheServer, request: Request) -> Response:
+    server.check_queue()
     if body.stream and body.prompt_logprobs is not None:
         raise RefusalError(
             400,

@@ -150,10 +150,11 @@ def read_rows(path: str | os.PathLike[str]) -> Iterator[Row]:
     """Yield a JSONL file's objects. Raises DataError with the number of a bad line."""
     try:
         with open(path, "rb") as file:
-            head = file.read(len(codecs.BOM_UTF8))
+            head = file.peek(len(codecs.BOM_UTF8))  # a pipe cannot be read twice
             if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
                 raise DataError(f"{path} is UTF-16; save it as UTF-8")
-            file.seek(len(head) if head == codecs.BOM_UTF8 else 0)
+            if head.startswith(codecs.BOM_UTF8):
+                file.read(len(codecs.BOM_UTF8))
             for number, line in enumerate(file, 1):
                 if not line.strip():
                     continue

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import codecs
+import os
+import threading
 
 import pytest
 from gguf import GGUFWriter
@@ -31,6 +33,17 @@ def test_a_data_files_byte_order_mark_is_no_part_of_its_first_line(tmp_path):
     path = tmp_path / "d.jsonl"
     path.write_bytes(codecs.BOM_UTF8 + b'{"text": "a"}\n{"text": "b"}\n')
     assert [row for _, row in read_rows(path)] == [{"text": "a"}, {"text": "b"}]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="a POSIX pipe")
+def test_data_may_come_from_a_pipe(tmp_path):
+    path = tmp_path / "pipe"
+    os.mkfifo(path)
+    lines = codecs.BOM_UTF8 + b'{"text": "a"}\n{"text": "b"}\n'
+    writing = threading.Thread(target=path.write_bytes, args=(lines,))
+    writing.start()
+    assert [row for _, row in read_rows(path)] == [{"text": "a"}, {"text": "b"}]
+    writing.join()
 
 
 def test_utf_16_is_named_as_such(tmp_path):
