@@ -179,7 +179,7 @@ class Options:
     schedule: Literal["fast", "sequential"] = option(
         "fast",
         "--schedule",
-        help="How the evaluations are batched; does not change the text.",
+        help="How the evaluations of one answer at a time are batched; does not change the text.",
     )
     temperature: float = option(
         0.8,

@@ -11,7 +11,12 @@ from colm_edge.cli.common import open_pair
 from colm_edge.cli.options import (
     ALLOW_EXEC,
     LIMIT,
+    LORA,
+    OVERLAP,
+    SWITCH,
     check_exec,
+    check_goes_with,
+    check_goes_without,
     decoding_options,
     gathered,
     listed,
@@ -19,7 +24,6 @@ from colm_edge.cli.options import (
     output_option,
 )
 from colm_edge.cli.terminal import say
-from colm_edge.errors import ColmError
 from colm_edge.evaluate.metrics import METRICS
 
 if TYPE_CHECKING:
@@ -131,7 +135,7 @@ prompt_options = gathered(
     help="Try settings of both models instead, and print the best.",
 )
 @output_option("md", "csv", "json")
-@model_options
+@model_options(SWITCH, LORA, OVERLAP)
 @decoding_options("threshold", "defer_rate", "raw")
 def bench_command(
     replays: list[Replay],
@@ -156,8 +160,6 @@ def bench_command(
     from colm_edge.tables import render
 
     check_bench(replays, asked, decoding, tuning=tuning)
-    if "rpc" in models:
-        raise ColmError("bench measures this machine alone; leave --rpc out")
     with open_pair(models) as loaded:
         if n_busy:
             loaded.cost_tables()  # they are kept, so they must not be those of a busy machine
@@ -185,9 +187,12 @@ def check_bench(
         raise click.UsageError(
             "--replay, --prompts and --tune measure different things; give one of them"
         )
-    given = [name for name, value in (asked | decoding).items() if value is not False]
-    if given and "prompts" not in given:
-        raise click.UsageError(f"--{given[0].replace('_', '-')} goes with --prompts; give both")
+    if "prompts" not in asked:
+        check_goes_with("--prompts", *asked, *decoding)
+    if "prompts" in asked:
+        check_goes_without("--prompts", "memory")
+    if tuning:
+        check_goes_without("--tune", "methods", "n", "rounds", "tools", "memory")
     check_exec(asked.get("metric"), asked["allow_exec"])
 
 

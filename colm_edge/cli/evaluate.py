@@ -14,9 +14,15 @@ from colm_edge.cli.options import (
     ALLOW_EXEC,
     DATA,
     LIMIT,
+    LORA,
+    OVERLAP,
     PARALLEL,
+    RPC,
+    SWITCH,
+    TIMEOUT,
     WORK_DIR,
     check_exec,
+    check_goes_with,
     decoding_options,
     gathered,
     listed,
@@ -25,6 +31,7 @@ from colm_edge.cli.options import (
 )
 from colm_edge.cli.terminal import say
 from colm_edge.evaluate.metrics import METRICS
+from colm_edge.options import OPTIONS
 
 if TYPE_CHECKING:
     from colm_edge.evaluate.proxy_tuning import Proxy
@@ -144,9 +151,10 @@ proxy_options = gathered(
 @WORK_DIR
 @click.option("--plot", metavar="FILE.png", help="Plot the table to this file.")
 @output_option("md", "csv", "json")
-@model_options
+@model_options(SWITCH, LORA, RPC, OVERLAP, TIMEOUT)
 # The batches of the fast schedule depend on earlier answers; a table should be reproducible.
-@decoding_options(temperature=0.0, schedule="sequential")
+# Each method has its own strategy.
+@decoding_options(temperature=0.0, schedule="sequential", without=("strategy",))
 def eval_command(
     data: str,
     metric: str,
@@ -177,6 +185,9 @@ def eval_command(
     from colm_edge.tables import render
 
     check_sweep(sweep, decoding)
+    check_answers(metric, score_on)
+    if "anti_expert" not in proxy:
+        check_goes_with("--anti-expert", "alpha")
     check_exec(metric, allow_exec)
     check_methods(methods, weak, proxy.get("anti_expert"), reviews)
     if reviews and metric == "nll":
@@ -213,6 +224,17 @@ def check_sweep(sweep: dict[str, tuple[float, ...]], decoding: dict[str, Any]) -
         raise click.UsageError(
             "give one of --defer-rates, --thresholds, --defer-rate and --threshold"
         )
+
+
+def check_answers(metric: str, score_on: str) -> None:
+    """Refuse options of answers where none are written."""
+    if metric != "nll":
+        return
+    of_answers = {*OPTIONS, "grammar_file", "json_schema", "n_slots"}
+    read = {"threshold", "defer_rate", "raw"}
+    if score_on == "expert":  # which writes them
+        read |= {"max_tokens", "n_slots"}
+    check_goes_with("a --metric that judges answers", *of_answers - read)
 
 
 def check_methods(

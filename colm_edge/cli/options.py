@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import click
+from click.core import ParameterSource
 
 from colm_edge.files import locked
 from colm_edge.options import EXPERT_TIMEOUT, INT_MAX, MAX_TIMEOUT, OPTIONS, Option
@@ -87,9 +88,36 @@ THREADS = click.option(
     default=0,
     help="CPU threads; 0: all cores, or one for a very small model.",
 )
-LOADING = (
-    click.option("--pair", metavar="NAME", help="Name of a pair in models.txt."),
-    click.option("--lora", metavar="GGUF", help="LoRA adapter for the base."),
+PAIR = click.option("--pair", metavar="NAME", help="Name of a pair in models.txt.")
+LORA = click.option("--lora", metavar="GGUF", help="LoRA adapter for the base.")
+RPC = click.option(
+    "--rpc",
+    metavar="HOST:PORT,…",
+    default="",
+    callback=listed,
+    help="llama.cpp RPC servers that hold the expert.",
+)
+OVERLAP = click.option(
+    "--overlap/--no-overlap",
+    default=None,
+    help="Let the base go on while the expert evaluates, of one answer at a time.  [default: if "
+    "they are on different machines, devices or cores]",
+)
+REQUIRED = click.option(
+    "--expert-required",
+    is_flag=True,
+    help="Stop with an error when a remote expert fails, instead of going on with the base alone.",
+)
+TIMEOUT = click.option(
+    "--expert-timeout",
+    metavar="SECONDS",
+    type=click.FloatRange(0, MAX_TIMEOUT, min_open=True),
+    default=EXPERT_TIMEOUT,
+    show_default=True,
+    help="Seconds that a request to a remote expert may take.",
+)
+# How both models are evaluated.
+EVALUATION = (
     click.option("--offline", is_flag=True, help="Do not download anything."),
     click.option(
         "-c",
@@ -123,13 +151,6 @@ LOADING = (
         help="Layers of the expert on the GPU.  [default: as -ngl]",
     ),
     click.option(
-        "--rpc",
-        metavar="HOST:PORT,…",
-        default="",
-        callback=listed,
-        help="llama.cpp RPC servers that hold the expert.",
-    ),
-    click.option(
         "-fa",
         "--flash-attn",
         type=click.Choice(["auto", "on", "off"]),
@@ -147,26 +168,6 @@ LOADING = (
         metavar="TYPE",
         help="KV cache data type for V.  [default: f16]",
     ),
-    click.option(
-        "--overlap/--no-overlap",
-        default=None,
-        help="Let the base go on while the expert evaluates.  [default: if they are on different "
-        "machines, devices or cores]",
-    ),
-    click.option(
-        "--expert-required",
-        is_flag=True,
-        help="Stop with an error when a remote expert fails, instead of going on with the base "
-        "alone.",
-    ),
-    click.option(
-        "--expert-timeout",
-        metavar="SECONDS",
-        type=click.FloatRange(0, MAX_TIMEOUT, min_open=True),
-        default=EXPERT_TIMEOUT,
-        show_default=True,
-        help="Seconds that a request to a remote expert may take.",
-    ),
 )
 
 
@@ -178,14 +179,38 @@ def check_exec(metric: str | None, allow_exec: bool) -> None:
         )
 
 
-def model_options(command: Command) -> Command:
-    """Add the options that name and load the models, gathered as `models`."""
-    return gathered("models", BASE, EXPERT, SWITCH, *LOADING)(command)
+def model_options(*more: Any) -> Callable[[Command], Command]:
+    """Add the options that name and load two models, and more of them, gathered as `models`.
+
+    more: those of the constants above that can mean something to the command.
+    """
+    return gathered("models", BASE, EXPERT, PAIR, *EVALUATION, *more)
 
 
-def pair_options(command: Command) -> Command:
-    """Add the model options without the switch, gathered as `models`."""
-    return gathered("models", BASE, EXPERT, *LOADING)(command)
+def check_goes_with(what: str, *names: str) -> None:
+    """Refuse options, by their parameters' names, that mean something only with another one.
+
+    what: that other one, which is not given.
+    """
+    for flag in _typed(names):
+        raise click.UsageError(f"{flag} goes with {what}; give both, or neither")
+
+
+def check_goes_without(what: str, *names: str) -> None:
+    """Refuse options, by their parameters' names, that mean nothing beside another one."""
+    for flag in _typed(names):
+        raise click.UsageError(f"{flag} means nothing with {what}; leave one of them out")
+
+
+def _typed(names: Sequence[str]) -> list[str]:
+    """Return the flags of those parameters that the user gave."""
+    ctx = click.get_current_context()
+    return [
+        parameter.opts[-1]
+        for parameter in ctx.command.params
+        if parameter.name in names
+        and ctx.get_parameter_source(parameter.name) is ParameterSource.COMMANDLINE
+    ]
 
 
 def output_option(*formats: str) -> Callable[[Command], Command]:
@@ -195,16 +220,18 @@ def output_option(*formats: str) -> Callable[[Command], Command]:
     )
 
 
-def decoding_options(*names: str, **other_defaults: Any) -> Callable[[Command], Command]:
+def decoding_options(
+    *names: str, without: Sequence[str] = (), **other_defaults: Any
+) -> Callable[[Command], Command]:
     """Add the options of `Options` that have flags, gathered as `decoding`.
 
-    names: only these; none means all.
+    names: only these; none means all, but for those in `without`.
     other_defaults: the command's own, where they differ from those of `Options`.
     """
     options = [
         _click_option(option, other_defaults.get(name, option.default))
         for name, option in OPTIONS.items()
-        if option.flags and (not names or name in names)
+        if option.flags and (not names or name in names) and name not in without
     ]
     if names:
         return gathered("decoding", *options, defaults=other_defaults)

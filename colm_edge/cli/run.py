@@ -15,7 +15,16 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from colm_edge.cli.common import open_pair
-from colm_edge.cli.options import decoding_options, model_options
+from colm_edge.cli.options import (
+    LORA,
+    OVERLAP,
+    REQUIRED,
+    RPC,
+    SWITCH,
+    TIMEOUT,
+    decoding_options,
+    model_options,
+)
 from colm_edge.cli.terminal import Chat, drain, reader, say, summary, write
 
 if TYPE_CHECKING:
@@ -50,7 +59,7 @@ def asking(command: Callable[..., None]) -> Callable[..., None]:
             type=click.Path(dir_okay=False),
             help="Save what both models have evaluated to this file, and start from it next time.",
         ),
-        model_options,
+        model_options(SWITCH, LORA, RPC, OVERLAP, REQUIRED, TIMEOUT),
         decoding_options(),
     )
     for option in reversed(options):

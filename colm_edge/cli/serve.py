@@ -8,7 +8,16 @@ from typing import Any
 import click
 
 from colm_edge.cli.common import open_pair
-from colm_edge.cli.options import decoding_options, model_options
+from colm_edge.cli.options import (
+    LORA,
+    OVERLAP,
+    REQUIRED,
+    RPC,
+    SWITCH,
+    TIMEOUT,
+    decoding_options,
+    model_options,
+)
 from colm_edge.cli.terminal import say
 from colm_edge.errors import ColmError
 from colm_edge.options import ServerOptions
@@ -84,7 +93,7 @@ SERVER = ServerOptions()
     metavar="SECONDS",
     help="Free the expert's memory after this long without a request; 0: never.",
 )
-@model_options
+@model_options(SWITCH, LORA, RPC, OVERLAP, REQUIRED, TIMEOUT)
 @decoding_options()
 def serve_command(
     models: dict[str, Any], decoding: dict[str, Any], most_tokens: int, **settings: Any

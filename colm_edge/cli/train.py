@@ -14,13 +14,17 @@ import click
 from colm_edge.cli.common import progress
 from colm_edge.cli.options import (
     DATA,
+    LORA,
     PARALLEL,
     RAW,
+    RPC,
+    TIMEOUT,
     WORK_DIR,
     Number,
+    check_goes_with,
     claim,
     gathered,
-    pair_options,
+    model_options,
 )
 from colm_edge.cli.terminal import say
 from colm_edge.errors import ColmError, ModelError
@@ -157,7 +161,7 @@ score_files = gathered(
 @WORK_DIR
 @score_files
 @RAW
-@pair_options
+@model_options(LORA, RPC, TIMEOUT)
 def train(
     text: dict[str, Any],
     outfile: str,
@@ -240,6 +244,10 @@ def _check_choice(
         raise click.UsageError("give --data, texts to fit to, or --prompts, questions to answer")
     if "prompts" in text and ("metric" in threshold_by or is_scored):
         raise click.UsageError("--threshold-by and --expert-scores go with --data")
+    if "prompts" not in text:
+        check_goes_with("--prompts", "max_tokens", "n_slots")
+    if "metric" not in threshold_by:
+        check_goes_with("--threshold-by", "n_lines")
     if "metric" in threshold_by and is_scored and "expert" not in models:
         raise click.UsageError("--threshold-by needs the expert itself (-me) to answer prompts")
     if is_scored and "model" in models:
@@ -361,7 +369,7 @@ def _in_words(report: dict[str, Any]) -> str:
     help="Accept a --work-dir of other documents or another expert, and score only what is new.",
 )
 @RAW
-@pair_options
+@model_options(RPC, TIMEOUT)  # the base is not evaluated: no adapter
 def score_command(
     data: str,
     outfile: str,
