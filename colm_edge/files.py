@@ -51,12 +51,15 @@ def sha256_of(path: AnyPath) -> str:
 
 
 @contextmanager
-def replacing(path: AnyPath) -> Iterator[Path]:
+def replacing(path: AnyPath, *, private: bool = False) -> Iterator[Path]:
     """Give a temporary path beside a file; put it in the file's place if all goes well.
 
     The temporary path has the file's suffix, and is removed on failure. The file gets the
-    permissions that writing to it in place would have left it. Raises WriteError when it cannot be
-    written, and for what is not a plain file, such as a folder or a device.
+    permissions that writing to it in place would have left it. private: a new file is its owner's
+    alone.
+
+    Raises WriteError when it cannot be written, and for what is not a plain file, such as a folder
+    or a device.
     """
     try:
         target = _target(path)
@@ -64,7 +67,7 @@ def replacing(path: AnyPath) -> Iterator[Path]:
         temporary = target.with_name(f".{target.stem}.{token_hex(4)}{target.suffix}")
         # Made here and not by the tempfile module, whose files are private whatever the umask.
         flags = os.O_CREAT | os.O_EXCL | os.O_WRONLY
-        os.close(os.open(temporary, flags, 0o666 if mode is None else 0o600))
+        os.close(os.open(temporary, flags, 0o600 if private or mode is not None else 0o666))
         try:
             yield temporary
             if mode is not None:
@@ -79,14 +82,14 @@ def replacing(path: AnyPath) -> Iterator[Path]:
 
 @contextmanager
 def locked(folder: AnyPath) -> Iterator[None]:
-    """Keep other runs out of a folder, which is made if it is not there.
+    """Keep other runs out of a folder, which is made if it is not there, for its owner alone.
 
     Raises WriteError where another run is using it, or where it cannot be written.
     """
     from filelock import FileLock, Timeout
 
     try:
-        Path(folder).mkdir(parents=True, exist_ok=True)
+        Path(folder).mkdir(0o700, parents=True, exist_ok=True)  # it will hold prompts
         with FileLock(Path(folder) / ".lock", timeout=0):
             yield
     except Timeout as e:
