@@ -20,7 +20,10 @@ VERSION = 1
 
 
 def save_prompts(path: str | os.PathLike[str], base: Session, expert: Session) -> None:
-    """Write both sessions' tokens and states, for their owner alone. Raises WriteError when the file cannot be written."""
+    """Write both sessions' tokens and states, a new file for its owner alone.
+
+    Raises WriteError when the file cannot be written.
+    """
     parts = {"about": np.array(json.dumps(_about(base, expert)))}
     for name, session in (("base", base), ("expert", expert)):
         parts[f"{name}_tokens"], parts[f"{name}_state"] = session.snapshot()
