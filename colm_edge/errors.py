@@ -8,7 +8,10 @@ class ColmError(Exception):
     printed, whatever names and values of hostile files it tells; a long one lacks its middle."""
 
     def __str__(self) -> str:
-        text = " ".join(super().__str__().split())
+        text = super().__str__()
+        if len(text) > 8 * LONGEST:  # a server may say megabytes
+            text = text[: 4 * LONGEST] + text[-4 * LONGEST :]
+        text = " ".join(text.split())
         text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
         if len(text) > LONGEST:
             text = f"{text[: LONGEST * 2 // 3 - 3]} … {text[-LONGEST // 3 :]}"

@@ -28,7 +28,7 @@ from colm_edge.llama.model import Model, shared_vocab
 from colm_edge.llama.prompt_cache import load_prompts, save_prompts
 from colm_edge.llama.session import Session
 from colm_edge.options import EXPERT_TIMEOUT, Options
-from colm_edge.references import LOCAL_HOSTS, choose_pair, is_url
+from colm_edge.references import choose_pair, is_this_machine, is_url
 from colm_edge.remote.client import RemoteExpert, RemoteSession
 from colm_edge.stream import Answer, AsyncStream, Stream
 from colm_edge.switch.load import load_switch, warnings_of
@@ -464,7 +464,7 @@ def load(
     refs = [None if ref is None else os.fspath(ref) for ref in (model, expert, switch)]
     told = note or log.info
     for server in rpc if offline else ():
-        if server.rpartition(":")[0] not in LOCAL_HOSTS:
+        if not is_this_machine(server.rpartition(":")[0]):
             raise ModelError(
                 f"{server}: not asked with --offline; leave that out, or leave out rpc"
             )

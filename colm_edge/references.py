@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from ipaddress import ip_address
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -12,8 +13,6 @@ from colm_edge.hub import Note, fetch, find_cached, is_reference
 
 DEMO_PAIR = "demo"
 _ADDRESS = re.compile(r"[\w.-]+:\d{1,5}")
-# Servers on this machine, which --offline allows.
-LOCAL_HOSTS = ("127.0.0.1", "::1", "localhost")
 _PACKAGE = Path(__file__).parent
 _ROLES = ("base", "expert", "switch")
 
@@ -94,6 +93,14 @@ def _switch_of(pair: str | None, *, offline: bool, note: Note) -> str:
     return resolve(roles["switch"].reference, offline=offline, note=note)
 
 
+def is_this_machine(host: str) -> bool:
+    """Return whether a host is this machine's own name or address, which --offline allows."""
+    try:
+        return host.lower() == "localhost" or ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return False
+
+
 def is_url(reference: str) -> bool:
     """Return whether a reference is a server's address rather than a file."""
     return reference.lower().startswith(("http://", "https://"))
@@ -114,7 +121,7 @@ def resolve(
     Raises ModelError: an address that is incomplete or not allowed offline, a failed download.
     """
     if is_url(reference):
-        if offline and urlsplit(reference).hostname not in LOCAL_HOSTS:
+        if offline and not is_this_machine(urlsplit(reference).hostname or ""):
             raise ModelError(
                 f"{reference}: --offline allows only servers on this machine; leave it out, or "
                 "give a GGUF file"

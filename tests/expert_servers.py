@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
 
 import numpy as np
 
@@ -26,12 +27,14 @@ class Fake:
         self.session = Session(self.model, ContextOptions(n_ctx=N_CTX, n_threads=1))
         self.n_vocab, self.shift = self.model.n_vocab, 0
         self.names = ["the model"]
+        self.listed: dict | None = None  # instead of these
         self.max_logprobs, self.tells_cached = 20, True  # as vLLM's options
         self.n_connections = self.n_absent = 0
         self.requests: list[tuple[str, dict]] = []
         self.keys: list[str | None] = []
         self.failures: list[str] = []
         self.always = ""
+        self.twist: Callable[[dict], Any] = lambda answer: answer  # of answers about tokens
         self.released = threading.Event()
 
     @property
@@ -142,7 +145,7 @@ def handler(fake: Fake) -> type[BaseHTTPRequestHandler]:
         def do_GET(self) -> None:
             assert self.path == "/v1/models"
             fake.keys.append(self.headers.get("Authorization"))
-            self.send(json.dumps(fake.models()).encode())
+            self.send(json.dumps(fake.listed or fake.models()).encode())
 
         def do_POST(self) -> None:
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
@@ -166,8 +169,10 @@ def handler(fake: Fake) -> type[BaseHTTPRequestHandler]:
                 self.close_connection = True
             else:
                 with lock:
-                    answer = fake.answer(self.path, body)
-                self.send(json.dumps(answer).encode())
+                    answer: Any = fake.answer(self.path, body)
+                if "completion" in self.path:
+                    answer = fake.twist(answer)
+                self.send(answer if isinstance(answer, bytes) else json.dumps(answer).encode())
 
     return Handler
 

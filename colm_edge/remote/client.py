@@ -13,7 +13,7 @@ import math
 import threading
 import time
 from array import array
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
 from functools import partial
@@ -29,13 +29,13 @@ from colm_edge.llama.session import common_prefix
 from colm_edge.options import EXPERT_TIMEOUT
 from colm_edge.remote import colm_edge, llama_cpp, vllm
 from colm_edge.remote.dialect import Body, Dialect, Reply, Scored
-from colm_edge.remote.http import RequestError, Server
+from colm_edge.remote.http import TOLD, RequestError, Server
+from colm_edge.remote.logprobs import Floats, check_logprobs, likely, logits_of
 
 DIALECTS = {
     dialect.owner: dialect for dialect in (llama_cpp.DIALECT, vllm.DIALECT, colm_edge.DIALECT)
 }
 
-Floats = npt.NDArray[np.float32]
 T = TypeVar("T")
 log = logging.getLogger("colm_edge")
 TRIES = 3
@@ -119,17 +119,21 @@ class RemoteExpert:
 
         def work() -> tuple[Floats, int | None]:
             top, n_evaluated = self._ask(tokens, self._connected().n_probs)
-            try:
-                return logits_of(top, self.base.n_vocab), n_evaluated
-            except ValueError as e:
-                raise RequestError(str(e), "malformed") from e
+            return logits_of(top, self.base.n_vocab), n_evaluated
 
         return self._with_retries(work)
 
     def _ask(self, tokens: list[int], n_probs: int) -> Reply:
         dialect = self._connected()
         self._check_length(tokens)
-        return self._read(dialect, dialect.ask(self._model, tokens, n_probs), dialect.read)
+
+        def read(answer: Any) -> Reply:
+            top, n_evaluated = dialect.read(answer)
+            if n_evaluated is not None and not 0 <= n_evaluated < 2**31:
+                raise ValueError(f"{n_evaluated} tokens evaluated")
+            return likely(top, self.base.n_vocab), n_evaluated
+
+        return self._read(dialect, dialect.ask(self._model, tokens, n_probs), read)
 
     def _read(self, dialect: Dialect, body: Body, read: Callable[[Any], T]) -> T:
         """Return what `read` makes of the answer to a request."""
@@ -137,7 +141,8 @@ class RemoteExpert:
         try:
             done = read(answer)
         except _MALFORMED as e:
-            raise RequestError(f"its answer is not {dialect.name}'s ({e!r})", "malformed") from e
+            told = f"its answer is not {dialect.name}'s ({_shown(e)})"
+            raise RequestError(told, "malformed") from e
         self._is_told = True
         return done
 
@@ -166,7 +171,14 @@ class RemoteExpert:
         for document in documents:
             self._check_length(document)
         body, read = dialect.scoring.ask(self._model, documents), dialect.scoring.read
-        return self._read(dialect, body, lambda answer: read(answer, documents, starts))
+
+        def read_checked(answer: Any) -> list[Scored]:
+            scored = read(answer, documents, starts)
+            for logprobs, _ in scored:
+                check_logprobs(logprobs)
+            return scored
+
+        return self._read(dialect, body, read_checked)
 
     def _score_by_token(self, document: list[int], start: int, few: int) -> Scored:
         """Ask what follows every prefix; the server's cache makes that one token each."""
@@ -198,11 +210,14 @@ class RemoteExpert:
         listed = self._server.request("/v1/models")
         try:
             entry = self._chosen({str(entry["id"]): entry for entry in listed["data"]})
-            owner, model, meta = entry.get("owned_by"), str(entry["id"]), entry.get("meta") or {}
+            owner, model = str(entry.get("owned_by")), str(entry["id"])
+            meta = entry.get("meta") or {}
             n_vocab = int(meta.get("n_vocab") or self.base.n_vocab)
             n_ctx = int(entry.get("max_model_len") or meta.get("n_ctx") or self.n_ctx)
+            if n_ctx <= 0:
+                raise ValueError(f"a context of {n_ctx} tokens")
         except _MALFORMED as e:
-            told = f"its list of models is malformed ({e!r})"
+            told = f"its list of models is malformed ({_shown(e)})"
             raise RequestError(told, "malformed") from e
         dialect = DIALECTS.get(owner)
         if dialect is None:
@@ -247,7 +262,7 @@ class RemoteExpert:
             try:
                 theirs = [int(token) for token in answer["tokens"]]
             except _MALFORMED as e:
-                told = f"its answer to /tokenize is malformed ({e!r})"
+                told = f"its answer to /tokenize is malformed ({_shown(e)})"
                 raise RequestError(told, "malformed") from e
             if ours != theirs:
                 at = common_prefix(array("i", ours), array("i", theirs))
@@ -315,7 +330,8 @@ class RemoteExpert:
             is_new = e.cause not in self._warned
             self._warned.add(e.cause)
         if is_new:
-            self._note(f"{what}; the base goes on alone")
+            # As errors are told: in one line, and nothing that a terminal would obey.
+            self._note(str(AbsentExpertError(f"{what}; the base goes on alone")))
         return AbsentExpertError(what)
 
 
@@ -445,21 +461,9 @@ class RemoteSession:
         return self._logits, np.empty(0, np.float32)
 
 
-def logits_of(top: Mapping[int, float], n_vocab: int) -> Floats:
-    """Return log-probabilities (n_vocab,): those given; the others share the rest evenly.
-
-    Raises ValueError where there are none, or one is not a log-probability.
-    """
-    known = {token: x for token, x in top.items() if 0 <= token < n_vocab}
-    if not known or any(math.isnan(x) or x > 1e-3 for x in known.values()):
-        raise ValueError(f"no log-probabilities of tokens below {n_vocab}: {top}")
-    left = 1 - math.fsum(math.exp(x) for x in known.values())
-    n_others = n_vocab - len(known)
-    # Sums of rounded numbers are off by about 1e-6, so less than that is nothing.
-    rest = math.log(left / n_others) if left > 1e-6 and n_others else -math.inf
-    logits = np.full(n_vocab, rest, np.float32)
-    logits[list(known)] = list(known.values())
-    return logits
+def _shown(e: Exception) -> str:
+    """Return an error as text, which may hold what the server sent: megabytes of it."""
+    return repr(e)[:TOLD]
 
 
 def probe_words(base: Model) -> str:

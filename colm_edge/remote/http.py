@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import threading
 import time
+from collections.abc import Callable
 from typing import Any
 
 from colm_edge.errors import ColmError, ModelError
 from colm_edge.options import MAX_TIMEOUT
-from colm_edge.references import LOCAL_HOSTS
+from colm_edge.references import is_this_machine
 from colm_edge.remote.dialect import Body
 
 CONNECT_TIMEOUT = 5.0  # seconds
@@ -51,7 +53,7 @@ class Server:
             raise ModelError(f"{url}: {e}; expected http://host:port") from e
         if not parsed.host or not 0 < (parsed.port or 80) < 1 << 16:
             raise ModelError(f"{url} is not an address; expected http://host:port")
-        self.is_local = parsed.host in LOCAL_HOSTS
+        self.is_local = is_this_machine(parsed.host)
         self.address = str(parsed.copy_with(userinfo=b"")).rstrip("/").removesuffix("/v1")
         self.name = f"{self.address}#{self.model}" if self.model else self.address
         key = os.environ.get(KEY_VARIABLE, "")
@@ -69,6 +71,11 @@ class Server:
             | ({"Authorization": f"Bearer {key}"} if key else {}),
             auth=(parsed.username, parsed.password) if parsed.userinfo else None,
         )
+        self._ends = threading.local()
+        for transport in (self._client._transport, *self._client._mounts.values()):
+            if transport is not None:  # httpx has no total time, and no place to say one
+                pool = transport._pool
+                pool._network_backend = _Timely(pool._network_backend, self._seconds_left)
 
     def close(self) -> None:
         """Close the connections."""
@@ -81,7 +88,7 @@ class Server:
         """
         try:
             status, content = self._exchange(path, body)
-        except self._httpx.ReadTimeout as e:
+        except (self._httpx.ReadTimeout, self._httpx.WriteTimeout) as e:
             told = f"no answer in {self._timeout:g} seconds (--expert-timeout)"
             raise RequestError(f"{path}: {told}", "timeout") from e
         except (self._httpx.HTTPError, UnicodeError) as e:
@@ -101,8 +108,8 @@ class Server:
 
     def _exchange(self, path: str, body: Body | None) -> tuple[int, bytes]:
         """Return the status and the body of an answer that comes in time and is not too large."""
-        method, end = "GET" if body is None else "POST", time.monotonic() + self._timeout
-        content = bytearray()
+        method, content = "GET" if body is None else "POST", bytearray()
+        self._ends.at = time.monotonic() + self._timeout
         with self._client.stream(method, self.address + path, json=body) as response:
             if response.headers.get("content-encoding", "identity") != "identity":
                 told = "its answer is compressed, which it was not asked for"
@@ -112,9 +119,42 @@ class Server:
                 if len(content) > MOST_BYTES:
                     told = f"its answer has more than {MOST_BYTES >> 20} MB"
                     raise RequestError(f"{path}: {told}", "size", final=True)
-                if time.monotonic() > end:
-                    raise self._httpx.ReadTimeout("")
             return response.status_code, bytes(content)
+
+    def _seconds_left(self) -> float:
+        """Return the seconds that this thread's request may still take."""
+        return float(self._ends.at - time.monotonic())
+
+
+class _Timely:
+    """A network of httpcore, or a stream of it, each of whose reads and writes ends in time: a
+    server that sends a byte now and then would otherwise never end, in its headers either."""
+
+    def __init__(self, inner: Any, seconds_left: Callable[[], float]) -> None:
+        self._inner, self._left = inner, seconds_left
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._inner, name)
+
+    def connect_tcp(self, *args: Any, **more: Any) -> _Timely:
+        return _Timely(self._inner.connect_tcp(*args, **more), self._left)
+
+    def start_tls(self, *args: Any, **more: Any) -> _Timely:
+        return _Timely(self._inner.start_tls(*args, **more), self._left)
+
+    def read(self, most: int, timeout: float | None = None) -> bytes:
+        return bytes(self._inner.read(most, self._within(timeout)))
+
+    def write(self, content: bytes, timeout: float | None = None) -> None:
+        self._inner.write(content, self._within(timeout))
+
+    def _within(self, timeout: float | None) -> float:
+        import httpcore
+
+        left = self._left()
+        if left <= 0:
+            raise httpcore.ReadTimeout
+        return left if timeout is None else min(left, timeout)
 
 
 def _told(content: bytes) -> str:

@@ -78,14 +78,11 @@ def test_a_server_that_does_not_answer_is_named(monkeypatch):
             check_servers([server])
 
 
-def test_options_that_cannot_be_combined_with_rpc(tiny):
+def test_offline_does_not_ask_another_machine(tiny):
     runner, models = CliRunner(), ["-m", tiny["base"], "-me", tiny["expert"]]
     offline = runner.invoke(main, ["run", "hello", *models, "--rpc", "192.0.2.1:1", "--offline"])
     assert offline.exit_code == 1
     assert "192.0.2.1:1: not asked with --offline" in offline.stderr
-    bench = runner.invoke(main, ["bench", *models, "--rpc", "127.0.0.1:1"])
-    assert bench.exit_code == 1
-    assert "bench measures this machine alone" in bench.stderr
 
 
 @contextmanager
