@@ -40,7 +40,8 @@ class ChatTemplate:
 
 
 def each_text(given: Any, change: Callable[[str], str]) -> Any:
-    """Return a copy of what JSON can hold, each text in it changed, but for keys.
+    """Return a copy of what JSON can hold, each text in it changed; keys too, which templates may
+    write as well.
 
     Raises PromptError where it is nested too deep.
     """
@@ -54,7 +55,7 @@ def _changed(given: Any, change: Callable[[str], str]) -> Any:
     if isinstance(given, str):
         return change(given)
     if isinstance(given, Mapping):
-        return {key: _changed(value, change) for key, value in given.items()}
+        return {_changed(key, change): _changed(value, change) for key, value in given.items()}
     if isinstance(given, list | tuple):
         return [_changed(value, change) for value in given]
     return given
