@@ -123,6 +123,8 @@ class CountRequest(Body):
 
 
 class MessagesRequest(CountRequest, Sampling):
+    elsewhere = ("stop", "json_schema", "trace", "provisional")
+
     max_tokens: int = Field(ge=1)
     stop_sequences: list[Stop] | None = None
     n: Literal[1] = 1

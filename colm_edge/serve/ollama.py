@@ -31,7 +31,7 @@ Json = dict[str, Any]
 BODY_OR_LINES: dict[int | str, dict[str, Any]] = {
     200: {"content": {"application/json": {}, "application/x-ndjson": {}}}
 }
-UNSUPPORTED = ("suffix", "template", "context", "images")
+UNSUPPORTED = ("suffix", "template", "context", "images", "trace", "provisional")
 
 
 class SamplingOptions(BodyOptions):
@@ -58,8 +58,9 @@ class Asked(Body):
         """Take null as not given, and refuse what would change the answer."""
         if not isinstance(given, dict):
             return given
+        colm = given["colm"] if isinstance(given.get("colm"), dict) else {}
         for name in UNSUPPORTED:
-            if given.get(name):
+            if given.get(name) or colm.get(name):
                 raise ValueError(f"{name} is not supported by this server; leave it out")
         return {name: value for name, value in given.items() if value is not None}
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, create_model, model_validator
 
@@ -18,11 +18,19 @@ if TYPE_CHECKING:
 MAX_CHOICES = 16  # answers to one request
 MAX_LOGPROBS = 20
 DEFAULT_COMPLETION = 16  # tokens of a plain completion that sets no limit, as in OpenAI's API
-# Fields of other servers and of old clients that would change the answer: refused, never ignored.
-REFUSED = (
-    "function_call", "functions", "guided_choice", "guided_grammar", "guided_json", "guided_regex",
-    "ignore_eos", "min_tokens", "mirostat", "structured_outputs",
-)  # fmt: skip
+# Fields of other servers and of old clients that would change the answer: refused, never ignored,
+# but for values that change nothing, which some clients always send.
+REFUSED: dict[str, tuple[Any, ...]] = {
+    **dict.fromkeys(
+        ("allowed_token_ids", "function_call", "functions", "guided_choice", "guided_grammar",
+         "guided_json", "guided_regex", "logits_processors", "structured_outputs",
+         "truncate_prompt_tokens"), ()),
+    **dict.fromkeys(("bad_words", "stop_token_ids"), ([],)),
+    **dict.fromkeys(
+        ("dry_multiplier", "dynatemp_range", "ignore_eos", "min_tokens", "mirostat",
+         "use_beam_search", "xtc_probability"), (0,)),
+    **dict.fromkeys(("length_penalty", "repetition_penalty", "tfs_z", "typical_p"), (1,)),
+}  # fmt: skip
 
 
 class Body(BaseModel):
@@ -84,6 +92,9 @@ Stop = Annotated[str, Field(min_length=1, max_length=200)]
 class Sampling(BodyOptions):
     """What both kinds of completion accept, besides the options that are copied as they are."""
 
+    # Fields, also of `colm`, that mean something at OpenAI's completions alone.
+    elsewhere: ClassVar[tuple[str, ...]] = ()
+
     model: str | None = None
     # -1 is llama.cpp's: no limit but the server's.
     max_tokens: int | None = Field(default=None, ge=-1)
@@ -104,8 +115,12 @@ class Sampling(BodyOptions):
         if not isinstance(given, dict):
             return given
         named = {name: value for name, value in given.items() if value is not None}
-        for name in REFUSED:
-            if name in named:
+        colm = named["colm"] if isinstance(named.get("colm"), dict) else {}
+        for name in cls.elsewhere:
+            if name in named or colm.get(name):
+                raise ValueError(f"{name} means nothing at this path; leave it out")
+        for name, harmless in REFUSED.items():
+            if name in named and named[name] not in harmless:
                 raise ValueError(f"{name} is not supported by this server; leave it out")
         return named
 

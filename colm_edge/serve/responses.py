@@ -101,6 +101,8 @@ class NamedTool(Body):
 
 
 class ResponsesRequest(Sampling):
+    elsewhere = ("max_tokens", "json_schema", "trace", "provisional")
+
     input: str | Annotated[list[Item], Field(min_length=1)]
     instructions: str | None = None
     max_output_tokens: int | None = Field(default=None, ge=0)
