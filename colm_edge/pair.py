@@ -440,7 +440,7 @@ def load(
     n_ctx: tokens the contexts hold; 0 takes what both models were trained for, at most 4096.
     n_threads: 0 takes every core that other programs leave, or one for a very small model.
     threads_auto: use fewer than n_threads too while other programs use the cores.
-    n_ubatch: tokens of a prompt evaluated at a time; 0: 512, or 128 without flash attention.
+    n_ubatch: tokens of a prompt evaluated at a time; 0: 512, or 128 on a CPU.
     n_gpu_layers: as in llama.cpp, each model its own.
     rpc: machines that hold the expert, HOST:PORT of llama.cpp's RPC servers; all its layers unless
         n_gpu_layers_expert says how many.
