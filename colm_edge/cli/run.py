@@ -16,7 +16,7 @@ import click
 
 from colm_edge.cli.common import open_pair
 from colm_edge.cli.options import decoding_options, model_options
-from colm_edge.cli.terminal import Chat, drain, reader, say, summary, write
+from colm_edge.cli.terminal import Chat, drain, reader, say_end, write
 
 if TYPE_CHECKING:
     from colm_edge.pair import Pair
@@ -91,7 +91,7 @@ def answer(prompt: str, as_json: bool, system: str | None, **given: Any) -> None
         else:
             interrupted = write(stream)
             click.echo()
-            say(summary(stream.answer().stats))
+            say_end(stream.answer(), pair.defaults.max_tokens)
         if interrupted:
             raise SystemExit(130)
 
