@@ -133,3 +133,24 @@ def test_a_server_answers_to_names_that_it_is_given(pair):
             response = httpx.get(f"{url}/health", headers={"Host": host})
             assert response.status_code == status
         assert "--allowed-host" in response.json()["error"]["message"]
+
+
+def test_a_server_with_a_seed_repeats_its_choices(pair):
+    """`serve -s 42` and n: 3. A seed of -1 is another one each time."""
+    own = Options(seed=42, temperature=1.5, threshold=0.4)
+
+    def texts(url: str, **more: object) -> list[str]:
+        answer = ask(url, **{"max_tokens": 12, "n": 3, **more}).json()
+        return [choice["message"]["content"] for choice in answer["choices"]]
+
+    before, pair.defaults = pair.defaults, own
+    try:
+        with serving(pair, n_slots=1) as (url, _):
+            first = texts(url)
+            assert len(set(first)) == 3
+            drawn = [texts(url, seed=-1) for _ in range(3)]
+            assert len(set(map(tuple, drawn))) == 3
+            assert texts(url) == first
+            assert texts(url, n=1, seed=43) == first[1:2]
+    finally:
+        pair.defaults = before
