@@ -21,6 +21,7 @@ import numpy as np
 from colm_edge.cancel import Cancel, CancelledError
 from colm_edge.decode.timeline import Floats, Timeline
 from colm_edge.errors import ColmError, PromptError
+from colm_edge.llama.context import SMALL_BATCH
 from colm_edge.llama.held import Held
 from colm_edge.llama.session import Session
 from colm_edge.remote.client import RemoteExpert, RemoteSession
@@ -86,7 +87,7 @@ class SharedContext:
         # The slots share the cells, so that a long answer may take what short ones leave.
         self.context = session.new_context(self.n_ctx * n_slots, self.n_batch, n_slots)
         n_ubatch = session.options.n_ubatch_of(session.model, n_slots)
-        self.held = [Held(min(n_ubatch, self.n_batch)) for _ in range(n_slots)]
+        self.held = [Held(min(n_ubatch, SMALL_BATCH)) for _ in range(n_slots)]
         self._wants_hidden = session.wants_hidden
         self._rows: dict[tuple[int, int], int] = {}  # (slot, position) -> place in the last batch
         self._prompts_next = False  # prompts and outputs take turns

@@ -276,13 +276,13 @@ class Session:
         """Cut the tokens from start to n into batches, with all outputs in the last one."""
         most = self.n_batch // self.block * self.block
         n_outputs = n - first_output
-        if n_outputs > most:
-            raise ValueError(f"{n_outputs} outputs, but a batch of at most {most}")
+        if n_outputs > self.n_batch:
+            raise ValueError(f"{n_outputs} outputs, but a batch of at most {self.n_batch}")
         # With embeddings on, every token is an output; the others go first, without embeddings.
         ends = [first_output, n] if self.wants_hidden else [n]
         for end in ends:
             tail = n_outputs if end == n else 0
-            while end - start > most:
+            while end - start > max(most, tail):
                 take = most if end - start - most >= tail else end - start - tail
                 yield Piece(start, start + take, take)
                 start += take

@@ -128,6 +128,19 @@ def test_a_conversation_keeps_its_answers_and_repeats_its_turns(model, batches):
     session.close()
 
 
+@pytest.mark.parametrize("hidden", [False, True])
+def test_all_outputs_fit_a_batch_that_is_no_multiple_of_a_block(model, hidden):
+    session, tokens = Session(model, CONTEXT, hidden=hidden), array("i", range(1, 101))
+    outputs = range(61, 100)
+    assert session.sync(tokens, outputs) == 100
+    told = [session.state(i)[0].copy() for i in outputs]
+    session.forget()
+    for i, logits in zip(outputs, told, strict=True):
+        session.sync(tokens[: i + 1])
+        assert np.allclose(session.logits, logits, atol=2e-2)
+    session.close()
+
+
 def test_a_session_that_knows_nothing_of_prompts_evaluates_what_differs(model):
     session = Session(model, CONTEXT)
     session.sync(list(range(1, 60)))

@@ -9,6 +9,7 @@ from serving import serving
 
 from colm_edge.cli import main
 from colm_edge.options import Options
+from colm_edge.pair import load
 from colm_edge.serve.chat import ChatRequest
 from colm_edge.serve.requests import REFUSED, CompletionRequest
 
@@ -154,3 +155,18 @@ def test_a_server_with_a_seed_repeats_its_choices(pair):
             assert texts(url, n=1, seed=43) == first[1:2]
     finally:
         pair.defaults = before
+
+
+def test_an_answer_that_was_cut_says_so(tiny):
+    """By the limit, and by the context."""
+    greedy = Options(temperature=0.0)
+    files = tiny["endless"], tiny["endless"], "margin"
+    with (
+        load(*files, n_threads=1, n_ctx=64, defaults=greedy) as pair,
+        serving(pair, n_slots=1) as (url, _),
+    ):
+        n_prompt = len(pair.prompt_tokens(CHAT))
+        for limit, n in ((5, 5), (-1, 65 - n_prompt)):
+            told = ask(url, max_tokens=limit).json()
+            assert told["choices"][0]["finish_reason"] == "length"
+            assert told["usage"]["completion_tokens"] == n
