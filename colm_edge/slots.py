@@ -123,7 +123,7 @@ class SharedContext:
         """Drop what a slot holds beyond the common prefix; return what is left to evaluate."""
         held = self.held[request.slot]
         prompt, request.prompt = request.prompt, None
-        keep = held.n_known(request.tokens) if prompt is None else held.n_kept(prompt)
+        keep = held.n_known(request.tokens) if prompt is None else held.turn_to(prompt)
         keep = min(keep, request.outputs[0])
         if keep < len(held.tokens):
             held.drop(keep)

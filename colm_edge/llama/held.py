@@ -44,8 +44,8 @@ class Held:
         """Return how many of these tokens, from the first on, are held."""
         return common_prefix(self.tokens, tokens)
 
-    def n_kept(self, prompt: array[int]) -> int:
-        """Turn to a new prompt; return how many of its tokens are kept. Drop the others."""
+    def turn_to(self, prompt: array[int]) -> int:
+        """Turn to a new prompt; return how many of its tokens are kept. Then `drop` the others."""
         keep, stretches = min(self.n_known(prompt), len(prompt) - 1), self._stretches
         while stretches and keep < stretches[-1].start:
             stretches.pop()

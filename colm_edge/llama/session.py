@@ -183,7 +183,7 @@ class Session:
         self._prompt = prompt
         if not prompt or not self._context.created:
             return  # `open` does it
-        n_held, keep = len(self._held.tokens), self._held.n_kept(prompt)
+        n_held, keep = len(self._held.tokens), self._held.turn_to(prompt)
         if keep < n_held or self._torn:
             self._drop(keep)
 

@@ -151,14 +151,14 @@ def test_a_session_that_knows_nothing_of_prompts_evaluates_what_differs(model):
 
 def test_held_tokens_survive_a_file():
     held = Held(4)
-    held.n_kept(array("i", range(11)))
+    held.turn_to(array("i", range(11)))
     held.tokens = array("i", range(11))
     held.evaluated(0, 11)
     other = Held(4)
     other.restore(np.array(held.tokens, np.int32), held.rows)
     for one in (held, other):
-        assert one.n_kept(array("i", range(10))) == 8
-        assert one.n_kept(array("i", [0, 1, 2, 3, 4, 9])) == 4
+        assert one.turn_to(array("i", range(10))) == 8
+        assert one.turn_to(array("i", [0, 1, 2, 3, 4, 9])) == 4
 
 
 # Whole answers
