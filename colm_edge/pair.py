@@ -5,10 +5,10 @@ from __future__ import annotations
 import logging
 import os
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from typing import Any, Literal, Self
 
 from colm_edge.cancel import Cancel
@@ -19,7 +19,8 @@ from colm_edge.decode.planner import Planner
 from colm_edge.decode.policy import expected_rate, review_of, threshold_of
 from colm_edge.decode.timeline import Expert, Timeline
 from colm_edge.errors import ColmError, ContextError, ModelError, PromptError
-from colm_edge.llama.chat_template import ChatTemplate, Message, each_text
+from colm_edge.llama import chat_template
+from colm_edge.llama.chat_template import ChatTemplate, Message
 from colm_edge.llama.context import ContextOptions
 from colm_edge.llama.costs import CostTable, slower
 from colm_edge.llama.grammar import Grammars
@@ -73,6 +74,7 @@ class Pair:
         self.base, self.switch, self.is_demo = base, switch, is_demo
         self.defaults = defaults or Options()
         self._note = note or log.info
+        self._note_once = cache(self._note)
         self._lock = threading.RLock()
         text = base.chat_template
         self.template = ChatTemplate(text, base.bos_text, base.eos_text) if text else None
@@ -87,6 +89,8 @@ class Pair:
         context = context or ContextOptions()
         trained = [n for n in (base.n_ctx_train, longest) if n > 0]
         self.n_ctx = context.n_ctx or min([DEFAULT_N_CTX, *trained])
+        if self.n_ctx > (known := min(trained, default=self.n_ctx)):
+            self._note(f"-c {self.n_ctx} is more than the {known} tokens the models are made for.")
         context = replace(context, n_ctx=self.n_ctx)
         self.base_session = Session(base, context, hidden=switch.needs_hidden)
         self.base_session.progress = _share(progress, "base prompt")
@@ -267,19 +271,15 @@ class Pair:
 
         Raises PromptError for what is no conversation, and where the template refuses it.
         """
-        if isinstance(messages, str) or not isinstance(messages, Sequence):
-            raise PromptError(f"a conversation is {messages!r}; expected a list of messages")
-        for message in messages:
-            given = message if isinstance(message, Mapping) else {}
-            if not all(isinstance(given.get(key), str) for key in ("role", "content")):
-                raise PromptError(f"a message is {message!r}; expected role and content, as texts")
-        if not messages:
-            raise PromptError("the conversation is empty; give at least one message")
-        if not raw:
-            messages, variables = each_text([list(messages), variables], self.base.plain)
-        if raw or self.template is None:
-            return "\n\n".join(m["content"] for m in messages)
-        return self.template.render(messages, **variables)
+        chat_template.check(messages)
+        if raw:
+            return chat_template.joined(messages)
+        messages, variables = chat_template.each_text([[*messages], variables], self.base.plain)
+        if self.template is not None:
+            return self.template.render(messages, **variables)
+        if warning := chat_template.lost_roles(messages):
+            self._note_once(f"{self.base.path.name} {warning}")
+        return chat_template.joined(messages)
 
     def tokens_of(self, text: str) -> list[int]:
         """Return the token ids of a prompt, behind one begin token where the vocabulary has it."""
@@ -440,7 +440,7 @@ def load(
     n_ctx: tokens the contexts hold; 0 takes what both models were trained for, at most 4096.
     n_threads: 0 takes every core that other programs leave, or one for a very small model.
     threads_auto: use fewer than n_threads too while other programs use the cores.
-    n_ubatch: tokens of a prompt evaluated at a time; 0: 512, or 128 without flash attention.
+    n_ubatch: tokens of a prompt evaluated at a time; 0: 512, or 128 on a CPU.
     n_gpu_layers: as in llama.cpp, each model its own.
     rpc: machines that hold the expert, HOST:PORT of llama.cpp's RPC servers; all its layers unless
         n_gpu_layers_expert says how many.

@@ -21,7 +21,9 @@ import numpy as np
 from colm_edge.cancel import Cancel, CancelledError
 from colm_edge.decode.timeline import Floats, Timeline
 from colm_edge.errors import ColmError, PromptError
-from colm_edge.llama.session import Session, common_prefix
+from colm_edge.llama.context import SMALL_BATCH
+from colm_edge.llama.held import Held
+from colm_edge.llama.session import Session
 from colm_edge.remote.client import RemoteExpert, RemoteSession
 
 if TYPE_CHECKING:
@@ -42,6 +44,8 @@ class _Request:
     tokens: array[int]
     outputs: Sequence[int]
     cancel: Cancel | None = None
+    prompt: array[int] | None = None  # to turn to first
+    n_evaluated: int = 0
     done: threading.Event = field(default_factory=threading.Event)
     error: BaseException | None = None
 
@@ -82,7 +86,8 @@ class SharedContext:
         self.n_ctx, self.n_batch = session.n_ctx, max(session.n_batch, 4 * SHORT)
         # The slots share the cells, so that a long answer may take what short ones leave.
         self.context = session.new_context(self.n_ctx * n_slots, self.n_batch, n_slots)
-        self.held = [array("i") for _ in range(n_slots)]
+        n_ubatch = session.options.n_ubatch_of(session.model, n_slots)
+        self.held = [Held(min(n_ubatch, SMALL_BATCH)) for _ in range(n_slots)]
         self._wants_hidden = session.wants_hidden
         self._rows: dict[tuple[int, int], int] = {}  # (slot, position) -> place in the last batch
         self._prompts_next = False  # prompts and outputs take turns
@@ -117,9 +122,11 @@ class SharedContext:
     def _rest_of(self, request: _Request) -> _Part:
         """Drop what a slot holds beyond the common prefix; return what is left to evaluate."""
         held = self.held[request.slot]
-        keep = min(common_prefix(held, request.tokens), request.outputs[0])
-        if keep < len(held):
-            del held[keep:]
+        prompt, request.prompt = request.prompt, None
+        keep = held.n_known(request.tokens) if prompt is None else held.turn_to(prompt)
+        keep = min(keep, request.outputs[0])
+        if keep < len(held.tokens):
+            held.drop(keep)
             self.context.drop(request.slot, keep)
         return _Part(request, keep, len(request.tokens))
 
@@ -147,14 +154,18 @@ class SharedContext:
                 self.context.drop(part.request.slot, part.start)
             raise
         for part in chosen:
-            self.held[part.request.slot] += part.request.tokens[part.start : part.end]
+            held = self.held[part.request.slot]
+            held.tokens += part.request.tokens[part.start : part.end]
+            part.request.n_evaluated += part.end - part.start
+            held.evaluated_beside_others(part.end)
 
     def state(self, slot: int, i: int) -> tuple[Floats, Floats]:
         return self.context.state(self._rows[slot, i], hidden=self._wants_hidden)
 
     def close(self) -> None:
         self.context.close()
-        self.held = [array("i") for _ in self.held]
+        for held in self.held:
+            held.clear()
         self._rows = {}
 
 
@@ -169,6 +180,10 @@ class SharedTimeline:
         self.n_ctx = shared.n_ctx
         self.n_evaluated = self.n_calls = 0
         self.seconds = self.load_seconds = 0.0
+        self._prompt: array[int] | None = None
+
+    def turn_to(self, prompt: array[int]) -> None:
+        self._prompt = prompt
 
     def sync(
         self, tokens: Sequence[int], outputs: Sequence[int] = (), cancel: Cancel | None = None
@@ -181,13 +196,14 @@ class SharedTimeline:
         outputs = tuple(outputs) or (len(tokens) - 1,)
         account = self._shared.context.account
         seconds, loading = account.seconds, account.load_seconds
-        keep = min(common_prefix(self._shared.held[self._slot], tokens), outputs[0])
-        self._slots.wait_for(self._shared, _Request(self._slot, tokens, outputs, cancel))
+        request = _Request(self._slot, tokens, outputs, cancel, self._prompt)
+        self._prompt = None
+        self._slots.wait_for(self._shared, request)
         self.seconds += account.seconds - seconds
         self.load_seconds += account.load_seconds - loading
         self.n_calls += 1
-        self.n_evaluated += len(tokens) - keep
-        return len(tokens) - keep
+        self.n_evaluated += request.n_evaluated
+        return request.n_evaluated
 
     def state(self, i: int) -> tuple[Floats, Floats]:
         # Batches of other slots overwrite these views while this slot waits for its other model.
@@ -277,8 +293,8 @@ class Slots:
         """Rank a free slot for a prompt: by the length of the common prefix, if that is at least
         half; otherwise the slot with the shortest cache is best, since it loses least."""
         held = [shared.held[slot] for shared in self._waiting]  # an expert alone has it all
-        known = max((common_prefix(tokens, wanted) for tokens in held), default=0)
-        return known if 2 * known >= len(wanted) else 0, -sum(map(len, held))
+        known = max((one.n_known(wanted) for one in held), default=0)
+        return known if 2 * known >= len(wanted) else 0, -sum(len(one.tokens) for one in held)
 
     def wait_for(self, context: SharedContext, request: _Request) -> None:
         with self._changed:

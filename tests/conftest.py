@@ -44,6 +44,9 @@ class Scripted:
         self.batches: list[list[int]] = []
         self.outputs: set[int] = set()
 
+    def turn_to(self, prompt: Sequence[int]) -> None:
+        self.prompt = list(prompt)
+
     def sync(self, tokens: Sequence[int], outputs: Sequence[int] = (), cancel=None) -> int:
         assert 0 < len(tokens) <= self.n_ctx
         outputs = list(outputs) or [len(tokens) - 1]

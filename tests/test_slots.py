@@ -9,7 +9,7 @@ import pytest
 
 from colm_edge.errors import ColmError
 from colm_edge.llama.context import Context
-from colm_edge.llama.session import common_prefix
+from colm_edge.llama.held import common_prefix
 from colm_edge.options import Options
 from colm_edge.pair import load
 from colm_edge.slots import BusyError, SharedTimeline, Slots
@@ -28,7 +28,8 @@ def pair(request, tiny, tmp_path):
         features = ("hidden", "entropy", "logp1", "margin", "p1", "p2", "p3", "p4", "p5")
         switch = str(tmp_path / "switch.gguf")
         Switch(features, weight, np.zeros(1, np.float32), 64).save(switch)
-    with load(tiny["base"], tiny["expert"], switch, n_threads=1, n_ctx=128) as pair:
+    files = tiny["base"], tiny["expert"], switch
+    with load(*files, n_threads=1, n_ctx=128, n_ubatch=16) as pair:
         yield pair
 
 
@@ -125,6 +126,17 @@ def test_a_slot_keeps_its_prefix_for_the_next_request(pair):
     assert first.base_tokens >= n
     assert again.base_tokens < n
     assert again.expert_tokens < n
+    slots.close()
+
+
+def test_prompts_evaluated_side_by_side_share_their_beginning_later(pair):
+    slots = Slots(pair, 2)
+    options = Options(temperature=0.0, max_tokens=4, threshold=1e-9)
+    start = "a long and winding beginning that many requests share"
+    together(pair, slots, [start + " one", start + " two"], options)
+    _, again = answer(pair, slots, start + " and more", options)
+    n_shared = len(pair.base.tokenize(start)) // 16 * 16
+    assert again.base_tokens == again.n_prompt + again.n_generated - 1 - n_shared
     slots.close()
 
 

@@ -19,7 +19,7 @@ PROMPTS = ["hello", "a long and winding beginning", "x", "hello there, you", "on
 @pytest.fixture(autouse=True)
 def loaded(tiny_pair):
     """The weights are there already: a thread that reads them is its model's, not an answer's."""
-    tiny_pair.expert.load()
+    tiny_pair.expert_session.open()
     for thread in threading.enumerate():
         if thread.name == "colm-edge-load":
             thread.join(timeout=60)

@@ -139,7 +139,7 @@ EVALUATION = (
         "n_ubatch",
         type=click.IntRange(0, 512),
         default=0,
-        help="Prompt tokens evaluated at a time; 0: 512, or 128 without flash attention.",
+        help="Prompt tokens evaluated at a time; 0: 512, or 128 on a CPU.",
     ),
     click.option(
         "-ngl", "--n-gpu-layers", type=int, default=0, help="Layers of the base on the GPU."

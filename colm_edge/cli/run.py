@@ -25,7 +25,7 @@ from colm_edge.cli.options import (
     decoding_options,
     model_options,
 )
-from colm_edge.cli.terminal import Chat, drain, reader, say, summary, write
+from colm_edge.cli.terminal import Chat, drain, reader, say_end, write
 
 if TYPE_CHECKING:
     from colm_edge.pair import Pair
@@ -100,7 +100,7 @@ def answer(prompt: str, as_json: bool, system: str | None, **given: Any) -> None
         else:
             interrupted = write(stream)
             click.echo()
-            say(summary(stream.answer().stats))
+            say_end(stream.answer(), pair.defaults.max_tokens)
         if interrupted:
             raise SystemExit(130)
 

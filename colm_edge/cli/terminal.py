@@ -28,7 +28,7 @@ from colm_edge.options import OPTIONS
 if TYPE_CHECKING:
     from colm_edge.decode.step import Event, Stats
     from colm_edge.pair import Pair
-    from colm_edge.stream import Stream
+    from colm_edge.stream import Answer, Stream
 
 
 # What /set changes: the options of the command line that are a number or a word.
@@ -66,8 +66,9 @@ def say(text: str) -> None:
 
 
 def note(text: str) -> None:
-    """Say that something takes a while, on a line of its own even inside an answer."""
-    say(("\n" if _cursor.inside else "") + f"{text} …")
+    """Say that something takes a while, or warn, on a line of its own even inside an answer."""
+    text = text if text.endswith(".") else f"{text} …"  # a whole sentence is a warning
+    say(("\n" if _cursor.inside else "") + text)
     _cursor.inside = False
 
 
@@ -145,6 +146,15 @@ def summary(stats: Stats) -> str:
         f"expert {rate(stats.expert_tokens, expert_seconds)}, "
         f"overall {rate(stats.n_generated, stats.total_seconds)}"
     )
+
+
+def say_end(answer: Answer, max_tokens: int) -> None:
+    """Print what is below an answer: its statistics, and what cut it, if something did."""
+    line = summary(answer.stats)
+    if answer.finish_reason == "length":
+        by_limit = answer.stats.n_generated == max_tokens
+        line += "; cut: " + ("the limit of tokens (-n)" if by_limit else "the context is full (-c)")
+    say(line)
 
 
 def shown_threshold(pair: Pair) -> str:
@@ -232,27 +242,27 @@ class Chat:
     def ask(self, text: str) -> None:
         """Answer a message and keep both as a turn; a message that fails is not kept."""
         user = {"role": "user", "content": text}
-        stream = self.pair.stream_chat(self._messages(user))
+        system = [{"role": "system", "content": self.system}] if self.system is not None else []
+        kept = self._kept(system, user)
+        stream = self.pair.stream_chat([*system, *kept, user])  # raises if it does not fit alone
+        if forgotten := (len(self.turns) - len(kept)) // 2:
+            say(f"(the context is full: {forgotten} old turn(s) forgotten)")
+        self.turns = kept
         stopped = write(stream)
         answer = stream.answer()
         click.echo(" (stopped)" if stopped else "")
-        say(summary(answer.stats))
+        say_end(answer, self.pair.defaults.max_tokens)
         self.turns += [user, {"role": "assistant", "content": answer.text}]
 
-    def _messages(self, user: dict[str, str]) -> list[dict[str, str]]:
-        """Return the conversation and a new message; the oldest turns go if they do not fit."""
-        system = [{"role": "system", "content": self.system}] if self.system is not None else []
-        room = self.pair.n_ctx - self.pair.n_ctx // ANSWER_SHARE
-        forgotten = 0
-        while self.turns:
-            messages = [*system, *self.turns, user]
+    def _kept(self, system: list[dict[str, str]], user: dict[str, str]) -> list[dict[str, str]]:
+        """Return the turns that fit in front of a message; the oldest go first."""
+        room, turns = self.pair.n_ctx - self.pair.n_ctx // ANSWER_SHARE, self.turns[:]
+        while turns:
+            messages = [*system, *turns, user]
             if len(self.pair.prompt_tokens(messages, raw=self.pair.defaults.raw)) <= room:
                 break
-            del self.turns[:2]
-            forgotten += 1
-        if forgotten:
-            say(f"(the context is full: {forgotten} old turn(s) forgotten)")
-        return [*system, *self.turns, user]
+            del turns[:2]
+        return turns
 
     def command(self, line: str) -> bool:
         """Run a /command; return False to leave."""

@@ -63,6 +63,10 @@ class Background:
         self.wait()
         self.session.open(cancel)
 
+    def turn_to(self, prompt: array[int]) -> None:
+        self.wait()
+        self.session.turn_to(prompt)
+
     def follow(self, tokens: array[int]) -> None:
         """Start to catch up with `tokens`, unless a catch-up is running or the gap is small."""
         if self._job is not None and not self._job.done():

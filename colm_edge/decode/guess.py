@@ -17,8 +17,9 @@ from colm_edge.cancel import Cancel
 from colm_edge.decode.planner import Rate
 from colm_edge.decode.timeline import Around, Expert, Floats, Timeline
 from colm_edge.llama.costs import CostTable
+from colm_edge.llama.held import common_prefix
 from colm_edge.llama.measure import kept_table
-from colm_edge.llama.session import Session, common_prefix
+from colm_edge.llama.session import Session
 from colm_edge.options import Options
 
 LENGTHS = (3, 2)  # tokens that have to recur, longest first
@@ -139,7 +140,8 @@ class Guessing(Around):
             return 0
         n = len(tokens)
         guess = self._lookup.guess(self.n_ctx - n, self._seconds)
-        if not guess:
+        # A prompt is evaluated as it is without guesses: its states stay for later prompts.
+        if not guess or session.n_known(tokens) < n - 1:
             return session.sync(tokens, (), cancel)
         self.n_guessed += len(guess)
         before = session.seconds

@@ -115,6 +115,7 @@ class Decoder:
         self._schedule = schedule or Sequential()
         self.cancel, self._lock = cancel or Cancel(), lock or threading.RLock()
         self._near = near
+        self._turned = False  # whether the models know of the prompt
         # The context must hold every token that is evaluated; the last one written is not.
         self.end = min(timeline.n_ctx for timeline in (base, *experts)) + 1
         if max_tokens >= 0:
@@ -146,6 +147,7 @@ class Decoder:
         begun = perf_counter()
         try:
             with self._lock:
+                self._turn()
                 event = self._schedule.next(self)
         except CancelledError:
             self.finish_reason = "stop"
@@ -161,6 +163,13 @@ class Decoder:
         stats.n_generated += 1
         stats.n_deferred += step.source == "expert"
         return step
+
+    def _turn(self) -> None:
+        """Tell the models of the prompt, once."""
+        if not self._turned:
+            for timeline in (self._base, *self._experts):
+                timeline.turn_to(self.tokens[:])
+            self._turned = True
 
     # Methods for schedules.
 
@@ -239,6 +248,7 @@ class Decoder:
         last = len(self.tokens) - 1
         try:
             with self._lock:
+                self._turn()
                 for start in range(0, last, PROMPT_OUTPUTS):
                     steps += self._read_tokens(start, min(start + PROMPT_OUTPUTS, last))
         except CancelledError:

@@ -30,6 +30,8 @@ class Timeline(Protocol):
     @property
     def load_seconds(self) -> float: ...
 
+    def turn_to(self, prompt: array[int]) -> None: ...
+
     def sync(
         self, tokens: Sequence[int], outputs: Sequence[int] = (), cancel: Cancel | None = None
     ) -> int: ...
@@ -62,6 +64,9 @@ class Around:
     @property
     def load_seconds(self) -> float:
         return self._inner.load_seconds
+
+    def turn_to(self, prompt: array[int]) -> None:
+        self._inner.turn_to(prompt)
 
 
 class Expert(Timeline, Protocol):

@@ -7,6 +7,7 @@ symmetric, so the anti-expert may be the untuned version of either.
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
@@ -62,6 +63,10 @@ class Contrast:
         self.n_evaluated = self.n_calls = 0
         self.seconds = self.load_seconds = 0.0
         self._account()
+
+    def turn_to(self, prompt: array[int]) -> None:
+        for timeline in self._pair:
+            timeline.turn_to(prompt)
 
     def sync(
         self, tokens: Sequence[int], outputs: Sequence[int] = (), cancel: Cancel | None = None

@@ -39,6 +39,33 @@ class ChatTemplate:
         return str(found.prompt)
 
 
+def check(messages: Sequence[Message]) -> None:
+    """Raise PromptError for what is no list of messages, each a role and a content."""
+    if isinstance(messages, str) or not isinstance(messages, Sequence):
+        raise PromptError(f"a conversation is {messages!r}; expected a list of messages")
+    for message in messages:
+        given = message if isinstance(message, Mapping) else {}
+        if not all(isinstance(given.get(key), str) for key in ("role", "content")):
+            raise PromptError(f"a message is {message!r}; expected role and content, as texts")
+    if not messages:
+        raise PromptError("the conversation is empty; give at least one message")
+
+
+def joined(messages: Sequence[Message]) -> str:
+    """Return what a model without a template is given: the contents, with blank lines between."""
+    return "\n\n".join(message["content"] for message in messages)
+
+
+def lost_roles(messages: Sequence[Message]) -> str:
+    """Return a warning where that loses something; "" for one message of the user's."""
+    if len(messages) == 1 and messages[0]["role"] == "user":
+        return ""
+    return (
+        "has no chat template: what system, user and assistant say is joined by blank lines, and "
+        "who says it is not passed on."
+    )
+
+
 def each_text(given: Any, change: Callable[[str], str]) -> Any:
     """Return a copy of what JSON can hold, each text in it changed; keys too, which templates may
     write as well.

@@ -11,12 +11,12 @@ import numpy as np
 
 from colm_edge.errors import ColmError
 from colm_edge.files import replacing
+from colm_edge.llama.session import Snapshot
 
 if TYPE_CHECKING:
     from colm_edge.llama.session import Session
 
-
-VERSION = 1
+VERSION = 2
 
 
 def save_prompts(path: str | os.PathLike[str], base: Session, expert: Session) -> None:
@@ -26,7 +26,8 @@ def save_prompts(path: str | os.PathLike[str], base: Session, expert: Session) -
     """
     parts = {"about": np.array(json.dumps(_about(base, expert)))}
     for name, session in (("base", base), ("expert", expert)):
-        parts[f"{name}_tokens"], parts[f"{name}_state"] = session.snapshot()
+        kept = session.snapshot()
+        parts |= {f"{name}_{part}": values for part, values in kept._asdict().items()}
     with replacing(path, private=True) as temporary, temporary.open("wb") as file:
         np.savez(file, **parts)  # type: ignore[arg-type]
 
@@ -41,7 +42,10 @@ def load_prompts(path: str | os.PathLike[str], base: Session, expert: Session) -
         with open(path, "rb") as file, np.load(file, allow_pickle=False) as loaded:
             parts = {name: loaded[name] for name in loaded.files}
         about = json.loads(str(parts["about"]))
-        states = [(parts[f"{name}_tokens"], parts[f"{name}_state"]) for name in ("base", "expert")]
+        states = [
+            Snapshot(*(parts[f"{name}_{part}"] for part in Snapshot._fields))
+            for name in ("base", "expert")
+        ]
     except OSError as e:
         raise ColmError(f"{path}: cannot read the prompt cache: {e.strerror or e}") from e
     except (ValueError, TypeError, KeyError, EOFError, zipfile.BadZipFile) as e:
@@ -73,4 +77,5 @@ def _about(base: Session, expert: Session) -> dict[str, object]:
         "expert_model": expert.model.fingerprint,
         "KV_cache_type": [options.cache_type_k, options.cache_type_v],
         "flash_attention": [base.flash_attn, expert.flash_attn],
+        "batch_size_(-ub)": [base.n_ubatch, expert.n_ubatch],
     }

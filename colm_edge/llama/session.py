@@ -19,10 +19,16 @@ from colm_edge.cancel import Cancel
 from colm_edge.errors import ModelError, PromptError
 from colm_edge.llama.context import Account, Bytes, Context, ContextOptions, Floats
 from colm_edge.llama.costs import CostTable
+from colm_edge.llama.held import Held, Rows
 from colm_edge.llama.model import Model
 
-# Tokens (n,), and llama.cpp's state after them.
-Snapshot = tuple[npt.NDArray[np.int32], Bytes]
+
+class Snapshot(NamedTuple):
+    """Tokens (n,), how they were evaluated (stretches, 3), and llama.cpp's state after them."""
+
+    tokens: npt.NDArray[np.int32]
+    stretches: Rows
+    state: Bytes
 
 
 class Piece(NamedTuple):
@@ -50,10 +56,11 @@ class Session:
         self.wants_hidden = hidden
         self._context = self.new_context(self.n_ctx, self.n_batch)
         self._positions: npt.NDArray[np.int32]  # 0, 1, 2 …
-        self._tokens = array("i")  # what the KV cache holds
-        self._torn = False  # a decode was interrupted: the cache may hold more than _tokens
+        self._held = Held(self.block)
+        self._prompt = array("i")  # the last one that it was turned to
+        self._torn = False  # a decode was interrupted: the cache may hold more than it says
         self._first_output = 0  # the first token of it whose state it tells, as of all behind
-        self._fresh = False  # llama.cpp's outputs belong to the last of _tokens
+        self._fresh = False  # llama.cpp's outputs belong to the last of these tokens
         self._first = 0  # the position of the first token of the last decode
         self._saved: Snapshot | None = None  # restored when the context is created
 
@@ -103,6 +110,11 @@ class Session:
         return self.options.n_ubatch_of(self.model)
 
     @property
+    def block(self) -> int:
+        """The tokens of a prompt that are evaluated at a time, wherever it begins."""
+        return min(self.n_ubatch, self.n_batch)
+
+    @property
     def flash_attn(self) -> Literal["auto", "on", "off"]:
         """Whether flash attention is used."""
         return self.options.flash_attn_of(self.model)
@@ -139,7 +151,8 @@ class Session:
         self._positions = np.arange(self.n_ctx, dtype=np.int32)
         saved, self._saved = self._saved, None
         if saved is not None:
-            self._restore(*saved)
+            self._restore(saved)
+        self.turn_to(self._prompt)
 
     def new_context(self, n_ctx: int, n_batch: int, n_sequences: int = 1) -> Context:
         """Return another context of the same model and settings, which shares the account."""
@@ -160,6 +173,19 @@ class Session:
         self._saved = None
         if self._context.created:
             self._drop(0)
+
+    def turn_to(self, prompt: array[int]) -> None:
+        """Begin an answer to these tokens: drop what they would not be evaluated into afresh.
+
+        Then an answer does not depend on what was asked before. If the prompt goes on from an
+        answer that is held, that is kept as it was written.
+        """
+        self._prompt = prompt
+        if not prompt or not self._context.created:
+            return  # `open` does it
+        n_held, keep = len(self._held.tokens), self._held.turn_to(prompt)
+        if keep < n_held or self._torn:
+            self._drop(keep)
 
     def follow(self, tokens: array[int]) -> None:
         """Do nothing: a session catches up at its next `sync`. `Background` does it earlier."""
@@ -189,7 +215,7 @@ class Session:
             self.open(cancel)
         if not isinstance(tokens, array):
             tokens = array("i", tokens)
-        held = self._tokens
+        held = self._held.tokens
         if len(held) == n - 1 and held == tokens[:-1] and not outputs and not self._torn:
             return self._append(tokens[-1])
         keep, outputs = self.n_known(tokens), outputs or (n - 1,)
@@ -204,21 +230,21 @@ class Session:
         """Return whether `sync` of these tokens has nothing to evaluate, because the last batch
         told the state after them."""
         n = len(tokens)
-        return self._tells(n) and self._tokens[:n] == tokens
+        return self._tells(n) and self._held.tokens[:n] == tokens
 
     def _tells(self, n: int) -> bool:
         """Return whether the last batch told the state after the first n tokens."""
-        return self._first_output < n <= len(self._tokens) and self._fresh and not self._torn
+        return self._first_output < n <= len(self._held.tokens) and self._fresh and not self._torn
 
     def _append(self, token: int) -> int:
         """Evaluate one more token: the most common case of `sync`, with little Python."""
-        context, at = self._context, len(self._tokens)
+        context, at = self._context, len(self._held.tokens)
         batch = context.batch
         self._torn, self._fresh = True, False
         batch.token[0], batch.position[0], batch.output[0] = token, at, 1
         context.decode(1, hidden=self.wants_hidden)
         self._first = self._first_output = at
-        self._tokens.append(token)
+        self._held.tokens.append(token)
         self._torn, self._fresh = False, True
         return 1
 
@@ -229,30 +255,34 @@ class Session:
         n, n_done = len(tokens), 0
         is_long = n - keep > self.n_batch
         self._torn, self._fresh = True, False
+        done = list[Piece]()
         for piece in self._pieces(n, keep, outputs[0]):
             if is_long and cancel is not None:
                 cancel.check()
             n_done += self._decode(tokens, piece, outputs if piece.end == n else ())
+            done.append(piece)
             if is_long and self.progress is not None:
                 self.progress((piece.end - keep) / (n - keep))
         self._first = piece.start
         # Of gaps between outputs nothing is told.
         self._first_output = outputs[0] if n - outputs[0] == len(outputs) else n - 1
-        self._tokens = tokens[:]
+        self._held.tokens = tokens[:]
+        for piece in done:
+            self._held.evaluated(piece.start, piece.end)
         self._torn, self._fresh = False, True
         return n_done
 
     def _pieces(self, n: int, start: int, first_output: int) -> Iterator[Piece]:
         """Cut the tokens from start to n into batches, with all outputs in the last one."""
-        most = self.n_batch
+        most = self.n_batch // self.block * self.block
         n_outputs = n - first_output
-        if n_outputs > most:
-            raise ValueError(f"{n_outputs} outputs, but a batch of at most {most}")
+        if n_outputs > self.n_batch:
+            raise ValueError(f"{n_outputs} outputs, but a batch of at most {self.n_batch}")
         # With embeddings on, every token is an output; the others go first, without embeddings.
         ends = [first_output, n] if self.wants_hidden else [n]
         for end in ends:
             tail = n_outputs if end == n else 0
-            while end - start > most:
+            while end - start > max(most, tail):
                 take = most if end - start - most >= tail else end - start - tail
                 yield Piece(start, start + take, take)
                 start += take
@@ -292,21 +322,21 @@ class Session:
     @property
     def logits(self) -> Floats:
         """The logits after the last token, (n_vocab,)."""
-        return self.state(len(self._tokens) - 1)[0]
+        return self.state(len(self._held.tokens) - 1)[0]
 
     @property
     def hidden(self) -> Floats:
         """The hidden state after the last token, (n_embd,), or (0,) if it is not wanted."""
-        return self.state(len(self._tokens) - 1)[1]
+        return self.state(len(self._held.tokens) - 1)[1]
 
     def n_known(self, tokens: array[int]) -> int:
         """Return how many of these tokens, from the first on, are in the KV cache."""
-        return common_prefix(self._tokens, tokens)
+        return self._held.n_known(tokens)
 
     def _drop(self, keep: int) -> None:
         """Roll the KV cache back to the first `keep` tokens."""
         self._torn, self._fresh = True, False
-        del self._tokens[keep:]
+        self._held.drop(keep)
         self._context.drop(0, keep)
         self._torn = False
 
@@ -314,9 +344,12 @@ class Session:
         """Return the tokens of this timeline and llama.cpp's state after them, for `restore`."""
         if self._saved is not None:
             return self._saved
-        if not self._context.created or self._torn or not self._tokens:
-            return np.empty(0, np.int32), np.empty(0, np.uint8)
-        return np.array(self._tokens, np.int32), self._context.save(0)
+        held = self._held
+        if not self._context.created or self._torn or not held.tokens:
+            held, state = Held(self.block), np.empty(0, np.uint8)
+        else:
+            state = self._context.save(0)
+        return Snapshot(np.array(held.tokens, np.int32), held.rows, state)
 
     def restore(self, snapshot: Snapshot) -> None:
         """Restore a snapshot of a session of the same model and settings: now, or when the context
@@ -324,7 +357,7 @@ class Session:
 
         Raises ModelError when llama.cpp refuses it, PromptError when it does not fit the context.
         """
-        tokens, _ = snapshot
+        tokens = snapshot.tokens
         if len(tokens) > self.n_ctx:
             raise PromptError(
                 f"the saved prompt has {len(tokens)} tokens, the context holds {self.n_ctx}; "
@@ -334,35 +367,25 @@ class Session:
         if not len(tokens):
             return
         if self._context.created:
-            self._restore(*snapshot)
+            self._restore(snapshot)
         else:
             self._saved = snapshot
 
-    def _restore(self, tokens: npt.NDArray[np.int32], state: Bytes) -> None:
+    def _restore(self, snapshot: Snapshot) -> None:
         self._torn = True
-        if not self._context.restore(0, state):
+        try:
+            self._held.restore(snapshot.tokens, snapshot.stretches)
+            accepted = self._context.restore(0, snapshot.state)
+        except ValueError:
+            accepted = False
+        if not accepted:
             self._drop(0)
             raise ModelError(f"{self.model.path}: the saved state is not of this model and context")
-        self._tokens, self._torn = array("i", tokens.tolist()), False
+        self._torn = False
 
     def close(self) -> None:
         """Free the context. The session can be used again; it starts empty."""
         self._context.close()
-        self._tokens, self._torn, self._fresh = array("i"), False, False
+        self._held.clear()
+        self._torn, self._fresh = False, False
         self._saved = None
-
-
-def common_prefix(one: array[int], other: array[int]) -> int:
-    """Return how many tokens two prefixes have in common."""
-    n = min(len(one), len(other))
-    # Comparing slices is a copy and a memcmp: microseconds for thousands of tokens.
-    if one[:n] == other[:n]:
-        return n
-    low, high = 0, n  # equal before low, different before high
-    while high - low > 1:
-        middle = (low + high) // 2
-        if one[low:middle] == other[low:middle]:
-            low = middle
-        else:
-            high = middle
-    return low

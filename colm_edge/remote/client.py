@@ -24,8 +24,8 @@ import numpy.typing as npt
 
 from colm_edge.cancel import Cancel
 from colm_edge.errors import AbsentExpertError, ColmError, MismatchError, ModelError, PromptError
+from colm_edge.llama.held import common_prefix
 from colm_edge.llama.model import MAX_VOCAB_DIFFERENCE, Model
-from colm_edge.llama.session import common_prefix
 from colm_edge.options import EXPERT_TIMEOUT
 from colm_edge.remote import colm_edge, llama_cpp, vllm
 from colm_edge.remote.dialect import Body, Dialect, Reply, Scored
@@ -411,6 +411,9 @@ class RemoteSession:
             target=lambda: reply.set_result(self._ask(wanted)), name="colm-edge-ask", daemon=True
         ).start()
         return reply
+
+    def turn_to(self, prompt: array[int]) -> None:
+        """Do nothing: what a server keeps of earlier prompts is its own affair."""
 
     def sync(
         self, tokens: Sequence[int], outputs: Sequence[int] = (), cancel: Cancel | None = None

@@ -21,6 +21,7 @@ from colm_edge.cli import main
 from colm_edge.cli.keyboard import LEAVE
 from colm_edge.cli.terminal import COMMAND, HELP, Chat, harmless, mark
 from colm_edge.decode.step import Step
+from colm_edge.errors import ContextError
 
 posix_only = pytest.mark.skipif(os.name == "nt", reason="needs a POSIX terminal")
 PROMPT = r"(?s)\x1b\[\?2004h.*?>>>"  # pastes are bracketed while a prompt reads
@@ -297,14 +298,20 @@ def test_a_path_is_a_message_and_no_command():
         assert not COMMAND.match(line)
 
 
-def test_an_empty_system_prompt_is_one(tiny_pair, capsys):
-    chat = Chat(tiny_pair, "")
-    user = {"role": "user", "content": "x"}
-    assert chat._messages(user) == [{"role": "system", "content": ""}, user]
-    chat.command("/set system")
-    assert chat._messages(user) == [user]
-    chat.command('/set system ""')
-    assert chat._messages(user)[0] == {"role": "system", "content": ""}
+def test_an_empty_system_prompt_is_one(tiny_pair, monkeypatch):
+    tiny_pair.defaults = tiny_pair.defaults.with_changes(max_tokens=1)
+    asked: list[list[dict[str, str]]] = []
+    stream_chat = tiny_pair.stream_chat
+    monkeypatch.setattr(
+        tiny_pair, "stream_chat", lambda given: asked.append(given) or stream_chat(given)
+    )
+    chat, user = Chat(tiny_pair, ""), {"role": "user", "content": "x"}
+    for command in ("/clear", "/set system", '/set system ""'):
+        chat.command("/clear")
+        chat.command(command)
+        chat.ask("x")
+    empty = {"role": "system", "content": ""}
+    assert asked == [[empty, user], [user], [empty, user]]
 
 
 def test_an_answer_cannot_drive_the_terminal():
@@ -312,3 +319,55 @@ def test_an_answer_cannot_drive_the_terminal():
     step.text = "a\x1b[2J\x07\x9b31mb\tc\n\r"
     assert harmless(step.text) == "a[2J31mb\tc\n"
     assert click.unstyle(mark(step)) == "a[2J31mb\tc\n"
+
+
+def say_of(run) -> list[str]:
+    return run.stderr.splitlines()
+
+
+def test_what_cuts_an_answer_says_so(tiny):
+    """Also in a chat; an answer that ends by itself says nothing."""
+    endless = ["-m", tiny["endless"], "-me", tiny["endless"], "-t", "1", "--temp", "0", "-c", "64"]
+    limit, full = "cut: the limit of tokens (-n)", "cut: the context is full (-c)"
+    for options, end in (["-n", "5"], limit), ([], full), (["-n", "500"], full):
+        run = CliRunner().invoke(main, ["run", *endless, *options, "hello"])
+        assert run.exit_code == 0
+        assert say_of(run)[-1].endswith("; " + end)
+        run = CliRunner().invoke(main, ["chat", *endless, *options], input="hello\n")
+        assert sum(line.endswith("; " + end) for line in say_of(run)) == 1
+    run = CliRunner().invoke(main, ["run", "-t", "1", "--temp", "0", "What is the symbol of iron?"])
+    assert "cut" not in run.stderr
+
+
+def test_a_message_that_does_not_fit_leaves_the_conversation(tiny_pair, capsys):
+    tiny_pair.defaults = tiny_pair.defaults.with_changes(temperature=0.0, max_tokens=5)
+    chat = Chat(tiny_pair)
+    chat.ask("hello")
+    turns = chat.turns[:]
+    with pytest.raises(ContextError, match="the context holds 256"):
+        chat.ask("x y z " * 200)
+    assert chat.turns == turns
+    assert "forgotten" not in capsys.readouterr().err
+    chat.ask("x y z " * 30)  # it fits alone
+    assert chat.turns[-2]["content"] == "x y z " * 30
+    assert "1 old turn(s) forgotten" in capsys.readouterr().err
+
+
+def test_a_context_beyond_training_and_lost_roles_warn_once(tiny):
+    files = ["-m", tiny["base"], "-me", tiny["expert"], "-t", "1", "--temp", "0", "-n", "3"]
+    beyond = "-c 1000 is more than the 512 tokens the models are made for."
+    roles = (
+        "base.gguf has no chat template: what system, user and assistant say is joined by blank "
+        "lines, and who says it is not passed on."
+    )
+
+    def said(*args: str, text: str | None = None) -> list[str]:
+        run = CliRunner().invoke(main, [*args, *files], input=text)
+        assert run.exit_code == 0
+        return [line for line in say_of(run) if line in (beyond, roles)]
+
+    assert said("run", "-c", "1000", "hello") == [beyond]
+    assert said("run", "hello") == []
+    assert said("run", "-sys", "be brief", "--raw", "hello") == []
+    assert said("run", "-sys", "be brief", "hello") == [roles]
+    assert said("chat", "-c", "1000", text="one\ntwo\nthree\n") == [beyond, roles]

@@ -33,7 +33,7 @@ def test_run_prints_the_answer_and_a_summary(tiny):
     assert re.fullmatch(
         r"(measuring \w+\.gguf on this machine, once …\n){0,2}"
         r"9 tokens, \d+% deferred, \d+ expert calls? \(\d+ tokens\); tok/s: "
-        r"base [\d,]+, expert [\d,-]+, overall [\d,]+\n",
+        r"base [\d,]+, expert [\d,-]+, overall [\d,]+; cut: the limit of tokens \(-n\)\n",
         result.stderr,
     )
 

@@ -16,7 +16,7 @@ GREEDY = {"temperature": 0.0, "max_tokens": 30, "schedule": "sequential", "thres
 
 
 def pair_of(tiny, **options):
-    settings = {"n_threads": 1, "n_ctx": 256, "overlap": False} | options
+    settings = {"n_threads": 1, "n_ctx": 256, "n_ubatch": 8, "overlap": False} | options
     return load(tiny["base"], tiny["expert"], "margin", **settings)
 
 
@@ -33,8 +33,9 @@ def test_an_answer_from_a_cache_evaluates_what_is_new(tiny, tmp_path):
         assert not pair.expert_session.created  # not before its first call
         again = pair.generate(prompt, **GREEDY)
         assert [s.token for s in again.steps] == [s.token for s in first.steps]
-        # The prompt's last token is evaluated again for its logits, and so are the written tokens.
-        assert again.stats.base_tokens == first.stats.base_tokens - n_prompt + 1
+        # Whole batches of the prompt are kept; its rest and the written tokens are evaluated again.
+        kept = (n_prompt - 1) // 8 * 8
+        assert again.stats.base_tokens == first.stats.base_tokens - kept
         assert again.stats.expert_tokens < first.stats.expert_tokens
         pair.load_prompts(path)
         longer = pair.generate(prompt + " well", **GREEDY)
@@ -92,10 +93,17 @@ def test_a_cache_of_other_models_or_settings_is_refused(tiny, tmp_path):
 def test_a_broken_state_leaves_an_empty_timeline(tiny, tmp_path):
     with pair_of(tiny) as pair:
         whole = pair.generate("hello", **GREEDY)
-        tokens, state = pair.base_session.snapshot()
-        for length in (len(state) // 2, 0):
+        saved = pair.base_session.snapshot()
+        rows, state = saved.stretches, saved.state
+        for changed in (
+            {"state": state[: len(state) // 2]},
+            {"state": state[:0]},
+            {"stretches": rows[:, :2]},
+            {"stretches": rows + 1000},
+            {"stretches": -1 - rows},
+        ):
             with pytest.raises(ColmError, match="the saved state is not of this model"):
-                pair.base_session.restore((tokens, state[:length]))
+                pair.base_session.restore(saved._replace(**changed))
             assert pair.generate("hello", **GREEDY).text == whole.text
 
 
@@ -118,7 +126,7 @@ def test_a_broken_state_of_the_expert_leaves_both_empty(tiny, tmp_path):
 def test_the_command_saves_and_loads_a_cache(tiny, tmp_path):
     path = tmp_path / "prompts"
     args = ["run", "--json", "-m", tiny["base"], "-me", tiny["expert"], "-t", "1", "-c", "128"]
-    args += ["--temp", "0", "-n", "10", "--prompt-cache", str(path), "hello"]
+    args += ["--temp", "0", "-n", "10", "-ub", "4", "--prompt-cache", str(path), "hello there"]
     answers = [json.loads(CliRunner().invoke(main, args).stdout) for _ in range(2)]
     assert path.exists()
     assert not list(tmp_path.glob(".prompts*"))
@@ -133,7 +141,8 @@ def test_the_command_saves_and_loads_a_cache(tiny, tmp_path):
 
 def test_chat_turns_evaluate_only_what_is_new(tiny):
     """Without a file, both models still reuse a prefix: a second turn, a shared system prompt."""
-    with load(tiny["template"], tiny["expert"], "margin", n_threads=1, n_ctx=256) as pair:
+    settings = {"n_threads": 1, "n_ctx": 256, "n_ubatch": 8}
+    with load(tiny["template"], tiny["expert"], "margin", **settings) as pair:
         system = {"role": "system", "content": "be brief and kind, whatever is asked of you"}
         messages = [system, {"role": "user", "content": "hello"}]
         first = pair.chat(messages, **GREEDY | {"threshold": 1e-9})
@@ -142,7 +151,7 @@ def test_chat_turns_evaluate_only_what_is_new(tiny):
             {"role": "user", "content": "and then?"},
         ]
         second = pair.chat(messages, **GREEDY | {"threshold": 1e-9})
-        n_shared = len(pair.prompt_tokens([system])) - 8
+        n_shared = len(pair.prompt_tokens([system])) - 16  # whole batches are kept
         stats = second.stats
         assert stats.base_tokens < stats.n_prompt + stats.n_generated - n_shared
         assert stats.expert_tokens < stats.n_prompt + stats.n_generated - n_shared

@@ -9,6 +9,7 @@ from serving import serving
 
 from colm_edge.cli import main
 from colm_edge.options import Options
+from colm_edge.pair import load
 from colm_edge.serve.chat import ChatRequest
 from colm_edge.serve.requests import REFUSED, CompletionRequest
 
@@ -140,3 +141,39 @@ def test_a_server_answers_to_names_that_it_is_given(pair):
             response = httpx.get(f"{url}/health", headers={"Host": host})
             assert response.status_code == status
         assert "--allowed-host" in response.json()["error"]["message"]
+
+
+def test_a_server_with_a_seed_repeats_its_choices(pair):
+    """`serve -s 42` and n: 3. A seed of -1 is another one each time."""
+    own = Options(seed=42, temperature=1.5, threshold=0.4)
+
+    def texts(url: str, **more: object) -> list[str]:
+        answer = ask(url, **{"max_tokens": 12, "n": 3, **more}).json()
+        return [choice["message"]["content"] for choice in answer["choices"]]
+
+    before, pair.defaults = pair.defaults, own
+    try:
+        with serving(pair, n_slots=1) as (url, _):
+            first = texts(url)
+            assert len(set(first)) == 3
+            drawn = [texts(url, seed=-1) for _ in range(3)]
+            assert len(set(map(tuple, drawn))) == 3
+            assert texts(url) == first
+            assert texts(url, n=1, seed=43) == first[1:2]
+    finally:
+        pair.defaults = before
+
+
+def test_an_answer_that_was_cut_says_so(tiny):
+    """By the limit, and by the context."""
+    greedy = Options(temperature=0.0)
+    files = tiny["endless"], tiny["endless"], "margin"
+    with (
+        load(*files, n_threads=1, n_ctx=64, defaults=greedy) as pair,
+        serving(pair, n_slots=1) as (url, _),
+    ):
+        n_prompt = len(pair.prompt_tokens(CHAT))
+        for limit, n in ((5, 5), (-1, 65 - n_prompt)):
+            told = ask(url, max_tokens=limit).json()
+            assert told["choices"][0]["finish_reason"] == "length"
+            assert told["usage"]["completion_tokens"] == n

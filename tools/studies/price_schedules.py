@@ -30,7 +30,7 @@ from colm_edge.decode.loop import Schedule
 from colm_edge.decode.planner import Planner
 from colm_edge.decode.timeline import Floats
 from colm_edge.llama.costs import CostTable
-from colm_edge.llama.session import common_prefix
+from colm_edge.llama.held import common_prefix
 from colm_edge.pair import Pair, load
 from colm_edge.train.documents import read_rows
 
@@ -78,6 +78,9 @@ class Priced:
         self.n_evaluated = self.n_calls = 0
         self.seconds = 0.0
         self.cuts = False  # whether batches are cut and filled up to the cheapest sizes
+
+    def turn_to(self, prompt: array[int]) -> None:
+        """Keep what is held: nothing is evaluated."""
 
     def sync(
         self, tokens: Sequence[int], outputs: Sequence[int] = (), cancel: Cancel | None = None
