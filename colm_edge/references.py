@@ -50,7 +50,11 @@ def known_pairs() -> dict[str, dict[str, ListedModel]]:
     """Return models.txt as alias -> role -> line. Raises ModelError for a bad line."""
     pairs: dict[str, dict[str, ListedModel]] = {}
     path = _models_txt()
-    for number, line in enumerate(path.read_text().splitlines(), 1):
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as e:
+        raise ModelError(f"{path}: cannot be read ({e}); install colm-edge again") from e
+    for number, line in enumerate(lines, 1):
         fields = line.split("#")[0].split(maxsplit=4)
         if not fields:
             continue
@@ -61,6 +65,13 @@ def known_pairs() -> dict[str, dict[str, ListedModel]]:
             )
         alias, role, reference, licence, *note = fields
         pairs.setdefault(alias, {})[role] = ListedModel(reference, licence, "".join(note))
+    for alias, roles in pairs.items():
+        for model in roles.values():
+            if model.reference in pairs:
+                raise ModelError(
+                    f"{path}: {alias} stands for {model.reference}, a name of the list; "
+                    "expected a file or user/repo:file.gguf"
+                )
     return pairs
 
 

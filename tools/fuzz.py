@@ -9,6 +9,7 @@ cannot be printed. The smallest input of each fault is kept. The same seed makes
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 import tempfile
@@ -43,7 +44,9 @@ from colm_edge.tables import render
 def main(kinds: tuple[str, ...], n: int, seed: int, jobs: int, keep: Path, output: str) -> None:
     """Mutate files of every KIND, or of those that are named. The exit code is 1 for faults."""
     table, n_faults = [], 0
-    with tempfile.TemporaryDirectory(prefix="fuzz-") as home:
+    # In memory where there is such a folder: work folders are synced to the disk at each note.
+    memory = "/dev/shm" if os.path.isdir("/dev/shm") else None
+    with tempfile.TemporaryDirectory(prefix="fuzz-", dir=memory) as home:
         for name in kinds or KINDS:
             tally = try_kind(KINDS[name], Path(home), n, seed, jobs)
             table.append(_row(tally, n))

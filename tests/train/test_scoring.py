@@ -383,7 +383,8 @@ def test_broken_score_files_are_refused(pair, tmp_path):
         score(pair, documents, no_bar, expert_scores=[tmp_path / "text.npz"])
     path = tmp_path / "short.npz"
     arrays = {"tokens": documents.tokens, "lengths": documents.lengths, "starts": documents.starts}
-    columns = {name: np.zeros(3) for name in ("logprob", "right", "best", "choice")}
+    columns = {name: np.zeros(3) for name in ("logprob", "best", "choice")}
+    columns["right"] = np.zeros(3, np.bool_)
     np.savez(path, **arrays, **columns)
     with pytest.raises(DataError, match=rf"expected {documents.n_scored} scores"):
         score(pair, documents, no_bar, expert_scores=[path])

@@ -28,7 +28,7 @@ def documents(numbers) -> Documents:
 
 def columns(of: Documents, chosen) -> dict[str, np.ndarray]:
     """Return what is to be stored of some documents: rows that tell where they come from."""
-    rows = np.concatenate([of.span(i)[1:] * 10.0 + np.arange(of.counts[i]) for i in chosen])
+    rows = -1.0 - np.concatenate([of.span(i)[1:] * 10.0 + np.arange(of.counts[i]) for i in chosen])
     return {"logprob": rows, "hidden": np.stack([rows, -rows, rows + 1], 1).astype(np.float32)}
 
 

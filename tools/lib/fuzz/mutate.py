@@ -232,7 +232,8 @@ def mutated_numbers(body: bytes, rng: Random) -> bytes:
         number = (rng.choice(COUNTS) & (256**size - 1)).to_bytes(size, "little")
     if rng.random() < 0.1:
         return number * (len(body) // size)
-    at = rng.randrange(len(body) // size + 1) * size
+    # What stands first often counts the rest.
+    at = rng.randrange(min(len(body), rng.choice((len(body), 256))) // size + 1) * size
     return body[:at] + number + body[at + size :]
 
 

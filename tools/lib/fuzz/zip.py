@@ -9,14 +9,18 @@ import zlib
 from functools import cache
 
 Members = list[tuple[str, bytes]]
+MOST_BYTES = 64 << 20
 BOMB_BLOCKS = 192  # of 16 MiB: 3 GiB
 
 
 def members_of(data: bytes) -> Members:
-    """Return an archive's names and contents; none where it is broken."""
+    """Return an archive's names and contents; none where it is broken or unpacks to too much."""
     try:
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
-            return [(info.filename, archive.read(info)) for info in archive.infolist()]
+            members = archive.infolist()
+            if sum(info.file_size for info in members) > MOST_BYTES:
+                return []
+            return [(info.filename, archive.read(info)) for info in members]
     except Exception:  # a broken one may raise anything
         return []
 
