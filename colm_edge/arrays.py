@@ -35,26 +35,33 @@ def read_arrays(path: str | os.PathLike[str], kinds: Mapping[str, Kind]) -> dict
     Raises ValueError where the file is broken or holds something else, OSError where it cannot be
     read.
     """
-    try:
-        with open(path, "rb") as file, zipfile.ZipFile(file) as archive:
-            members = {info.filename.removesuffix(".npy"): info for info in archive.infolist()}
-            if len(members) < len(archive.infolist()):
-                raise ValueError("a name comes twice")
-            size = os.fstat(file.fileno()).st_size
-            return {
-                name: _named(name, _content(archive, members[name], size), kind)
-                for name, kind in kinds.items()
-                if name in members
-            }
-    # RuntimeError: one that asks for a password, or needs what zipfile does not know.
-    except (zipfile.BadZipFile, EOFError, RuntimeError, struct.error, OverflowError) as e:
-        raise ValueError(f"not an archive of arrays ({e})") from e
+    with open(path, "rb") as file:
+        try:
+            with zipfile.ZipFile(file) as archive:
+                return _found(archive, kinds, os.fstat(file.fileno()).st_size)
+        # OSError: it names a place before the file's beginning. RuntimeError: it asks for a
+        # password, or needs what zipfile does not know.
+        except (
+            zipfile.BadZipFile, EOFError, OSError, RuntimeError, struct.error, OverflowError
+        ) as e:  # fmt: skip
+            raise ValueError(f"not an archive of arrays ({e})") from e
 
 
 def read_array(path: str | os.PathLike[str], kind: Kind) -> npt.NDArray[Any]:
     """Return the array in an .npy file, (n,), read-only; raises as `read_arrays`."""
     with open(path, "rb") as file:
         return np.asarray(_parsed(file.read(), kind))
+
+
+def _found(archive: zipfile.ZipFile, kinds: Mapping[str, Kind], size: int) -> dict[str, Any]:
+    members = {info.filename.removesuffix(".npy"): info for info in archive.infolist()}
+    if len(members) < len(archive.infolist()):
+        raise ValueError("a name comes twice")
+    return {
+        name: _named(name, _content(archive, members[name], size), kind)
+        for name, kind in kinds.items()
+        if name in members
+    }
 
 
 def _content(archive: zipfile.ZipFile, member: zipfile.ZipInfo, size: int) -> bytes:

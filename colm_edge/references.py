@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -131,7 +132,7 @@ def resolve(
                 "give a GGUF file"
             )
         return reference
-    if _ADDRESS.fullmatch(reference) and not Path(reference).exists():
+    if _ADDRESS.fullmatch(reference) and not os.path.exists(reference):
         raise ModelError(f"{reference}: no such file; write a server as http://{reference}")
     if reference.startswith("package:"):
         return str(_PACKAGE / "data" / reference.removeprefix("package:"))
@@ -139,7 +140,7 @@ def resolve(
         path = Path(reference).expanduser()
     except RuntimeError as e:  # ~user, of a user who does not exist
         raise ModelError(f"{reference}: {e}; give a path that exists") from e
-    if path.exists():
+    if os.path.exists(path):  # not of Path, which raises for a name that is too long
         return str(path)
     known = known_pairs().get(reference, {})
     if role in known:
@@ -153,7 +154,7 @@ def is_here(reference: str) -> bool:
     """Return whether the file of a reference in models.txt is on this machine."""
     if is_reference(reference):
         return find_cached(reference) is not None
-    return Path(resolve(reference, offline=True)).exists()
+    return os.path.exists(resolve(reference, offline=True))
 
 
 def choose_pair(

@@ -13,6 +13,7 @@ from click.testing import CliRunner
 from lib.fuzz import pool
 from lib.fuzz.kind import Kind
 from lib.fuzz.pool import input_of, try_kind
+from lib.fuzz.table import KINDS
 
 from colm_edge.errors import DataError
 
@@ -91,6 +92,13 @@ def broken(needs: Path):
 def test_a_kind_whose_own_samples_are_refused_is_no_test(tmp_path):
     with pytest.raises(RuntimeError, match="a valid sample of broken: refused"):
         try_kind(Kind("broken", words, broken), tmp_path, 1)
+
+
+@pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
+def test_a_mutated_file_is_read_or_refused_in_one_line(kind, tmp_path):
+    tally = try_kind(kind, tmp_path, kind.n_tests)
+    assert dict(tally.n_faults) == {}
+    assert tally.n_refused > 0  # so it is mutated, and read
 
 
 def test_the_command_prints_a_table(tmp_path):

@@ -93,5 +93,5 @@ def _read_cache(_: Path) -> Read:
 KINDS = (
     Kind("switch", _switches, _read_switch, n_tests=400),
     Kind("models.txt", _lists, _read_list),
-    Kind("hub", _cached, _read_cache),
+    Kind("hub", _cached, _read_cache, n_tests=150),
 )

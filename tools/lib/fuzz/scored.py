@@ -150,8 +150,8 @@ def _read_journals(needs: Path) -> Read:
 
 
 KINDS = (
-    Kind("data", _data, _read_data),
+    Kind("data", _data, _read_data, n_tests=150),
     Kind("scores", _scores, _read_scores),
-    Kind("work", _work, _read_work, n_tests=60),
-    Kind("journal", _journals, _read_journals, n_tests=60),
+    Kind("work", _work, _read_work, n_tests=20),
+    Kind("journal", _journals, _read_journals, n_tests=40),
 )

@@ -6,6 +6,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from colm_edge.errors import ColmError
 from colm_edge.llama import measure
 from colm_edge.llama.costs import break_even, seconds_per_token
 from lib.fuzz.kind import Files, Kind, Read
@@ -48,16 +49,17 @@ def _read_costs(needs: Path) -> Read:
         kept.parent.mkdir(parents=True)
         (folder / "costs.json").rename(kept)
         table = measure.kept_table(pair.base_session)
-        if table is not None:
-            table.pieces(64, 512)
-            table.all_states(64)
-            break_even(table, table)
-            seconds_per_token(table, table, 0.1)
+        if table is None:
+            raise ColmError("a broken table counts as none")
+        table.pieces(64, 512)
+        table.all_states(64)
+        break_even(table, table)
+        seconds_per_token(table, table, 0.1)
 
     return read
 
 
 KINDS = (
-    Kind("prompt-cache", _caches, _read_cache, n_tests=150),
-    Kind("costs", _costs, _read_costs),
+    Kind("prompt-cache", _caches, _read_cache, n_tests=100),
+    Kind("costs", _costs, _read_costs, n_tests=150),
 )
