@@ -1,7 +1,8 @@
-"""Kinds that are read without a model: switches, models.txt, and the Hub's cache."""
+"""Kinds that are read without a model: switches, models.txt, answers, and the Hub's cache."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,6 +12,7 @@ import numpy as np
 
 import colm_edge
 from colm_edge import hub, info, references
+from colm_edge.bench.replay import recorded
 from colm_edge.switch.file import FEATURE_SETS, Switch
 from lib.fuzz.kind import Files, Kind, Read
 
@@ -90,8 +92,19 @@ def _read_cache(_: Path) -> Read:
     return read
 
 
+def _answers(_: Path) -> Sequence[Files]:
+    tokens = [{"id": i, "source": ("base", "expert")[i % 2]} for i in range(6)]
+    answer = {"prompt_tokens": [3, 1, 2], "tokens": tokens, "withdrawn": [{"at": 1}]}
+    return [{"answer.json": json.dumps(answer).encode()}]
+
+
+def _read_answer(_: Path) -> Read:
+    return lambda folder: recorded(folder / "answer.json").defer_rate
+
+
 KINDS = (
     Kind("switch", _switches, _read_switch, n_tests=400),
     Kind("models.txt", _lists, _read_list),
+    Kind("answer", _answers, _read_answer),
     Kind("hub", _cached, _read_cache, n_tests=150),
 )
