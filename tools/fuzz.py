@@ -50,6 +50,7 @@ def main(kinds: tuple[str, ...], n: int, seed: int, jobs: int, keep: Path, outpu
         for name in kinds or KINDS:
             tally = try_kind(KINDS[name], Path(home), n, seed, jobs)
             table.append(_row(tally, n))
+            click.echo(", ".join(f"{what} {value}" for what, value in table[-1].items()), err=True)
             n_faults += tally.n_faults.total()
             _keep(tally, keep)
     click.echo(render(table, output))
