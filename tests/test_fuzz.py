@@ -6,18 +6,19 @@ import os
 import signal
 from pathlib import Path
 
-import fuzz
 import numpy as np
 import pytest
 from click.testing import CliRunner
+
+from colm_edge.errors import DataError
+
+pytest.importorskip("resource", reason="limits of a process need a POSIX system")
+
+import fuzz
 from lib.fuzz import pool
 from lib.fuzz.kind import Kind
 from lib.fuzz.pool import input_of, try_kind
 from lib.fuzz.table import KINDS
-
-from colm_edge.errors import DataError
-
-pytestmark = pytest.mark.skipif(os.name == "nt", reason="limits of a process need a POSIX system")
 
 
 def words(needs: Path) -> list[dict[str, bytes]]:
