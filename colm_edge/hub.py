@@ -18,6 +18,7 @@ from colm_edge.files import parts_of
 
 # user/repo:file.gguf or user/repo:QUANT; a file may be in a folder of the repository.
 REFERENCE = re.compile(r"([\w.-]+/[\w.-]+):([\w./-]+)")
+_COMMIT = re.compile(rb"[0-9a-f]{40}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 SPARE_BYTES = 1 << 30  # of the disk, left free by a download
 TRIES = 5  # of a download whose connection is reset
@@ -77,18 +78,27 @@ def _is_gguf(name: str) -> bool:
 def _cached_file(repo: str, name: str) -> Path | None:
     from huggingface_hub import try_to_load_from_cache
 
-    found = try_to_load_from_cache(repo, name)
+    commit = _cached_commit(repo)
+    found = commit and try_to_load_from_cache(repo, name, revision=commit)
     return Path(found) if isinstance(found, str) else None
 
 
 def _cached_names(repo: str) -> list[str]:
     """Return the names of a repository's files in the cache, at its latest known revision."""
-    folder = _cache_of(repo)
-    try:
-        snapshot = folder / "snapshots" / (folder / "refs" / "main").read_text()
-    except OSError:
+    commit = _cached_commit(repo)
+    if commit is None:
         return []
+    snapshot = _cache_of(repo) / "snapshots" / commit
     return [path.relative_to(snapshot).as_posix() for path in snapshot.rglob("*")]
+
+
+def _cached_commit(repo: str) -> str | None:
+    """Return the revision of a repository that the cache knows as its latest."""
+    try:
+        commit = (_cache_of(repo) / "refs" / "main").read_bytes()
+    except OSError:
+        return None
+    return commit.decode() if _COMMIT.fullmatch(commit) else None
 
 
 def _cache_of(repo: str) -> Path:

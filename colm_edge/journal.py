@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from colm_edge.errors import DataError
+
+MOST_SECONDS = 1e9  # of an answer
 
 
 class Journal:
@@ -28,7 +31,7 @@ class Journal:
                     if not line.endswith(b"\n"):
                         break  # the run was killed while it wrote this line
                     entry = json.loads(line)
-                    self._entries[entry["key"]] = entry
+                    self._entries[str(entry["key"])] = entry
                     whole += len(line)
                 file.truncate(whole)
         except OSError as e:
@@ -36,8 +39,19 @@ class Journal:
         except (ValueError, KeyError, TypeError, RecursionError) as e:
             raise DataError(f"{path}: not a file of kept results; remove it") from e
 
-    def get(self, key: str) -> dict[str, Any] | None:
-        return self._entries.get(key)
+    def get(self, key: str, is_whole: Callable[[dict[str, Any]], bool]) -> dict[str, Any] | None:
+        """Return an entry; None if there is none, or an earlier version kept less.
+
+        is_whole: whether an entry holds what it should; KeyError says that it holds less. Raises
+        DataError where it does not.
+        """
+        entry = self._entries.get(key)
+        try:
+            if entry is None or is_whole(entry):
+                return entry
+        except KeyError:
+            return None
+        raise DataError(f"{self._path}: holds a result that cannot be one; remove it")
 
     def add(self, key: str, entry: dict[str, Any]) -> None:
         """Keep an entry; it is in the file when this returns."""
@@ -47,6 +61,16 @@ class Journal:
                 file.write(json.dumps({"key": key, **entry}) + "\n")
         except OSError as e:
             raise DataError(f"{self._path}: cannot keep a result: {e.strerror or e}") from e
+
+
+def is_count(value: Any, below: int = 1 << 31) -> bool:
+    """Return whether a value of a JSON text is a whole number from 0 to before `below`."""
+    return type(value) is int and 0 <= value < below
+
+
+def is_number(value: Any, low: float, high: float) -> bool:
+    """Return whether a value of a JSON text is a number from low to high; NaN is none."""
+    return type(value) in (int, float) and low <= value <= high
 
 
 def key_of(*parts: Any) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import dataclass
 from ipaddress import ip_address
@@ -49,7 +50,11 @@ def known_pairs() -> dict[str, dict[str, ListedModel]]:
     """Return models.txt as alias -> role -> line. Raises ModelError for a bad line."""
     pairs: dict[str, dict[str, ListedModel]] = {}
     path = _models_txt()
-    for number, line in enumerate(path.read_text().splitlines(), 1):
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as e:
+        raise ModelError(f"{path}: cannot be read ({e}); install colm-edge again") from e
+    for number, line in enumerate(lines, 1):
         fields = line.split("#")[0].split(maxsplit=4)
         if not fields:
             continue
@@ -60,6 +65,13 @@ def known_pairs() -> dict[str, dict[str, ListedModel]]:
             )
         alias, role, reference, licence, *note = fields
         pairs.setdefault(alias, {})[role] = ListedModel(reference, licence, "".join(note))
+    for alias, roles in pairs.items():
+        for model in roles.values():
+            if model.reference in pairs:
+                raise ModelError(
+                    f"{path}: {alias} stands for {model.reference}, a name of the list; "
+                    "expected a file or user/repo:file.gguf"
+                )
     return pairs
 
 
@@ -127,7 +139,7 @@ def resolve(
                 "give a GGUF file"
             )
         return reference
-    if _ADDRESS.fullmatch(reference) and not Path(reference).exists():
+    if _ADDRESS.fullmatch(reference) and not os.path.exists(reference):
         raise ModelError(f"{reference}: no such file; write a server as http://{reference}")
     if reference.startswith("package:"):
         return str(_PACKAGE / "data" / reference.removeprefix("package:"))
@@ -135,7 +147,7 @@ def resolve(
         path = Path(reference).expanduser()
     except RuntimeError as e:  # ~user, of a user who does not exist
         raise ModelError(f"{reference}: {e}; give a path that exists") from e
-    if path.exists():
+    if os.path.exists(path):  # not of Path, which raises for a name that is too long
         return str(path)
     known = known_pairs().get(reference, {})
     if role in known:
@@ -149,7 +161,7 @@ def is_here(reference: str) -> bool:
     """Return whether the file of a reference in models.txt is on this machine."""
     if is_reference(reference):
         return find_cached(reference) is not None
-    return Path(resolve(reference, offline=True)).exists()
+    return os.path.exists(resolve(reference, offline=True))
 
 
 def choose_pair(

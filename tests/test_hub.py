@@ -430,3 +430,18 @@ def test_every_line_of_models_txt_is_a_valid_reference():
             assert known.reference.startswith("package:") or hub.is_reference(known.reference)
             assert known.licence
             assert known.note
+
+
+@pytest.mark.parametrize(
+    "commit", [b"", b"\xff", b"../../x", b"a\0b", b"x" * 5000, COMMIT.encode()]
+)
+def test_a_broken_note_of_the_latest_revision_counts_as_none(tmp_path, monkeypatch, commit):
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    folder = tmp_path / "models--me--model"
+    for path, data in (("refs/main", commit), (f"snapshots/{COMMIT}/m-Q4_0.gguf", b"GGUF")):
+        (folder / path).parent.mkdir(parents=True)
+        (folder / path).write_bytes(data)
+    found = [hub.find_cached(f"me/model:{name}") for name in ("Q4_0", "m-Q4_0.gguf")]
+    assert [path is not None for path in found] == [commit == COMMIT.encode()] * 2

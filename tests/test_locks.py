@@ -69,6 +69,9 @@ BROKEN = [
     '{"sizes": [1, 1], "seconds": [0.1, 0.1], "several": 0, "hasty": false}',
     '{"sizes": [1, 1000000000], "seconds": [0.1, 0.2], "several": 0, "hasty": false}',
     '{"sizes": [1], "seconds": [0.1], "several": Infinity, "hasty": false}',
+    '{"sizes": [1], "seconds": [0.1], "several": 1' + "0" * 400 + ', "hasty": false}',
+    '{"sizes": {"1": 1}, "seconds": [0.1], "several": 0, "hasty": false}',
+    "\ufeff{}",
 ]
 
 

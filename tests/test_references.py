@@ -98,3 +98,24 @@ def test_cached_files_are_found_without_a_network(tmp_path, monkeypatch):
     assert references.is_here(str(tmp_path))
     assert not references.is_here("them/model:m.gguf")
     assert not references.is_here("them/model:Q4_0")
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (b"\xff\xfe", "models.txt: cannot be read"),
+        (b"a base a MIT\n", "a stands for a, a name of the list"),
+        (b"a base b MIT\nb base a MIT\n", "a stands for b, a name of the list"),
+    ],
+)
+def test_a_list_that_is_no_text_or_leads_to_itself_is_refused(tmp_path, monkeypatch, text, words):
+    path = tmp_path / "models.txt"
+    path.write_bytes(text)
+    monkeypatch.setattr(references, "_models_txt", lambda: path)
+    with pytest.raises(ModelError, match=words):
+        references.resolve("a")
+
+
+def test_a_name_that_no_file_can_have_is_returned_as_it_is():
+    for name in ("x" * 5000, "a\0b"):
+        assert references.resolve(name) == name

@@ -19,6 +19,7 @@ from colm_edge.decode.picker import Picker
 from colm_edge.decode.policy import Policy, Reading
 from colm_edge.decode.timeline import Floats, Timeline
 from colm_edge.errors import DataError
+from colm_edge.journal import is_count
 
 if TYPE_CHECKING:
     from colm_edge.switch.reading import Reader
@@ -111,18 +112,20 @@ def recorded(path: str | os.PathLike[str]) -> Trace:
             answer = json.load(file)
         tokens = answer["tokens"]
         by_expert = [{"base": False, "expert": True}[token["source"]] for token in tokens]
-        prompt = [int(token) for token in answer["prompt_tokens"]]
-        undone = {int(one["at"]) for one in answer.get("withdrawn", ())}
+        prompt, ids = list(answer["prompt_tokens"]), [token["id"] for token in tokens]
+        undone = {one["at"] for one in answer.get("withdrawn", ())}
+        if not all(map(is_count, (*prompt, *ids, *undone))):
+            raise ValueError("a token or place that is no count")
         trace = Trace(
             prompt,
-            [int(token["id"]) for token in tokens],
+            ids,
             [expert and i not in undone for i, expert in enumerate(by_expert)],
             [not expert for expert in by_expert],
             is_text=True,
         )
     except OSError as e:
         raise DataError(f"{path}: {e.strerror or e}; expected what `run --json` printed") from e
-    except (ValueError, KeyError, TypeError) as e:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
         raise DataError(f"{path}: not what `run --json` printed ({e!r})") from e
     if not trace.prompt or not trace.tokens:
         raise DataError(f"{path}: the answer has no tokens")

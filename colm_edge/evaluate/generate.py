@@ -15,7 +15,7 @@ from colm_edge import readout
 from colm_edge.decode.policy import running_rate
 from colm_edge.errors import SwitchError
 from colm_edge.evaluate.metrics import Metric, check_rows
-from colm_edge.journal import Journal, key_of
+from colm_edge.journal import MOST_SECONDS, Journal, is_count, is_number, key_of
 from colm_edge.switch.file import Switch
 from colm_edge.switch.reading import N_LOGIT, AnySwitch, Base, Floats, Reader
 from colm_edge.together import Done, Task, answer_together
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from colm_edge.train.scoring import MakeProgress
 
 Facts = dict[str, Any]
-KEPT = {"text", "tokens", "deferred", "seconds", "cut"}  # of an answer in a journal
 
 
 @dataclass(frozen=True)
@@ -129,8 +128,8 @@ def judged(
     keys = [key_of(what, number, row["prompt"]) for number, row in rows]
     entries: dict[int, Facts] = {}
     for i, key in enumerate(keys):
-        entry = journal.get(key) if journal is not None else None
-        if entry is not None and entry.keys() >= KEPT:
+        entry = journal.get(key, _is_kept) if journal is not None else None
+        if entry is not None:
             entries[i] = entry
     todo = [i for i in range(len(rows)) if i not in entries]
     with progress(label, len(rows)) as bar:
@@ -141,6 +140,17 @@ def judged(
                 journal.add(keys[i], entries[i])
             bar.update(1)
     return judge([entries[i] for i in range(len(rows))], rows, metric)
+
+
+def _is_kept(entry: Facts) -> bool:
+    """Return whether an entry of a journal is what `facts_of` keeps."""
+    return (
+        isinstance(entry["text"], str)
+        and is_count(entry["tokens"])
+        and is_count(entry["deferred"], entry["tokens"] + 1)
+        and is_number(entry["seconds"], 0, MOST_SECONDS)
+        and isinstance(entry["cut"], bool)
+    )
 
 
 def judge(entries: Iterable[Facts], rows: list[Row], metric: Metric) -> Generated:

@@ -81,11 +81,17 @@ def code_of(text: str) -> str:
 @metric
 def steps(text: str, row: dict[str, Any]) -> float:
     """The share of the completion's annotated results, <<…=result>>, that the text states."""
-    wanted = re.findall(r"<<[^<>]*=([^<>]*)>>", row["completion"])
+    wanted = _results(row["completion"])
     if not wanted:
         raise DataError("the metric steps needs completions with annotations such as <<2+3=5>>")
-    stated = re.findall(r"<<[^<>]*=([^<>]*)>>", text)
+    stated = set(_results(text))
     return sum(result in stated for result in wanted) / len(wanted)
+
+
+def _results(text: str) -> list[str]:
+    """Return what stands behind the last = of every annotation that has one."""
+    found = re.findall(r"<<([^<>]*)>>", text)
+    return [step.rpartition("=")[2] for step in found if "=" in step]
 
 
 def _final_number(text: str) -> Decimal | None:

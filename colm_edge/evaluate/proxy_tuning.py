@@ -11,6 +11,7 @@ from array import array
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -25,7 +26,7 @@ from colm_edge.decode.timeline import Timeline
 from colm_edge.errors import MismatchError, ModelError
 from colm_edge.evaluate.generate import Facts, Generated, facts_of, judged
 from colm_edge.evaluate.metrics import Metric
-from colm_edge.journal import Journal, key_of
+from colm_edge.journal import Journal, is_number, key_of
 from colm_edge.llama.context import ContextOptions
 from colm_edge.llama.model import Model, shared_vocab
 from colm_edge.llama.sampling import ChainSampler
@@ -36,6 +37,7 @@ from colm_edge.pair import Pair
 from colm_edge.stream import Stream
 from colm_edge.switch.rules import Untrained
 from colm_edge.together import Done, Task
+from colm_edge.train.columns import LEAST_NATS, ROUNDING
 from colm_edge.train.documents import Document, Row
 
 if TYPE_CHECKING:
@@ -145,7 +147,8 @@ class Proxy:
                 tokens = document.tokens
                 self._check(tokens, document.line)
                 key = key_of(what, tokens, document.start)
-                entry = journal.get(key) if journal is not None else None
+                is_kept = partial(_is_kept, n=len(tokens) - document.start)
+                entry = journal.get(key, is_kept) if journal is not None else None
                 if entry is None:
                     if not scorers:
                         scorers = [
@@ -237,6 +240,16 @@ class Proxy:
         pair = self.pair
         models = [pair.base.fingerprint, pair.expert.fingerprint, self.model.fingerprint]
         return [NAME, *models, self.alpha, self.pair.n_ctx]
+
+
+def _is_kept(entry: dict[str, Any], n: int) -> bool:
+    """Return whether an entry of a journal holds n log-probabilities."""
+    logprobs = entry["logprob"]
+    return (
+        isinstance(logprobs, list)
+        and len(logprobs) == n
+        and all(is_number(x, LEAST_NATS, ROUNDING) for x in logprobs)
+    )
 
 
 def _side_by_side(

@@ -368,12 +368,14 @@ class Context:
         n = llama.llama_state_seq_get_data(self._handle, _pointer_to(state), len(state), sequence)
         return state[:n]
 
-    def restore(self, sequence: int, state: Bytes) -> bool:
-        """Replace the state of a sequence; return whether llama.cpp accepted it."""
+    def restore(self, sequence: int, state: Bytes, n_tokens: int) -> bool:
+        """Replace the state of a sequence; return whether llama.cpp accepted it, as the state after
+        so many tokens."""
         state = np.ascontiguousarray(state)
         pointer = _pointer_to(state)
         n = int(llama.llama_state_seq_set_data(self._handle, pointer, len(state), sequence))
-        return 0 < n == len(state)
+        last = llama.llama_memory_seq_pos_max(self._memory, sequence)
+        return 0 < n == len(state) and last == n_tokens - 1
 
     def close(self) -> None:
         """Free the context; it can be opened again, empty."""

@@ -59,7 +59,7 @@ def _kept(session: Session) -> tuple[CostTable, bool] | None:
         ):
             return None
         return CostTable(tuple(sizes), tuple(seconds), several), bool(kept["hasty"])
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError):
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, OverflowError):
         return None  # missing or broken: it is measured again
 
 

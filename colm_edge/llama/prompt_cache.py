@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import os
-import zipfile
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from colm_edge.arrays import read_arrays
 from colm_edge.errors import ColmError
 from colm_edge.files import replacing
 from colm_edge.llama.session import Snapshot
@@ -17,6 +17,10 @@ if TYPE_CHECKING:
     from colm_edge.llama.session import Session
 
 VERSION = 2
+KINDS = {
+    "about": str, "base_tokens": np.int32, "base_stretches": np.int32, "base_state": np.uint8,
+    "expert_tokens": np.int32, "expert_stretches": np.int32, "expert_state": np.uint8,
+}  # fmt: skip
 
 
 def save_prompts(path: str | os.PathLike[str], base: Session, expert: Session) -> None:
@@ -27,7 +31,7 @@ def save_prompts(path: str | os.PathLike[str], base: Session, expert: Session) -
     parts = {"about": np.array(json.dumps(_about(base, expert)))}
     for name, session in (("base", base), ("expert", expert)):
         kept = session.snapshot()
-        parts |= {f"{name}_{part}": values for part, values in kept._asdict().items()}
+        parts |= {f"{name}_{part}": values.ravel() for part, values in kept._asdict().items()}
     with replacing(path, private=True) as temporary, temporary.open("wb") as file:
         np.savez(file, **parts)  # type: ignore[arg-type]
 
@@ -38,17 +42,21 @@ def load_prompts(path: str | os.PathLike[str], base: Session, expert: Session) -
     Raises ColmError when the file is missing, broken, or of other models or settings.
     """
     try:
-        # Opened here, because np.load does not close a file that it cannot read.
-        with open(path, "rb") as file, np.load(file, allow_pickle=False) as loaded:
-            parts = {name: loaded[name] for name in loaded.files}
-        about = json.loads(str(parts["about"]))
+        parts = read_arrays(path, KINDS)
+        about = json.loads(parts["about"])
+        if not isinstance(about, dict):
+            raise ValueError("expected an object")
         states = [
-            Snapshot(*(parts[f"{name}_{part}"] for part in Snapshot._fields))
+            Snapshot(
+                parts[f"{name}_tokens"],
+                parts[f"{name}_stretches"].reshape(-1, 3),
+                parts[f"{name}_state"],
+            )
             for name in ("base", "expert")
         ]
     except OSError as e:
         raise ColmError(f"{path}: cannot read the prompt cache: {e.strerror or e}") from e
-    except (ValueError, TypeError, KeyError, EOFError, zipfile.BadZipFile) as e:
+    except (ValueError, KeyError, RecursionError) as e:
         raise ColmError(f"{path}: not a prompt cache, or a broken one; give another file") from e
     ours = _about(base, expert)
     differs = [key for key in ours if about.get(key) != ours[key]]

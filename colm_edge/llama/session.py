@@ -355,9 +355,12 @@ class Session:
         """Restore a snapshot of a session of the same model and settings: now, or when the context
         is created.
 
-        Raises ModelError when llama.cpp refuses it, PromptError when it does not fit the context.
+        Raises ModelError when llama.cpp refuses it or it cannot be a snapshot of this model,
+        PromptError when it does not fit the context.
         """
         tokens = snapshot.tokens
+        if len(tokens) and not 0 <= tokens.min() <= tokens.max() < self.model.n_vocab:
+            raise self._not_ours()
         if len(tokens) > self.n_ctx:
             raise PromptError(
                 f"the saved prompt has {len(tokens)} tokens, the context holds {self.n_ctx}; "
@@ -375,13 +378,16 @@ class Session:
         self._torn = True
         try:
             self._held.restore(snapshot.tokens, snapshot.stretches)
-            accepted = self._context.restore(0, snapshot.state)
+            accepted = self._context.restore(0, snapshot.state, len(snapshot.tokens))
         except ValueError:
             accepted = False
         if not accepted:
             self._drop(0)
-            raise ModelError(f"{self.model.path}: the saved state is not of this model and context")
+            raise self._not_ours()
         self._torn = False
+
+    def _not_ours(self) -> ModelError:
+        return ModelError(f"{self.model.path}: the saved state is not of this model and context")
 
     def close(self) -> None:
         """Free the context. The session can be used again; it starts empty."""

@@ -260,7 +260,13 @@ def _documents(row: dict[str, Any], pair: Pair, raw: bool, line: int) -> Iterato
         turns = [1]
     else:
         raise ValueError("expected prompt and completion, or messages, or text")
+    prompt: list[int] = []
     for i in turns:
+        if len(prompt) >= pair.n_ctx:
+            # A longer conversation does not fit either, and to write it again for each of very many
+            # turns would take very long.
+            yield Document(prompt, len(prompt), line)
+            continue
         prompt = pair.prompt_tokens(messages[:i], raw=raw)
         if not prompt:
             raise ValueError("the prompt has no tokens")

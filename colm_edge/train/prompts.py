@@ -9,15 +9,17 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from colm_edge.errors import DataError, PromptError
-from colm_edge.journal import Journal, key_of
+from colm_edge.journal import MOST_SECONDS, Journal, is_count, is_number, key_of
 from colm_edge.options import Options
 from colm_edge.together import Done, Task, answer_together
+from colm_edge.train.columns import LEAST_NATS, ROUNDING
 from colm_edge.train.documents import Document, Documents, Row, gathered
 from colm_edge.train.scoring import MakeProgress, Recorded
 
@@ -65,8 +67,9 @@ def answer_prompts(
     options = Options(temperature=0.0, threshold=0.0, max_tokens=max_tokens, n_probs=N_KEPT)
     keys = [key_of(pair.expert.fingerprint, pair.n_ctx, max_tokens, p.tokens) for p in prompts]
     entries: dict[int, dict[str, Any]] = {}
+    is_kept = partial(_is_kept, n_vocab=pair.n_shared)
     for i, key in enumerate(keys):
-        if journal is not None and (known := journal.get(key)) is not None:
+        if journal is not None and (known := journal.get(key, is_kept)) is not None:
             entries[i] = known
     tasks = [Task(i, p.tokens, options) for i, p in enumerate(prompts) if i not in entries]
     with progress("answers", len(prompts)) as bar, ExitStack() as open_answers:
@@ -131,6 +134,22 @@ def _entry(done: Done) -> dict[str, Any]:
         "seconds": done.seconds,
         "cut": done.answer.finish_reason == "length",
     }
+
+
+def _is_kept(entry: dict[str, Any], n_vocab: int) -> bool:
+    """Return whether an entry of a journal is what `_entry` keeps."""
+    tokens, tops, logprobs = entry["tokens"], entry["ids"], entry["logprobs"]
+    return (
+        isinstance(entry["text"], str)
+        and is_number(entry["seconds"], 0, MOST_SECONDS)
+        and isinstance(entry["cut"], bool)
+        and all(isinstance(each, list) for each in (tokens, tops, logprobs))
+        and len(tokens) == len(tops) == len(logprobs)
+        and all(is_count(token, n_vocab) for token in tokens)
+        and all(isinstance(top, list) and len(top) == N_KEPT for top in (*tops, *logprobs))
+        and all(is_count(token) or token == -1 for top in tops for token in top)
+        and all(is_number(x, LEAST_NATS, ROUNDING) for top in logprobs for x in top)
+    )
 
 
 def _top(step: Step) -> tuple[tuple[int, float], ...]:

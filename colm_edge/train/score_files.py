@@ -10,14 +10,22 @@ from typing import Any
 
 import numpy as np
 
+from colm_edge.arrays import read_arrays
 from colm_edge.errors import DataError
 from colm_edge.files import replacing
 from colm_edge.references import is_url
+from colm_edge.train.columns import Columns, check_columns
 from colm_edge.train.documents import Documents
-from colm_edge.train.store import Columns
 
 EXPERT_COLUMNS = ("logprob", "right", "best", "choice")
 MADE_BY = "`colm-edge score`"
+# What is read of a file; of the others, its lines are for people.
+KINDS = {
+    "tokens": np.int32, "lengths": np.int64, "starts": np.int64, "part": np.int64,
+    "logprob": np.float64, "right": np.bool_, "best": np.float64, "choice": np.float64,
+    "model": str,
+}  # fmt: skip
+OPTIONAL = {"part", "model"}
 
 
 @dataclass(frozen=True)
@@ -55,8 +63,25 @@ def write_scores(
             best=columns["best"],
             choice=columns["choice"],
             model=np.array(model),
-            part=np.array([first, first + len(part), n]),
+            part=np.array([first, first + len(part), n], np.int64),
         )
+
+
+def read_file(path: Path, *names: str) -> dict[str, Any]:
+    """Return a file's arrays of these names, and texts, as `write_scores` describes them.
+
+    Raises DataError where it cannot be read, or lacks one that must be there.
+    """
+    try:
+        found: dict[str, Any] = read_arrays(path, {name: KINDS[name] for name in names})
+    except OSError as e:
+        raise DataError(f"{path}: {e.strerror or e}; expected a file of {MADE_BY}") from e
+    except ValueError as e:
+        raise DataError(f"{path}: not a file of {MADE_BY} ({e})") from e
+    missing = [name for name in names if name not in found and name not in OPTIONAL]
+    if missing:
+        raise DataError(f"{path}: not a file of {MADE_BY} (it has no {missing[0]})")
+    return found
 
 
 def read_scores(paths: Sequence[Path], documents: Documents) -> Columns:
@@ -78,11 +103,10 @@ def scored_by(paths: Sequence[Path]) -> str | None:
     """
     named = dict[str, tuple[Path, str]]()
     for path in paths:
-        with np.load(path) as file:
-            if "model" in file:
-                model = str(file["model"])
-                # The same server may have another address from each machine.
-                named.setdefault("a server" if is_url(model) else Path(model).name, (path, model))
+        model = read_file(path, "model").get("model")
+        if model is not None:
+            # The same server may have another address from each machine.
+            named.setdefault("a server" if is_url(model) else Path(model).name, (path, model))
     if len(named) > 1:
         told = ", ".join(f"{path} by {model}" for path, model in named.values())
         raise DataError(f"the score files are of several experts: {told}; give those of one")
@@ -90,18 +114,12 @@ def scored_by(paths: Sequence[Path]) -> str | None:
 
 
 def _read(path: Path, documents: Documents) -> Part:
-    try:
-        with np.load(path) as file:
-            n = len(documents)
-            first, last, n_all = map(int, file["part"]) if "part" in file else (0, n, n)
-            whole = n_all == n and 0 <= first < last <= n
-            same = whole and _is_same(file, documents, first, last)
-            columns: Columns = {name: file[name] for name in EXPERT_COLUMNS}
-    except OSError as e:
-        raise DataError(f"{path}: {e.strerror or e}; expected a file of {MADE_BY}") from e
-    except (KeyError, ValueError, EOFError) as e:
-        raise DataError(f"{path}: not a file of {MADE_BY} ({e})") from e
-    if not same:
+    file, n = read_file(path, *KINDS), len(documents)
+    columns: Columns = {name: file[name] for name in EXPERT_COLUMNS}
+    part = file.get("part", np.array([0, n, n]))
+    first, last, n_all = part.tolist() if len(part) == 3 else (0, 0, 0)
+    whole = n_all == n and 0 <= first < last <= n
+    if not whole or not _is_same(file, documents, first, last):
         raise DataError(
             f"{path}: holds scores of other data, or of prompts in another base's chat template; "
             "score this data with this base"
@@ -111,10 +129,14 @@ def _read(path: Path, documents: Documents) -> Part:
         raise DataError(
             f"{path}: is broken: expected {n_scored} scores; write it again with {MADE_BY}"
         )
+    try:
+        check_columns(columns)
+    except ValueError as e:
+        raise DataError(f"{path}: {e}; score the data again") from e
     return Part(path, first, last, columns)
 
 
-def _is_same(file: Any, documents: Documents, first: int, last: int) -> bool:
+def _is_same(file: dict[str, Any], documents: Documents, first: int, last: int) -> bool:
     """Return whether a file's documents are these."""
     tokens = documents.tokens[documents.offsets[first] : documents.offsets[last]]
     return (

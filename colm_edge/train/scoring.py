@@ -24,11 +24,11 @@ import numpy.typing as npt
 from colm_edge import readout
 from colm_edge.errors import ColmError, DataError
 from colm_edge.remote.client import RemoteSession
+from colm_edge.train.columns import Columns, check_columns
 from colm_edge.train.documents import Documents, Ints
 from colm_edge.train.score_files import read_scores, write_scores
 from colm_edge.train.store import (
     COPY_ROWS,
-    Columns,
     FolderStore,
     MemoryStore,
     RowTypes,
@@ -268,7 +268,7 @@ def score_model(
         store = MemoryStore(types, documents)
     else:
         folder = _model_folder(work, name, pair, update)
-        store = FolderStore(folder, types, documents, update=update)
+        store = FolderStore(folder, types, documents, update=update, n_choose=pair.n_shared)
     with ExitStack() as stack:
         stack.enter_context(store)
         bar = stack.enter_context(progress(name, documents.n_tokens))
@@ -280,9 +280,19 @@ def score_model(
             else:
                 scorer = scorer or stack.enter_context(_scorer(pair, name))
                 columns = _score_locally(scorer, documents, group, pair.n_shared, choices)
+            _check_told(columns, pair, name)
             store.append(columns, len(group))
             bar.update(int(documents.lengths[group].sum()))
     return store.columns()
+
+
+def _check_told(columns: Columns, pair: Pair, name: str) -> None:
+    """Raise ColmError for scores that no model gives, now rather than after the whole pass."""
+    try:
+        check_columns(columns, pair.n_shared)
+    except ValueError as e:
+        model = pair.expert.name if name == "expert" else pair.base.path
+        raise ColmError(f"{model}: {e}; the file or the server is broken") from e
 
 
 def _scorer(pair: Pair, name: str) -> Scorer:

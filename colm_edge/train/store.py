@@ -19,17 +19,19 @@ from typing import Any, Self
 import numpy as np
 import numpy.typing as npt
 
+from colm_edge.arrays import read_array
 from colm_edge.errors import DataError
 from colm_edge.files import replacing
+from colm_edge.train.columns import Columns, check_columns
 from colm_edge.train.documents import Documents, Ints
 
-Columns = dict[str, npt.NDArray[Any]]
 # Of each column, the type of a row: a number, or several, as in np.dtype((np.float32, (n_embd,))).
 RowTypes = dict[str, np.dtype[Any]]
 SAVE_SECONDS = 5.0  # between two notes of how far a pass has come
 COPY_ROWS = 1 << 14
 INDEX_FILE, DONE_FILE = "documents.npy", "done.int64"
 ENTRY = np.dtype([("key", np.uint64), ("rows", np.int64)])
+MOST_ROWS = 1 << 31  # of a document
 
 
 class MemoryStore:
@@ -71,14 +73,22 @@ class FolderStore:
     """
 
     def __init__(
-        self, folder: Path, types: RowTypes, documents: Documents, *, update: bool
+        self,
+        folder: Path,
+        types: RowTypes,
+        documents: Documents,
+        *,
+        update: bool,
+        n_choose: int | None = None,
     ) -> None:
         """Find what the folder has of these documents.
 
-        update: other documents may be stored there; what it has of these is kept.
+        update: other documents may be stored there; what it has of these is kept. n_choose: as in
+        `check_columns`.
         Raises DataError for other documents without `update`, and for a folder that is broken.
         """
         self._folder, self._types, self._documents = folder, types, documents
+        self._n_choose = n_choose
         self._new, self._old = (folder.with_name(folder.name + end) for end in (".new", ".old"))
         self._files: dict[str, FileIO] = {}
         self._saved_at = time.monotonic()
@@ -151,16 +161,28 @@ class FolderStore:
             (folder / DONE_FILE).write_bytes(_bytes(0))
             return
         with _broken(folder / INDEX_FILE):
-            self._index = np.load(folder / INDEX_FILE)
-            if self._index.dtype != ENTRY:
-                raise ValueError(f"expected {ENTRY}, got {self._index.dtype}")
+            self._index = read_array(folder / INDEX_FILE, ENTRY)
+            self._check_index()
         with _broken(folder / DONE_FILE):
             done = (folder / DONE_FILE).read_bytes()
             self._n_done = int.from_bytes(done, "little")
             if len(done) != len(_bytes(0)) or self._n_done > len(self._index):
                 raise ValueError(f"expected a number of documents up to {len(self._index)}")
         if self._n_done:
-            self._mapped()  # whole, or said to be broken now
+            columns = self._mapped()  # whole, or said to be broken now
+            for name, column in columns.items():
+                with _broken(self._path(name)):
+                    check_columns({name: column}, self._n_choose)
+
+    def _check_index(self) -> None:
+        """Raise ValueError for numbers of rows that are none, or not those of our documents."""
+        rows, keys, ours = self._index["rows"], self._index["key"], self._documents.keys
+        if len(rows) and not 0 < rows.min() <= rows.max() < MOST_ROWS:
+            raise ValueError(f"expected 1 to {MOST_ROWS} rows of a document")
+        by_key = np.argsort(ours)
+        at = by_key[np.searchsorted(ours, keys, sorter=by_key).clip(max=len(ours) - 1)]
+        if (rows != self._documents.counts[at])[ours[at] == keys].any():
+            raise ValueError("it counts other rows than these documents have")
 
     def _plan(self, update: bool) -> Ints:
         """Return the numbers of the documents to do; the index then ends with these."""

@@ -123,6 +123,42 @@ def test_a_broken_state_of_the_expert_leaves_both_empty(tiny, tmp_path):
         assert again.stats.base_tokens == whole.stats.base_tokens
 
 
+def rewritten(path, **changes) -> None:
+    parts = dict(np.load(path)) | changes
+    with path.open("wb") as file:
+        np.savez(file, **parts)
+
+
+def test_a_cache_that_lies_about_itself_is_refused(tiny, tmp_path):
+    path = tmp_path / "prompts"
+    with pair_of(tiny) as pair:
+        whole = pair.generate("hello there", **GREEDY)
+        pair.save_prompts(path)
+        kept, parts = path.read_bytes(), dict(np.load(path))
+        tokens, state = parts["base_tokens"], parts["base_state"]
+        for about in ("[]", "3", "[" * 100_000, "{", "\0"):
+            rewritten(path, about=np.array(about))
+            with pytest.raises(ColmError, match="not a prompt cache"):
+                pair.load_prompts(path)
+        path.write_bytes(kept)
+        for other in (tokens[:, None], tokens.astype(np.int64), tokens.astype(float)):
+            rewritten(path, base_tokens=other)
+            with pytest.raises(ColmError, match="not a prompt cache"):
+                pair.load_prompts(path)
+        for other in (tokens - 1000, tokens + 1_000_000, tokens[:-1], np.tile(tokens, 2)):
+            path.write_bytes(kept)
+            rewritten(path, base_tokens=other)
+            with pytest.raises(ColmError, match="the saved state is not of this model"):
+                pair.load_prompts(path)
+        path.write_bytes(kept)
+        moved = state.copy()
+        moved[8:12] = np.frombuffer(np.int32(len(tokens) + 90).tobytes(), np.uint8)
+        rewritten(path, base_state=moved)  # the position of its first token
+        with pytest.raises(ColmError, match="the saved state is not of this model"):
+            pair.load_prompts(path)
+        assert pair.generate("hello there", **GREEDY).text == whole.text
+
+
 def test_the_command_saves_and_loads_a_cache(tiny, tmp_path):
     path = tmp_path / "prompts"
     args = ["run", "--json", "-m", tiny["base"], "-me", tiny["expert"], "-t", "1", "-c", "128"]

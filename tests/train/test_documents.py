@@ -150,3 +150,20 @@ def test_memory_grows_by_a_few_numbers_a_document(tiny_pair, tmp_path):
         assert (after - before) / 1000 < 100  # bytes a document; its tokens are 800
     small, large = measure(200), measure(1200)
     assert (large[0] - small[0]) / 1000 < 1100
+
+
+def test_a_conversation_of_very_many_turns_is_not_written_again_for_each(tiny_pair, monkeypatch):
+    """What stands behind the context's end is dropped, and counted, without the template."""
+    turns = [{"role": role, "content": "well"} for role in ("user", "assistant")] * 500
+    n_rendered, render = 0, tiny_pair.prompt_tokens
+
+    def counted(messages, **options):
+        nonlocal n_rendered
+        n_rendered += 1
+        return render(messages, **options)
+
+    monkeypatch.setattr(tiny_pair, "prompt_tokens", counted)
+    documents = tokenized([(1, {"messages": turns})], tiny_pair)
+    assert documents.n_dropped == 500 - len(documents)
+    assert len(documents) > 10
+    assert n_rendered == len(documents) + 1

@@ -115,3 +115,17 @@ def test_shards_of_other_data_or_of_several_experts_are_refused(pair, documents,
     np.savez(shards[0], **arrays | {"part": np.array([5, 3, len(documents)])})
     with pytest.raises(DataError, match="holds scores of other data"):
         read_scores(shards, documents)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, 0.5])
+@pytest.mark.parametrize("name", ["logprob", "best", "choice"])
+def test_scores_that_no_model_gives_are_refused_before_the_base_runs(
+    pair, documents, shards, monkeypatch, name, value
+):
+    with np.load(shards[1]) as file:
+        arrays = {key: file[key] for key in file.files}
+    arrays[name][3] = value
+    np.savez(shards[1], **arrays)
+    monkeypatch.setattr(scoring, "score_model", lambda *_, **__: pytest.fail("the base runs"))
+    with pytest.raises(DataError, match=rf"2\.npz: {name} holds .*; score the data again"):
+        scoring.score(pair, documents, no_bar, expert_scores=shards)

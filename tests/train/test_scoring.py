@@ -383,7 +383,8 @@ def test_broken_score_files_are_refused(pair, tmp_path):
         score(pair, documents, no_bar, expert_scores=[tmp_path / "text.npz"])
     path = tmp_path / "short.npz"
     arrays = {"tokens": documents.tokens, "lengths": documents.lengths, "starts": documents.starts}
-    columns = {name: np.zeros(3) for name in ("logprob", "right", "best", "choice")}
+    columns = {name: np.zeros(3) for name in ("logprob", "best", "choice")}
+    columns["right"] = np.zeros(3, np.bool_)
     np.savez(path, **arrays, **columns)
     with pytest.raises(DataError, match=rf"expected {documents.n_scored} scores"):
         score(pair, documents, no_bar, expert_scores=[path])
@@ -434,3 +435,20 @@ def test_a_damaged_work_folder_is_an_error(pair, tmp_path, name):
     damaged.unlink()
     with pytest.raises(DataError, match=rf"{name}: is missing or broken"):
         score(pair, documents, no_bar, work=tmp_path)
+
+
+def test_a_model_that_gives_infinities_is_named_at_its_first_batch(pair, tiny, monkeypatch):
+    n_batches, honest = 0, scoring._score_locally
+
+    def broken(*args):
+        nonlocal n_batches
+        n_batches += 1
+        columns = honest(*args)
+        columns["hidden"][0, 0] = np.inf
+        return columns
+
+    monkeypatch.setattr(scoring, "PACK_TOKENS", 100)
+    monkeypatch.setattr(scoring, "_score_locally", broken)
+    with pytest.raises(ColmError, match=r"base\.gguf: hidden holds inf.* is broken"):
+        score(pair, tokenized(enumerate(ROWS), pair), no_bar)
+    assert n_batches == 1

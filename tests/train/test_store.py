@@ -8,6 +8,7 @@ import random
 import numpy as np
 import pytest
 
+from colm_edge.errors import DataError
 from colm_edge.train import store
 from colm_edge.train.documents import Documents
 from colm_edge.train.store import FolderStore
@@ -28,7 +29,7 @@ def documents(numbers) -> Documents:
 
 def columns(of: Documents, chosen) -> dict[str, np.ndarray]:
     """Return what is to be stored of some documents: rows that tell where they come from."""
-    rows = np.concatenate([of.span(i)[1:] * 10.0 + np.arange(of.counts[i]) for i in chosen])
+    rows = -1.0 - np.concatenate([of.span(i)[1:] * 10.0 + np.arange(of.counts[i]) for i in chosen])
     return {"logprob": rows, "hidden": np.stack([rows, -rows, rows + 1], 1).astype(np.float32)}
 
 
@@ -87,3 +88,27 @@ def test_killed_anywhere_it_goes_on_and_keeps_what_it_had(tmp_path, monkeypatch,
             assert np.array_equal(found[name], rows)
         assert run(tmp_path / "base", of, update=False)[1] == 0
         assert [path.name for path in tmp_path.iterdir()] == ["base"]
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, 1.0, -1e300])
+def test_a_column_that_no_model_wrote_is_refused_before_the_pass(tmp_path, value):
+    of, folder = documents(range(6)), tmp_path / "f"
+    run(folder, of, update=True)
+    with (folder / "logprob.float64").open("r+b") as file:
+        file.seek(16)
+        file.write(np.float64(value).tobytes())
+    with pytest.raises(DataError, match=r"logprob\.float64: is missing or broken \(logprob holds"):
+        FolderStore(folder, TYPES, documents(range(9)), update=True)
+
+
+@pytest.mark.parametrize(("first", "second"), [(2, 0), (-1, 3), (1 << 62, 1 << 62), (2, 1)])
+def test_an_index_that_counts_other_rows_is_refused(tmp_path, first, second):
+    """Also where as many rows are counted in all."""
+    of, folder = documents([0, 1]), tmp_path / "f"  # of 1 and 2 rows
+    run(folder, of, update=True)
+    index = np.load(folder / store.INDEX_FILE)
+    assert index["rows"].tolist() == [1, 2]
+    index["rows"] = first, second
+    np.save(folder / store.INDEX_FILE, index)
+    with pytest.raises(DataError, match=r"documents\.npy: is missing or broken .*rows"):
+        FolderStore(folder, TYPES, of, update=True)

@@ -37,6 +37,7 @@ from colm_edge.train.objectives import (
     hard_curve,
     marginal_loss,
 )
+from colm_edge.train.score_files import read_file
 from lib.co_llm import TOKENIZER_FILES, logit_scale
 from lib.gguf_base import GgufBase
 
@@ -71,19 +72,10 @@ class ScoredData:
 
     def __init__(self, path: Path, n_vocab: int) -> None:
         """Raise DataError if this is not such a file, or is of another vocabulary."""
-        try:
-            with np.load(path) as file:
-                self.tokens = file["tokens"].astype(np.int64)
-                lengths, self.starts = file["lengths"], file["starts"]
-                self.logprob, self.right = file["logprob"], file["right"]
-        except OSError as e:
-            raise DataError(
-                f"{path}: {e.strerror or e}; expected a file of `colm-edge score`"
-            ) from e
-        except (KeyError, ValueError, EOFError) as e:
-            raise DataError(
-                f"{path}: not a file of `colm-edge score` ({e}); write one with that command"
-            ) from e
+        file = read_file(path, "tokens", "lengths", "starts", "logprob", "right")
+        self.tokens = file["tokens"].astype(np.int64)
+        lengths, self.starts = file["lengths"], file["starts"]
+        self.logprob, self.right = file["logprob"], file["right"]
         self.at = np.concatenate(([0], np.cumsum(lengths)))
         self.rows = np.concatenate(([0], np.cumsum(lengths - self.starts)))
         fits = len(lengths) > 0 and len(self.starts) == len(lengths)

@@ -27,7 +27,7 @@ import numpy.typing as npt
 
 from colm_edge import load, readout
 from colm_edge.decode.picker import likeliest
-from colm_edge.journal import Journal, key_of
+from colm_edge.journal import Journal, is_count, key_of
 from colm_edge.llama.scorer import Scorer
 from colm_edge.options import Options
 from colm_edge.pair import Pair
@@ -97,19 +97,23 @@ def own_answers(pair: Pair, prompts: list[tuple[int, str]], work: Path) -> Docum
         options = Options(temperature=0.0, defer_rate=float(draw.choice(RATES)), max_tokens=400)
         keys[line] = key_of(options.changed, tokens)
         tasks.append(Task(line, tokens, options))
-    todo = [task for task in tasks if journal.get(keys[task.key]) is None]
+    todo = [task for task in tasks if journal.get(keys[task.key], _is_kept) is None]
     with bar("own answers", len(tasks)) as shown:
         shown.update(len(tasks) - len(todo))
         for done in answer_together(pair, todo, 20):
             steps = [*done.answer.steps, *([done.end] if done.end else [])]
             journal.add(keys[done.task.key], {"tokens": [step.token for step in steps]})
             shown.update(1)
-    answers = ((task, (journal.get(keys[task.key]) or {})["tokens"]) for task in tasks)
+    answers = ((task, (journal.get(keys[task.key], _is_kept) or {})["tokens"]) for task in tasks)
     return gathered(
         (Document([*task.tokens, *told], len(task.tokens), task.key) for task, told in answers),
         pair.n_ctx,
         work,
     )
+
+
+def _is_kept(entry: dict[str, Any]) -> bool:
+    return all(is_count(token) for token in entry["tokens"])
 
 
 def unsure(pair: Pair, documents: Documents) -> npt.NDArray[np.bool_]:
