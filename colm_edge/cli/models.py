@@ -47,8 +47,8 @@ def pull_command(refs: tuple[str, ...], offline: bool) -> None:
     """Download models, verify them, and print their paths.
 
     They are kept in the Hugging Face cache; HF_HOME, HF_TOKEN and HF_ENDPOINT are respected. An
-    alias in models.txt stands for all files of a pair. A download goes on where a
-    connection breaks.
+    alias in models.txt stands for all files of a pair. A download goes on where a connection
+    broke, or an earlier one was stopped.
     """
     from colm_edge.references import known_pairs, resolve
 
