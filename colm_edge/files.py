@@ -1,17 +1,20 @@
-"""Files: those that colm-edge writes are written whole, or what was there before stays; those of a
-model may be several."""
+"""Files: those that colm-edge writes are written whole, or what was there before stays; devices and
+pipes are written, never replaced. Those of a model may be several."""
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import re
+import shutil
 import stat
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from secrets import token_hex
+from typing import BinaryIO
 
 from colm_edge.errors import WriteError
 
@@ -19,6 +22,9 @@ AnyPath = str | os.PathLike[str]
 FINGERPRINT_PLACES = 1024  # in a file, evenly spread
 FINGERPRINT_BYTES = 4096  # read at each place
 _PART = re.compile(r"-(\d{5})-of-(\d{5})\.gguf$")
+# Names of open files. To open one anew would write over what is written to it otherwise.
+_DESCRIPTOR = re.compile(r"/(?:dev|proc/self)/fd/(\d+)")
+_STANDARD = {"/dev/stdout": "/dev/fd/1", "/dev/stderr": "/dev/fd/2"}
 
 
 def parts_of(name: str) -> list[str]:
@@ -55,10 +61,19 @@ def replacing(path: AnyPath) -> Iterator[Path]:
     """Give a temporary path beside a file; put it in the file's place if all goes well.
 
     The temporary path has the file's suffix, and is removed on failure. The file gets the
-    permissions that writing to it in place would have left it. Raises WriteError when it cannot be
-    written, and for what is not a plain file, such as a folder or a device.
+    permissions that writing to it in place would have left it. A device, a pipe, or a name of an
+    open file such as /dev/stdout is written at the end, and stays what it is. Raises WriteError
+    when it cannot be written, and for a folder.
     """
     try:
+        if is_stream(path):
+            with tempfile.TemporaryDirectory() as folder:
+                temporary = Path(folder, f"result{Path(path).suffix}")
+                temporary.touch(0o600)
+                yield temporary
+                with temporary.open("rb") as file, _opened_stream(path) as stream:
+                    shutil.copyfileobj(file, stream)
+            return
         target = _target(path)
         mode = stat.S_IMODE(target.stat().st_mode) if target.exists() else None
         temporary = target.with_name(f".{target.stem}.{token_hex(4)}{target.suffix}")
@@ -103,6 +118,10 @@ def check_writable(path: AnyPath, *inputs: AnyPath | None) -> None:
     inputs: files that are read, which the result must not replace.
     """
     try:
+        if is_stream(path):
+            if _descriptor(path) is None and not os.access(path, os.W_OK):
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+            return
         target = _target(path)
         read = [Path(file) for file in inputs if file is not None]
         if target.exists() and any(file.exists() and target.samefile(file) for file in read):
@@ -120,5 +139,30 @@ def _target(path: AnyPath) -> Path:
     if target.is_dir():
         raise WriteError(f"{path} is a folder; give a file's name")
     if target.exists() and not target.is_file():
-        raise WriteError(f"{path} is not a plain file; give another name")
+        raise WriteError(f"{path} is neither a plain file nor a pipe; give another name")
     return target
+
+
+def is_stream(path: AnyPath) -> bool:
+    """Return whether something is written as it is, because a rename would take its place: a
+    device, a pipe, or a name of an open file, whatever that is."""
+    if _descriptor(path) is not None:
+        return True
+    try:
+        mode = os.stat(path).st_mode
+    except OSError:
+        return False
+    return stat.S_ISCHR(mode) or stat.S_ISFIFO(mode)
+
+
+def _descriptor(path: AnyPath) -> int | None:
+    name = os.fsdecode(path)
+    found = _DESCRIPTOR.fullmatch(_STANDARD.get(name, name))
+    return None if found is None else int(found[1])
+
+
+def _opened_stream(path: AnyPath) -> BinaryIO:
+    descriptor = _descriptor(path)
+    if descriptor is not None:
+        return os.fdopen(os.dup(descriptor), "wb")
+    return os.fdopen(os.open(path, os.O_WRONLY), "wb")

@@ -103,8 +103,11 @@ def quantize_command(
         path, target, type_name,
         output_type=output_type, allow_requantize=allow_requantize, n_threads=n_threads,
     )  # fmt: skip
-    before, after = (Path(file).stat().st_size / 1e6 for file in (path, target))
-    say(f"{target}: written, {after:,.0f} MB; {path} has {before:,.0f} MB")
+    sizes = ""
+    if Path(target).is_file():  # a pipe does not tell what went through
+        before, after = (Path(file).stat().st_size / 1e6 for file in (path, target))
+        sizes = f", {after:,.0f} MB; {path} has {before:,.0f} MB"
+    say(f"{target}: written{sizes}")
 
 
 @click.command("info")
