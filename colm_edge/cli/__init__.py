@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import logging
+import os
+import sys
+from contextlib import suppress
 from typing import Any
 
 import click
@@ -30,7 +33,35 @@ class OneLineErrors(click.Command):
 
 
 class Group(OneLineErrors, click.Group):
-    """A group whose commands report errors that way."""
+    """A group whose commands report errors that way, those of standard output included."""
+
+    def main(self, *args: Any, **more: Any) -> Any:
+        open_standard_files()
+        try:
+            return super().main(*args, **more)
+        except OSError as e:
+            what = "standard output" if e.filename is None else e.filename
+            forget_output()
+            click.echo(f"Error: {what}: {e.strerror or e}", err=True)
+            sys.exit(1)
+
+
+def open_standard_files() -> None:
+    """Put /dev/null in the place of standard files that the process was started without: else the
+    first file that it opens would be one of them, with what is printed in it."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        if getattr(sys, name) is None:
+            with suppress(OSError):  # it is free, and the lowest of those
+                os.fstat(number)
+                continue
+            os.open(os.devnull, os.O_RDWR)
+            setattr(sys, name, os.fdopen(number, "r" if number == 0 else "w"))
+
+
+def forget_output() -> None:
+    """Let what standard output could not take not be tried again when Python ends."""
+    with suppress(OSError, ValueError):  # in a test it has no number
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 @click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"]})
