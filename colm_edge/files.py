@@ -11,12 +11,17 @@ import shutil
 import stat
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from secrets import token_hex
 from typing import BinaryIO
 
 from colm_edge.errors import WriteError
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
 
 AnyPath = str | os.PathLike[str]
 FINGERPRINT_PLACES = 1024  # in a file, evenly spread
@@ -76,20 +81,52 @@ def replacing(path: AnyPath) -> Iterator[Path]:
             return
         target = _target(path)
         mode = stat.S_IMODE(target.stat().st_mode) if target.exists() else None
-        temporary = target.with_name(f".{target.stem}.{token_hex(4)}{target.suffix}")
-        # Made here and not by the tempfile module, whose files are private whatever the umask.
-        flags = os.O_CREAT | os.O_EXCL | os.O_WRONLY
-        os.close(os.open(temporary, flags, 0o666 if mode is None else 0o600))
-        try:
-            yield temporary
-            if mode is not None:
-                temporary.chmod(mode)
-            os.replace(temporary, target)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
+        _remove_abandoned(target)
+        with _made_beside(target, 0o666 if mode is None else 0o600) as temporary:
+            try:
+                yield temporary
+                if mode is not None:
+                    temporary.chmod(mode)
+                os.replace(temporary, target)
+            except BaseException:
+                temporary.unlink(missing_ok=True)
+                raise
     except OSError as e:
         raise WriteError(f"{path}: cannot write: {e.strerror or e}") from e
+
+
+@contextmanager
+def _made_beside(target: Path, mode: int) -> Iterator[Path]:
+    """Make an empty file beside another, locked as long as this process writes it.
+
+    Not by the tempfile module, whose files are private whatever the umask.
+    """
+    while True:
+        temporary = target.with_name(f".{target.stem}.{token_hex(4)}{target.suffix}")
+        descriptor = os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, mode)
+        try:
+            if fcntl is not None:
+                with suppress(OSError):  # a file system without locks
+                    fcntl.flock(descriptor, fcntl.LOCK_EX)
+            else:
+                os.close(descriptor)  # an open file is not replaced there
+                descriptor = -1
+            if temporary.exists():  # nobody has taken it for abandoned before it was locked
+                yield temporary
+                return
+        finally:
+            if descriptor >= 0:
+                os.close(descriptor)
+
+
+def _remove_abandoned(target: Path) -> None:
+    """Remove what killed processes have left beside a file."""
+    ours = re.compile(rf"\.{re.escape(target.stem)}\.[0-9a-f]{{8}}{re.escape(target.suffix)}")
+    for path in target.parent.glob(".*") if fcntl is not None else ():
+        if ours.fullmatch(path.name):
+            with suppress(OSError), path.open("rb") as file:  # locked: somebody writes it
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                path.unlink()
 
 
 @contextmanager

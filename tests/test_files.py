@@ -224,6 +224,31 @@ def test_two_writers_do_not_disturb_each_other(tmp_path):
     assert names(tmp_path) == ["t.txt"]
 
 
+KILLED = """
+import os, signal, sys
+from colm_edge.files import replacing
+with replacing(sys.argv[1]) as temporary:
+    temporary.write_text("half")
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.mark.skipif(os.name != "posix", reason="kill -9, and locks that end with a process")
+def test_what_a_killed_process_left_goes_with_the_next_write(tmp_path):
+    target, other = tmp_path / "t.txt", tmp_path / ".t.notours.txt"
+    target.write_text("before")
+    other.write_text("not ours")
+    for _ in range(2):
+        subprocess.run([sys.executable, "-c", KILLED, target], check=False)
+    assert target.read_text() == "before"
+    assert len(names(tmp_path)) == 3  # the second has removed what the first left
+    with replacing(target) as first, replacing(target) as second:
+        first.write_text("one")  # nobody takes what is being written for abandoned
+        second.write_text("two")
+    assert target.read_text() == "one"
+    assert names(tmp_path) == [".t.notours.txt", "t.txt"]
+
+
 def test_an_input_file_is_not_replaced(tmp_path):
     data, link = tmp_path / "d.jsonl", tmp_path / "link"
     data.write_text("x")
