@@ -213,16 +213,18 @@ def _download_to(path: Path, repo: str, name: str, about: Any) -> None:
 
 def _add_to_snapshot(blob: Path, commit: str, name: str) -> Path:
     """Name a blob as the repository does, where huggingface_hub looks for it; return the path."""
-    from huggingface_hub.file_download import are_symlinks_supported
+    from huggingface_hub import constants
 
     folder = blob.parents[1]
     path, main = folder / "snapshots" / commit / name, folder / "refs" / "main"
     for needed in (path.parent, main.parent):
         needed.mkdir(parents=True, exist_ok=True)
     path.unlink(missing_ok=True)
-    if are_symlinks_supported(folder):
+    try:  # huggingface_hub asks by making a folder, which a killed process leaves
+        if constants.HF_HUB_DISABLE_SYMLINKS:
+            raise NotImplementedError
         path.symlink_to(os.path.relpath(blob, path.parent))
-    else:
+    except (OSError, NotImplementedError):
         os.replace(blob, path)
     whole = blob.with_name(f"{blob.name}.main")
     whole.write_text(commit)

@@ -18,6 +18,8 @@ from colm_edge.cli.serve import serve_command
 from colm_edge.cli.train import score_command, train
 from colm_edge.errors import ColmError
 
+INTERRUPTED = 130  # the exit code after Ctrl-C
+
 
 class OneLineErrors(click.Command):
     """A command whose ColmErrors are one line on stderr and exit code 1; Ctrl-C is 130."""
@@ -29,11 +31,24 @@ class OneLineErrors(click.Command):
             raise click.ClickException(" ".join(str(e).split())) from e
         except KeyboardInterrupt:
             click.echo(err=True)  # the line that shows ^C ends
-            raise click.exceptions.Exit(130) from None
+            raise click.exceptions.Exit(INTERRUPTED) from None
 
 
 class Group(OneLineErrors, click.Group):
     """A group whose commands report errors that way, those of standard output included."""
+
+    def __call__(self, *args: Any, **more: Any) -> Any:
+        """Run as a program of its own, which Ctrl-C ends at once: llama.cpp may work on, on a
+        thread that the ordinary end of a process would wait for, or crash."""
+        try:
+            return self.main(*args, **more)
+        except SystemExit as e:
+            if e.code == INTERRUPTED:
+                for file in (sys.stdout, sys.stderr):
+                    with suppress(OSError, ValueError):
+                        file.flush()
+                os._exit(INTERRUPTED)
+            raise
 
     def main(self, *args: Any, **more: Any) -> Any:
         open_standard_files()

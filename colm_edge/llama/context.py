@@ -19,6 +19,7 @@ import numpy.typing as npt
 from colm_edge.cancel import Cancel
 from colm_edge.errors import ColmError, ModelError
 from colm_edge.llama.backend import last_errors, supports_gpu
+from colm_edge.llama.interrupts import interrupts_noted
 from colm_edge.llama.memory import check_room
 from colm_edge.llama.model import Model
 from colm_edge.llama.owners import Alone, Home
@@ -251,7 +252,13 @@ class Context:
             check_room(self.model, self.n_ctx, *bits)
         model = self.model.load(None if cancel is None else cancel.check)
         last_errors.clear()
-        handle = llama.llama_init_from_model(model, self._params())
+        handle: Any = None
+        try:
+            with interrupts_noted():  # llama.cpp logs, which calls back
+                handle = llama.llama_init_from_model(model, self._params())
+        except KeyboardInterrupt:
+            llama.llama_free(handle)
+            raise
         if not handle:
             reason = last_errors[-1] if last_errors else "llama.cpp gave no reason"
             raise ModelError(
