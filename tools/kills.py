@@ -7,8 +7,8 @@ Each kill is a SIGKILL at a moment drawn evenly from the time that the command t
 its own. Then the same command runs to its end. Equal must be: the files of `train`, `score` and
 `quantize` to the byte, the Hub's cache of `pull`, and all that commands print but for what was
 measured in seconds. Beside the result nothing may be left but the work folder, with answers and
-scores. A line for each command says how many kills came while it ran, how many had something in the
-folder by then, and what differed in the end.
+scores. A line for each command says how many kills had something in the folder by then, and what
+differed in the end.
 
 Answers are written one at a time (-np 1): of several at once, two runs left alone differ too.
 """
@@ -25,6 +25,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -286,17 +287,19 @@ def main(
                 begun = perf_counter()
                 alone = trials.run(case, folder)
                 took = perf_counter() - begun
-            moments = [draw.uniform(0.05, 1) * took for _ in range(kills)]
-            found = [
-                trial(trials, case, alone, lambda at, s=s, c=case: trials.kill(c, at, seconds=s))  # type: ignore[misc]
-                for s in moments
-            ]
-            differ = [text for _, _, text in found if text]
+            found: list[tuple[bool, str]] = []
+            while len(found) < kills:
+                killed, begun_files, text = trial(
+                    trials, case, alone, partial(trials.kill, case, seconds=draw.uniform(0, took))
+                )
+                if killed:  # and not ended before
+                    found.append((begun_files, text))
+            differ = [text for _, text in found if text]
             wrong += len(differ)
             click.echo(
-                f"{name}: {took:.1f} s alone; {sum(killed for killed, _, _ in found)} of {kills} "
-                f"killed, {sum(begun for _, begun, _ in found)} with files there; "
-                f"{len(differ)} differ{': ' + '; '.join(sorted(set(differ))) if differ else ''}"
+                f"{name}: {took:.1f} s alone; {kills} kills, {sum(there for there, _ in found)} "
+                f"with files there; {len(differ)} differ"
+                f"{': ' + '; '.join(sorted(set(differ))) if differ else ''}"
             )
     sys.exit(1 if wrong else 0)
 

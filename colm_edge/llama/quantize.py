@@ -11,7 +11,7 @@ from typing import Any
 
 import llama_cpp as llama
 
-from colm_edge.errors import ModelError
+from colm_edge.errors import ModelError, WriteError
 from colm_edge.files import check_writable, replacing
 from colm_edge.llama.backend import last_errors
 from colm_edge.llama.model import WAIT, Model
@@ -82,6 +82,8 @@ def quantize(
         paths = (os.fsencode(Path(source)), os.fsencode(temporary))
         if _without_signals(llama.llama_model_quantize, *paths, ctypes.byref(params)) != 0:
             reason = last_errors[-1] if last_errors else "llama.cpp gave no reason"
+            if "iostream" in reason:  # which says no more
+                raise WriteError(f"{target}: cannot be written to its end; make room on the disk")
             raise ModelError(f"{source}: cannot be quantised to {type_name.upper()}: {reason}")
 
 
