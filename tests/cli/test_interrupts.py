@@ -139,3 +139,26 @@ def test_it_ends_a_download_that_goes_on_later(tmp_path, monkeypatch, default_ha
         assert done.exit_code == 0
         assert Path(done.stdout.strip()).read_bytes() == content
         assert server.sent == len(content)
+
+
+# Ctrl-C comes while the command line is imported.
+EARLY = """
+import os, signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)
+
+class Interrupts:
+    def find_spec(self, name, path=None, target=None):
+        if name == "colm_edge.cli.train":
+            os.kill(os.getpid(), signal.SIGINT)
+
+sys.meta_path.insert(0, Interrupts())
+sys.argv[1:] = ["models"]
+from colm_edge.__main__ import start
+start()
+"""
+
+
+def test_it_ends_the_start_without_a_word():
+    done = subprocess.run([sys.executable, "-c", EARLY], capture_output=True, check=False)
+    assert done.returncode == -signal.SIGINT
+    assert done.stdout + done.stderr == b""
