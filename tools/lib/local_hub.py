@@ -23,6 +23,9 @@ class LocalHub(ThreadingHTTPServer):
         self.content, self.wait, self.sent = content, wait, 0
         self.etag = hashlib.sha256(content).hexdigest()
 
+    def handle_error(self, *_: object) -> None:
+        """Say nothing of clients that were killed."""
+
     @property
     def url(self) -> str:
         return f"http://127.0.0.1:{self.server_address[1]}"
