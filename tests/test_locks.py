@@ -62,6 +62,20 @@ def test_train_on_prompts_claims_its_own_work_folder(tiny, tmp_path, monkeypatch
     assert "s.gguf.work is used by another run" in done.stderr
 
 
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="named pipes")
+def test_a_pipe_has_no_work_folder_beside_it(tiny, data, tmp_path):
+    pipe, read = tmp_path / "pipe.gguf", list[bytes]()
+    os.mkfifo(pipe)
+    reader = threading.Thread(target=lambda: read.append(pipe.read_bytes()))
+    reader.start()
+    command = ["train", "--outfile", str(pipe), "--prompts", data, "-n", "4", "-t", "1"]
+    done = CliRunner().invoke(main, [*command, "-m", tiny["base"], "-me", tiny["expert"]])
+    assert done.exit_code == 0, done.output
+    reader.join()
+    assert read[0].startswith(b"GGUF")
+    assert list(tmp_path.iterdir()) == [pipe]
+
+
 BROKEN = [
     "",
     "[]",

@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 from colm_edge.cli.options import THREADS, output_option
-from colm_edge.cli.terminal import say
+from colm_edge.cli.terminal import note, say
 from colm_edge.errors import ColmError, MismatchError
 
 
@@ -128,7 +128,7 @@ def info_command(refs: tuple[str, ...], costs: bool, n_threads: int, output: str
 
     if len(refs) > 2:
         raise click.UsageError("give one REF or two")
-    facts, obstacle = describe_files(refs, costs=costs, n_threads=n_threads)
+    facts, obstacle = describe_files(refs, costs=costs, n_threads=n_threads, note=note)
     click.echo(json.dumps(facts) if output == "json" else as_text(facts))
     if obstacle:
         raise MismatchError(obstacle)
