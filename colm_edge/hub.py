@@ -34,7 +34,8 @@ def fetch(reference: str, *, offline: bool = False, note: Note = lambda text: No
     """Return the file of a reference, downloaded if it is not in the Hub's cache yet.
 
     Of a model in several files, all are fetched and the first is returned. A download must have
-    the SHA-256 that the Hub states.
+    the SHA-256 that the Hub states; one that was stopped, or killed, goes on where it was. What is
+    in the cache is used as it is: the Hub is not asked whether it has something newer.
 
     offline: look only in the cache, as with HF_HUB_OFFLINE. note: told before a download begins.
 
@@ -42,10 +43,17 @@ def fetch(reference: str, *, offline: bool = False, note: Note = lambda text: No
     """
     repo, name = _parse(reference)
     offline = offline or os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
+    if (cached := find_cached(reference)) is not None:
+        return cached
+    if offline:
+        raise ModelError(
+            f"{reference} is not in the cache, and nothing is downloaded offline; "
+            f"run `colm-edge pull {reference}` with a network"
+        )
     with _explained(reference):
         if not _is_gguf(name):
-            name = _file_of(repo, name, offline)
-        first, *_ = [_fetch_file(repo, part, offline, note) for part in parts_of(name)]
+            name = _file_of(repo, name)
+        first, *_ = [_fetch_file(repo, part, note) for part in parts_of(name)]
         return first
 
 
@@ -109,26 +117,9 @@ def _cache_of(repo: str) -> Path:
     return Path(constants.HF_HUB_CACHE, repo_folder_name(repo_id=repo, repo_type="model"))
 
 
-def _file_of(repo: str, quantisation: str, offline: bool) -> str:
-    """Return the name of a repository's file of a quantisation.
-
-    Ask the Hub, or the cache when offline or when the Hub cannot be reached.
-    """
-    from huggingface_hub import errors
-
-    cached = _of_quantisation(_cached_names(repo), quantisation)
-    if offline:
-        if cached is None:
-            raise _not_cached(f"{repo}:{quantisation}")
-        return cached
-    try:
-        names = _api().list_repo_files(repo)
-    except (_http().TransportError, errors.HfHubHTTPError) as e:
-        response = getattr(e, "response", None)
-        refused = response is not None and response.status_code < 500
-        if cached is None or refused:
-            raise
-        return cached
+def _file_of(repo: str, quantisation: str) -> str:
+    """Return the name of a repository's file of a quantisation, as the Hub tells it."""
+    names = _api().list_repo_files(repo)
     found = _of_quantisation(names, quantisation)
     if found is None:
         files = sorted(filter(_is_gguf, names))
@@ -145,20 +136,11 @@ def _of_quantisation(names: list[str], quantisation: str) -> str | None:
     return next((name for name in sorted(names) if end.search(name)), None)
 
 
-def _not_cached(reference: str) -> ModelError:
-    return ModelError(
-        f"{reference} is not in the cache, and nothing is downloaded offline; "
-        f"run `colm-edge pull {reference}` with a network"
-    )
-
-
-def _fetch_file(repo: str, name: str, offline: bool, note: Note) -> Path:
+def _fetch_file(repo: str, name: str, note: Note) -> Path:
     """Return one file of a repository, from the cache or downloaded into it."""
     cached = _cached_file(repo, name)
     if cached is not None:
         return cached
-    if offline:
-        raise _not_cached(f"{repo}:{name}")
     import huggingface_hub as hub
 
     api = _api()
@@ -169,67 +151,90 @@ def _fetch_file(repo: str, name: str, offline: bool, note: Note) -> Path:
         )
     folder = _cache_of(repo)
     blob = folder / "blobs" / about.etag
-    # Whenever this process is killed, a blob has been hashed; what is in `unchecked` has not, and
-    # the next run hashes it.
-    unchecked = blob.with_name(f"{blob.name}.unchecked")
+    # Whenever this process is killed, a blob has been hashed; what is unchecked has not, and the
+    # next run goes on with it. Each of the repository's files has one at most.
+    mark = hashlib.sha256(name.encode()).hexdigest()[:16]
+    unchecked = blob.with_name(f"{mark}.{blob.name}.unchecked")
     lock = folder.parent / ".locks" / folder.name / f"{blob.name}.lock"  # huggingface_hub's own
     for needed in (blob.parent, folder / "snapshots", lock.parent):
         needed.mkdir(parents=True, exist_ok=True)
     with hub.utils.WeakFileLock(lock):
         if not blob.exists():
-            os.replace(_download(repo, name, about, unchecked, note), blob)
-        shutil.rmtree(unchecked, ignore_errors=True)
+            for other in set(blob.parent.glob(f"{mark}.*.unchecked")) - {unchecked}:
+                other.unlink()  # of what the Hub had under this name before
+            _download(repo, name, about, unchecked, note)
+            os.replace(unchecked, blob)
         return _add_to_snapshot(blob, about.commit_hash, name)
 
 
-def _download(repo: str, name: str, about: Any, folder: Path, note: Note) -> Path:
-    """Download a file into a folder, hash it and return its path.
+def _download(repo: str, name: str, about: Any, file: Path, note: Note) -> None:
+    """Download a file, from where an earlier run left it, and hash it.
 
-    Raises ModelError, and removes the folder, when the checksum is wrong.
+    Raises ModelError, and removes the file, when the checksum is wrong.
     """
-    if not (folder / name).is_file():
-        _check_space(about.size or 0, f"{repo}:{name}")
-        note(f"downloading {repo}:{name} ({as_size(about.size or 0)})")
-    file = _download_to(folder, repo, name, about.commit_hash)
+    what, size = f"{repo}:{name}", about.size or 0
+    known = file.stat().st_size if file.exists() else 0
+    if not 0 < known == size:
+        _check_space(size - known, what)
+        told = f"{as_size(known)} of {as_size(size)} are here" if known else as_size(size)
+        note(f"downloading {what} ({told})")
+    _download_to(file, repo, name, about)
     if _SHA256.fullmatch(about.etag) is not None:
         found = _sha256(file)
         if found != about.etag:
-            shutil.rmtree(folder)
+            file.unlink()
             raise ModelError(
-                f"{repo}:{name}: its SHA-256 is {found[:12]}…, the Hub states "
+                f"{what}: its SHA-256 is {found[:12]}…, the Hub states "
                 f"{about.etag[:12]}…; the file was removed, download it again"
             )
-    return file
 
 
-def _download_to(folder: Path, repo: str, name: str, commit: str) -> Path:
-    """Download a file into a folder, and again if the connection is reset.
+def _download_to(path: Path, repo: str, name: str, about: Any) -> None:
+    """Download the rest of a file, and go on if the connection is reset.
 
-    huggingface_hub (2.4) resumes by itself where a connection is closed or times out, but for a
-    reset one it drops what has arrived and raises ReadError: that alone is tried again here.
+    huggingface_hub (2.4) goes on by itself where a connection is closed or times out. For a reset
+    one it raises ReadError, and what `hf_hub_download` had from a run before, it downloads again:
+    so its `http_get` is told here how much there is.
     """
+    import huggingface_hub as hub
+    from huggingface_hub.file_download import http_get
+
+    url = hub.hf_hub_url(
+        repo, name, revision=about.commit_hash, endpoint=_api().endpoint
+    )  # which redirects to where the bytes are, and that address holds for a while only
+    headers = hub.utils.build_hf_headers() | {"Accept-Encoding": "identity"}
     for attempt in range(1, TRIES + 1):
-        try:
-            return Path(_api().hf_hub_download(repo, name, revision=commit, local_dir=folder))
-        except _http().ReadError:
-            if attempt == TRIES:
-                raise
-            time.sleep(0.5 * 2**attempt)
+        with path.open("ab") as file:
+            if about.size is None or file.tell() > about.size:
+                file.truncate(0)
+            known = file.seek(0, os.SEEK_END)
+            try:
+                http_get(
+                    url, file, resume_size=known, headers=headers, expected_size=about.size,
+                    displayed_filename=name,
+                )  # fmt: skip
+                return
+            except _http().ReadError:
+                if attempt == TRIES:
+                    raise
+        time.sleep(0.5 * 2**attempt)
     raise AssertionError
 
 
 def _add_to_snapshot(blob: Path, commit: str, name: str) -> Path:
     """Name a blob as the repository does, where huggingface_hub looks for it; return the path."""
-    from huggingface_hub.file_download import are_symlinks_supported
+    from huggingface_hub import constants
 
     folder = blob.parents[1]
     path, main = folder / "snapshots" / commit / name, folder / "refs" / "main"
     for needed in (path.parent, main.parent):
         needed.mkdir(parents=True, exist_ok=True)
     path.unlink(missing_ok=True)
-    if are_symlinks_supported(folder):
+    try:  # huggingface_hub asks by making a folder, which a killed process leaves
+        if constants.HF_HUB_DISABLE_SYMLINKS:
+            raise NotImplementedError
         path.symlink_to(os.path.relpath(blob, path.parent))
-    else:
+    except (OSError, NotImplementedError):
         os.replace(blob, path)
     whole = blob.with_name(f"{blob.name}.main")
     whole.write_text(commit)

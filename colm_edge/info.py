@@ -12,6 +12,7 @@ import llama_cpp as llama
 
 from colm_edge.errors import MismatchError
 from colm_edge.gguf_header import read_header
+from colm_edge.hub import Note
 from colm_edge.llama.context import ContextOptions
 from colm_edge.llama.costs import CostTable, break_even, seconds_per_token
 from colm_edge.llama.measure import cost_table, kept_table
@@ -26,11 +27,16 @@ N_CTX = 4096  # tokens that the memory is stated for, or fewer if the model was 
 
 
 def describe_files(
-    refs: Sequence[str], *, costs: bool = False, n_threads: int = 0
+    refs: Sequence[str],
+    *,
+    costs: bool = False,
+    n_threads: int = 0,
+    note: Note = lambda text: None,
 ) -> tuple[list[dict[str, Any]], str]:
     """Return the facts of each file, and why two models cannot collaborate ("" if they can).
 
-    costs: measure what decodes cost, if that is not known yet.
+    costs: measure what decodes cost, if that is not known yet. note: told before that, and where it
+    cannot be kept.
     Raises ModelError or SwitchError for a file that is neither.
     """
     facts, models, tables, obstacle = [], [], list[CostTable | None](), ""
@@ -43,7 +49,7 @@ def describe_files(
                 continue
             model = Model(path)
             models.append(model)
-            tables.append(_costs(model, costs, n_threads))
+            tables.append(_costs(model, costs, n_threads, note))
             facts.append(_model_facts(model, tables[-1]))
         if len(models) == 2:
             pair, obstacle = _pair_facts(*models)
@@ -82,10 +88,10 @@ def _review(nats: float | None) -> str:
     return f"{nats:g} nats" if math.isfinite(nats) else "off, the switch says"
 
 
-def _costs(model: Model, measures: bool, n_threads: int) -> CostTable | None:
+def _costs(model: Model, measures: bool, n_threads: int, note: Note) -> CostTable | None:
     """Return what decodes cost here, None where that is not known and not to be measured."""
     session = Session(model, ContextOptions(n_ctx=_n_ctx(model), n_threads=n_threads))
-    return cost_table(session) if measures else kept_table(session)
+    return cost_table(session, note=note) if measures else kept_table(session)
 
 
 def _n_ctx(model: Model) -> int:

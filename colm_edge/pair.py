@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -26,6 +25,7 @@ from colm_edge.llama.costs import CostTable, slower
 from colm_edge.llama.grammar import Grammars
 from colm_edge.llama.measure import cost_table, kept_table, refine
 from colm_edge.llama.model import Model, shared_vocab
+from colm_edge.llama.owners import HomeLock
 from colm_edge.llama.prompt_cache import load_prompts, save_prompts
 from colm_edge.llama.session import Session
 from colm_edge.options import EXPERT_TIMEOUT, Options
@@ -47,9 +47,9 @@ Progress = Callable[[str, float], None]
 class Pair:
     """A base, an expert and a switch that answer together. See `load`.
 
-    Any thread may use it. `generate` and `chat` run one after the other; a second caller waits. Two
-    streams at once take turns token by token and stay correct, but each turn evaluates the other's
-    prompt again, so it is better to finish one first.
+    Any thread may use it, but no child of fork. `generate` and `chat` run one after the other; a
+    second caller waits. Two streams at once take turns token by token and stay correct, but each
+    turn evaluates the other's prompt again, so it is better to finish one first.
     """
 
     def __init__(
@@ -75,7 +75,7 @@ class Pair:
         self.defaults = defaults or Options()
         self._note = note or log.info
         self._note_once = cache(self._note)
-        self._lock = threading.RLock()
+        self._lock = HomeLock()
         text = base.chat_template
         self.template = ChatTemplate(text, base.bos_text, base.eos_text) if text else None
         self._grammars = Grammars(base)
@@ -121,6 +121,8 @@ class Pair:
 
     def close(self) -> None:
         """Free both models and their contexts, after the token that is being written."""
+        if not self._lock.home.is_here:
+            return  # they are the parent's
         with self._lock:
             self.expert.close()
             self.base_session.close()
@@ -229,12 +231,10 @@ class Pair:
 
     def stream(self, prompt: str, *, system: str | None = None, **options: Any) -> Stream:
         """Answer a prompt step by step; options as for `generate`."""
-        messages = [{"role": "user", "content": prompt}]
-        if system is not None:
-            messages.insert(0, {"role": "system", "content": system})
+        messages = [] if system is None else [{"role": "system", "content": system}]
         if isinstance(prompt, str) and not prompt.strip():
             raise PromptError("the prompt is empty; write at least one word")
-        return self.stream_chat(messages, **options)
+        return self.stream_chat([*messages, {"role": "user", "content": prompt}], **options)
 
     def chat(self, messages: Sequence[Message], **options: Any) -> Answer:
         """Answer a conversation, a list of {"role", "content"}."""

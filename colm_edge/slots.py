@@ -297,6 +297,7 @@ class Slots:
         return known if 2 * known >= len(wanted) else 0, -sum(len(one.tokens) for one in held)
 
     def wait_for(self, context: SharedContext, request: _Request) -> None:
+        context.context.home.check()  # a child of fork has no worker
         with self._changed:
             if self._closed:
                 raise ColmError("the models are closed")

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+import socket
 import stat
+import subprocess
+import sys
 import threading
 from contextlib import contextmanager
 from pathlib import Path
@@ -116,23 +119,90 @@ def test_a_link_stays_a_link(tmp_path):
         assert names(target.parent) == ["t.txt"]
 
 
-def test_what_is_not_a_plain_file_is_refused(tmp_path):
-    pipe = tmp_path / "pipe"
-    os.mkfifo(pipe)
-    device = tmp_path / "device"
-    device.symlink_to(os.devnull)
-    for path, words in (
-        (os.devnull, "not a plain file"),
-        (device, "device is not a plain file"),
-        (pipe, "pipe is not a plain file"),
-        (tmp_path, "is a folder"),
-    ):
+def test_what_can_be_neither_replaced_nor_written_is_refused(tmp_path):
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(str(tmp_path / "socket"))
+    for path, words in ((tmp_path / "socket", "neither a plain file nor"), (tmp_path, "a folder")):
         with pytest.raises(WriteError, match=words), replacing(path):
             pytest.fail("it was opened")
         with pytest.raises(WriteError, match=words):
             check_writable(path)
-    assert stat.S_ISCHR(os.stat(os.devnull).st_mode)
-    assert names(tmp_path) == ["device", "pipe"]
+
+
+def test_a_pipe_is_written_and_stays_one(tmp_path):
+    pipe, link, read = tmp_path / "pipe.npz", tmp_path / "link", list[bytes]()
+    os.mkfifo(pipe)
+    link.symlink_to(pipe)
+    for path in (pipe, link):
+        check_writable(path)
+        reader = threading.Thread(target=lambda: read.append(pipe.read_bytes()))
+        reader.start()
+        with replacing(path) as temporary:
+            assert temporary.suffix == path.suffix
+            temporary.write_bytes(b"all of it")
+        reader.join()
+        assert stat.S_ISFIFO(path.stat().st_mode)
+    assert read == [b"all of it"] * 2
+    assert names(tmp_path) == ["link", "pipe.npz"]
+
+
+def test_a_failed_write_leaves_a_pipe_empty(tmp_path):
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+
+    def write():
+        with replacing(pipe) as temporary:
+            temporary.write_text("half")
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        write()
+    assert os.read(reader, 10) == b""
+    os.close(reader)
+
+
+def device(path: Path, minor: int) -> Path:
+    """A copy of one of the memory devices: 3 is null, 7 is full."""
+    try:
+        os.mknod(path, stat.S_IFCHR | 0o666, os.makedev(1, minor))
+        path.open("wb").close()
+    except (OSError, AttributeError):
+        pytest.skip("devices can be neither made nor opened here")
+    return path
+
+
+def test_a_device_is_written_and_stays_one(tmp_path):
+    null, full = device(tmp_path / "null.gguf", 3), device(tmp_path / "full.gguf", 7)
+    for path in (null, full):
+        check_writable(path)
+    with replacing(null) as temporary:
+        temporary.write_text("gone")
+    with pytest.raises(WriteError, match="No space left"), replacing(full) as temporary:
+        temporary.write_text("too much")
+    for path in (null, full):
+        assert stat.S_ISCHR(path.stat().st_mode)
+    assert names(tmp_path) == ["full.gguf", "null.gguf"]
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/fd"), reason="names of open files")
+@pytest.mark.parametrize("name", ["/dev/stdout", "/dev/fd/1"])
+def test_an_open_file_is_written_where_it_is(tmp_path, name):
+    """The shell's `>` has opened it: what is printed comes behind, and nothing takes its place."""
+    script = (
+        "import sys; from colm_edge.files import check_writable, replacing\n"
+        f"check_writable({name!r})\n"
+        f"with replacing({name!r}) as file: file.write_text('written ')\n"
+        "print('printed', end='')"
+    )
+    target = tmp_path / "t"
+    with target.open("wb") as file:
+        file.write(b"before ")
+        file.flush()
+        subprocess.run([sys.executable, "-c", script], stdout=file, check=True)
+    assert target.read_bytes() == b"before written printed"
+    piped = subprocess.run([sys.executable, "-c", script], capture_output=True, check=True)
+    assert piped.stdout == b"written printed"
 
 
 def test_two_writers_do_not_disturb_each_other(tmp_path):
@@ -152,6 +222,31 @@ def test_two_writers_do_not_disturb_each_other(tmp_path):
         thread.join()
     assert target.read_text() in ("one", "two")
     assert names(tmp_path) == ["t.txt"]
+
+
+KILLED = """
+import os, signal, sys
+from colm_edge.files import replacing
+with replacing(sys.argv[1]) as temporary:
+    temporary.write_text("half")
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.mark.skipif(os.name != "posix", reason="kill -9, and locks that end with a process")
+def test_what_a_killed_process_left_goes_with_the_next_write(tmp_path):
+    target, other = tmp_path / "t.txt", tmp_path / ".t.notours.txt"
+    target.write_text("before")
+    other.write_text("not ours")
+    for _ in range(2):
+        subprocess.run([sys.executable, "-c", KILLED, target], check=False)
+    assert target.read_text() == "before"
+    assert len(names(tmp_path)) == 3  # the second has removed what the first left
+    with replacing(target) as first, replacing(target) as second:
+        first.write_text("one")  # nobody takes what is being written for abandoned
+        second.write_text("two")
+    assert target.read_text() == "one"
+    assert names(tmp_path) == [".t.notours.txt", "t.txt"]
 
 
 def test_an_input_file_is_not_replaced(tmp_path):

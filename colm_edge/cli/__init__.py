@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import logging
+import os
+import sys
+from contextlib import suppress
 from typing import Any
 
 import click
@@ -15,6 +18,8 @@ from colm_edge.cli.serve import serve_command
 from colm_edge.cli.train import score_command, train
 from colm_edge.errors import ColmError
 
+INTERRUPTED = 130  # the exit code after Ctrl-C
+
 
 class OneLineErrors(click.Command):
     """A command whose ColmErrors are one line on stderr and exit code 1; Ctrl-C is 130."""
@@ -26,11 +31,52 @@ class OneLineErrors(click.Command):
             raise click.ClickException(" ".join(str(e).split())) from e
         except KeyboardInterrupt:
             click.echo(err=True)  # the line that shows ^C ends
-            raise click.exceptions.Exit(130) from None
+            raise click.exceptions.Exit(INTERRUPTED) from None
 
 
 class Group(OneLineErrors, click.Group):
-    """A group whose commands report errors that way."""
+    """A group whose commands report errors that way, those of standard output included."""
+
+    def __call__(self, *args: Any, **more: Any) -> Any:
+        """Run as a program of its own, which Ctrl-C ends at once: llama.cpp may work on, on a
+        thread that the ordinary end of a process would wait for, or crash."""
+        try:
+            return self.main(*args, **more)
+        except SystemExit as e:
+            if e.code == INTERRUPTED:
+                for file in (sys.stdout, sys.stderr):
+                    with suppress(OSError, ValueError):
+                        file.flush()
+                os._exit(INTERRUPTED)
+            raise
+
+    def main(self, *args: Any, **more: Any) -> Any:
+        open_standard_files()
+        try:
+            return super().main(*args, **more)
+        except OSError as e:
+            what = "standard output" if e.filename is None else e.filename
+            forget_output()
+            click.echo(f"Error: {what}: {e.strerror or e}", err=True)
+            sys.exit(1)
+
+
+def open_standard_files() -> None:
+    """Put /dev/null in the place of standard files that the process was started without: else the
+    first file that it opens would be one of them, with what is printed in it."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        if getattr(sys, name) is None:
+            with suppress(OSError):  # it is free, and the lowest of those
+                os.fstat(number)
+                continue
+            os.open(os.devnull, os.O_RDWR)
+            setattr(sys, name, os.fdopen(number, "r" if number == 0 else "w"))
+
+
+def forget_output() -> None:
+    """Let what standard output could not take not be tried again when Python ends."""
+    with suppress(OSError, ValueError):  # in a test it has no number
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 @click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"]})

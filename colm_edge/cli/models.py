@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 from colm_edge.cli.options import THREADS, output_option
-from colm_edge.cli.terminal import say
+from colm_edge.cli.terminal import note, say
 from colm_edge.errors import ColmError, MismatchError
 
 
@@ -47,8 +47,8 @@ def pull_command(refs: tuple[str, ...], offline: bool) -> None:
     """Download models, verify them, and print their paths.
 
     They are kept in the Hugging Face cache; HF_HOME, HF_TOKEN and HF_ENDPOINT are respected. An
-    alias in models.txt stands for all files of a pair. A download goes on where a
-    connection breaks.
+    alias in models.txt stands for all files of a pair. A download goes on where a connection
+    broke, or an earlier one was stopped.
     """
     from colm_edge.references import known_pairs, resolve
 
@@ -103,8 +103,11 @@ def quantize_command(
         path, target, type_name,
         output_type=output_type, allow_requantize=allow_requantize, n_threads=n_threads,
     )  # fmt: skip
-    before, after = (Path(file).stat().st_size / 1e6 for file in (path, target))
-    say(f"{target}: written, {after:,.0f} MB; {path} has {before:,.0f} MB")
+    sizes = ""
+    if Path(target).is_file():  # a pipe does not tell what went through
+        before, after = (Path(file).stat().st_size / 1e6 for file in (path, target))
+        sizes = f", {after:,.0f} MB; {path} has {before:,.0f} MB"
+    say(f"{target}: written{sizes}")
 
 
 @click.command("info")
@@ -125,7 +128,7 @@ def info_command(refs: tuple[str, ...], costs: bool, n_threads: int, output: str
 
     if len(refs) > 2:
         raise click.UsageError("give one REF or two")
-    facts, obstacle = describe_files(refs, costs=costs, n_threads=n_threads)
+    facts, obstacle = describe_files(refs, costs=costs, n_threads=n_threads, note=note)
     click.echo(json.dumps(facts) if output == "json" else as_text(facts))
     if obstacle:
         raise MismatchError(obstacle)

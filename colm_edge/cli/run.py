@@ -140,9 +140,12 @@ def opened(
 @contextmanager
 def kept_prompts(pair: Pair, path: str | None) -> Iterator[None]:
     """Start from a prompt cache, if the file exists, and write it at the end."""
+    from colm_edge.files import check_writable
+
     if path is None:
         yield
         return
+    check_writable(path)  # now, not after the answer
     _ = pair.expert_session  # raises now, not after the answer, if the expert is on a server
     if Path(path).exists():
         pair.load_prompts(path)

@@ -178,7 +178,12 @@ def reader(*, keep: bool) -> Callable[[], str | None]:
 
     from colm_edge.cli.editor import Editor
 
-    history = user_data_path("colm-edge", appauthor=False) / "history" if keep else None
+    history = None
+    if keep:
+        try:
+            history = user_data_path("colm-edge", appauthor=False) / "history"
+        except RuntimeError as e:  # nobody has a home here
+            say(f"Messages are not kept for later chats: {e}")
     return Editor(following, history).read
 
 

@@ -181,7 +181,7 @@ def train(
     has {"prompt"} or {"messages"}, and needs no answers. The models do not change; the switch is
     written as GGUF. The last line printed is JSON.
     """
-    from colm_edge.files import check_writable
+    from colm_edge.files import check_writable, is_stream
     from colm_edge.pair import load
     from colm_edge.switch.file import Switch
     from colm_edge.train.fit import FitOptions, fit_switch
@@ -190,7 +190,7 @@ def train(
     data, scores = text.get("data"), _files_of(**scored)
     _check_choice(text, threshold_by, bool(scores), models)
     check_writable(outfile, data, text.get("prompts"), *_read_files(models), *scores)
-    if data is None and work_dir is None:
+    if data is None and work_dir is None and not is_stream(outfile):
         work_dir = claim(click.get_current_context(), None, f"{outfile}.work")
         say(f"{work_dir}: keeps the answers; the same command again goes on from there")
     old = Switch.load(update) if update is not None else None

@@ -11,6 +11,7 @@ from colm_edge.cancel import Cancel
 from colm_edge.decode.timeline import Floats
 from colm_edge.llama.backend import supports_gpu
 from colm_edge.llama.context import is_small
+from colm_edge.llama.owners import Home
 from colm_edge.llama.session import Session
 from colm_edge.llama.threads import n_cores
 
@@ -28,6 +29,7 @@ class Background:
     def __init__(self, session: Session) -> None:
         self.session = session
         self.name, self.n_ctx = session.name, session.n_ctx
+        self._home = Home()  # a child of fork has no worker
         self._worker = ThreadPoolExecutor(1, "colm-edge-expert")
         self._job: Future[int] | None = None
         self._account = replace(session.account)
@@ -86,7 +88,9 @@ class Background:
         return self._job
 
     def wait(self) -> None:
-        """Wait until no catch-up is running. Raises what the catch-up raised."""
+        """Wait until no catch-up is running. Raises what the catch-up raised, and ModelError in a
+        child of fork."""
+        self._home.check()
         if self._job is None:
             return
         # An interrupt here keeps the job, so that no other thread uses the context meanwhile.
@@ -114,7 +118,7 @@ class Background:
 
     def close(self) -> None:
         """End the thread and close the session."""
-        self._worker.shutdown(wait=True)
+        self._worker.shutdown(wait=self._home.is_here)
         self._job = None
         self.session.close()
 

@@ -9,7 +9,6 @@ catch up, in one batch, and write the token. `fast` has the fast twin of this sc
 
 from __future__ import annotations
 
-import threading
 from array import array
 from collections.abc import Callable, Iterator, Sequence
 from time import perf_counter
@@ -21,6 +20,7 @@ from colm_edge.decode.policy import BASE, Policy, Reading
 from colm_edge.decode.step import Event, Stats, Step, Undone
 from colm_edge.decode.timeline import Floats, Timeline
 from colm_edge.errors import AbsentExpertError
+from colm_edge.llama.owners import HomeLock
 
 # The share of its threshold that p_defer reaches before the expert is likely to be called.
 NEAR = 0.5
@@ -102,7 +102,7 @@ class Decoder:
         max_tokens: int = -1,
         schedule: Schedule | None = None,
         cancel: Cancel | None = None,
-        lock: threading.RLock | None = None,
+        lock: HomeLock | None = None,
         near: Callable[[], None] | None = None,
     ) -> None:
         self.tokens = array("i", prompt)
@@ -113,7 +113,7 @@ class Decoder:
         self.picker, self.end_tokens = picker, end_tokens
         self._base, self._experts, self.policy = base, tuple(experts), policy
         self._schedule = schedule or Sequential()
-        self.cancel, self._lock = cancel or Cancel(), lock or threading.RLock()
+        self.cancel, self._lock = cancel or Cancel(), lock or HomeLock()
         self._near = near
         self._turned = False  # whether the models know of the prompt
         # The context must hold every token that is evaluated; the last one written is not.

@@ -19,8 +19,10 @@ import numpy.typing as npt
 from colm_edge.cancel import Cancel
 from colm_edge.errors import ColmError, ModelError
 from colm_edge.llama.backend import last_errors, supports_gpu
+from colm_edge.llama.interrupts import interrupts_noted
 from colm_edge.llama.memory import check_room
 from colm_edge.llama.model import Model
+from colm_edge.llama.owners import Alone, Home
 from colm_edge.llama.threads import Cores, cores, n_cores
 
 log = logging.getLogger("colm_edge")
@@ -211,6 +213,7 @@ class Context:
         self.model, self.options = model, options
         self.n_ctx, self.n_batch, self.n_sequences = n_ctx, n_batch, n_sequences
         self.account = account or Account()
+        self._alone = Alone()
         self._handle: Any = None
         self._memory: Any = None
         self._embeddings = False
@@ -225,6 +228,11 @@ class Context:
         return self._handle
 
     @property
+    def home(self) -> Home:
+        """The process that may use it."""
+        return self._alone.home
+
+    @property
     def created(self) -> bool:
         """Whether the context exists and so takes memory."""
         return self._handle is not None
@@ -234,6 +242,7 @@ class Context:
 
         Raises ModelError when llama.cpp refuses, CancelledError when `cancel` ends the load.
         """
+        self.home.check()
         if self._handle is not None:
             return
         begun = perf_counter()
@@ -245,7 +254,13 @@ class Context:
             check_room(self.model, self.n_ctx, *bits)
         model = self.model.load(None if cancel is None else cancel.check)
         last_errors.clear()
-        handle = llama.llama_init_from_model(model, self._params())
+        handle: Any = None
+        try:
+            with interrupts_noted():  # llama.cpp logs, which calls back
+                handle = llama.llama_init_from_model(model, self._params())
+        except KeyboardInterrupt:
+            llama.llama_free(handle)
+            raise
         if not handle:
             reason = last_errors[-1] if last_errors else "llama.cpp gave no reason"
             raise ModelError(
@@ -283,16 +298,17 @@ class Context:
         hidden: compute hidden states as well as logits; llama.cpp then treats every row as an
         output, whatever the batch says. Raises ModelError when llama.cpp cannot evaluate it.
         """
-        if hidden != self._embeddings:
-            llama.llama_set_embeddings(self._handle, hidden)
-            self._embeddings = hidden
-        if self._cores is not None:
-            self._share(self._cores)
-        account, begun = self.account, perf_counter()
-        code = llama.llama_decode(self._handle, self.batch.head(n))
-        if self.model.n_gpu_layers:
-            llama.llama_synchronize(self._handle)  # a GPU works asynchronously
-        account.seconds += perf_counter() - begun
+        with self._alone:
+            if hidden != self._embeddings:
+                llama.llama_set_embeddings(self._handle, hidden)
+                self._embeddings = hidden
+            if self._cores is not None:
+                self._share(self._cores)
+            account, begun = self.account, perf_counter()
+            code = llama.llama_decode(self._handle, self.batch.head(n))
+            if self.model.n_gpu_layers:
+                llama.llama_synchronize(self._handle)  # a GPU works asynchronously
+            account.seconds += perf_counter() - begun
         if code != 0:
             raise ModelError(
                 f"{self.model.path}: llama.cpp could not evaluate {n} tokens "
@@ -355,17 +371,22 @@ class Context:
     def drop(self, sequence: int, keep: int) -> None:
         """Roll a sequence back to its first `keep` tokens. Raises ModelError when the model cannot
         do that."""
-        if not llama.llama_memory_seq_rm(self._memory, sequence, keep, -1):
+        with self._alone:
+            dropped = llama.llama_memory_seq_rm(self._memory, sequence, keep, -1)
+        if not dropped:
             raise ModelError(f"{self.model.path}: the model cannot roll back its KV cache")
 
     def clear(self) -> None:
         """Empty the KV cache of every sequence."""
-        llama.llama_memory_clear(self._memory, False)
+        with self._alone:
+            llama.llama_memory_clear(self._memory, False)
 
     def save(self, sequence: int) -> Bytes:
         """Return llama.cpp's state of a sequence, for `restore`."""
-        state = np.empty(llama.llama_state_seq_get_size(self._handle, sequence), np.uint8)
-        n = llama.llama_state_seq_get_data(self._handle, _pointer_to(state), len(state), sequence)
+        with self._alone:
+            state = np.empty(llama.llama_state_seq_get_size(self._handle, sequence), np.uint8)
+            to = _pointer_to(state)
+            n = llama.llama_state_seq_get_data(self._handle, to, len(state), sequence)
         return state[:n]
 
     def restore(self, sequence: int, state: Bytes, n_tokens: int) -> bool:
@@ -373,15 +394,18 @@ class Context:
         so many tokens."""
         state = np.ascontiguousarray(state)
         pointer = _pointer_to(state)
-        n = int(llama.llama_state_seq_set_data(self._handle, pointer, len(state), sequence))
-        last = llama.llama_memory_seq_pos_max(self._memory, sequence)
+        with self._alone:
+            n = int(llama.llama_state_seq_set_data(self._handle, pointer, len(state), sequence))
+            last = llama.llama_memory_seq_pos_max(self._memory, sequence)
         return 0 < n == len(state) and last == n_tokens - 1
 
     def close(self) -> None:
-        """Free the context; it can be opened again, empty."""
-        if self._handle is not None:
-            llama.llama_free(self._handle)
-            self._handle = self._memory = None
+        """Free the context; it can be opened again, empty. In a child of fork it is left alone:
+        llama.cpp would wait for its threads."""
+        if self._handle is not None and self.home.is_here:
+            with self._alone:
+                llama.llama_free(self._handle)
+        self._handle = self._memory = None
         self._embeddings, self._views = False, {}
 
     def __del__(self) -> None:

@@ -14,19 +14,20 @@ import platform
 import random
 import statistics
 from collections.abc import Callable, Iterable
+from functools import cache
 from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING
 
 from colm_edge.cancel import Cancel
 from colm_edge.errors import WriteError
-from colm_edge.files import replacing
+from colm_edge.files import fingerprint, replacing
 from colm_edge.llama.costs import SEVERAL, CostTable
 
 if TYPE_CHECKING:
     from colm_edge.llama.session import Session
 
-VERSION = 8  # of the method; tables of other versions are measured again
+VERSION = 9  # of the method and the key; tables of other versions are measured again
 # Some CPUs have a step after each multiple of 16 tokens: 16 and 17, 32 and 33 are its two sides.
 SIZES = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 16, 17, 20, 24, 32, 33, 40, 48, 64)
 N_PAST = 128  # tokens in the KV cache before each decode, if the context has room for them
@@ -187,19 +188,25 @@ def _table(times: dict[tuple[int, bool], list[float]]) -> CostTable:
     return CostTable(tuple(n for n, _ in found), tuple(found.values()), several)
 
 
+@cache
+def _build() -> str:
+    """Return a hash of llama.cpp's code for CPUs: the same version may be built another way."""
+    from colm_edge.llama.ggml import cpu_libraries
+
+    return fingerprint(*cpu_libraries())
+
+
 def _cache_file(session: Session) -> Path:
     import llama_cpp
 
     from colm_edge.llama.backend import model_params
-    from colm_edge.llama.ggml import cpu_libraries
 
     home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    builds = [library.stat().st_size for library in cpu_libraries()]
     settings = (
         VERSION,
         platform.node(),
         llama_cpp.__version__,
-        builds,
+        _build(),
         model_params().use_extra_bufts,
         llama_cpp.llama_print_system_info(),
         session.model.n_gpu_layers,

@@ -24,6 +24,7 @@ from colm_edge.gguf_header import check_model, read_header
 from colm_edge.llama import huge_pages
 from colm_edge.llama.backend import last_errors, model_params
 from colm_edge.llama.interrupts import interrupts_noted
+from colm_edge.llama.owners import HomeLock
 from colm_edge.llama.rpc import check_servers, device_list
 from colm_edge.llama.threads import cores
 
@@ -69,7 +70,7 @@ class Model:
         self._adapter: Any = None  # llama.cpp frees it with the model
         self._loaded = False
         # Loading the weights replaces the handle, which other threads may be using to tokenize.
-        self._lock = threading.RLock()
+        self._lock = HomeLock()
         self._preparing: threading.Thread | None = None
         self._closed = False
         self._n_waiting = 0  # for the weights, which another thread reads
@@ -230,6 +231,9 @@ class Model:
     def close(self) -> None:
         """Free the model. Close its sessions first."""
         self._closed = True
+        if not self._lock.home.is_here:  # the parent's
+            self._handle = None
+            return
         with self._lock:
             if self._handle is not None:
                 llama.llama_model_free(self._handle)

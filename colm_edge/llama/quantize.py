@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import ctypes
 import os
-from collections.abc import Mapping
+import threading
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import llama_cpp as llama
 
-from colm_edge.errors import ModelError
+from colm_edge.errors import ModelError, WriteError
 from colm_edge.files import check_writable, replacing
 from colm_edge.llama.backend import last_errors
-from colm_edge.llama.model import Model
+from colm_edge.llama.model import WAIT, Model
 from colm_edge.llama.threads import n_cores
 
 _PREFIXES = ("LLAMA_FTYPE_MOSTLY_", "LLAMA_FTYPE_ALL_")
@@ -78,9 +80,22 @@ def quantize(
     last_errors.clear()
     with replacing(target) as temporary:
         paths = (os.fsencode(Path(source)), os.fsencode(temporary))
-        if llama.llama_model_quantize(*paths, ctypes.byref(params)) != 0:
+        if _without_signals(llama.llama_model_quantize, *paths, ctypes.byref(params)) != 0:
             reason = last_errors[-1] if last_errors else "llama.cpp gave no reason"
+            if "iostream" in reason:  # which says no more
+                raise WriteError(f"{target}: cannot be written to its end; make room on the disk")
             raise ModelError(f"{source}: cannot be quantised to {type_name.upper()}: {reason}")
+
+
+def _without_signals(call: Callable[..., int], *args: Any) -> int:
+    """Return what a call returns, made on a thread of its own: Ctrl-C, which Python would lose
+    where llama.cpp calls back to log, ends the wait for it. The thread ends with the process."""
+    returned: list[int] = []
+    thread = threading.Thread(target=lambda: returned.append(call(*args)), daemon=True)
+    thread.start()
+    while thread.is_alive():
+        thread.join(WAIT)
+    return returned[0]
 
 
 def _number(name: str, types: Mapping[str, int]) -> int:

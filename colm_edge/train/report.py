@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from colm_edge.errors import ColmError, DataError
-from colm_edge.files import replacing
+from colm_edge.files import check_writable, replacing
 from colm_edge.switch.rules import Untrained
 from colm_edge.train.fit import Fit
 from colm_edge.train.objectives import hard_curve
@@ -47,6 +47,7 @@ def check_report(folder: str | os.PathLike[str]) -> None:
         Path(folder).mkdir(parents=True, exist_ok=True)
     except OSError as e:
         raise DataError(f"{folder}: cannot make the folder: {e.strerror or e}") from e
+    check_writable(Path(folder, "report.json"))
 
 
 def write_report(fit: Fit, model: Model, folder: str | os.PathLike[str]) -> None:

@@ -1,0 +1,99 @@
+"""Who may use what is loaded: the process that loaded it, and of a context one thread at a time.
+
+A child of fork has none of its parent's threads, neither llama.cpp's nor ours, and would wait for
+them, or for a lock that one of them held, without end.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from types import TracebackType
+
+from colm_edge.errors import ModelError
+
+_forks = 0  # between the first of these processes and this one
+
+
+def _count() -> None:
+    global _forks  # noqa: PLW0603
+    _forks += 1
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_count)
+
+
+class Home:
+    """The process that an object was made in."""
+
+    __slots__ = ("_forks",)
+
+    def __init__(self) -> None:
+        self._forks = _forks
+
+    @property
+    def is_here(self) -> bool:
+        return self._forks == _forks
+
+    def check(self) -> None:
+        """Raise ModelError in a child of fork."""
+        if self._forks != _forks:
+            raise ModelError(
+                "the models were loaded before this process was forked, and cannot be used in it; "
+                "load them in the child, or start it with the method spawn"
+            )
+
+
+class HomeLock:
+    """A threading.RLock that raises ModelError in a child of fork."""
+
+    __slots__ = ("_lock", "home")
+
+    def __init__(self) -> None:
+        self.home, self._lock = Home(), threading.RLock()
+
+    def acquire(self, timeout: float = -1) -> bool:
+        self.home.check()
+        return self._lock.acquire(timeout=timeout)
+
+    def release(self) -> None:
+        self._lock.release()
+
+    def __enter__(self) -> None:
+        self.home.check()
+        self._lock.acquire()
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._lock.release()
+
+
+class Alone:
+    """Held while llama.cpp works on a context. Another thread that comes meanwhile, and a child of
+    fork, get ModelError, where llama.cpp would crash or hang."""
+
+    __slots__ = ("_lock", "home")
+
+    def __init__(self) -> None:
+        self.home, self._lock = Home(), threading.Lock()
+
+    def __enter__(self) -> None:
+        self.home.check()
+        if not self._lock.acquire(blocking=False):
+            raise ModelError(
+                "two threads use one context at once; use the pair's own methods, which wait, or "
+                "load another pair"
+            )
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._lock.release()
