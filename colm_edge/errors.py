@@ -3,13 +3,17 @@
 LONGEST = 300  # characters of a message
 
 
+def printable(text: str) -> str:
+    """Return a text whose control characters, and what is no character, are written as escapes."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
 class ColmError(Exception):
     """Base of every error that colm-edge raises on purpose. Its text is one line that can be
     printed, whatever names and values of hostile files it tells; a long one lacks its middle."""
 
     def __str__(self) -> str:
-        text = " ".join(super().__str__().split())
-        text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+        text = printable(" ".join(super().__str__().split()))
         if len(text) > LONGEST:
             text = f"{text[: LONGEST * 2 // 3 - 3]} … {text[-LONGEST // 3 :]}"
         return text
