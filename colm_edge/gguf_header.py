@@ -25,15 +25,19 @@ MOST_LAYERS = 512  # llama.cpp's
 SCALARS = "BbHhIif?"
 TEXT, ARRAY = 8, 9
 LONG_SCALARS = {10: "Q", 11: "q", 12: "d"}
+# The tokens that a vocabulary of SentencePiece has for what it has no other token for.
+BYTES = frozenset(f"<0x{byte:02X}>" for byte in range(256))
 KEPT_ITEMS = 4096  # of an array; a longer one, such as a vocabulary, is only counted
 
 
 @dataclass(frozen=True)
 class Skipped:
-    """An array that is too long to be kept. repeats: whether a text of it comes twice."""
+    """An array that is too long to be kept. repeats: whether a text of it comes twice. has_bytes:
+    whether each byte is among its texts (`BYTES`)."""
 
     n: int
     repeats: bool = False
+    has_bytes: bool = False
 
 
 @dataclass(frozen=True)
@@ -91,10 +95,15 @@ def check_model(header: Header) -> None:
             if key.startswith("rope") and value % 2:
                 raise ValueError(f"{key} is {value}; expected an even number")
     tokens = header.keys.get("tokenizer.ggml.tokens")
-    if isinstance(tokens, Skipped) and tokens.repeats:
+    if isinstance(tokens, list):
+        known = {token for token in tokens if isinstance(token, str)}
+        tokens = Skipped(len(tokens), len(known) < len(tokens), known >= BYTES)
+    if not isinstance(tokens, Skipped):
+        return
+    if tokens.repeats:
         raise ValueError("a token of the vocabulary comes twice")
-    if isinstance(tokens, list) and len(set(tokens)) < len(tokens):
-        raise ValueError("a token of the vocabulary comes twice")
+    if header.keys.get("tokenizer.ggml.model") == "llama" and not tokens.has_bytes:
+        raise ValueError("the vocabulary lacks some of the tokens <0x00> to <0xFF>")
 
 
 def read_tensor(path: str | os.PathLike[str], tensor: Tensor) -> npt.NDArray[np.float32]:
@@ -195,7 +204,7 @@ class _Reader:
         if at > self._size:
             raise ValueError("truncated")
         self._at = at
-        return Skipped(n, repeats=len(seen) < n)
+        return Skipped(n, len(seen) < n, seen >= {name.encode() for name in BYTES})
 
     def _tensor(self) -> tuple[str, tuple[int, ...], int, int]:
         name, n_dimensions = self._text(), self._number("I")
