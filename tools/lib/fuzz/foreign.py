@@ -164,7 +164,8 @@ TEMPLATES = (
     "{%- endfor -%}{%- if add_generation_prompt -%}{{ 'assistant' }}{%- endif -%}",
     "{% set ns = namespace(t='', n=0, l=[]) %}{% macro f(x, n=2) %}{{ x }}{% if n %}"
     "{{ f(x, n - 1) }}{% endif %}{% endmacro %}{% for m in messages %}"
-    "{% set ns.t = ns.t ~ m.content %}{% set ns.l = ns.l + [m.role] %}{{ f(ns.t) }}{% endfor %}{{ tools | tojson }}"
+    "{% set ns.t = ns.t ~ m.content %}{% set ns.l = ns.l + [m.role] %}{{ f(ns.t) }}{% endfor %}"
+    "{{ tools | tojson }}"
     "{{ ns.l|join(' ') }}",
 )
 PIECES = (
