@@ -21,6 +21,7 @@ MAGIC = b"GGUF"
 VERSIONS = (2, 3)
 MOST_DIMENSIONS = 4
 MOST_LAYERS = 512  # llama.cpp's
+ALIGNMENT = 32  # of tensors, ggml's
 # Of the types of values, by their numbers: struct's letter.
 SCALARS = "BbHhIif?"
 TEXT, ARRAY = 8, 9
@@ -94,7 +95,18 @@ def check_model(header: Header) -> None:
                 raise ValueError(f"{key} is {str(value)[:40]}; expected {low} to {high}")
             if key.startswith("rope") and value % 2:
                 raise ValueError(f"{key} is {value}; expected an even number")
-    tokens = header.keys.get("tokenizer.ggml.tokens")
+    for tensor in header.tensors.values():
+        if tensor.at % ALIGNMENT:
+            raise ValueError(
+                f"the tensor {_shown(tensor.name)} is not at a multiple of {ALIGNMENT}"
+            )
+    _check_vocabulary(header.keys)
+
+
+def _check_vocabulary(keys: dict[str, Any]) -> None:
+    kind, tokens = keys.get("tokenizer.ggml.model"), keys.get("tokenizer.ggml.tokens")
+    if kind in ("none", "no_vocab"):
+        raise ValueError("it has no vocabulary")
     if isinstance(tokens, list):
         known = {token for token in tokens if isinstance(token, str)}
         tokens = Skipped(len(tokens), len(known) < len(tokens), known >= BYTES)
@@ -102,7 +114,7 @@ def check_model(header: Header) -> None:
         return
     if tokens.repeats:
         raise ValueError("a token of the vocabulary comes twice")
-    if header.keys.get("tokenizer.ggml.model") == "llama" and not tokens.has_bytes:
+    if kind == "llama" and not tokens.has_bytes:
         raise ValueError("the vocabulary lacks some of the tokens <0x00> to <0xFF>")
 
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 import colm_edge
 from colm_edge.errors import SwitchError
-from colm_edge.gguf_header import Header, Skipped, check_model, read_header, read_tensor
+from colm_edge.gguf_header import Header, Skipped, Tensor, check_model, read_header, read_tensor
 from colm_edge.switch.file import Switch
 
 DATA = Path(colm_edge.__file__).parent / "data"
@@ -95,6 +95,8 @@ def named(**keys) -> Header:
             Header({"tokenizer.ggml.tokens": Skipped(9000), "tokenizer.ggml.model": "llama"}),
             "<0xFF>",
         ),
+        (Header({"tokenizer.ggml.model": "none"}), "no vocabulary"),
+        (Header(tensors={"a": Tensor("a", (4,), 0, 4096 + 16, 16)}), "'a' is not at a multiple"),
         (Header({"tokenizer.ggml.tokens": ["a"], "tokenizer.ggml.model": "llama"}), "<0xFF>"),
     ],
 )
