@@ -3,6 +3,11 @@
 LONGEST = 300  # characters of a message
 
 
+def printable(text: str) -> str:
+    """Return a text whose control characters, and what is no character, are written as escapes."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
 class ColmError(Exception):
     """Base of every error that colm-edge raises on purpose. Its text is one line that can be
     printed, whatever names and values of hostile files it tells; a long one lacks its middle."""
@@ -11,8 +16,7 @@ class ColmError(Exception):
         text = super().__str__()
         if len(text) > 8 * LONGEST:  # a server may say megabytes
             text = text[: 4 * LONGEST] + text[-4 * LONGEST :]
-        text = " ".join(text.split())
-        text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+        text = printable(" ".join(text.split()))
         if len(text) > LONGEST:
             text = f"{text[: LONGEST * 2 // 3 - 3]} … {text[-LONGEST // 3 :]}"
         return text

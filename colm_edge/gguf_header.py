@@ -21,19 +21,24 @@ MAGIC = b"GGUF"
 VERSIONS = (2, 3)
 MOST_DIMENSIONS = 4
 MOST_LAYERS = 512  # llama.cpp's
+ALIGNMENT = 32  # of tensors, ggml's
 # Of the types of values, by their numbers: struct's letter.
 SCALARS = "BbHhIif?"
 TEXT, ARRAY = 8, 9
 LONG_SCALARS = {10: "Q", 11: "q", 12: "d"}
+# The tokens that a vocabulary of SentencePiece has for what it has no other token for.
+BYTES = frozenset(f"<0x{byte:02X}>" for byte in range(256))
 KEPT_ITEMS = 4096  # of an array; a longer one, such as a vocabulary, is only counted
 
 
 @dataclass(frozen=True)
 class Skipped:
-    """An array that is too long to be kept. repeats: whether a text of it comes twice."""
+    """An array that is too long to be kept. repeats: whether a text of it comes twice. has_bytes:
+    whether each byte is among its texts (`BYTES`)."""
 
     n: int
     repeats: bool = False
+    has_bytes: bool = False
 
 
 @dataclass(frozen=True)
@@ -90,11 +95,27 @@ def check_model(header: Header) -> None:
                 raise ValueError(f"{key} is {str(value)[:40]}; expected {low} to {high}")
             if key.startswith("rope") and value % 2:
                 raise ValueError(f"{key} is {value}; expected an even number")
-    tokens = header.keys.get("tokenizer.ggml.tokens")
-    if isinstance(tokens, Skipped) and tokens.repeats:
+    for tensor in header.tensors.values():
+        if tensor.at % ALIGNMENT:
+            raise ValueError(
+                f"the tensor {_shown(tensor.name)} is not at a multiple of {ALIGNMENT}"
+            )
+    _check_vocabulary(header.keys)
+
+
+def _check_vocabulary(keys: dict[str, Any]) -> None:
+    kind, tokens = keys.get("tokenizer.ggml.model"), keys.get("tokenizer.ggml.tokens")
+    if kind in ("none", "no_vocab"):
+        raise ValueError("it has no vocabulary")
+    if isinstance(tokens, list):
+        known = {token for token in tokens if isinstance(token, str)}
+        tokens = Skipped(len(tokens), len(known) < len(tokens), known >= BYTES)
+    if not isinstance(tokens, Skipped):
+        return
+    if tokens.repeats:
         raise ValueError("a token of the vocabulary comes twice")
-    if isinstance(tokens, list) and len(set(tokens)) < len(tokens):
-        raise ValueError("a token of the vocabulary comes twice")
+    if kind == "llama" and not tokens.has_bytes:
+        raise ValueError("the vocabulary lacks some of the tokens <0x00> to <0xFF>")
 
 
 def read_tensor(path: str | os.PathLike[str], tensor: Tensor) -> npt.NDArray[np.float32]:
@@ -195,7 +216,7 @@ class _Reader:
         if at > self._size:
             raise ValueError("truncated")
         self._at = at
-        return Skipped(n, repeats=len(seen) < n)
+        return Skipped(n, len(seen) < n, seen >= {name.encode() for name in BYTES})
 
     def _tensor(self) -> tuple[str, tuple[int, ...], int, int]:
         name, n_dimensions = self._text(), self._number("I")

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 import colm_edge
 from colm_edge.errors import SwitchError
-from colm_edge.gguf_header import Header, Skipped, check_model, read_header, read_tensor
+from colm_edge.gguf_header import Header, Skipped, Tensor, check_model, read_header, read_tensor
 from colm_edge.switch.file import Switch
 
 DATA = Path(colm_edge.__file__).parent / "data"
@@ -26,7 +26,7 @@ def test_it_reads_what_the_package_gguf_reads(path):
     assert found.keys.keys() == keys.keys()
     for key, value in found.keys.items():
         if isinstance(value, Skipped):
-            assert value == Skipped(len(keys[key]))
+            assert value == Skipped(len(keys[key]), has_bytes=value.has_bytes)
         else:
             assert value == (pytest.approx(keys[key]) if isinstance(value, float) else keys[key])
     for tensor in expected.tensors:
@@ -91,6 +91,13 @@ def named(**keys) -> Header:
         (named(**{"rope.dimension_count": 33}), "even"),
         (Header({"tokenizer.ggml.tokens": ["a", "b", "a"]}), "comes twice"),
         (Header({"tokenizer.ggml.tokens": Skipped(9000, repeats=True)}), "comes twice"),
+        (
+            Header({"tokenizer.ggml.tokens": Skipped(9000), "tokenizer.ggml.model": "llama"}),
+            "<0xFF>",
+        ),
+        (Header({"tokenizer.ggml.model": "none"}), "no vocabulary"),
+        (Header(tensors={"a": Tensor("a", (4,), 0, 4096 + 16, 16)}), "'a' is not at a multiple"),
+        (Header({"tokenizer.ggml.tokens": ["a"], "tokenizer.ggml.model": "llama"}), "<0xFF>"),
     ],
 )
 def test_a_model_that_would_end_the_process_is_refused(header, words):

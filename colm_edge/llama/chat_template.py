@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Mapping, Sequence
+from datetime import datetime
 from typing import Any
 
 from colm_edge.errors import PromptError
 
+LONGEST_FORM = 200  # of a date
 Message = Mapping[str, Any]  # role, content, and what the template reads besides
 
 
@@ -15,7 +18,8 @@ class ChatTemplate:
 
     def __init__(self, text: str, bos: str, eos: str) -> None:
         self.text, self._bos, self._eos = text, bos, eos
-        self._formatter: Any = None  # llama-cpp-python's, once it is needed
+        self._compiled: tuple[Any, Any] | None = None  # Jinja's, once they are needed
+        self._lock = threading.Lock()
 
     def render(self, messages: Sequence[Message], **variables: Any) -> str:
         """Return a conversation as the template writes it, up to where the assistant goes on:
@@ -23,20 +27,56 @@ class ChatTemplate:
 
         variables: what the template may read besides, such as `tools` or `enable_thinking`.
 
-        Raises PromptError where the template refuses.
+        Raises PromptError where the template refuses, or takes too much time or memory.
         """
         last = messages[-1]
         if len(messages) > 1 and last["role"] == "assistant" and not last.get("tool_calls"):
             return self.render(messages[:-1], **variables) + str(last["content"])
-        from llama_cpp.llama_chat_format import Jinja2ChatFormatter
+        from colm_edge.llama.template_sandbox import Spent, TemplateLimitError
 
+        known = {
+            **dict.fromkeys(("functions", "function_call", "tools", "tool_choice")),
+            **variables,
+            "messages": [dict(message) for message in messages],
+            "bos_token": self._bos,
+            "eos_token": self._eos,
+            "add_generation_prompt": True,
+            "raise_exception": _raise,
+            "strftime_now": _now,
+        }
         try:
-            if self._formatter is None:
-                self._formatter = Jinja2ChatFormatter(self.text, self._eos, self._bos)
-            found = self._formatter(messages=[dict(m) for m in messages], **variables)
+            with self._lock:
+                environment, template = self._environment()
+                environment.spent = Spent()
+                return str(template.render(known))
+        except TemplateLimitError as e:
+            raise PromptError(
+                f"the base's chat template was ended: {e}; send less, or use a model from people "
+                "you trust"
+            ) from e
         except Exception as e:  # templates raise anything, for example for unknown roles
             raise PromptError(f"the base's chat template refuses this conversation: {e}") from e
-        return str(found.prompt)
+
+    def _environment(self) -> tuple[Any, Any]:
+        """Return Jinja's environment and the compiled template. Hold the lock."""
+        if self._compiled is None:
+            from colm_edge.llama.template_sandbox import LONGEST_TEMPLATE, BoundedEnvironment
+
+            if len(self.text) > LONGEST_TEMPLATE:
+                raise ValueError(f"it has {len(self.text):,} characters")
+            environment = BoundedEnvironment()
+            self._compiled = environment, environment.from_string(self.text)
+        return self._compiled
+
+
+def _raise(message: str) -> None:
+    raise ValueError(message)
+
+
+def _now(form: str) -> str:
+    if len(form) > LONGEST_FORM:
+        raise ValueError("a form of the date that is too long")
+    return datetime.now().strftime(form)
 
 
 def check(messages: Sequence[Message]) -> None:

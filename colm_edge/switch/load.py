@@ -8,14 +8,14 @@ from pathlib import Path
 
 from colm_edge.llama.model import Model
 from colm_edge.switch.file import Switch
-from colm_edge.switch.onnx import OnnxSwitch
+from colm_edge.switch.onnx import load_onnx
 from colm_edge.switch.reading import AnySwitch
 from colm_edge.switch.rules import DeferRow, Untrained
 
 SWITCHES: tuple[AnySwitch, ...] = (Untrained("margin"), Untrained("entropy"), DeferRow())
 NAMED = {switch.name: switch for switch in SWITCHES}
 # A file's suffix -> what opens it; any other is a GGUF file.
-OPENERS: dict[str, Callable[[str | os.PathLike[str]], AnySwitch]] = {".onnx": OnnxSwitch.load}
+OPENERS: dict[str, Callable[[str | os.PathLike[str]], AnySwitch]] = {".onnx": load_onnx}
 
 
 def load_switch(ref: str | os.PathLike[str]) -> AnySwitch:

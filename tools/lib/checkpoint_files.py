@@ -2,29 +2,29 @@
 
 A `Tensor` is a place in a file. Of a `.safetensors` file only the header is read, and of PyTorch's
 zip files (`pytorch_model*.bin`, what torch.save writes) only the pickle that describes the tensors,
-by an unpickler that knows no functions except those that rebuild tensors. Numbers are mapped or
-streamed when they are needed, so the memory used does not depend on the file's size.
+as data (`torch_pickle`). Numbers are mapped or streamed when they are needed, so the memory used
+does not depend on the file's size. Files come from anywhere: what they say of sizes is compared
+with their own length before anything is allocated or looped over.
 """
 
 from __future__ import annotations
 
-import io
 import json
 import math
-import pickle
 import re
 import struct
 import zipfile
-from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, BinaryIO, NoReturn
 
 import numpy as np
 import numpy.typing as npt
 
-from colm_edge.errors import ModelError
+from colm_edge.errors import ModelError, printable
+from lib.json_files import MOST_JSON_BYTES, opened, parse_json, read_json
+from lib.torch_pickle import Described, ForbiddenError, read_pickle
 
 # Safetensors' names of types; numpy has no bfloat16, so its bits are read as integers.
 DTYPES = {
@@ -33,12 +33,11 @@ DTYPES = {
     "U32": "<u4", "U16": "<u2", "U8": "u1", "BOOL": "u1",
 }  # fmt: skip
 FLOATS = ("F32", "F16", "BF16", "F64")
-STORAGES = {
-    "DoubleStorage": "F64", "FloatStorage": "F32", "HalfStorage": "F16", "BFloat16Storage": "BF16",
-    "LongStorage": "I64", "IntStorage": "I32", "ShortStorage": "I16", "CharStorage": "I8",
-    "ByteStorage": "U8", "BoolStorage": "BOOL",
-}  # fmt: skip
-MAX_HEADER_BYTES = 100 << 20  # of a safetensors header (the format's own limit) or a pickle
+# Files come from anywhere, and this is more than any real one has.
+MOST_PICKLE_BYTES = 4 << 20  # some 20,000 tensors in a file
+MOST_DIMENSIONS = 8
+MOST_NUMBERS = 1 << 48  # also of a tensor without any, whose other sizes mean nothing
+MOST_SHARES = 16  # how often the same bytes may be named, by tied weights
 COPY_BYTES = 16 << 20
 LFS_POINTER = b"version https://git-lfs"
 
@@ -126,29 +125,79 @@ def read_file(path: Path) -> dict[str, Tensor]:
     Reads .safetensors, .npy and PyTorch's zip files. Raises ModelError for anything else, and for
     a file that is truncated or would run code.
     """
-    try:
-        with path.open("rb") as file:
-            start = file.read(len(LFS_POINTER))
-            size = file.seek(0, io.SEEK_END)
-    except OSError as e:
-        raise ModelError(f"{path}: {e.strerror or e}") from e
+    with opened(path) as (file, size):
+        start = file.read(len(LFS_POINTER))
     if start == LFS_POINTER:
         raise ModelError(f"{path}: a Git LFS pointer, not the weights; run `git lfs pull`")
     if start[:4] == b"PK\x03\x04":
-        return _read_torch(path)
-    if start[:6] == b"\x93NUMPY":
-        return {"": _read_npy(path)}
-    if path.suffix == ".safetensors":
-        return _read_safetensors(path, size)
-    if start[:1] == b"\x80":
+        tensors = _read_torch(path, size)
+    elif start[:6] == b"\x93NUMPY":
+        tensors = {"": _read_npy(path, size)}
+    elif path.suffix == ".safetensors":
+        tensors = _read_safetensors(path, size)
+    elif start[:1] == b"\x80":
         raise ModelError(
             f"{path}: a plain pickle or PyTorch's file format from before version 1.6, expected "
             "its zip format; load the file with PyTorch and save it again with torch.save"
         )
-    raise ModelError(
-        f"{path}: neither safetensors, .npy nor a PyTorch file (starts with {start[:4]!r}); "
-        "download it again, or save it as one of these"
-    )
+    else:
+        raise ModelError(
+            f"{path}: neither safetensors, .npy nor a PyTorch file (starts with {start[:4]!r}); "
+            "download it again, or save it as one of these"
+        )
+    if sum(tensor.n_bytes for tensor in tensors.values()) > MOST_SHARES * size:
+        raise ModelError(f"{path}: its tensors hold more than the file does; download it again")
+    return tensors
+
+
+def _tensor(
+    name: str,
+    path: Path,
+    dtype: str,
+    place: tuple[int, int],
+    first: Any,
+    shape: Any,
+    strides: Any = None,
+) -> Tensor:
+    """Return a tensor that a file describes, if all of it lies in its place.
+
+    place: the first byte and the length. first: the element that it begins with, counted from
+    there. strides: in elements; without, it has no gaps. Raises ModelError.
+    """
+    what = f"{path}: {printable(name)[:60] or 'the tensor'}"
+    if not name.isprintable():
+        raise ModelError(f"{what}: a name that cannot be printed; save the tensors under others")
+    sizes = _whole_numbers(shape, MOST_DIMENSIONS)
+    n = math.prod(size or 1 for size in sizes or ())
+    if sizes is None or n > MOST_NUMBERS:
+        raise ModelError(f"{what} has an impossible shape; download it again")
+    steps = row_major(sizes) if strides is None else _whole_numbers(strides, len(sizes))
+    begins = _whole_numbers([first], 1)
+    if begins is None or steps is None or len(steps) != len(sizes):
+        raise ModelError(f"{what} has impossible strides; download it again")
+    if 0 in sizes:
+        return Tensor(name, path, place[0], dtype, sizes, row_major(sizes))
+    width = np.dtype(DTYPES[dtype]).itemsize
+    last = begins[0] + sum((size - 1) * step for size, step in zip(sizes, steps, strict=True))
+    # More elements than the place holds means that they lie on each other.
+    if max(last + 1, n) * width > place[1]:
+        raise ModelError(f"{what} is beyond its storage; download it again")
+    offset = place[0] + begins[0] * width
+    # Where there is one only, its stride means nothing.
+    used = [
+        plain if size == 1 else step
+        for size, step, plain in zip(sizes, steps, row_major(sizes), strict=True)
+    ]
+    return Tensor(name, path, offset, dtype, sizes, tuple(used))
+
+
+def _whole_numbers(found: Any, most: int) -> tuple[int, ...] | None:
+    """Return what may be sizes, or None for what may not."""
+    if not isinstance(found, list | tuple) or len(found) > most:
+        return None
+    if not all(type(n) is int and 0 <= n <= MOST_NUMBERS for n in found):
+        return None
+    return tuple(found)
 
 
 def _read_safetensors(path: Path, size: int) -> dict[str, Tensor]:
@@ -157,156 +206,133 @@ def _read_safetensors(path: Path, size: int) -> dict[str, Tensor]:
             f"{path}: a broken or truncated safetensors file ({why}); download it again"
         )
 
-    with path.open("rb") as file:
+    with opened(path) as (file, _):
         head = file.read(8)
         n = struct.unpack("<Q", head)[0] if len(head) == 8 else -1
-        if not 0 < n <= min(MAX_HEADER_BYTES, size - 8):
+        if not 0 < n <= min(MOST_JSON_BYTES, size - 8):
             broken("its header does not fit the file")
-        try:
-            header = json.loads(file.read(n))
-        except ValueError as e:
-            broken(f"its header is not valid JSON: {e}")
-    if not isinstance(header, dict):
-        broken("its header is not an object")
+        header = parse_json(path, file.read(n))
     tensors = {}
     for name, entry in header.items():
         if name == "__metadata__":
             continue
-        try:
-            dtype, (start, stop) = entry["dtype"], map(int, entry["data_offsets"])
-            shape = tuple(int(n) for n in entry["shape"])
-        except (KeyError, TypeError, ValueError):
-            broken(f"{name} has no valid dtype, shape or data_offsets")
-        if dtype not in DTYPES:
+        shown = printable(name)[:60]
+        place = _whole_numbers(entry.get("data_offsets"), 2) if isinstance(entry, dict) else None
+        if place is None or len(place) != 2 or place[0] > place[1]:
+            broken(f"{shown} has no valid data_offsets")
+        if 8 + n + place[1] > size:
+            broken(f"{shown} is beyond its end")
+        dtype = entry.get("dtype")
+        if not isinstance(dtype, str) or dtype not in DTYPES:
             raise ModelError(
-                f"{path}: {name} is {dtype!r}, expected one of {', '.join(DTYPES)}; save it as one"
+                f"{path}: {shown} is of an unknown type, expected one of {', '.join(DTYPES)}; save "
+                "it as one"
             )
-        tensor = Tensor(name, path, 8 + n + start, dtype, shape, row_major(shape))
-        if min(shape, default=0) < 0 or start < 0 or tensor.n_bytes != stop - start:
-            broken(f"the shape of {name} does not fit its data_offsets")
-        if 8 + n + stop > size:
-            broken(f"{name} is beyond its end")
+        start, n_bytes = 8 + n + place[0], place[1] - place[0]
+        tensor = _tensor(name, path, dtype, (start, n_bytes), 0, entry.get("shape"))
+        if tensor.n_bytes != n_bytes:
+            broken(f"the shape of {shown} does not fit its data_offsets")
         tensors[name] = tensor
     return tensors
 
 
-def _read_npy(path: Path) -> Tensor:
+def _read_npy(path: Path, size: int) -> Tensor:
     try:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
     except Exception as e:  # numpy parses the header as Python, with Python's errors
-        raise ModelError(f"{path}: a broken or truncated .npy file ({e}); download it again") from e
+        raise ModelError(
+            f"{path}: a broken or truncated .npy file ({str(e)[:80]}); download it again"
+        ) from e
     names = {np.dtype(DTYPES[name]): name for name in ("F64", "F32", "F16")}
     if array.dtype not in names:
         raise ModelError(
-            f"{path}: holds {array.dtype}, expected float32, float16 or float64; save it as one"
+            f"{path}: holds {str(array.dtype)[:60]}, expected float32, float16 or float64; save it "
+            "as one"
         )
     strides = tuple(s // array.itemsize for s in array.strides)
-    return Tensor("", path, array.offset, names[array.dtype], array.shape, strides)
+    place = array.offset, size - array.offset
+    return _tensor("", path, names[array.dtype], place, 0, array.shape, strides)
 
 
-@dataclass(frozen=True)
-class _Storage:
-    dtype: str
-    key: str
-
-
-class _Describe(pickle.Unpickler):
-    """Read what torch.save pickled as `Tensor`s; refuse anything but tensors and dicts."""
-
-    def __init__(self, file: io.BytesIO, path: Path, places: dict[str, tuple[int, int]]) -> None:
-        super().__init__(file)
-        self._path, self._places = path, places
-        self._allowed: dict[str, Any] = {
-            "collections.OrderedDict": OrderedDict,
-            "torch._utils._rebuild_tensor_v2": self._tensor,
-            "torch._utils._rebuild_parameter": lambda tensor, *_: tensor,
-            "torch._utils._rebuild_parameter_with_state": lambda tensor, *_: tensor,
-        }
-        self._allowed |= {f"torch.{name}": dtype for name, dtype in STORAGES.items()}
-
-    def find_class(self, module: str, name: str) -> Any:
-        found = self._allowed.get(f"{module}.{name}")
-        if found is None:
-            raise ModelError(
-                f"{self._path}: its pickle asks for {module}.{name}, which a checkpoint of plain "
-                "tensors never does; nothing was run; save it as safetensors if you trust it"
-            )
-        return found
-
-    def persistent_load(self, pid: Any) -> _Storage:
-        kind, dtype, key, *_ = pid
-        if kind != "storage" or dtype not in DTYPES or key not in self._places:
-            raise ModelError(f"{self._path}: storage {key!r} is missing; download it again")
-        return _Storage(dtype, key)
-
-    def _tensor(
-        self,
-        storage: _Storage,
-        first: int,
-        shape: tuple[int, ...],
-        strides: tuple[int, ...],
-        *_: Any,
-    ) -> Tensor:
-        start, size = self._places[storage.key]
-        numbers = (first, *shape, *strides)
-        if len(shape) != len(strides) or not all(isinstance(n, int) and n >= 0 for n in numbers):
-            raise ModelError(
-                f"{self._path}: a tensor has the impossible shape {shape} and strides {strides}; "
-                "download it again"
-            )
-        width = np.dtype(DTYPES[storage.dtype]).itemsize
-        last = first + sum((n - 1) * s for n, s in zip(shape, strides, strict=True))
-        if 0 not in shape and (last + 1) * width > size:
-            raise ModelError(f"{self._path}: a tensor is beyond its storage; download it again")
-        offset = start + first * width
-        return Tensor("", self._path, offset, storage.dtype, tuple(shape), tuple(strides))
-
-
-def _read_torch(path: Path) -> dict[str, Tensor]:
+def _read_torch(path: Path, size: int) -> dict[str, Tensor]:
     try:
         with zipfile.ZipFile(path) as archive, path.open("rb") as file:
-            pickles = [i for i in archive.infolist() if i.filename.endswith("/data.pkl")]
-            if len(pickles) != 1 or pickles[0].file_size > MAX_HEADER_BYTES:
-                raise ModelError(
-                    f"{path}: a zip file, but not one of torch.save; save the tensors again with it"
-                )
-            prefix = pickles[0].filename.removesuffix("data.pkl")
-            if f"{prefix}byteorder" in archive.namelist():
-                order = archive.read(f"{prefix}byteorder")
-                if order != b"little":
-                    raise ModelError(
-                        f"{path}: its numbers are big-endian, expected little-endian; load and "
-                        "save it on a little-endian machine"
-                    )
-            places = {}
-            for info in archive.infolist():
-                if info.filename.startswith(f"{prefix}data/") and not info.compress_type:
-                    key = info.filename.removeprefix(f"{prefix}data/")
-                    places[key] = (_member_start(file, info), info.file_size)
-            described = _Describe(io.BytesIO(archive.read(pickles[0])), path, places).load()
-    except ModelError:
-        raise
-    except (OSError, zipfile.BadZipFile) as e:
+            places, pickled = _members(archive, file, size)
+        described = read_pickle(pickled)
+    except ForbiddenError as e:
         raise ModelError(
-            f"{path}: a broken or truncated PyTorch file ({e}); download it again"
+            f"{path}: its pickle asks for {str(e)[:60]}, which a checkpoint of plain tensors never "
+            "does; nothing was run; save it as safetensors if you trust it"
         ) from e
-    except Exception as e:  # a pickle can go wrong in as many ways as it has opcodes
-        raise ModelError(f"{path}: its pickle describes no tensors ({e}); download it again") from e
-    if isinstance(described, Tensor):
-        return {"": described}
-    if not isinstance(described, dict):
+    except Exception as e:  # the errors of a broken zip file have no common class
+        raise ModelError(
+            f"{path}: a broken or truncated PyTorch file ({str(e)[:80]}); download it again"
+        ) from e
+    if not isinstance(described, Described | dict):
         raise ModelError(
             f"{path}: holds an object of type {type(described).__name__}, expected a tensor or a "
             "dict of tensors; save one of these"
         )
+    tensors = described if isinstance(described, dict) else {"": described}
     return {
-        name: replace(tensor, name=name)
-        for name, tensor in described.items()
-        if isinstance(name, str) and isinstance(tensor, Tensor)
+        name: _torch_tensor(name, path, tensor, places)
+        for name, tensor in tensors.items()
+        if isinstance(name, str) and isinstance(tensor, Described)
     }
 
 
-def _member_start(file: io.BufferedReader, info: zipfile.ZipInfo) -> int:
+def _members(
+    archive: zipfile.ZipFile, file: BinaryIO, size: int
+) -> tuple[dict[str, tuple[int, int]], bytes]:
+    """Return where the storages are, by name: their first byte and length; and the pickle.
+
+    Raises ValueError where it is no archive of torch.save, which compresses nothing.
+    """
+    stored = {}
+    for info in archive.infolist():
+        if info.compress_type == zipfile.ZIP_STORED and not info.flag_bits & 1:
+            start = _member_start(file, info)
+            if start + info.file_size > size:
+                raise ValueError("a member ends beyond the file")
+            stored[info.filename] = start, info.file_size
+    pickles = [name for name in stored if name.endswith("/data.pkl")]
+    if len(pickles) != 1:
+        raise ValueError("a zip file, but not one of torch.save")
+    prefix = pickles[0].removesuffix("data.pkl")
+
+    def content(name: str, most: int) -> bytes:
+        start, n_bytes = stored[name]
+        if n_bytes > most:
+            raise ValueError(f"{name} has {n_bytes:,} bytes, expected at most {most:,}")
+        file.seek(start)
+        return file.read(n_bytes)
+
+    if f"{prefix}byteorder" in stored and content(f"{prefix}byteorder", 64) != b"little":
+        raise ValueError(
+            "its numbers are big-endian, expected little-endian: load and save it on such a machine"
+        )
+    storages = f"{prefix}data/"
+    places = {
+        name.removeprefix(storages): place
+        for name, place in stored.items()
+        if name.startswith(storages)
+    }
+    return places, content(pickles[0], MOST_PICKLE_BYTES)
+
+
+def _torch_tensor(
+    name: str, path: Path, tensor: Described, places: dict[str, tuple[int, int]]
+) -> Tensor:
+    storage = tensor.storage
+    if storage.key not in places:
+        raise ModelError(f"{path}: storage {storage.key[:60]!r} is missing; download it again")
+    start, size = places[storage.key]
+    return _tensor(
+        name, path, storage.dtype, (start, size), tensor.first, tensor.shape, tensor.strides
+    )
+
+
+def _member_start(file: BinaryIO, info: zipfile.ZipInfo) -> int:
     """Return where the bytes of an uncompressed member begin; its local header may be padded."""
     file.seek(info.header_offset)
     header = file.read(30)
@@ -356,13 +382,12 @@ class Weights:
         named = read_json(path).get("weight_map")
         if not isinstance(named, dict) or not named:
             raise ModelError(f"{path}: has no weight_map; download it again")
-        for file in set(map(str, named.values())):
-            if not re.fullmatch(r"[\w.-]+", file):
+        for file in named.values():
+            if not isinstance(file, str) or not re.fullmatch(r"[\w.-]+", file):
                 raise ModelError(
-                    f"{path}: names the shard {file!r}, expected a plain file name; download the "
-                    "index again"
+                    f"{path}: a shard has no name, expected a plain file name; download it again"
                 )
-        return {name: self.folder / str(file) for name, file in named.items()}
+        return {name: self.folder / file for name, file in named.items()}
 
     def _tensors(self, path: Path) -> dict[str, Tensor]:
         if path not in self._read:
@@ -387,21 +412,6 @@ class Weights:
         for path in sorted(set(self.files.values())):
             found = [self.find(name) for name, file in self.files.items() if file == path]
             yield path, [tensor for tensor in found if tensor is not None]
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Return a JSON object. Raises ModelError."""
-    try:
-        value = json.loads(path.read_bytes())
-    except OSError as e:
-        raise ModelError(f"{path}: {e.strerror or e}") from e
-    except ValueError as e:
-        raise ModelError(f"{path}: not valid JSON ({e}); download it again") from e
-    if not isinstance(value, dict):
-        raise ModelError(
-            f"{path}: expected a JSON object, found a {type(value).__name__}; download it again"
-        )
-    return value
 
 
 def write_safetensors(path: Path, tensors: list[Tensor]) -> int:

@@ -16,11 +16,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from colm_edge.errors import ModelError
+from colm_edge.errors import ModelError, printable
 from colm_edge.switch.file import Switch
 from colm_edge.switch.reading import HIDDEN
 from colm_edge.switch.rules import DEFER_TOKEN
-from lib.checkpoint_files import Tensor, Weights, copy_weights, read_file, read_json
+from lib.checkpoint_files import Tensor, Weights, copy_weights, read_file
+from lib.json_files import as_written, read_json
 
 PAD_TOKEN = "<pad>"
 HEADS = ("lm_head.weight", "embed_out.weight", "language_model.lm_head.weight")
@@ -99,7 +100,7 @@ def read_bare(path: Path) -> FoundRow:
         )
     weight = tensor.floats().reshape(-1)
     facts = [
-        ("checkpoint", path.name),
+        ("checkpoint", printable(path.name)),
         *_describe_row(tensor.name or "the bare row", tensor, weight),
     ]
     return FoundRow(weight, 0.0, facts)
@@ -126,6 +127,8 @@ def open_checkpoint(folder: Path) -> Checkpoint:
             "pair (its expert has no switch)"
         )
     defer_id, pad_id = ids[DEFER_TOKEN], ids.get(PAD_TOKEN)
+    if defer_id < 0:
+        raise ModelError(f"{folder}: {DEFER_TOKEN} is token {defer_id}; save the tokenizer again")
     head, embeddings = _output_rows(weights, config, defer_id)
     bias = weights.find(*(name.removesuffix("weight") + "bias" for name in HEADS))
     if bias is not None and bias.shape != (head.shape[0],):
@@ -179,20 +182,15 @@ def added_tokens(folder: Path) -> dict[str, int]:
         if not (folder / name).exists():
             continue
         content = read_json(folder / name)
-        try:
+        with as_written(folder / name, "transformers"):
             if name == "added_tokens.json":
                 found = [(str(text), int(i)) for text, i in content.items()]
             elif name == "tokenizer_config.json":
                 decoder = content.get("added_tokens_decoder", {})
-                found = [(entry["content"], int(i)) for i, entry in decoder.items()]
+                found = [(str(entry["content"]), int(i)) for i, entry in decoder.items()]
             else:
                 entries = content.get("added_tokens", [])
-                found = [(entry["content"], int(entry["id"])) for entry in entries]
-        except (AttributeError, KeyError, TypeError, ValueError) as e:
-            raise ModelError(
-                f"{folder / name}: its added tokens cannot be read ({type(e).__name__}: {e}), "
-                "expected what transformers writes; save the tokenizer again"
-            ) from e
+                found = [(str(entry["content"]), int(entry["id"])) for entry in entries]
         for text, i in found:
             if text == DEFER_TOKEN and ids.get(text, i) != i:
                 raise ModelError(
@@ -268,14 +266,15 @@ def read_row(checkpoint: Checkpoint) -> FoundRow:
     """Return the switch of a folder. A logit scale is folded into weight and bias."""
     row = checkpoint.head.rows(checkpoint.defer_id, checkpoint.defer_id + 1)
     weight, bias = row.floats().reshape(-1), 0.0
-    scale, scaled_by = logit_scale(checkpoint.config, checkpoint.folder)
+    with as_written(checkpoint.folder / "config.json", "transformers"):
+        scale, scaled_by = logit_scale(checkpoint.config, checkpoint.folder)
     if checkpoint.bias is not None:
         entry = checkpoint.bias.rows(checkpoint.defer_id, checkpoint.defer_id + 1)
         bias = float(entry.floats()[0])
     name = f"{checkpoint.head.name}[{checkpoint.defer_id}]"
     pad = f", after {PAD_TOKEN} {checkpoint.pad_id}" if checkpoint.pad_id is not None else ""
     facts = [
-        ("checkpoint", checkpoint.folder.resolve().name),
+        ("checkpoint", printable(checkpoint.folder.resolve().name)),
         ("layout", checkpoint.weights.layout),
         ("token", f"{DEFER_TOKEN} {checkpoint.defer_id}{pad}"),
         *_describe_row(name, row, weight),
@@ -324,38 +323,59 @@ def write_base(checkpoint: Checkpoint, folder: Path) -> None:
 
 def _copy_without(path: Path, to: Path, checkpoint: Checkpoint) -> None:
     """Copy a file of the checkpoint; leave the removed tokens out of configs and tokenizers."""
-    kept = checkpoint.n_kept
-    gone = {DEFER_TOKEN} | ({PAD_TOKEN} if checkpoint.pad_id is not None else set())
-    if path.name in ("config.json", "generation_config.json"):
-        content = read_json(path)
-        for part in (content, _text_config(content)):
-            if "vocab_size" in part:
-                part["vocab_size"] = kept
-            if isinstance(part.get("pad_token_id"), int) and part["pad_token_id"] >= kept:
-                del part["pad_token_id"]
-    elif path.name == "added_tokens.json":
-        content = {text: i for text, i in read_json(path).items() if text not in gone}
-    elif path.name == "tokenizer.json":
-        content = read_json(path)
-        content["added_tokens"] = [t for t in content["added_tokens"] if t["content"] not in gone]
-        if _text_of((content.get("padding") or {}).get("pad_token")) in gone:
-            content["padding"] = None
-    elif path.name in ("tokenizer_config.json", "special_tokens_map.json"):
-        content = {
-            key: value for key, value in read_json(path).items() if _text_of(value) not in gone
-        }
-        for key in ("additional_special_tokens", "extra_special_tokens"):
-            if isinstance(content.get(key), list):
-                content[key] = [t for t in content[key] if _text_of(t) not in gone]
-        if "added_tokens_decoder" in content:
-            decoder = content["added_tokens_decoder"]
-            content["added_tokens_decoder"] = {
-                i: entry for i, entry in decoder.items() if entry["content"] not in gone
-            }
-    else:
+    cut = CUTS.get(path.name)
+    if cut is None:
         shutil.copyfile(path, to)
         return
-    to.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    gone = {DEFER_TOKEN} | ({PAD_TOKEN} if checkpoint.pad_id is not None else set())
+    content = read_json(path)
+    with as_written(path, "transformers"):
+        content = cut(content, gone, checkpoint.n_kept)
+        to.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _cut_config(content: dict[str, Any], gone: set[str], kept: int) -> dict[str, Any]:
+    for part in (content, _text_config(content)):
+        if "vocab_size" in part:
+            part["vocab_size"] = kept
+        if isinstance(part.get("pad_token_id"), int) and part["pad_token_id"] >= kept:
+            del part["pad_token_id"]
+    return content
+
+
+def _cut_added(content: dict[str, Any], gone: set[str], kept: int) -> dict[str, Any]:
+    return {text: i for text, i in content.items() if text not in gone}
+
+
+def _cut_tokenizer(content: dict[str, Any], gone: set[str], kept: int) -> dict[str, Any]:
+    content["added_tokens"] = [t for t in content["added_tokens"] if _text_of(t) not in gone]
+    if _text_of((content.get("padding") or {}).get("pad_token")) in gone:
+        content["padding"] = None
+    return content
+
+
+def _cut_tokens(content: dict[str, Any], gone: set[str], kept: int) -> dict[str, Any]:
+    content = {key: value for key, value in content.items() if _text_of(value) not in gone}
+    for key in ("additional_special_tokens", "extra_special_tokens"):
+        if isinstance(content.get(key), list):
+            content[key] = [t for t in content[key] if _text_of(t) not in gone]
+    if "added_tokens_decoder" in content:
+        decoder = content["added_tokens_decoder"]
+        content["added_tokens_decoder"] = {
+            i: entry for i, entry in decoder.items() if _text_of(entry) not in gone
+        }
+    return content
+
+
+# What is left of a JSON file (its content, the tokens that are gone, how many are kept).
+CUTS = {
+    "config.json": _cut_config,
+    "generation_config.json": _cut_config,
+    "added_tokens.json": _cut_added,
+    "tokenizer.json": _cut_tokenizer,
+    "tokenizer_config.json": _cut_tokens,
+    "special_tokens_map.json": _cut_tokens,
+}
 
 
 def _text_of(token: Any) -> str | None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from lib.fuzz import plain, scored, sessions
+from lib.fuzz import foreign, models, plain, scored, sessions
 from lib.fuzz.kind import Kind
 
 KINDS: dict[str, Kind] = {
-    kind.name: kind for module in (plain, scored, sessions) for kind in module.KINDS
+    kind.name: kind
+    for module in (plain, scored, sessions, foreign, models)
+    for kind in module.KINDS
 }
