@@ -47,9 +47,9 @@ class RandomSwitch:
         rng = np.random.default_rng(self.seed)
         out = np.empty(N_LOGIT, np.float32)
 
-        def read(logits: Floats, hidden: Floats) -> tuple[float, int, float]:
+        def read(logits: Floats, hidden: Floats) -> tuple[float, int, float, int]:
             choice, logsumexp = readout.read(logits, None, None, None, None, out, n_choose, -1)
-            return rng.random(), choice, logsumexp
+            return rng.random(), choice, logsumexp, 0
 
         return read
 

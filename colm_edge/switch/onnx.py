@@ -76,9 +76,9 @@ class OnnxSwitch:
         out = np.empty(N_LOGIT, np.float32)
         read_native, run = readout.read, self.run
 
-        def read(logits: Floats, hidden: Floats) -> tuple[float, int, float]:
+        def read(logits: Floats, hidden: Floats) -> tuple[float, int, float, int]:
             choice, logsumexp = read_native(logits, None, None, None, None, out, n_choose, -1)
-            return run(hidden), choice, logsumexp
+            return run(hidden), choice, logsumexp, 0
 
         return read
 

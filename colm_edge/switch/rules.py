@@ -39,9 +39,9 @@ class Untrained:
         read_native = readout.read
         rule, column = RULES[self.name], readout.FEATURES.index(self.name)
 
-        def read(logits: Floats, hidden: Floats) -> tuple[float, int, float]:
+        def read(logits: Floats, hidden: Floats) -> tuple[float, int, float, int]:
             choice, logsumexp = read_native(logits, None, None, None, None, out, n_choose, -1)
-            return rule(float(out[column]), math), choice, logsumexp
+            return rule(float(out[column]), math), choice, logsumexp, 0
 
         return read
 
@@ -68,9 +68,9 @@ class DeferRow:
         out = np.empty(N_LOGIT + 1, np.float32)
         read_native = readout.read
 
-        def read(logits: Floats, hidden: Floats) -> tuple[float, int, float]:
+        def read(logits: Floats, hidden: Floats) -> tuple[float, int, float, int]:
             choice, logsumexp = read_native(logits, None, None, None, None, out, n_choose, row)
-            return sigmoid(float(out[N_LOGIT])), choice, logsumexp
+            return sigmoid(float(out[N_LOGIT])), choice, logsumexp, 0
 
         return read
 

@@ -36,7 +36,7 @@ def test_an_onnx_head_gives_what_the_switch_gives(tmp_path):
     reader = head.reader(base, 5)
     logits = np.array([1, 3, 2, 0, 0, 9], np.float32)
     for hidden in np.random.default_rng(3).normal(size=(9, N_EMBD)).astype(np.float32):
-        p, choice, logsumexp = reader(logits, hidden)
+        p, choice, logsumexp, _ = reader(logits, hidden)
         d = float(tensors["lm_head.weight"][-1].astype(float) @ hidden) + 0.3
         assert p == pytest.approx(sigmoid(d), abs=1e-6)
         assert choice == 1
@@ -115,7 +115,7 @@ def test_onnx_heads_that_do_not_fit_are_refused(tmp_path):
     onnx_head(tmp_path / "log.onnx", operator="Log")
     base = SimpleNamespace(n_embd=64, token_id=None)
     logits, hidden = np.zeros(4, np.float32), -np.ones(64, np.float32)
-    p, _, _ = load_switch(tmp_path / "any.onnx").reader(base, 4)(logits, hidden)
+    p, *_ = load_switch(tmp_path / "any.onnx").reader(base, 4)(logits, hidden)
     assert p == pytest.approx(sigmoid(-1.0), abs=1e-6)
     with pytest.raises(ValueError, match="p_defer: expected one number"):
         load_switch(tmp_path / "log.onnx").reader(base, 4)(logits, hidden)
