@@ -189,6 +189,11 @@ def train(
 
     data, scores = text.get("data"), _files_of(**scored)
     _check_choice(text, threshold_by, bool(scores), models)
+    if isinstance(models.get("expert"), tuple):
+        unfit = {"--threshold-by": threshold_by.get("metric"), "--review": carried}
+        unfit |= {"--update": update, "--report-dir": report_dir, "--expert-scores": scores}
+        _train_team(text, outfile, fitting, work_dir, raw, models, unfit)
+        return
     check_writable(outfile, data, text.get("prompts"), *_read_files(models), *scores)
     if data is None and work_dir is None:
         work_dir = claim(click.get_current_context(), None, f"{outfile}.work")
@@ -222,6 +227,57 @@ def train(
         _save(fit, pair, outfile, report_dir)
     say(_in_words(fit.report))
     click.echo(json.dumps({**fit.report, **_n_answers(recorded)}))
+
+
+def _train_team(
+    text: dict[str, Any],
+    outfile: str,
+    fitting: dict[str, Any],
+    work_dir: str | None,
+    raw: bool,
+    models: dict[str, Any],
+    unfit: dict[str, Any],
+) -> None:
+    """Fit a switch for several experts, each of which is loaded by itself. unfit: options that do
+    not go with that, with their values."""
+    from colm_edge.files import check_writable
+    from colm_edge.pair import load
+    from colm_edge.references import named
+    from colm_edge.train.documents import read_rows
+    from colm_edge.train.heads import check_fit
+    from colm_edge.train.team import fit_team
+    from colm_edge.train.team_scores import score_answers, score_texts
+
+    for flag, value in unfit.items():
+        if value:
+            raise click.UsageError(f"{flag} does not work with several experts; leave it out")
+    experts = named(models["expert"]) or {}
+    file = text.get("data") or text["prompts"]
+    check_writable(outfile, file, models.get("model"), models.get("lora"), *experts.values())
+    check_fit()
+    if work_dir is None:
+        work_dir = claim(click.get_current_context(), None, f"{outfile}.work")
+        say(f"{work_dir}: keeps the scores; the same command again goes on from there")
+    how: dict[str, Any] = {"raw": raw, "work": Path(str(work_dir)), "seed": fitting.pop("seed")}
+    rows = list(read_rows(file))
+
+    def open_pair(name: str) -> Pair:
+        say(f"expert {name}")
+        alone = {"expert": experts[name], "expert_required": True}
+        return load(**models | alone, switch="margin")
+
+    if "data" in text:
+        found = score_texts(open_pair, [*experts], rows, progress, **how)
+    else:
+        how |= {name: text[name] for name in ("max_tokens", "n_slots")}
+        found = score_answers(open_pair, [*experts], rows, progress, **how)
+    switch, report = fit_team(found.team, found.held_back, [*experts], info=found.info, **fitting)
+    switch.save(outfile)
+    say(f"{outfile}: written")
+    told = {"n_cut": found.n_cut}
+    if found.n_answers is not None:
+        told["n_answers"] = found.n_answers
+    click.echo(json.dumps({**report, **told}))
 
 
 def _files_of(expert_scores: str | None = None, more_scores: Sequence[str] = ()) -> list[Path]:
