@@ -336,7 +336,7 @@ class Pair:
                 follow=(self.room or self.expert).follow if alone and threshold < 1 else None,
                 # Bets are priced for an answer alone: slots share their batches.
                 planners=bets_on(self.members, options, threshold) if alone else (),
-                n_experts=len(experts),
+                alone=0 if len(experts) == 1 else getattr(switch or self.switch, "expert", None),
             ),
             cancel=cancel,
             lock=self._lock if alone else None,

@@ -39,6 +39,10 @@ if TYPE_CHECKING:
     from colm_edge.train.scoring import Recorded
 
 
+# Options that do not go with several experts.
+UNFIT = ("--threshold-by", "--review", "--update", "--report-dir", "--expert-scores")
+
+
 def part_of(_: click.Context, __: click.Parameter, value: str) -> tuple[int, int]:
     """Return K and N of K/N: the K-th of N parts."""
     k, _slash, n = value.partition("/")
@@ -190,16 +194,11 @@ def train(
     data, scores = text.get("data"), _files_of(**scored)
     _check_choice(text, threshold_by, bool(scores), models)
     if isinstance(models.get("expert"), tuple):
-        unfit = {"--threshold-by": threshold_by.get("metric"), "--review": carried}
-        unfit |= {"--update": update, "--report-dir": report_dir, "--expert-scores": scores}
-        _train_team(text, outfile, fitting, work_dir, raw, models, unfit)
-        return
+        unfit = threshold_by.get("metric"), carried, update, report_dir, scores
+        return _train_team(text, outfile, fitting, work_dir, raw, models, unfit)
     check_writable(outfile, data, text.get("prompts"), *_read_files(models), *scores)
-    if data is None and work_dir is None:
-        work_dir = claim(click.get_current_context(), None, f"{outfile}.work")
-        say(f"{work_dir}: keeps the answers; the same command again goes on from there")
-    old = Switch.load(update) if update is not None else None
-    work = Path(work_dir) if work_dir else None
+    folder = kept_beside(outfile) if data is None and work_dir is None else work_dir
+    old, work = Switch.load(update) if update else None, Path(folder) if folder else None
     if report_dir is not None:
         check_report(report_dir)
     with load(**models | {"expert_required": True}, switch="margin") as pair:
@@ -229,6 +228,14 @@ def train(
     click.echo(json.dumps({**fit.report, **_n_answers(recorded)}))
 
 
+def kept_beside(outfile: str) -> str:
+    """Return a work folder beside the file that is to be written, and say so."""
+    folder = f"{outfile}.work"
+    claim(click.get_current_context(), None, folder)
+    say(f"{folder}: keeps the work; the same command again goes on from there")
+    return folder
+
+
 def _train_team(
     text: dict[str, Any],
     outfile: str,
@@ -236,10 +243,10 @@ def _train_team(
     work_dir: str | None,
     raw: bool,
     models: dict[str, Any],
-    unfit: dict[str, Any],
+    unfit: tuple[Any, ...],
 ) -> None:
-    """Fit a switch for several experts, each of which is loaded by itself. unfit: options that do
-    not go with that, with their values."""
+    """Fit a switch for several experts, each of which is loaded by itself. unfit: the values of
+    options that do not go with that, in the order of UNFIT."""
     from colm_edge.files import check_writable
     from colm_edge.pair import load
     from colm_edge.references import named
@@ -248,17 +255,15 @@ def _train_team(
     from colm_edge.train.team import fit_team
     from colm_edge.train.team_scores import score_answers, score_texts
 
-    for flag, value in unfit.items():
+    for flag, value in zip(UNFIT, unfit, strict=True):
         if value:
             raise click.UsageError(f"{flag} does not work with several experts; leave it out")
     experts = named(models["expert"]) or {}
     file = text.get("data") or text["prompts"]
     check_writable(outfile, file, models.get("model"), models.get("lora"), *experts.values())
     check_fit()
-    if work_dir is None:
-        work_dir = claim(click.get_current_context(), None, f"{outfile}.work")
-        say(f"{work_dir}: keeps the scores; the same command again goes on from there")
-    how: dict[str, Any] = {"raw": raw, "work": Path(str(work_dir)), "seed": fitting.pop("seed")}
+    work = Path(work_dir or kept_beside(outfile))
+    how: dict[str, Any] = {"raw": raw, "work": work, "seed": fitting.pop("seed")}
     rows = list(read_rows(file))
 
     def open_pair(name: str) -> Pair:

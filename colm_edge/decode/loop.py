@@ -76,17 +76,19 @@ def deferred(loop: Decoder, reading: Reading, logits: Floats) -> Step:
 
 
 class ExpertAlone:
-    """The one expert writes every token; the base is evaluated only where its server fails."""
+    """One expert writes every token; the base is evaluated only where its server fails."""
 
-    def __init__(self) -> None:
-        self._together = Sequential()
+    def __init__(self, writer: int = 0) -> None:
+        self._writer, self._together = writer, Sequential()
 
     def next(self, loop: Decoder) -> Step:
+        writer = self._writer
         try:
-            loop.evaluate_expert(0, loop.tokens)
+            loop.evaluate_expert(writer, loop.tokens)
         except AbsentExpertError:
             return self._together.next(loop)
-        return loop.picker.write(loop.sources[0], 1.0, *loop.read_expert(0, len(loop.tokens)))
+        told = loop.read_expert(writer, len(loop.tokens))
+        return loop.picker.write(loop.sources[writer], 1.0, *told)
 
 
 class Decoder:

@@ -98,14 +98,15 @@ def schedule_of(
     goes_back: bool,
     follow: Follow | None,
     planners: Sequence[Planner | None],
-    n_experts: int = 1,
+    alone: int | None,
 ) -> Schedule:
     """Return in which batches the models are evaluated.
 
-    goes_back: as for `picker_of`. planners: as for `Bets`; empty where none may be placed.
+    goes_back: as for `picker_of`. planners: as for `Bets`; empty where none may be placed. alone:
+    the expert that writes every token at a threshold of 0; None where that depends on the base.
     """
-    if threshold <= 0 and options.strategy == "defer" and n_experts == 1:
-        return ExpertAlone()
+    if threshold <= 0 and options.strategy == "defer" and alone is not None:
+        return ExpertAlone(alone)
     if goes_back and options.doubts:
         return Doubt(options.doubt, WATCHED, follow)
     if goes_back:

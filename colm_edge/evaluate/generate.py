@@ -105,7 +105,7 @@ def answers(
 
         what: list[Any] = []
         if journal is not None:
-            models = [pair.base.fingerprint, pair.expert.fingerprint]
+            models = [pair.base.fingerprint, *(m.timeline.fingerprint for m in pair.members)]
             what = [*models, pair.n_ctx, _switch_key(switch), options.changed]
         return judged(write, rows, metric, progress, label=label, journal=journal, what=what)
 

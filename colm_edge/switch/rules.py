@@ -54,6 +54,31 @@ class Untrained:
 
 
 @dataclass(frozen=True)
+class Only:
+    """One of several experts writes every token, by its place among them."""
+
+    expert: int
+    threshold: float = 0.0
+    needs_hidden: bool = False
+
+    @property
+    def name(self) -> str:
+        return f"only-{self.expert}"
+
+    def reader(self, base: Base, n_choose: int) -> Reader:
+        out = np.empty(N_LOGIT, np.float32)
+
+        def read(logits: Floats, hidden: Floats) -> tuple[float, int, float, int]:
+            choice, logsumexp = readout.read(logits, None, None, None, None, out, n_choose, -1)
+            return 1.0, choice, logsumexp, self.expert
+
+        return read
+
+    def threshold_for(self, defer_rate: float) -> float:
+        raise SwitchError("one expert alone has no defer rate")
+
+
+@dataclass(frozen=True)
 class DeferRow:
     """The row for <|defer|> in the base's own vocabulary: p_defer = σ(its logit)."""
 
