@@ -188,28 +188,6 @@ def test_one_row_is_todays_switch():
     assert one.p_defer(np.zeros((1, 8), np.float32), None) == pytest.approx(sigmoid(d[0, 0]))
 
 
-@pytest.fixture(scope="module")
-def models(tiny, tmp_path_factory):
-    """A base, two experts by name, and a switch for them, in a file."""
-    path = tmp_path_factory.mktemp("team") / "router.gguf"
-    with load(tiny["base"], tiny["expert"], "margin", n_threads=1, n_ctx=256) as pair:
-        answer = pair.generate("hello", threshold=1.0, **GREEDY)
-        tokens = answer.prompt_tokens + [step.token for step in answer.steps]
-        session = pair.base_session
-        session.want_hidden(True)
-        session.sync(tokens, range(len(tokens)))
-        hidden = np.array([session.state(i)[1].copy() for i in range(len(tokens))])
-    # The experts stand at both ends of the direction in which the states differ most.
-    mean = hidden.mean(axis=0)
-    spread, along = np.linalg.svd(hidden - mean)[1:]
-    weight = along[:1] * np.array([[4.0], [-4.0]]) * np.sqrt(len(tokens)) / spread[0]
-    Switch(
-        ("hidden",), weight.astype(np.float32), (-weight @ mean - 2.0).astype(np.float32),
-        len(mean), info={"expert_names": "a b"},
-    ).save(path)  # fmt: skip
-    return {"model": tiny["base"], "expert": {"a": tiny["expert"], "b": tiny["base"]}}, path
-
-
 def opened(models, **more):
     refs, switch = models
     return load(**refs, switch=switch, n_threads=1, n_ctx=256, **more)
