@@ -452,6 +452,8 @@ def score_command(
 
     if update and work_dir is None:
         raise click.UsageError("--update needs --work-dir")
+    if isinstance(models.get("expert"), tuple):
+        raise click.UsageError("score works with one expert; give -me once")
     check_writable(outfile, data, *_read_files(models))
     work = Path(work_dir) if work_dir else None
     with load(**models | {"expert_required": True}, switch="margin") as pair:
