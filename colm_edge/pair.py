@@ -33,15 +33,7 @@ from colm_edge.stream import Answer, AsyncStream, Stream
 from colm_edge.switch.load import in_order, load_switch, warnings_of
 from colm_edge.switch.reading import AnySwitch
 from colm_edge.switch.rules import DEFER_TOKEN, DeferRow
-from colm_edge.team import (
-    Guest,
-    Member,
-    Progress,
-    Room,
-    bets_on,
-    trained_context,
-    why_unread,
-)
+from colm_edge.team import Guest, Member, Progress, Room, bets_on, trained_context, why_unread
 
 log = logging.getLogger("colm_edge")
 
@@ -66,6 +58,7 @@ class Pair:
         defaults: Options | None = None,
         *,
         is_demo: bool = False,
+        bridge: bool = False,
         overlap: bool | None = None,
         max_memory: int = 0,
         note: Callable[[str], None] | None = None,
@@ -73,8 +66,8 @@ class Pair:
     ) -> None:
         """Check that these fit each other and open the base; nothing is evaluated yet.
 
-        expert: several by their names, in the order of the switch's rows. overlap, max_memory,
-        note: as for `load`. progress: as for `load`, but of prompts only.
+        expert: several by their names, in the order of the switch's rows. bridge, overlap,
+        max_memory, note: as for `load`. progress: as for `load`, but of prompts only.
 
         Raises MismatchError naming what differs, ModelError for files that cannot take part.
         """
@@ -94,8 +87,8 @@ class Pair:
         self.base_session.progress = _share(progress, "base prompt")
         self.members = [
             Member(
-                name, model, self.base_session, context, overlap=overlap, progress=progress,
-                note=self._note, weighed=self._weighed,
+                name, model, self.base_session, context, bridge=bridge, overlap=overlap,
+                progress=progress, note=self._note, weighed=self._weighed,
             )
             for name, model in in_order(switch, experts).items()
         ]  # fmt: skip
@@ -327,13 +320,13 @@ class Pair:
             policy_of(switch or self.switch, self.base, options, threshold, n_choose),
             picker,
             tokens,
-            end_tokens=self.base.end_tokens.union(*(m.timeline.end_tokens for m in self.members)),
+            end_tokens=self.base.end_tokens.union(*(m.end_tokens for m in self.members)),
             max_tokens=options.max_tokens,
             schedule=schedule_of(
                 options,
                 threshold,
                 goes_back=goes_back,
-                follow=(self.room or self.expert).follow if alone and threshold < 1 else None,
+                follow=(self.room or self.members[0]).follow if alone and threshold < 1 else None,
                 # Bets are priced for an answer alone: slots share their batches.
                 planners=bets_on(self.members, options, threshold) if alone else (),
                 alone=0 if len(experts) == 1 else getattr(switch or self.switch, "expert", None),
@@ -350,21 +343,20 @@ class Pair:
         self, options: Options, threshold: float, *, goes_back: bool
     ) -> tuple[Timeline, ...]:
         """Return the pair's own timelines for an answer: of the base and of each expert."""
-        overlaps = {member.timeline: member.overlaps for member in self.members}
+        overlaps = {m.timeline: m.overlaps and m.crossing is None for m in self.members}
         base, experts = timelines_of(
             self.base_session, overlaps, options, threshold, goes_back=goes_back
         )
-        room = self.room
+        pairs, room = list(zip(experts, self.members, strict=True)), self.room
         if room is not None:
-            guests = zip(experts, self.members, strict=True)
-            experts = [Guest(timeline, member, room) for timeline, member in guests]
-        return base, *experts
+            pairs = [(Guest(timeline, member, room), member) for timeline, member in pairs]
+        return base, *(member.across(timeline) for timeline, member in pairs)
 
     def _prepare(self, expert: int) -> None:
         """Begin to read an expert's weights, unless that would take the room of others."""
-        member, limited = self.members[expert], self.room is not None and self.room.limit
-        if member.here is not None and not limited:
-            prepare(member.here, self.base_session)
+        here = self.members[expert].here
+        if here is not None and not (self.room and self.room.limit):
+            prepare(here, self.base_session)
 
     def _exhaust(self, stream: Stream) -> Answer:
         with self._lock:
@@ -403,6 +395,7 @@ def load(
     *,
     pair: str | None = None,
     lora: str | os.PathLike[str] | None = None,
+    bridge: bool = False,
     n_ctx: int = 0,
     n_threads: int = 0,
     threads_auto: bool = False,
@@ -431,6 +424,7 @@ def load(
     switch: a file, "margin" (the default beside two models), "entropy", or "defer-row".
     pair: a name in models.txt instead.
     lora: a LoRA adapter for the base, a GGUF file.
+    bridge: let the experts' vocabularies be others than the base's; their files must be here.
     n_ctx: tokens the contexts hold; 0 takes what both models were trained for, at most 4096.
     n_threads: 0 takes every core that other programs leave, or one for a very small model.
     threads_auto: use fewer than n_threads too while other programs use the cores.
@@ -490,8 +484,8 @@ def load(
             cache_type_k=cache_type_k, cache_type_v=cache_type_v, threads_auto=threads_auto,
         )  # fmt: skip
         loaded = Pair(
-            base, experts, head, context, defaults, is_demo=files.is_demo, overlap=overlap,
-            max_memory=max_memory, note=note, progress=progress,
+            base, experts, head, context, defaults, is_demo=files.is_demo, bridge=bridge,
+            overlap=overlap, max_memory=max_memory, note=note, progress=progress,
         )  # fmt: skip
         opened.pop_all()
     for warning in warnings_of(head, base, experts):

@@ -244,7 +244,7 @@ class Slots:
                 shared = SharedContext(member.session, n_slots)
                 self.experts[shared] = member
                 self._waiting[shared] = []
-                self._made.append(partial(SharedTimeline, self, shared))
+                self._made.append(partial(self._timeline, shared, member))
         self._worker = threading.Thread(target=self._work, name="colm-edge-slots", daemon=True)
         self._worker.start()
 
@@ -275,6 +275,9 @@ class Slots:
         if self.base is None:
             return None
         return SharedTimeline(self, self.base, slot), *(made(slot) for made in self._made)
+
+    def _timeline(self, shared: SharedContext, member: Member, slot: int) -> Timeline:
+        return member.across(SharedTimeline(self, shared, slot))
 
     def _worth(self, slot: int, wanted: array[int]) -> tuple[int, int]:
         """Rank a free slot for a prompt: by the length of the common prefix, if that is at least

@@ -8,6 +8,7 @@ from functools import partial
 
 from colm_edge.cancel import Cancel
 from colm_edge.decode.background import Background, can_overlap
+from colm_edge.decode.bridge import Bridge, Crossing
 from colm_edge.decode.planner import Planner
 from colm_edge.decode.timeline import Around, Expert, Floats, Timeline
 from colm_edge.errors import ColmError, ModelError
@@ -17,6 +18,7 @@ from colm_edge.llama.measure import cost_table
 from colm_edge.llama.memory import cache_bytes
 from colm_edge.llama.model import Model, shared_vocab
 from colm_edge.llama.session import Session
+from colm_edge.llama.vocabulary import Vocabulary
 from colm_edge.options import Options
 from colm_edge.remote.client import RemoteExpert, RemoteSession
 
@@ -38,14 +40,17 @@ class Member:
         base: Session,
         context: ContextOptions,
         *,
+        bridge: bool,
         overlap: bool | None,
         progress: Progress | None,
         note: Callable[[str], None],
         weighed: Callable[[CostTable, CostTable], None],
     ) -> None:
-        """weighed: called when the cost tables of base and expert are there.
+        """bridge: let its vocabulary be another. weighed: called when the cost tables of base and
+        expert are there.
 
-        Raises MismatchError when its vocabulary is not the base's.
+        Raises MismatchError when its vocabulary is not the base's and need be, ColmError for a
+        bridge to a server.
         """
         self.name = name
         self._base, self._note, self._weighed = base, note, weighed
@@ -53,14 +58,21 @@ class Member:
         self.model, self._n_ctx = model, context.n_ctx
         self.here: Session | None = None
         self.costs: CostTable | None = None  # once the fast schedule needs them
+        self.crossing: Crossing | None = None  # of both vocabularies, where there is a bridge
         self.timeline: Expert
         if isinstance(model, RemoteExpert):
+            if bridge:
+                raise ColmError(f"--bridge {NOT_HERE} {model.url}; give a GGUF file (-me)")
             self._n_shared = model.n_shared
             self.timeline = model.session()
             # A server on this machine may use the same cores.
             beside = not model.is_local
         else:
-            self._n_shared = shared_vocab(base.model, model)
+            if bridge:
+                self.crossing = Crossing(Vocabulary(base.model), Vocabulary(model))
+                self._n_shared = base.model.n_vocab
+            else:
+                self._n_shared = shared_vocab(base.model, model)
             self.timeline = self.here = Session(model, context)
             if progress is not None:
                 self.here.progress = partial(progress, f"{self._called} prompt")
@@ -78,6 +90,20 @@ class Member:
     @property
     def _called(self) -> str:
         return f"expert {self.name}" if self.name else "expert"
+
+    def across(self, timeline: Timeline) -> Timeline:
+        """Return a timeline of this expert by the base's tokens."""
+        return timeline if self.crossing is None else Bridge(timeline, self.crossing)
+
+    @property
+    def end_tokens(self) -> frozenset[int]:
+        """The tokens of the base's vocabulary that end a generation for it."""
+        return self.timeline.end_tokens if self.crossing is None else frozenset()
+
+    def follow(self, tokens: array[int]) -> None:
+        """Let it catch up with the base's tokens in the background, if it can."""
+        if self.crossing is None:
+            self.timeline.follow(tokens)
 
     @property
     def n_shared(self) -> int:
@@ -192,7 +218,7 @@ class Room:
     def follow(self, tokens: array[int]) -> None:
         """Let the expert that worked last catch up in the background, if it can."""
         if self.last is not None:
-            self.last.timeline.follow(tokens)
+            self.last.follow(tokens)
 
 
 class Guest(Around):
@@ -219,13 +245,14 @@ def trained_context(model: Model | RemoteExpert) -> int:
 
 def bets_on(members: Sequence[Member], options: Options, threshold: float) -> list[Planner | None]:
     """Return what places the fast schedule's bets on each expert, nothing where there are none: a
-    bet needs the costs of decodes, which a server does not report."""
+    bet needs the costs of decodes, which a server does not report, and a bridge hides."""
     bets = options.schedule == "fast" and 0 < threshold < 1
     planners: list[Planner | None] = []
     for member in members:
+        known = member.here is not None and member.crossing is None
         if member.here is not None:
-            member.here.costs = member.costs if bets else None
-        planners.append(member.planner if member.here is not None else None)
+            member.here.costs = member.costs if bets and known else None
+        planners.append(member.planner if known else None)
     return planners if bets and any(planners) else []
 
 

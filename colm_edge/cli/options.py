@@ -127,6 +127,11 @@ OVERLAP = click.option(
     help="Let the base go on while the expert evaluates, of one answer at a time.  [default: if "
     "they are on different machines, devices or cores]",
 )
+BRIDGE = click.option(
+    "--bridge",
+    is_flag=True,
+    help="Let experts take part whose vocabulary is not the base's; their files must be here.",
+)
 MAX_MEMORY = click.option(
     "--max-memory",
     metavar="SIZE",
@@ -215,7 +220,7 @@ def model_options(*more: Any) -> Callable[[Command], Command]:
 
     more: those of the constants above that can mean something to the command.
     """
-    return gathered("models", BASE, EXPERT, PAIR, *EVALUATION, *more)
+    return gathered("models", BASE, EXPERT, PAIR, BRIDGE, *EVALUATION, *more)
 
 
 def check_goes_with(what: str, *names: str) -> None:

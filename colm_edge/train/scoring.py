@@ -12,6 +12,7 @@ stopped.
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, replace
@@ -22,6 +23,7 @@ import numpy as np
 import numpy.typing as npt
 
 from colm_edge import readout
+from colm_edge.decode.bridge import NEAR
 from colm_edge.errors import ColmError, DataError
 from colm_edge.remote.client import RemoteSession
 from colm_edge.train.documents import Documents, Ints
@@ -40,8 +42,10 @@ if TYPE_CHECKING:
     from colm_edge.llama.scorer import Scorer
     from colm_edge.pair import Pair
     from colm_edge.remote.client import RemoteExpert
+    from colm_edge.team import Member
 
 Array = npt.NDArray[np.float64]
+BRIDGE_OUTPUTS = 64  # of an expert of another vocabulary, at once; each takes n_vocab floats
 PACK_TOKENS = 1024  # of short documents, evaluated together
 # A remote expert's log-probability is above this; vLLM gives it for a probability of zero, and
 # llama.cpp one below it.
@@ -298,6 +302,9 @@ def score_model(
         for group in _groups(documents, store.to_do):
             if name == "expert" and isinstance(expert, RemoteSession):
                 columns = _score_remotely(expert.expert, documents, group)
+            elif name == "expert" and pair.members[which].crossing is not None:
+                assert choices is not None
+                columns = _score_across(pair.members[which], documents, group, choices)
             else:
                 scorer = scorer or stack.enter_context(_scorer(pair, name, which))
                 columns = _score_locally(scorer, documents, group, pair.n_shared, choices)
@@ -347,6 +354,29 @@ def _score_remotely(expert: RemoteExpert, documents: Documents, group: Ints) -> 
     untold = np.full(len(right), np.nan)
     columns: Columns = {"logprob": np.array(logprobs), "right": np.array(right, np.bool_)}
     return columns | {"best": untold, "choice": untold}
+
+
+def _score_across(
+    member: Member, documents: Documents, group: Ints, choices: npt.NDArray[np.int32]
+) -> Columns:
+    """Return a group's columns from an expert of another vocabulary: what its bridge says of the
+    base's tokens. What it leaves out is as likely as the least that it looks at."""
+    timeline = member.across(member.session)
+    columns: dict[str, list[Any]] = {name: [] for name in ("logprob", "right", "best", "choice")}
+    for i in group:
+        span, start = documents.span(i).tolist(), int(documents.starts[i])
+        asked = choices[documents.rows[i] : documents.rows[i + 1]].tolist()
+        for first in range(start, len(span), BRIDGE_OUTPUTS):
+            last = min(first + BRIDGE_OUTPUTS, len(span))
+            timeline.sync(array("i", span[:last]), range(first - 1, last - 1))
+            for at in range(first, last):
+                logits, _ = timeline.state(at - 1)
+                gold, best = span[at], float(logits.max())
+                columns["logprob"].append(max(float(logits[gold]), -NEAR))
+                columns["right"].append(float(logits[gold]) == best)
+                columns["best"].append(best)
+                columns["choice"].append(max(float(logits[asked[at - start]]), -NEAR))
+    return {name: np.array(values) for name, values in columns.items()}
 
 
 def _score_locally(
