@@ -62,7 +62,10 @@ class Member:
         self.timeline: Expert
         if isinstance(model, RemoteExpert):
             if bridge:
-                raise ColmError(f"--bridge {NOT_HERE} {model.url}; give a GGUF file (-me)")
+                raise ColmError(
+                    f"--bridge needs the expert's file here, and it is at {model.url}; give a GGUF "
+                    "file"
+                )
             self._n_shared = model.n_shared
             self.timeline = model.session()
             # A server on this machine may use the same cores.

@@ -2,22 +2,32 @@
 
 from __future__ import annotations
 
+import json
 import math
 import random
 from array import array
+from dataclasses import replace
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from lib.random_model import SHAPES, write_model
 from test_loop import reader
 
+from colm_edge.cli import main
 from colm_edge.decode.bridge import Bridge, Crossing, spell
 from colm_edge.decode.loop import Decoder
 from colm_edge.decode.picker import Picker
 from colm_edge.decode.policy import Policy
 from colm_edge.decode.review import ByRule, Review, Tolerance
-from colm_edge.errors import AbsentExpertError
+from colm_edge.errors import AbsentExpertError, ColmError, MismatchError
+from colm_edge.llama.model import Model
+from colm_edge.llama.vocabulary import Vocabulary
+from colm_edge.options import Options
+from colm_edge.pair import load
+from colm_edge.together import Task, answer_together
 
 ALPHABET = sorted({bytes([byte]) for byte in "ab é€😀".encode()} | {b"\xff", b"\x80"})
 END, MARK = "<end>", "<mark>"
@@ -220,3 +230,84 @@ def test_control_tokens_cross_by_their_names():
     assert text(theirs, crossing.controls(ours.control("<other>"))) == b"<other>"
     ids, _ = spell(crossing, [ours.control(MARK)], [0])
     assert list(ids) == [theirs.begin, theirs.control(MARK)]
+
+
+GREEDY = {"temperature": 0.0, "max_tokens": 30}
+
+
+@pytest.fixture(scope="module")
+def other(tmp_path_factory) -> str:
+    """A model of a smaller vocabulary."""
+    path = tmp_path_factory.mktemp("bridge") / "other.gguf"
+    write_model(path, replace(SHAPES["tiny"], n_vocab=268), seed=7, gain=20.0)
+    return str(path)
+
+
+def opened(tiny, expert, **more):
+    return load(tiny["base"], expert, "margin", n_threads=1, n_ctx=256, bridge=True, **more)
+
+
+@pytest.mark.parametrize("threshold", [0.0, 0.3, 1.0])
+def test_real_models_of_one_vocabulary_write_the_same(tiny, threshold):
+    options = {**GREEDY, "threshold": threshold, "schedule": "sequential"}
+    with load(tiny["base"], tiny["expert"], "margin", n_threads=1, n_ctx=256) as pair:
+        direct = pair.generate("hello", **options)
+    with opened(tiny, tiny["expert"]) as pair:
+        across = pair.generate("hello", **options)
+        assert [(s.token, s.source) for s in across.steps] == [
+            (s.token, s.source) for s in direct.steps
+        ]
+        assert [s.logprob for s in across.steps] == pytest.approx(
+            [s.logprob for s in direct.steps], abs=1e-3
+        )
+
+
+def test_real_models_of_two_vocabularies(tiny, other):
+    with pytest.raises(MismatchError, match="or --bridge"):
+        load(tiny["base"], other, "margin", n_threads=1)
+    with opened(tiny, other) as pair:
+        plain = pair.generate("hello", threshold=0.3, schedule="sequential", **GREEDY)
+        assert {step.source for step in plain.steps} == {"base", "expert"}
+        assert pair.generate("hello", threshold=0.3, **GREEDY).text == plain.text
+        tokens = plain.prompt_tokens + [step.token for step in plain.steps]
+        spelt = b"".join(map(pair.base.piece, tokens))
+        held = pair.expert_session
+        model = pair.expert_session.model
+        assert spelt.startswith(b"".join(map(model.piece, held._tokens)))
+        reviewed = pair.generate("hello", threshold=0.3, review=1.0, **GREEDY)
+        assert reviewed.stats.n_reviewed
+        tasks = [Task(i, plain.prompt_tokens, Options(**GREEDY, threshold=0.3)) for i in range(3)]
+        for done in answer_together(pair, tasks, 3):
+            assert done.answer.text == plain.text
+    with pytest.raises(ColmError, match="--bridge needs the expert's file here"):
+        opened(tiny, "http://127.0.0.1:9")
+
+
+def test_the_switch_is_trained_across(tiny, other, tmp_path):
+    data, prompts, out = (tmp_path / name for name in ("d.jsonl", "p.jsonl", "s.gguf"))
+    rows = [{"prompt": f"say {i}", "completion": f"it is {i * 7}"} for i in range(10)]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    prompts.write_text("".join(json.dumps({"prompt": row["prompt"]}) + "\n" for row in rows))
+    models = ["-m", tiny["base"], "-me", other, "--bridge", "-t", "1", "-c", "128"]
+    for text in (["--data", str(data)], ["--prompts", str(prompts), "-n", "8", "-np", "2"]):
+        ran = CliRunner().invoke(main, ["train", *models, *text, "--outfile", str(out)])
+        assert ran.exit_code == 0, ran.output
+        report = json.loads(ran.stdout.splitlines()[-1])
+        assert math.isfinite(report["nll_joint"])
+        assert report["nll_expert"] > 0
+    how = ["-sw", str(out), "--data", str(data), "--methods", "base,expert,colm", "-o", "json"]
+    ran = CliRunner().invoke(main, ["eval", *models, *how])
+    assert ran.exit_code == 0, ran.output
+    assert [row["method"] for row in json.loads(ran.stdout)] == ["base", "expert", "colm"]
+
+
+@pytest.mark.parametrize("raw", ["plain", "a€😀", b"\xe2\x82", b"a\xff\xfeb", "  two  spaces\n\n"])
+def test_a_real_vocabulary_spells_every_byte(tiny, raw):
+    raw = raw if isinstance(raw, bytes) else raw.encode()
+    model = Model(tiny["base"])
+    words = Vocabulary(model)
+    tokens = words.encode(raw)
+    assert b"".join(map(words.piece, tokens)) == raw
+    if raw.isascii():
+        assert tokens == model.tokenize(raw.decode(), special=False, bos=False)
+    model.close()
