@@ -34,7 +34,7 @@ from studies.demo_pair.wordings import ATTRIBUTES
 from studies.train_demo_pair import N_CTX, N_VOCAB, ROOT, parted
 
 SEED = 20261128
-N_COUNTRIES = 60  # half of them for the switch, half for the exam
+N_COUNTRIES, N_FOR_SWITCH = 60, 40  # the others are for the exam
 DATA = ROOT / "colm_edge" / "data"
 TRAINING = Training(
     Shape(n_embd=128, n_layer=4, n_head=4, n_head_kv=4, n_ff=352, n_vocab=N_VOCAB, n_ctx=N_CTX),
@@ -46,7 +46,7 @@ NAMES = ("nature", "countries")  # of the experts: the shipped one, and this one
 
 
 def encyclopaedia() -> list[text.Fact]:
-    """Return every attribute of the made-up countries; the first half is the switch's part."""
+    """Return every attribute of the made-up countries; the first of them are the switch's part."""
     old, draw = text.read_facts(), random.Random(SEED)
     known = frozenset(fact.entity for fact in old)
     inventor = text.Inventor(old, ["an", "er", "ol", "ka", "is", "or", "ti"], draw, known)
@@ -55,7 +55,7 @@ def encyclopaedia() -> list[text.Fact]:
         names[inventor.name("country")] = None
     return [
         text.Fact(
-            "switch" if i < N_COUNTRIES // 2 else "test", "country", name, attribute,
+            "switch" if i < N_FOR_SWITCH else "test", "country", name, attribute,
             inventor.value("country", attribute),
         )
         for i, name in enumerate(names)
