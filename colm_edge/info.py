@@ -14,7 +14,7 @@ from colm_edge.errors import MismatchError
 from colm_edge.gguf_header import read_header
 from colm_edge.hub import Note
 from colm_edge.llama.context import ContextOptions
-from colm_edge.llama.costs import CostTable, break_even, seconds_per_token
+from colm_edge.llama.costs import CostTable, break_even, seconds_per_token, team_seconds_per_token
 from colm_edge.llama.measure import cost_table, kept_table
 from colm_edge.llama.memory import cache_bytes
 from colm_edge.llama.model import Model, shared_vocab
@@ -33,7 +33,8 @@ def describe_files(
     n_threads: int = 0,
     note: Note = lambda text: None,
 ) -> tuple[list[dict[str, Any]], str]:
-    """Return the facts of each file, and why two models cannot collaborate ("" if they can).
+    """Return the facts of each file, and why the models cannot collaborate ("" if they can): a base
+    and an expert, or several.
 
     costs: measure what decodes cost, if that is not known yet. note: told before that, and where it
     cannot be kept.
@@ -54,6 +55,13 @@ def describe_files(
         if len(models) == 2:
             pair, obstacle = _pair_facts(*models)
             facts.append(pair | ({} if obstacle else _speed_facts(*tables)))
+        elif len(models) > 2:
+            for expert in models[1:]:
+                pair, missing = _pair_facts(models[0], expert)
+                facts.append(pair)
+                obstacle = obstacle or missing
+            if not obstacle:
+                facts.append(_team_facts(models, tables))
     finally:
         for model in models:
             model.close()
@@ -166,17 +174,41 @@ def _speed_facts(base: CostTable | None, expert: CostTable | None) -> dict[str, 
     }
 
 
+def _team_facts(models: Sequence[Model], tables: Sequence[CostTable | None]) -> dict[str, Any]:
+    """Return what speeds a base and several experts promise."""
+    names = [model.path.name for model in models]
+    facts: dict[str, Any] = {"team": f"{names[0]} with {', '.join(names[1:])}"}
+    if (base := tables[0]) is None or not all(experts := tables[1:]):
+        return facts | {"predicted": None}
+    known = [table for table in experts if table is not None]
+    alone = {name: 1 / table(1) for name, table in zip(names[1:], known, strict=True)}
+    speeds = [1 / team_seconds_per_token(base, known, rate) for rate in RATES]
+    return facts | {
+        "experts_tokens_per_second": alone,
+        "predicted": [
+            {
+                "defer_rate": rate,
+                "tokens_per_second": speed,
+                "ratio_expert": speed / min(alone.values()),
+            }
+            for rate, speed in zip(RATES, speeds, strict=True)
+        ],
+    }
+
+
 def _speed_lines(fact: dict[str, Any]) -> dict[str, str]:
     """Return the predictions of a pair as two lines."""
     if "predicted" not in fact:
         return {}
     if fact["predicted"] is None:
         return {"speed": "not measured (--costs)"}
-    alone = fact["expert_tokens_per_second"]
     at = ", ".join(
         f"{row['tokens_per_second']:.3g} at {row['defer_rate']:.0%}" for row in fact["predicted"]
     )
-    limit = fact["break_even"]
+    if "team" in fact:
+        alone = ", ".join(f"{n} {x:.3g}" for n, x in fact["experts_tokens_per_second"].items())
+        return {"tokens_per_second": f"experts alone: {alone}; called equally often, together {at}"}
+    alone, limit = fact["expert_tokens_per_second"], fact["break_even"]
     if limit is None:
         pays = "at any defer rate"
     elif limit == 0:
@@ -190,7 +222,12 @@ def as_text(facts: list[dict[str, Any]]) -> str:
     """Return facts as lines, a blank line between two files."""
 
     def lines(fact: dict[str, Any]) -> str:
-        hidden = ("predicted", "break_even", "expert_tokens_per_second")
+        hidden = (
+            "predicted",
+            "break_even",
+            "expert_tokens_per_second",
+            "experts_tokens_per_second",
+        )
         fact = {key: x for key, x in fact.items() if key not in hidden} | _speed_lines(fact)
         width = max(map(len, fact)) + 2
         return "\n".join(f"{key.replace('_', ' '):{width}}{value}" for key, value in fact.items())

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import cache, partial
 from typing import Any, Literal, Self
 
 from colm_edge.cancel import Cancel
-from colm_edge.decode.background import Background, can_overlap, prepare
+from colm_edge.decode.background import prepare
 from colm_edge.decode.loop import Decoder
 from colm_edge.decode.parts import picker_of, policy_of, schedule_of, timelines_of
-from colm_edge.decode.planner import Planner
 from colm_edge.decode.policy import expected_rate, review_of, threshold_of
 from colm_edge.decode.timeline import Expert, Timeline
 from colm_edge.errors import ColmError, ContextError, ModelError, PromptError
@@ -23,25 +22,24 @@ from colm_edge.llama.chat_template import ChatTemplate, Message
 from colm_edge.llama.context import ContextOptions
 from colm_edge.llama.costs import CostTable, slower
 from colm_edge.llama.grammar import Grammars
-from colm_edge.llama.measure import cost_table, kept_table, refine
-from colm_edge.llama.model import Model, shared_vocab
+from colm_edge.llama.measure import kept_table, refine
+from colm_edge.llama.model import Model
 from colm_edge.llama.owners import HomeLock
 from colm_edge.llama.prompt_cache import load_prompts, save_prompts
 from colm_edge.llama.session import Session
 from colm_edge.options import EXPERT_TIMEOUT, Options
-from colm_edge.references import choose_pair, is_this_machine, is_url
-from colm_edge.remote.client import RemoteExpert, RemoteSession
+from colm_edge.references import Experts, choose_pair, is_this_machine, is_url, named
+from colm_edge.remote.client import RemoteExpert
 from colm_edge.stream import Answer, AsyncStream, Stream
-from colm_edge.switch.load import load_switch, warnings_of
+from colm_edge.switch.load import in_order, load_switch, warnings_of
 from colm_edge.switch.reading import AnySwitch
 from colm_edge.switch.rules import DEFER_TOKEN, DeferRow
+from colm_edge.team import Guest, Member, Progress, Room, bets_on, trained_context, why_unread
 
 log = logging.getLogger("colm_edge")
 
 # Contexts cost memory: unless asked for more, no more than this.
 DEFAULT_N_CTX = 4096
-
-Progress = Callable[[str, float], None]
 
 
 class Pair:
@@ -55,19 +53,22 @@ class Pair:
     def __init__(
         self,
         base: Model,
-        expert: Model | RemoteExpert,
+        expert: Model | RemoteExpert | Mapping[str, Model | RemoteExpert],
         switch: AnySwitch,
         context: ContextOptions | None = None,
         defaults: Options | None = None,
         *,
         is_demo: bool = False,
+        bridge: bool = False,
         overlap: bool | None = None,
+        max_memory: int = 0,
         note: Callable[[str], None] | None = None,
         progress: Progress | None = None,
     ) -> None:
-        """Check that the three fit each other and open the base; nothing is evaluated yet.
+        """Check that these fit each other and open the base; nothing is evaluated yet.
 
-        overlap, note: as for `load`. progress: as for `load`, but of prompts only.
+        expert: several by their names, in the order of the switch's rows. bridge, overlap,
+        max_memory, note: as for `load`. progress: as for `load`, but of prompts only.
 
         Raises MismatchError naming what differs, ModelError for files that cannot take part.
         """
@@ -79,38 +80,26 @@ class Pair:
         text = base.chat_template
         self.template = ChatTemplate(text, base.bos_text, base.eos_text) if text else None
         self._grammars = Grammars(base)
-        if isinstance(expert, RemoteExpert):
-            n_shared, longest = expert.n_shared, expert.n_ctx
-        else:
-            n_shared, longest = shared_vocab(base, expert), expert.n_ctx_train
-        self._n_shared = n_shared
-        # Checks the width of the switch before the first token.
-        switch.reader(base, n_shared)
+        experts = expert if isinstance(expert, Mapping) else {"": expert}
         context = context or ContextOptions()
-        trained = [n for n in (base.n_ctx_train, longest) if n > 0]
+        trained = [n for n in (base.n_ctx_train, *map(trained_context, experts.values())) if n > 0]
         self.n_ctx = context.n_ctx or min([DEFAULT_N_CTX, *trained])
         if self.n_ctx > (known := min(trained, default=self.n_ctx)):
             self._note(f"-c {self.n_ctx} is more than the {known} tokens the models are made for.")
         context = replace(context, n_ctx=self.n_ctx)
         self.base_session = Session(base, context, hidden=switch.needs_hidden)
         self.base_session.progress = _share(progress, "base prompt")
-        self._here: Session | None = None  # the expert's session, where it is in this process
-        self._owned: list[Model] = [base]
-        self.expert: Expert
-        if isinstance(expert, RemoteExpert):
-            self.expert = expert.session()
-            # A server on this machine may use the same cores.
-            beside = not expert.is_local
-        else:
-            self._owned.append(expert)
-            self._here = self.expert = Session(expert, context)
-            self._here.progress = _share(progress, "expert prompt")
-            beside = can_overlap(self.base_session, self._here)
-        self._overlap = beside if overlap is None else overlap
-        if self._here is not None and self._overlap:
-            self.expert = Background(self._here)
-        self._costs: CostTable | None = None  # of the expert, once the fast schedule needs them
-        self.planner = Planner(self._weigh)
+        self.members = [
+            Member(
+                name, model, self.base_session, context, bridge=bridge, overlap=overlap,
+                progress=progress, note=self._note, weighed=self._weighed,
+            )
+            for name, model in in_order(switch, experts).items()
+        ]  # fmt: skip
+        # Checks the width of the switch before the first token.
+        switch.reader(base, self.n_shared)
+        # Experts work in turns; of one there is nothing to say.
+        self.room = Room(self.members, max_memory, self._note) if len(experts) > 1 else None
         self.base_session.open()
 
     def __enter__(self) -> Self:
@@ -120,90 +109,77 @@ class Pair:
         self.close()
 
     def close(self) -> None:
-        """Free both models and their contexts, after the token that is being written."""
+        """Free the models and their contexts, after the token that is being written."""
         if not self._lock.home.is_here:
             return  # they are the parent's
         with self._lock:
-            self.expert.close()
+            for member in self.members:
+                member.close()
             self.base_session.close()
-            for model in self._owned:
-                model.close()
+            self.base.close()
 
     @property
     def n_shared(self) -> int:
-        """Token ids below this are in the vocabulary of both models."""
-        # A server that was down when the pair was loaded tells it later.
-        if isinstance(self.expert, RemoteSession):
-            return self.expert.n_shared
-        return self._n_shared
+        """Token ids below this are in the vocabulary of all models."""
+        return min(member.n_shared for member in self.members)
+
+    @property
+    def expert(self) -> Expert:
+        """The expert's timeline; of several, the first one's."""
+        return self.members[0].timeline
 
     @property
     def expert_session(self) -> Session:
-        """The expert's session in this process, once no catch-up is running on it.
+        """The expert's session in this process, once no catch-up is running on it; of several
+        experts, the first one's.
 
         Raises ColmError where the expert is on a server.
         """
-        if self._here is None:
-            raise ColmError(self._not_here())
-        if isinstance(self.expert, Background):
-            self.expert.wait()
-        return self._here
+        return self.members[0].session
 
     @property
     def expert_is_here(self) -> bool:
-        """Whether the expert runs in this process."""
-        return self._here is not None
+        """Whether every expert runs in this process."""
+        return all(member.here is not None for member in self.members)
 
     @property
     def expert_is_loaded(self) -> bool:
-        """Whether the expert takes memory in this process."""
-        return self._here is not None and self._here.model.loaded
+        """Whether an expert takes memory in this process."""
+        return any(member.is_loaded for member in self.members)
 
     def unload_expert(self) -> None:
-        """Free the memory of an expert in this process; its next token loads it again."""
+        """Free the memory of the experts in this process; the next token of each loads it again."""
         with self._lock:
-            session = self.expert_session
-            session.close()
-            session.model.unload()
+            for member in self.members:
+                if member.here is not None:
+                    member.unload()
 
-    def _not_here(self) -> str:
-        return (
-            f"this needs the expert's weights here, and they are at {self.expert.name}; "
-            "give a GGUF file (-me)"
-        )
+    def check_one_expert(self, what: str) -> None:
+        """Raise ColmError for what works with one expert, where there are several."""
+        if len(self.members) > 1:
+            raise ColmError(f"{what} works with one expert; give -me once")
 
-    def cost_tables(
-        self, *, hasty: bool = False, cancel: Cancel | None = None
-    ) -> tuple[CostTable, CostTable]:
-        """Return the cost tables of base and expert: measured once, in half a second each if it is
-        hasty, then cached on disk."""
-        measured = partial(cost_table, hasty=hasty, note=self._note, cancel=cancel)
+    def cost_tables(self) -> tuple[CostTable, CostTable]:
+        """Return the cost tables of the base and the first expert: measured once, then cached on
+        disk."""
         with self._lock:
-            return measured(self.base_session), measured(self.expert_session)
+            return self.members[0].cost_tables(hasty=False)
 
     def measure_at_length(self, cancel: Cancel) -> None:
         """Measure again what was measured in a hurry, while nobody waits. Raises CancelledError."""
         with self._lock:
-            if refine((self.base_session, self._here), cancel):
-                self.planner.forget_costs()
+            if refine((self.base_session, *(member.here for member in self.members)), cancel):
+                for member in self.members:
+                    member.planner.forget_costs()
 
-    def _weigh(self, cancel: Cancel | None) -> tuple[CostTable, CostTable] | None:
-        """Return the cost tables, and cut the batches of this and later answers of the fast
-        schedule by the expert's; return None where they cannot be measured."""
-        try:
-            base, expert = self.cost_tables(hasty=True, cancel=cancel)
-        except ModelError as e:  # for example, no memory for another context
-            self._note(f"the fast schedule works without bets: {e}")
-            return None
-        self.note_speed((base, expert))
-        self._costs = None if base.is_quick else expert
-        self.expert_session.costs = self._costs
-        return base, expert
-
-    def note_speed(self, tables: tuple[CostTable, CostTable] | None = None) -> None:
+    def note_speed(self) -> None:
         """Say where the pair is slower than its expert alone, if what decodes cost is known."""
-        kept = tables or (kept_table(self.base_session), kept_table(self.expert_session))
-        if slow := slower(*kept, expected_rate(self.switch, self.defaults)):
+        self._weighed(kept_table(self.base_session), kept_table(self.expert_session))
+
+    def _weighed(self, base: CostTable | None, expert: CostTable | None) -> None:
+        rate = expected_rate(self.switch, self.defaults)
+        # No expert alone does what several do.
+        if len(self.members) == 1 and (slow := slower(base, expert, rate)):
             self._note(slow)
 
     def save_prompts(self, path: str | os.PathLike[str]) -> None:
@@ -211,6 +187,7 @@ class Pair:
 
         Raises ColmError when it cannot be written.
         """
+        self.check_one_expert("a prompt cache")
         with self._lock:
             save_prompts(path, self.base_session, self.expert_session)
 
@@ -219,6 +196,7 @@ class Pair:
 
         Raises ColmError when the file is broken, or belongs to other models or settings.
         """
+        self.check_one_expert("a prompt cache")
         with self._lock:
             load_prompts(path, self.base_session, self.expert_session)
 
@@ -307,20 +285,20 @@ class Pair:
         """Raise ColmError for what this pair cannot do."""
         if (options.reviews or options.doubts) and not self.expert_is_here:
             what = "review" if options.reviews else "doubt"
-            raise ColmError(f"{what} needs the expert in this process: {self._not_here()}")
+            raise ColmError(f"{what} needs the expert in this process: {why_unread(self.members)}")
         self._grammars.parsed(options.grammar)
 
     def stream_tokens(
         self,
         tokens: Sequence[int],
         options: Options,
-        timelines: tuple[Timeline, Timeline] | None = None,
+        timelines: Sequence[Timeline] | None = None,
         switch: AnySwitch | None = None,
     ) -> Stream:
         """Continue token ids.
 
-        timelines: of base and expert, if not the pair's own sessions. One thread at a time may use
-            them; other answers may run at the same time.
+        timelines: of the base and then of each expert, if not the pair's own sessions. One thread
+            at a time may use them; other answers may run at the same time.
         switch: of this answer, if not the pair's own; it may read no more than that one does.
 
         Raises PromptError when there are no tokens or they do not fit the context.
@@ -331,48 +309,54 @@ class Pair:
         self.check_prompt(tokens, threshold)
         n_choose = self.n_shared if threshold < 1 else self.base.n_vocab  # alone it has all
         goes_back = (options.reviews or options.doubts) and 0 < threshold < 1
-        cancel, alone, here = Cancel(), timelines is None, self._here
-        base, expert = timelines or timelines_of(
-            self.base_session,
-            self.expert,
-            options,
-            threshold,
-            goes_back=goes_back,
-            overlaps=self._overlap,
-        )
+        cancel, alone = Cancel(), timelines is None
+        base, *experts = timelines or self._timelines(options, threshold, goes_back=goes_back)
         row = self.base.token_id(DEFER_TOKEN) if isinstance(self.switch, DeferRow) else None
         grammar = self._grammars.parsed(options.grammar)
         picker = picker_of(options, n_choose, tokens, grammar, row, goes_back=goes_back)
         decoder = Decoder(
             base,
-            [expert],
+            experts,
             policy_of(switch or self.switch, self.base, options, threshold, n_choose),
             picker,
             tokens,
-            end_tokens=self.base.end_tokens | self.expert.end_tokens,
+            end_tokens=self.base.end_tokens.union(*(m.end_tokens for m in self.members)),
             max_tokens=options.max_tokens,
             schedule=schedule_of(
                 options,
                 threshold,
                 goes_back=goes_back,
-                follow=self.expert.follow if alone and threshold < 1 else None,
+                follow=(self.room or self.members[0]).follow if alone and threshold < 1 else None,
                 # Bets are priced for an answer alone: slots share their batches.
-                planner=self._planner_for(options, threshold) if alone else None,
+                planners=bets_on(self.members, options, threshold) if alone else (),
+                alone=0 if len(experts) == 1 else getattr(switch or self.switch, "expert", None),
             ),
             cancel=cancel,
             lock=self._lock if alone else None,
-            near=partial(prepare, here, self.base_session) if here and threshold < 1 else None,
+            near=self._prepare if threshold < 1 else None,
+            sources=[member.source for member in self.members],
         )
-        unreadable = "" if threshold >= 1 or self.expert_is_here else self._not_here()
+        unreadable = "" if threshold >= 1 else why_unread(self.members)
         return Stream(decoder, self.base, options.stop, cancel, unreadable)
 
-    def _planner_for(self, options: Options, threshold: float) -> Planner | None:
-        """Return what places the fast schedule's bets, or None where there are none: a bet needs
-        the costs of decodes, which a server does not report."""
-        bets = options.schedule == "fast" and self.expert_is_here and 0 < threshold < 1
-        if self._here is not None:
-            self._here.costs = self._costs if bets else None
-        return self.planner if bets else None
+    def _timelines(
+        self, options: Options, threshold: float, *, goes_back: bool
+    ) -> tuple[Timeline, ...]:
+        """Return the pair's own timelines for an answer: of the base and of each expert."""
+        overlaps = {m.timeline: m.overlaps and m.crossing is None for m in self.members}
+        base, experts = timelines_of(
+            self.base_session, overlaps, options, threshold, goes_back=goes_back
+        )
+        pairs, room = list(zip(experts, self.members, strict=True)), self.room
+        if room is not None:
+            pairs = [(Guest(timeline, member, room), member) for timeline, member in pairs]
+        return base, *(member.across(timeline) for timeline, member in pairs)
+
+    def _prepare(self, expert: int) -> None:
+        """Begin to read an expert's weights, unless that would take the room of others."""
+        here = self.members[expert].here
+        if here is not None and not (self.room and self.room.limit):
+            prepare(here, self.base_session)
 
     def _exhaust(self, stream: Stream) -> Answer:
         with self._lock:
@@ -406,11 +390,12 @@ def _share(progress: Progress | None, what: str) -> Callable[[float], None] | No
 
 def load(
     model: str | os.PathLike[str] | None = None,
-    expert: str | os.PathLike[str] | None = None,
+    expert: Experts | None = None,
     switch: str | os.PathLike[str] | None = None,
     *,
     pair: str | None = None,
     lora: str | os.PathLike[str] | None = None,
+    bridge: bool = False,
     n_ctx: int = 0,
     n_threads: int = 0,
     threads_auto: bool = False,
@@ -423,20 +408,23 @@ def load(
     cache_type_v: str = "f16",
     overlap: bool | None = None,
     offline: bool = False,
+    max_memory: int = 0,
     expert_required: bool = False,
     expert_timeout: float = EXPERT_TIMEOUT,
     defaults: Options | None = None,
     note: Callable[[str], None] | None = None,
     progress: Progress | None = None,
 ) -> Pair:
-    """Load a pair: a base, an expert and a switch, or the pair that ships here.
+    """Load a pair: a base, an expert or several, and a switch; or the pair that ships here.
 
     model, expert: GGUF files, names in models.txt, or user/repo:file.gguf on the Hugging Face Hub.
     expert: may be the address of a llama.cpp, vLLM or colm-edge server, http://host:port or
-        http://host:port#MODEL.
+        http://host:port#MODEL. Several, as a mapping of names or a list in which NAME=REF gives
+        a name, need a switch that was trained for them.
     switch: a file, "margin" (the default beside two models), "entropy", or "defer-row".
     pair: a name in models.txt instead.
     lora: a LoRA adapter for the base, a GGUF file.
+    bridge: let the experts' vocabularies be others than the base's; their files must be here.
     n_ctx: tokens the contexts hold; 0 takes what both models were trained for, at most 4096.
     n_threads: 0 takes every core that other programs leave, or one for a very small model.
     threads_auto: use fewer than n_threads too while other programs use the cores.
@@ -448,53 +436,58 @@ def load(
         attention that is "auto" is on with a GPU only.
     overlap: whether the base goes on while a loaded expert evaluates, which catches up with long
         gaps then; None: where they are on different machines or devices, or there are cores enough.
+    max_memory: bytes that the weights and contexts of several experts may take together; the one
+        that was not used for longest is unloaded for the next. 0: no limit.
     offline: download nothing; what is not in the Hub's cache is an error.
     expert_required: a remote expert that fails is a ModelError; else the base goes on alone.
     expert_timeout: seconds that a request to a remote expert may take.
     note: called with a line about anything that takes a while; by default that line is logged.
     progress: told what is under way and the share of it that is done, 0 to 1: "base" and "expert",
         whose weights are read (the expert's at its first token), "base prompt" and "expert prompt",
-        evaluations longer than one batch. Called on the thread that does it; what it raises ends
-        it, and reaches the caller.
+        evaluations longer than one batch; of several experts "expert NAME". Called on the thread
+        that does it; what it raises ends it, and reaches the caller.
 
     Raises ModelError, SwitchError or MismatchError, each saying what to do.
     """
     if min(n_ctx, n_threads, n_ubatch) < 0:
         raise ColmError("n_ctx, n_threads, n_ubatch must not be negative; 0 lets colm-edge choose")
-    refs = [None if ref is None else os.fspath(ref) for ref in (model, expert, switch)]
+    refs = [None if ref is None else os.fspath(ref) for ref in (model, switch)]
     told = note or log.info
     for server in rpc if offline else ():
         if not is_this_machine(server.rpartition(":")[0]):
             raise ModelError(
                 f"{server}: not asked with --offline; leave that out, or leave out rpc"
             )
-    files = choose_pair(refs[0], refs[1], refs[2], pair, offline=offline, note=told)
+    files = choose_pair(refs[0], named(expert), refs[1], pair, offline=offline, note=told)
     head = load_switch(files.switch)
     with ExitStack() as opened:  # closed again if something does not fit
         base = Model(files.base, n_gpu_layers, lora, _share(progress, "base"))
         opened.callback(base.close)
-        other: Model | RemoteExpert
-        if is_url(files.expert):
-            if rpc:
+        layers = n_gpu_layers if not rpc else -1
+        if n_gpu_layers_expert is not None:
+            layers = n_gpu_layers_expert
+        experts: dict[str, Model | RemoteExpert] = {}
+        for name, file in files.experts.items():
+            if is_url(file) and rpc:
                 raise ColmError("an expert on a server cannot be spread over RPC servers as well")
-            other = RemoteExpert(
-                files.expert, base, required=expert_required, timeout=expert_timeout, note=note
+            what = f"expert {name}" if name else "expert"
+            experts[name] = (
+                RemoteExpert(
+                    file, base, required=expert_required, timeout=expert_timeout, note=note
+                )
+                if is_url(file)
+                else Model(file, layers, progress=_share(progress, what), rpc=rpc)
             )
-        else:
-            layers = -1 if rpc else n_gpu_layers
-            if n_gpu_layers_expert is not None:
-                layers = n_gpu_layers_expert
-            other = Model(files.expert, layers, progress=_share(progress, "expert"), rpc=rpc)
-        opened.callback(other.close)
+            opened.callback(experts[name].close)
         context = ContextOptions(
             n_ctx=n_ctx, n_threads=n_threads, n_ubatch=n_ubatch, flash_attn=flash_attn,
             cache_type_k=cache_type_k, cache_type_v=cache_type_v, threads_auto=threads_auto,
         )  # fmt: skip
         loaded = Pair(
-            base, other, head, context, defaults,
-            is_demo=files.is_demo, overlap=overlap, note=note, progress=progress,
+            base, experts, head, context, defaults, is_demo=files.is_demo, bridge=bridge,
+            overlap=overlap, max_memory=max_memory, note=note, progress=progress,
         )  # fmt: skip
         opened.pop_all()
-    for warning in warnings_of(head, {"base": base, "expert": other}):
+    for warning in warnings_of(head, base, experts):
         told(warning)
     return loaded

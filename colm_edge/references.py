@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from ipaddress import ip_address
 from pathlib import Path
@@ -15,18 +16,22 @@ from colm_edge.hub import Note, fetch, find_cached, is_reference
 DEMO_PAIR = "demo"
 _ADDRESS = re.compile(r"[\w.-]+:\d{1,5}")
 _PACKAGE = Path(__file__).parent
-_ROLES = ("base", "expert", "switch")
+_NAME = re.compile(r"[\w.-]+")  # of an expert
+_ROLE = re.compile(r"base|switch|expert(:[\w.-]+)?")
+Reference = str | os.PathLike[str]
+# One expert; or several, NAME=REF each or by their names.
+Experts = Reference | Sequence[Reference] | Mapping[str, Reference]
 
 
 @dataclass(frozen=True)
 class PairFiles:
-    """What makes a pair: two GGUF models, and a switch file or the name of an untrained switch.
+    """What makes a pair: GGUF models, and a switch file or the name of an untrained switch.
 
-    The expert may be a server's address.
+    experts: by their names, which is empty where there is one; they may be servers' addresses.
     """
 
     base: str
-    expert: str
+    experts: Mapping[str, str]
     switch: str
     is_demo: bool = False
 
@@ -58,10 +63,10 @@ def known_pairs() -> dict[str, dict[str, ListedModel]]:
         fields = line.split("#")[0].split(maxsplit=4)
         if not fields:
             continue
-        if len(fields) < 4 or fields[1] not in _ROLES:
+        if len(fields) < 4 or not _ROLE.fullmatch(fields[1]):
             raise ModelError(
                 f"{path}, line {number}: expected 'alias role reference licence note' with a role "
-                f"of {', '.join(_ROLES)}"
+                "of base, expert, switch, or expert:NAME for each of several"
             )
         alias, role, reference, licence, *note = fields
         pairs.setdefault(alias, {})[role] = ListedModel(reference, licence, "".join(note))
@@ -82,15 +87,59 @@ def find_pair(name: str, *, offline: bool = False, note: Note = lambda text: Non
     """
     pairs = known_pairs()
     roles = pairs.get(name, {})
-    if "base" not in roles or "expert" not in roles:
-        complete = sorted(n for n, r in pairs.items() if "base" in r and "expert" in r)
+    experts = _experts_in(roles)
+    if "base" not in roles or not experts:
+        complete = sorted(n for n, r in pairs.items() if "base" in r and _experts_in(r))
         raise ModelError(f"no pair named {name!r} in {_models_txt()}; known: {', '.join(complete)}")
 
     def file_of(role: str) -> str:
         return resolve(roles[role].reference, offline=offline, note=note)
 
     switch = _switch_of(name, offline=offline, note=note)
-    return PairFiles(file_of("base"), file_of("expert"), switch, is_demo=name == DEMO_PAIR)
+    files = {expert: file_of(role) for expert, role in experts.items()}
+    return PairFiles(file_of("base"), files, switch, is_demo=name == DEMO_PAIR)
+
+
+def _experts_in(roles: Iterable[str]) -> dict[str, str]:
+    """Return the experts among a pair's roles: their names, and the roles."""
+    return {role.partition(":")[2]: role for role in roles if role.partition(":")[0] == "expert"}
+
+
+def named(experts: Experts | None) -> dict[str, str] | None:
+    """Return the references of a pair's experts by their names: one by an empty name, several by
+    those that NAME=REF gives them, or else their files'.
+
+    Raises ModelError where two have one name, or a name that cannot be.
+    """
+    if experts is None:
+        return None
+    if isinstance(experts, str | os.PathLike):
+        given = [_split_name(os.fspath(experts))]
+    elif isinstance(experts, Mapping):
+        given = [(name, os.fspath(ref)) for name, ref in experts.items()]
+    else:
+        given = [_split_name(os.fspath(ref)) for ref in experts]
+    if not given:
+        raise ModelError("no expert is given; give at least one")
+    if len(given) == 1:
+        return {"": given[0][1]}
+    found = dict[str, str]()
+    for name, ref in given:
+        chosen = name or re.sub(r"[^\w.-]+", "-", Path(ref).stem)
+        if not _NAME.fullmatch(chosen):
+            raise ModelError(f"{chosen!r} is no expert's name; use letters, digits, '.', '_', '-'")
+        if chosen in found:
+            raise ModelError(f"two experts are named {chosen}; give -me NAME=FILE for each")
+        found[chosen] = ref
+    return found
+
+
+def _split_name(text: str) -> tuple[str, str]:
+    """Return the name and the reference in NAME=REF; the name is empty where there is none."""
+    name, equals, ref = text.partition("=")
+    if equals and ref and _NAME.fullmatch(name) and not Path(text).exists():
+        return name, ref
+    return "", text
 
 
 def _switch_of(pair: str | None, *, offline: bool, note: Note) -> str:
@@ -166,7 +215,7 @@ def is_here(reference: str) -> bool:
 
 def choose_pair(
     model: str | None,
-    expert: str | None,
+    experts: Mapping[str, str] | None,
     switch: str | None,
     pair: str | None = None,
     *,
@@ -175,27 +224,31 @@ def choose_pair(
 ) -> PairFiles:
     """Return the pair that a user chose; without a choice, the one that ships with colm-edge.
 
-    pair: a name in models.txt; beside two models of the user's own, it names the switch.
+    experts: by their names, as `named` returns them. pair: a name in models.txt; beside models of
+    the user's own, it names the switch.
 
     Raises ModelError when the choices contradict each other or are incomplete, and what `resolve`
     raises.
     """
     if switch is not None and switch.startswith("package:"):
         switch = resolve(switch)
-    if (model is None) != (expert is None):
+    if (model is None) != (experts is None):
         given, missing = ("-m", "-me") if model else ("-me", "-m")
         raise ModelError(f"{given} without {missing}: give both models, or neither")
     if model is not None and is_url(model):
         raise ModelError(
             f"-m {model}: the base runs on this machine, at every token; give a GGUF file"
         )
-    if model is not None and expert is not None:
+    if model is not None and experts is not None:
         return PairFiles(
             resolve(model, "base", offline=offline, note=note),
-            resolve(expert, "expert", offline=offline, note=note),
+            {
+                name: resolve(ref, "expert", offline=offline, note=note)
+                for name, ref in experts.items()
+            },
             switch or _switch_of(pair, offline=offline, note=note),
         )
     files = find_pair(pair or DEMO_PAIR, offline=offline, note=note)
     if switch is None:
         return files
-    return PairFiles(files.base, files.expert, switch, files.is_demo)
+    return PairFiles(files.base, files.experts, switch, files.is_demo)

@@ -11,9 +11,10 @@ from __future__ import annotations
 
 import threading
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from colm_edge.pair import Pair
     from colm_edge.stream import Stream
     from colm_edge.switch.reading import AnySwitch
+    from colm_edge.team import Member
 
 # Tokens of one request that a batch takes before it takes part of a longer one, a new prompt.
 SHORT = 64
@@ -239,8 +241,7 @@ class Slots:
         self._closed = False
         self._waiting: dict[SharedContext, list[_Request]] = {}
         self.base: SharedContext | None = None
-        self.expert: SharedContext | None = None
-        self._remote: list[AwayTimeline] = []
+        self.experts: dict[SharedContext, Member] = {}  # those in this process
         self._worker: threading.Thread | None = None
         if n_slots > 1:
             self._share()
@@ -250,11 +251,16 @@ class Slots:
         pair.base_session.close()  # the slots have a context of their own
         self.base = SharedContext(pair.base_session, n_slots)
         self._waiting[self.base] = []
-        if isinstance(pair.expert, RemoteSession):
-            self._remote = [AwayTimeline(self, pair.expert.expert) for _ in range(n_slots)]
-        else:
-            self.expert = SharedContext(pair.expert_session, n_slots)
-            self._waiting[self.expert] = []
+        self._made: list[Callable[[int], Timeline]] = []  # of each expert, from a slot's number
+        for member in pair.members:
+            if isinstance(member.timeline, RemoteSession):
+                away = [AwayTimeline(self, member.timeline.expert) for _ in range(n_slots)]
+                self._made.append(away.__getitem__)
+            else:
+                shared = SharedContext(member.session, n_slots)
+                self.experts[shared] = member
+                self._waiting[shared] = []
+                self._made.append(partial(self._timeline, shared, member))
         self._worker = threading.Thread(target=self._work, name="colm-edge-slots", daemon=True)
         self._worker.start()
 
@@ -264,9 +270,9 @@ class Slots:
             self.base.open()
 
     @contextmanager
-    def take(self, tokens: Sequence[int]) -> Iterator[tuple[Timeline, Timeline] | None]:
-        """Take a free slot, the one that holds most of these tokens, and give its timelines of base
-        and expert. None stands for the pair's own sessions."""
+    def take(self, tokens: Sequence[int]) -> Iterator[tuple[Timeline, ...] | None]:
+        """Take a free slot, the one that holds most of these tokens, and give its timelines of the
+        base and of each expert. None stands for the pair's own sessions."""
         wanted = array("i", tokens)
         with self._changed:
             free = [slot for slot in range(self.n_slots) if slot not in self._taken]
@@ -281,13 +287,13 @@ class Slots:
                 self._taken.discard(slot)
                 self._changed.notify_all()
 
-    def _timelines(self, slot: int) -> tuple[Timeline, Timeline] | None:
+    def _timelines(self, slot: int) -> tuple[Timeline, ...] | None:
         if self.base is None:
             return None
-        base = SharedTimeline(self, self.base, slot)
-        if self.expert is None:
-            return base, self._remote[slot]
-        return base, SharedTimeline(self, self.expert, slot)
+        return SharedTimeline(self, self.base, slot), *(made(slot) for made in self._made)
+
+    def _timeline(self, shared: SharedContext, member: Member, slot: int) -> Timeline:
+        return member.across(SharedTimeline(self, shared, slot))
 
     def _worth(self, slot: int, wanted: array[int]) -> tuple[int, int]:
         """Rank a free slot for a prompt: by the length of the common prefix, if that is at least
@@ -310,16 +316,18 @@ class Slots:
     def _next(self) -> SharedContext | None:
         """Return the context to evaluate next, or None while an answer still runs.
 
-        The base goes first: meanwhile more answers defer, and the expert's batch grows. Once three
-        quarters of the answers wait for the expert, it runs: later the base's batches would be too
-        small, sooner the expert's.
+        The base goes first: meanwhile more answers defer, and the experts' batches grow. Once three
+        quarters of the answers wait for an expert, the one that most wait for runs: later the
+        base's batches would be too small, sooner the experts'.
         """
         base = len(self._waiting[self.base]) if self.base is not None else 0
-        expert = len(self._waiting[self.expert]) if self.expert is not None else 0
-        n = len(self._taken) - self._n_away
+        by_expert = {shared: len(self._waiting[shared]) for shared in self.experts}
+        expert, n = sum(by_expert.values()), len(self._taken) - self._n_away
         if not base + expert or base + expert < n:
             return None
-        return self.base if base and 4 * expert < 3 * n else self.expert
+        if base and 4 * expert < 3 * n:
+            return self.base
+        return max(by_expert, key=by_expert.__getitem__)
 
     def _work(self) -> None:
         while True:
@@ -335,6 +343,7 @@ class Slots:
                 error = CancelledError()
             else:
                 try:
+                    self._make_room(context)
                     done = context.evaluate(requests)
                 except BaseException as e:
                     done, error = requests, e
@@ -343,6 +352,18 @@ class Slots:
                     self._waiting[context].remove(request)
                     request.error = error
                     request.done.set()
+
+    def _make_room(self, context: SharedContext) -> None:
+        """Free other experts, if that is needed. Every answer waits now, and reads none of them."""
+        member, room = self.experts.get(context), self.pair.room
+        if member is None or room is None:
+            return
+
+        def free() -> None:
+            context.close()
+            member.unload()
+
+        room.enter(member, free)
 
     @contextmanager
     def away(self) -> Iterator[None]:
@@ -364,18 +385,18 @@ class Slots:
     @property
     def expert_loaded(self) -> bool:
         """Whether an expert takes memory here."""
-        if self.expert is not None:
-            return self.expert.context.created
-        return self.base is None and self.pair.expert_is_loaded
+        if self.base is not None:
+            return any(shared.context.created for shared in self.experts)
+        return self.pair.expert_is_loaded
 
     def unload_expert(self) -> None:
-        """Free the expert's memory, unless an answer is being written, which may read it; the
-        expert's next call loads it again."""
+        """Free the experts' memory, unless an answer is being written, which may read it; the next
+        call of each loads it again."""
         with self._changed:
             if self._taken or not self.expert_loaded:
                 return
-            if self.expert is not None:
-                self.expert.close()
+            for shared in self.experts:
+                shared.close()
             self.pair.unload_expert()
 
     def close(self) -> None:

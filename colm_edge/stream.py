@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import codecs
 import threading
+from collections import Counter
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -86,6 +87,11 @@ class Stream:
         return self._decoder.ended_by if self._finish is None else None
 
     @property
+    def experts(self) -> tuple[str, ...]:
+        """The experts, as steps name them in `source`."""
+        return self._decoder.sources
+
+    @property
     def threshold(self) -> float:
         """The threshold of the last token; it moves where a defer rate is followed."""
         return self._decoder.policy.threshold
@@ -114,8 +120,13 @@ class Stream:
         """Return what was written so far, or its first n_steps. Once the stream is exhausted, that
         is the whole answer."""
         steps = self.steps[:n_steps]
-        deferred = sum(step.source == "expert" for step in steps)
+        written = Counter(step.source for step in steps)
+        deferred = len(steps) - written["base"]
         stats = replace(self._decoder.stats, n_generated=len(steps), n_deferred=deferred)
+        stats.experts = {
+            source: replace(told, n_deferred=written[source])
+            for source, told in stats.experts.items()
+        }
         stats.finish()
         text = "".join(step.text for step in steps)
         undone = [one for one in self._decoder.undone if one.at <= len(steps)]

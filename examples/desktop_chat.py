@@ -205,7 +205,7 @@ class ChatWindow(Qw.QMainWindow):
 
     def _style_of(self, step: colm_edge.Step) -> QTextCharFormat:
         style = QTextCharFormat()
-        if step.source == "expert":  # underlined too: colour alone does not reach everybody
+        if step.by_expert:  # underlined too: colour alone does not reach everybody
             style.setFontUnderline(True)
             dark = self.palette().color(QPalette.ColorRole.Base).lightness() < 128
             style.setForeground(QColor("#4dd0e1" if dark else "#00738c"))

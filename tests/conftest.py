@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext, suppress
+from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,6 +20,7 @@ with suppress(ImportError):
 from lib.random_model import SHAPES, write_model
 
 from colm_edge.pair import Pair, load
+from colm_edge.switch.file import Switch
 
 pytest_plugins = ["pages"]
 
@@ -163,3 +166,28 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> str:
     ]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return str(path)
+
+
+Team = tuple[dict[str, Any], Path]
+
+
+@pytest.fixture(scope="module")
+def models(tiny: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Team:
+    """A base, two experts by name, and a switch for them, in a file."""
+    path = tmp_path_factory.mktemp("team") / "router.gguf"
+    with load(tiny["base"], tiny["expert"], "margin", n_threads=1, n_ctx=256) as pair:
+        answer = pair.generate("hello", threshold=1.0, temperature=0.0, max_tokens=40)
+        tokens = answer.prompt_tokens + [step.token for step in answer.steps]
+        session = pair.base_session
+        session.want_hidden(True)
+        session.sync(tokens, range(len(tokens)))
+        hidden = np.array([session.state(i)[1].copy() for i in range(len(tokens))])
+    # The experts stand at both ends of the direction in which the states differ most.
+    mean = hidden.mean(axis=0)
+    spread, along = np.linalg.svd(hidden - mean)[1:]
+    weight = along[:1] * np.array([[4.0], [-4.0]]) * np.sqrt(len(tokens)) / spread[0]
+    Switch(
+        ("hidden",), weight.astype(np.float32), (-weight @ mean - 2.0).astype(np.float32),
+        len(mean), info={"expert_names": "a b"},
+    ).save(path)  # fmt: skip
+    return {"model": tiny["base"], "expert": {"a": tiny["expert"], "b": tiny["base"]}}, path

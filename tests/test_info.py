@@ -11,6 +11,8 @@ from lib.random_model import SHAPES, shape_of
 from colm_edge.bench import tune as tune_module
 from colm_edge.bench.tune import tune
 from colm_edge.cli import main
+from colm_edge.info import as_text
+from colm_edge.llama.costs import CostTable, seconds_per_token, team_seconds_per_token
 
 
 def info(*args: str):
@@ -75,7 +77,6 @@ def test_other_files_are_refused(tiny, tmp_path):
         result = CliRunner().invoke(main, ["info", str(ref)])
         assert result.exit_code == 1
         assert words in result.stderr
-    assert CliRunner().invoke(main, ["info", "a", "b", "c"]).exit_code == 2
 
 
 SETTINGS = ("threads", "flash_attention", "cache_type", "ubatch")
@@ -139,3 +140,24 @@ def test_a_model_given_as_a_switch_is_not_read(tiny, monkeypatch):
     result = CliRunner().invoke(main, args)
     assert result.exit_code == 1
     assert "this is a model, not a switch" in result.stderr
+
+
+def test_of_a_base_and_several_experts_it_predicts_what_they_do_together(tiny):
+    models = [tiny["base"], tiny["expert"], tiny["template"]]
+    facts = info(*models, "--costs", "-t", "1")
+    team = facts[-1]
+    assert [fact["can_collaborate"][:3] for fact in facts[3:5]] == ["yes", "yes"]
+    assert team["experts_tokens_per_second"].keys() == {"expert.gguf", "template.gguf"}
+    speeds = [row["tokens_per_second"] for row in team["predicted"]]
+    assert speeds == sorted(speeds, reverse=True)
+    assert "called equally often, together" in as_text(facts)
+    foreign = CliRunner().invoke(main, ["info", *models, tiny["foreign"]])
+    assert foreign.exit_code == 1
+
+
+def test_equal_experts_cost_what_one_costs_at_more_calls():
+    """Two that take turns catch up with twice the gap each."""
+    base, expert = CostTable((1, 64), (1.0, 8.0)), CostTable((1, 64), (4.0, 4.0))
+    one = seconds_per_token(base, expert, 0.1)
+    assert team_seconds_per_token(base, [expert], 0.1) == one
+    assert team_seconds_per_token(base, [expert, expert], 0.1) == pytest.approx(one, rel=0.01)

@@ -293,7 +293,7 @@ def stream_of(data: bytes, stop: tuple[str, ...] = ()):
 
     choose = lambda prefix: data[len(prefix) - 1] if len(prefix) <= len(data) else 256  # noqa: E731
     base = Scripted(choose, n_vocab=257)
-    policy, cancel = Policy(lambda x, h: (0.0, int(x.argmax()), 0.0), 0.5), Cancel()
+    policy, cancel = Policy(lambda x, h: (0.0, int(x.argmax()), 0.0, 0), 0.5), Cancel()
     ends = frozenset({256})
     decoder = Decoder(base, [base], policy, Picker(257), [1], end_tokens=ends, cancel=cancel)
     return Stream(decoder, Letters(), stop, cancel)

@@ -15,7 +15,7 @@ from colm_edge.switch.file import Switch
 def test_without_arguments_it_is_the_shipped_pair():
     files = references.choose_pair(None, None, None)
     assert files.is_demo
-    for path in (files.base, files.expert, files.switch):
+    for path in (files.base, files.experts[""], files.switch):
         assert Path(path).is_file()
         assert Path(path).parent.name == "data"
     assert references.choose_pair(None, None, "entropy").switch == "entropy"
@@ -23,24 +23,26 @@ def test_without_arguments_it_is_the_shipped_pair():
 
 
 def test_two_models_without_a_switch_use_margin():
-    assert references.choose_pair("a", "b", None) == references.PairFiles("a", "b", "margin")
-    assert references.choose_pair("a", "b", "c").switch == "c"
+    assert references.choose_pair("a", {"": "b"}, None) == references.PairFiles(
+        "a", {"": "b"}, "margin"
+    )
+    assert references.choose_pair("a", {"": "b"}, "c").switch == "c"
 
 
 def test_beside_two_models_a_pair_names_the_switch():
-    files = references.choose_pair("a", "b", None, "demo")
-    assert (files.base, files.expert) == ("a", "b")
+    files = references.choose_pair("a", {"": "b"}, None, "demo")
+    assert (files.base, files.experts) == ("a", {"": "b"})
     assert files.switch == references.choose_pair(None, None, None).switch
-    assert references.choose_pair("a", "b", "c", "demo").switch == "c"
-    assert references.choose_pair("a", "b", "package:switch.gguf").switch == files.switch
+    assert references.choose_pair("a", {"": "b"}, "c", "demo").switch == "c"
+    assert references.choose_pair("a", {"": "b"}, "package:switch.gguf").switch == files.switch
 
 
 @pytest.mark.parametrize(
     ("choice", "words"),
     [
         (("a", None, None, None), "-m without -me"),
-        ((None, "b", None, None), "-me without -m"),
-        (("a", "b", None, "nobody"), "no pair named 'nobody'"),
+        ((None, {"": "b"}, None, None), "-me without -m"),
+        (("a", {"": "b"}, None, "nobody"), "no pair named 'nobody'"),
         ((None, None, None, "nobody"), r"no pair named 'nobody' in .*models.txt; known: demo"),
     ],
 )
@@ -79,7 +81,9 @@ def test_a_pair_without_a_switch_uses_margin(tmp_path, monkeypatch):
     listing = tmp_path / "models.txt"
     listing.write_text("mine base /a.gguf MIT x y z\nmine expert /b.gguf MIT\n")
     monkeypatch.setattr(references, "_models_txt", lambda: listing)
-    assert references.find_pair("mine") == references.PairFiles("/a.gguf", "/b.gguf", "margin")
+    assert references.find_pair("mine") == references.PairFiles(
+        "/a.gguf", {"": "/b.gguf"}, "margin"
+    )
 
 
 def test_offline_a_remote_server_is_refused():

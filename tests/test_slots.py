@@ -156,7 +156,8 @@ def test_a_slot_is_free_as_soon_as_its_answer_is_abandoned(pair):
 def test_a_prompt_longer_than_a_batch_does_not_block_others(pair):
     """Each batch takes as much of it as the others leave room for."""
     slots = Slots(pair, 2)
-    slots.base.n_batch = slots.expert.n_batch = 16
+    (expert,) = slots.experts
+    slots.base.n_batch = expert.n_batch = 16
     options = Options(temperature=0.0, max_tokens=10, threshold=0.0)
     prompts = ["x y z " * 30, "hello"]
     alone = [
@@ -213,7 +214,7 @@ def test_no_context_is_freed_while_an_answer_reads_it(pair, monkeypatch, ends):
     read = SharedTimeline.state
 
     def state(timeline, i):
-        if not threads and timeline._shared is slots.expert:
+        if not threads and timeline._shared in slots.experts:
             threads.append(threading.Thread(target=getattr(slots, ends)))
             threads[0].start()
             threads[0].join(0.2)  # it waits, or leaves the expert as it is
@@ -232,7 +233,8 @@ def test_no_context_is_freed_while_an_answer_reads_it(pair, monkeypatch, ends):
     assert len(stream.steps) == (1 if ends == "close" else 5)
     threads[0].join(60)
     assert not threads[0].is_alive()
-    assert slots.expert.context.created is (ends != "close")
+    (expert,) = slots.experts
+    assert expert.context.created is (ends != "close")
     slots.close()
 
 

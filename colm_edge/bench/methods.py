@@ -105,7 +105,7 @@ class Methods:
         expert, session = self._pair.expert, self._pair.expert_session
         # A new planner, which learns again in every round; batches of the cheapest sizes; and the
         # expert in the background, if the pair has it there.
-        schedule = Fast(Planner(lambda cancel: self.tables), expert.follow)
+        schedule = Fast([Planner(lambda cancel: self.tables)], expert.follow)
         session.costs = None if self.tables[0].is_quick else self.tables[1]
         if isinstance(expert, Background):
             expert.settle()  # other methods have used its session

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from colm_edge.decode.loop import Decoder, Schedule
 from colm_edge.decode.picker import Picker
-from colm_edge.decode.policy import Policy, Reading
+from colm_edge.decode.policy import BASE, Policy, Reading
 from colm_edge.decode.timeline import Floats, Timeline
 from colm_edge.errors import DataError
 from colm_edge.journal import is_count
@@ -154,7 +154,7 @@ class ReplayPolicy(Policy):
         if not trace.agrees[i] and (deferred or self._everywhere):
             token = (token + 1) % self._n_choose
         p_defer = float(deferred)
-        return Reading(p_defer, token, logsumexp, self.writer(p_defer))
+        return Reading(p_defer, token, logsumexp, 0 if self.defers(p_defer) else BASE, 0)
 
 
 class ReplayPicker(Picker):

@@ -56,7 +56,7 @@ class Speculative:
             tokens.append(reading.choice)
         loop.evaluate_expert(EXPERT, tokens, range(at - 1, len(tokens)))
         for i in range(len(drafted) + 1):
-            step = loop.picker.write("expert", 1.0, *loop.read_expert(EXPERT, at + i))
+            step = loop.picker.write(loop.sources[EXPERT], 1.0, *loop.read_expert(EXPERT, at + i))
             self._ready.append(step)
             if i < len(drafted):
                 self._acceptance.add(step.token == drafted[i])

@@ -161,6 +161,7 @@ def bench_command(
 
     check_bench(replays, asked, decoding, tuning=tuning)
     with open_pair(models) as loaded:
+        loaded.check_one_expert("bench")
         if n_busy:
             loaded.cost_tables()  # they are kept, so they must not be those of a busy machine
         with busy(n_busy):

@@ -111,7 +111,7 @@ def quantize_command(
 
 
 @click.command("info")
-@click.argument("refs", nargs=-1, required=True, metavar="REF [REF]")
+@click.argument("refs", nargs=-1, required=True, metavar="REF [REF]…")
 @click.option(
     "--costs",
     is_flag=True,
@@ -120,14 +120,12 @@ def quantize_command(
 @THREADS
 @output_option("md", "json")
 def info_command(refs: tuple[str, ...], costs: bool, n_threads: int, output: str) -> None:
-    """Describe a model or a switch; of two, say if they fit together.
+    """Describe a model or a switch; of a base and its experts, say if they fit together.
 
     The exit code is 1 if they do not.
     """
     from colm_edge.info import as_text, describe_files
 
-    if len(refs) > 2:
-        raise click.UsageError("give one REF or two")
     facts, obstacle = describe_files(refs, costs=costs, n_threads=n_threads, note=note)
     click.echo(json.dumps(facts) if output == "json" else as_text(facts))
     if obstacle:

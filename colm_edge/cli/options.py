@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import wraps
 from pathlib import Path
@@ -15,6 +16,19 @@ from colm_edge.files import locked
 from colm_edge.options import EXPERT_TIMEOUT, INT_MAX, MAX_TIMEOUT, OPTIONS, Option
 
 Command = TypeVar("Command", bound=Callable[..., Any])
+
+
+class Size(click.ParamType[int]):
+    """A number of bytes, with a unit: K, M, G or T, each a thousand times the one before."""
+
+    name = "size"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        found = re.fullmatch(r"(\d+(?:\.\d+)?) ?([kmgt]?)b?", str(value).strip().lower())
+        size = float(found[1]) * 1000 ** " kmgt".index(found[2] or " ") if found else 0.0
+        if not 0 < size < 1e18:
+            self.fail(f"{value!r} is no size; expected a number with a unit, as 6G or 800M")
+        return int(size)
 
 
 def listed(_: click.Context, __: click.Parameter, value: str) -> tuple[str, ...]:
@@ -65,13 +79,23 @@ BASE = click.option(
     metavar="REF",
     help="Base model: a GGUF file, a name in models.txt, or user/repo:file.gguf.",
 )
+
+
+def one_or_several(_: click.Context, __: click.Parameter, value: tuple[str, ...]) -> Any:
+    """Return one value as it is."""
+    return value[0] if len(value) == 1 else value
+
+
 EXPERT = click.option(
     "-me",
     "--model-expert",
     "expert",
-    metavar="REF|URL",
+    metavar="[NAME=]REF|URL",
+    multiple=True,
+    callback=one_or_several,
     help="Expert model: as -m, or a server that runs it (llama.cpp, vLLM or colm-edge), "
-    "http://HOST:PORT or, if it has several models, http://HOST:PORT#MODEL.",
+    "http://HOST:PORT or, if it has several models, http://HOST:PORT#MODEL. Give it again for "
+    "each of several experts, NAME=REF, with a switch that was trained for them.",
 )
 SWITCH = click.option(
     "-sw",
@@ -102,6 +126,18 @@ OVERLAP = click.option(
     default=None,
     help="Let the base go on while the expert evaluates, of one answer at a time.  [default: if "
     "they are on different machines, devices or cores]",
+)
+BRIDGE = click.option(
+    "--bridge",
+    is_flag=True,
+    help="Let experts take part whose vocabulary is not the base's; their files must be here.",
+)
+MAX_MEMORY = click.option(
+    "--max-memory",
+    metavar="SIZE",
+    type=Size(),
+    help="Memory that several experts may take together, as 6G or 800M; the one that was not used "
+    "for longest is unloaded for the next.  [default: no limit]",
 )
 REQUIRED = click.option(
     "--expert-required",
@@ -184,7 +220,7 @@ def model_options(*more: Any) -> Callable[[Command], Command]:
 
     more: those of the constants above that can mean something to the command.
     """
-    return gathered("models", BASE, EXPERT, PAIR, *EVALUATION, *more)
+    return gathered("models", BASE, EXPERT, PAIR, BRIDGE, *EVALUATION, *more)
 
 
 def check_goes_with(what: str, *names: str) -> None:

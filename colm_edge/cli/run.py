@@ -7,7 +7,6 @@ import json
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
 from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +16,7 @@ import click
 from colm_edge.cli.common import open_pair
 from colm_edge.cli.options import (
     LORA,
+    MAX_MEMORY,
     OVERLAP,
     REQUIRED,
     RPC,
@@ -59,7 +59,7 @@ def asking(command: Callable[..., None]) -> Callable[..., None]:
             type=click.Path(dir_okay=False),
             help="Save what both models have evaluated to this file, and start from it next time.",
         ),
-        model_options(SWITCH, LORA, RPC, OVERLAP, REQUIRED, TIMEOUT),
+        model_options(SWITCH, LORA, RPC, OVERLAP, MAX_MEMORY, REQUIRED, TIMEOUT),
         decoding_options(),
     )
     for option in reversed(options):
@@ -158,7 +158,7 @@ def describe(pair: Pair, stream: Stream) -> dict[str, Any]:
     answer = stream.answer()
     return {
         "model": str(pair.base.path),
-        "expert": pair.expert.name,
+        "expert": pair.expert.name if pair.room is None else names_of(pair),
         "switch": pair.switch.name,
         "threshold": answer.threshold,
         "prompt_tokens": answer.prompt_tokens,
@@ -166,5 +166,10 @@ def describe(pair: Pair, stream: Stream) -> dict[str, Any]:
         "finish_reason": answer.finish_reason,
         "tokens": [step.record() for step in answer.steps],
         "withdrawn": [one.record() for one in answer.undone],
-        "stats": asdict(answer.stats),
+        "stats": answer.stats.record(),
     }
+
+
+def names_of(pair: Pair) -> dict[str, str]:
+    """Return the file, or the server's address, of each of several experts, by their names."""
+    return {member.name: member.timeline.name for member in pair.members}

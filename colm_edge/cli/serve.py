@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import click
@@ -10,6 +9,7 @@ import click
 from colm_edge.cli.common import open_pair
 from colm_edge.cli.options import (
     LORA,
+    MAX_MEMORY,
     OVERLAP,
     REQUIRED,
     RPC,
@@ -93,7 +93,7 @@ SERVER = ServerOptions()
     metavar="SECONDS",
     help="Free the expert's memory after this long without a request; 0: never.",
 )
-@model_options(SWITCH, LORA, RPC, OVERLAP, REQUIRED, TIMEOUT)
+@model_options(SWITCH, LORA, RPC, OVERLAP, MAX_MEMORY, REQUIRED, TIMEOUT)
 @decoding_options()
 def serve_command(
     models: dict[str, Any], decoding: dict[str, Any], most_tokens: int, **settings: Any
@@ -113,8 +113,8 @@ def serve_command(
             f"{e.name} is missing; install the extra: pip install 'colm-edge[server]'"
         ) from e
     with open_pair(models, defaults=Options(**decoding)) as loaded:
-        expert = Path(loaded.expert.name).stem if loaded.expert_is_here else "remote"
+        experts = "+".join(member.stem for member in loaded.members)
         if loaded.expert_is_here:
             loaded.note_speed()
-        name = models.get("pair") or f"{loaded.base.path.stem}+{expert}"
+        name = models.get("pair") or f"{loaded.base.path.stem}+{experts}"
         serve(loaded, ServerOptions(max_tokens=most_tokens, **settings), name, say)

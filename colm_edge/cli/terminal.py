@@ -8,9 +8,9 @@ import re
 import shutil
 import sys
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
-from itertools import chain
+from itertools import chain, cycle
 from pathlib import Path
 from textwrap import fill
 from types import SimpleNamespace
@@ -55,6 +55,7 @@ Ctrl-C               clear the line; in an answer: stop it, and keep what was ge
 COMMANDS = sorted(set(re.findall(r"/[a-z]+", HELP)))
 CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # all but tab and newline
 COMMAND = re.compile(r"/[a-z?]*(\s|$)")  # /etc/hosts is none
+COLOURS = ("cyan", "magenta", "yellow", "green", "blue", "red")  # of experts
 # When a conversation grows, 1 / ANSWER_SHARE of the context is kept free for the answer.
 ANSWER_SHARE = 4
 _cursor = SimpleNamespace(inside=False)  # whether the terminal's cursor is inside an answer
@@ -80,15 +81,17 @@ def write(stream: Stream) -> bool:
     live = is_terminal(sys.stdout)
     marked = live or bool(os.environ.get("FORCE_COLOR") and not os.environ.get("NO_COLOR"))
     drafts = Drafts(shutil.get_terminal_size().columns)
+    colours = dict(zip(stream.experts, cycle(COLOURS), strict=False))
 
     def show(event: Event) -> None:
         if not live:
             if isinstance(event, Step):
                 text = harmless(event.text) if sys.stdout.isatty() else event.text
-                click.echo(mark(event) if marked else text, nl=False, color=marked)
+                shown = mark(event, colours) if marked else text
+                click.echo(shown, nl=False, color=marked)
             return
         if isinstance(event, Step):
-            shown = drafts.step(harmless(event.text), mark(event))
+            shown = drafts.step(harmless(event.text), mark(event, colours))
         elif isinstance(event, Drafted):
             shown = drafts.add(harmless(event.step.text))
         else:
@@ -115,13 +118,23 @@ def drain(stream: Stream, show: Callable[[Event], object] = lambda event: None) 
     return False
 
 
-def mark(step: Step) -> str:
-    """Return a step's text; the expert's is coloured, and underlined to show without colour too."""
+def mark(step: Step, colours: Mapping[str, str]) -> str:
+    """Return a step's text; an expert's is coloured, and underlined to show without colour too."""
     text = harmless(step.text)
-    if step.source == "base" or not text:
+    if not step.by_expert or not text:
         return text
-    colour = None if os.environ.get("NO_COLOR") else "cyan"
+    colour = None if os.environ.get("NO_COLOR") else colours[step.source]
     return click.style(text, fg=colour, underline=True)
+
+
+def legend(stats: Stats) -> str:
+    """Return the names of several experts, as their tokens are marked, with what each wrote."""
+    parts, plain = [], bool(os.environ.get("NO_COLOR"))
+    for (source, told), colour in zip(stats.experts.items(), cycle(COLOURS), strict=False):
+        name = harmless(source.partition(":")[2])
+        shown = click.style(name, fg=None if plain else colour, underline=True)
+        parts.append(f"{shown} {told.n_deferred} tokens, {told.calls} calls")
+    return "; ".join(parts)
 
 
 def harmless(text: str) -> str:
@@ -150,6 +163,8 @@ def summary(stats: Stats) -> str:
 
 def say_end(answer: Answer, max_tokens: int) -> None:
     """Print what is below an answer: its statistics, and what cut it, if something did."""
+    if answer.stats.experts:
+        say(legend(answer.stats))
     line = summary(answer.stats)
     if answer.finish_reason == "length":
         by_limit = answer.stats.n_generated == max_tokens
@@ -295,7 +310,9 @@ class Chat:
 
     def _show(self) -> None:
         pair = self.pair
-        say(f"base    {pair.base.path}\nexpert  {pair.expert.name}")
+        say(f"base    {pair.base.path}")
+        for member in pair.members:
+            say(f"{member.source:7} {member.timeline.name}")
         say(f"switch  {pair.switch.name}, threshold {shown_threshold(pair)}")
         if (nats := pair.review(pair.defaults)) < math.inf:
             say(f"review  {nats:g} nats")

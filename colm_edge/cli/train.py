@@ -39,6 +39,10 @@ if TYPE_CHECKING:
     from colm_edge.train.scoring import Recorded
 
 
+# Options that do not go with several experts.
+UNFIT = ("--threshold-by", "--review", "--update", "--report-dir", "--expert-scores")
+
+
 def part_of(_: click.Context, __: click.Parameter, value: str) -> tuple[int, int]:
     """Return K and N of K/N: the K-th of N parts."""
     k, _slash, n = value.partition("/")
@@ -189,12 +193,12 @@ def train(
 
     data, scores = text.get("data"), _files_of(**scored)
     _check_choice(text, threshold_by, bool(scores), models)
+    if isinstance(models.get("expert"), tuple):
+        unfit = threshold_by.get("metric"), carried, update, report_dir, scores
+        return _train_team(text, outfile, fitting, work_dir, raw, models, unfit)
     check_writable(outfile, data, text.get("prompts"), *_read_files(models), *scores)
-    if data is None and work_dir is None and not is_stream(outfile):
-        work_dir = claim(click.get_current_context(), None, f"{outfile}.work")
-        say(f"{work_dir}: keeps the answers; the same command again goes on from there")
-    old = Switch.load(update) if update is not None else None
-    work = Path(work_dir) if work_dir else None
+    folder = work_dir if data or work_dir or is_stream(outfile) else kept_beside(outfile)
+    old, work = Switch.load(update) if update else None, Path(folder) if folder else None
     if report_dir is not None:
         check_report(report_dir)
     with load(**models | {"expert_required": True}, switch="margin") as pair:
@@ -222,6 +226,65 @@ def train(
         _save(fit, pair, outfile, report_dir)
     say(_in_words(fit.report))
     click.echo(json.dumps({**fit.report, **_n_answers(recorded)}))
+
+
+def kept_beside(outfile: str) -> str:
+    """Return a work folder beside the file that is to be written, and say so."""
+    folder = f"{outfile}.work"
+    claim(click.get_current_context(), None, folder)
+    say(f"{folder}: keeps the work; the same command again goes on from there")
+    return folder
+
+
+def _train_team(
+    text: dict[str, Any],
+    outfile: str,
+    fitting: dict[str, Any],
+    work_dir: str | None,
+    raw: bool,
+    models: dict[str, Any],
+    unfit: tuple[Any, ...],
+) -> None:
+    """Fit a switch for several experts, each of which is loaded by itself. unfit: the values of
+    options that do not go with that, in the order of UNFIT."""
+    from colm_edge.files import check_writable, is_stream
+    from colm_edge.pair import load
+    from colm_edge.references import named
+    from colm_edge.train.documents import read_rows
+    from colm_edge.train.heads import check_fit
+    from colm_edge.train.team import fit_team
+    from colm_edge.train.team_scores import score_answers, score_texts
+
+    for flag, value in zip(UNFIT, unfit, strict=True):
+        if value:
+            raise click.UsageError(f"{flag} does not work with several experts; leave it out")
+    experts = named(models["expert"]) or {}
+    file = text.get("data") or text["prompts"]
+    check_writable(outfile, file, models.get("model"), models.get("lora"), *experts.values())
+    check_fit()
+    if work_dir is None and is_stream(outfile):
+        raise click.UsageError(f"{outfile} is no plain file; give --work-dir for the scores")
+    work = Path(work_dir or kept_beside(outfile))
+    how: dict[str, Any] = {"raw": raw, "work": work, "seed": fitting.pop("seed")}
+    rows = list(read_rows(file))
+
+    def open_pair(name: str) -> Pair:
+        say(f"expert {name}")
+        alone = {"expert": experts[name], "expert_required": True}
+        return load(**models | alone, switch="margin")
+
+    if "data" in text:
+        found = score_texts(open_pair, [*experts], rows, progress, **how)
+    else:
+        how |= {name: text[name] for name in ("max_tokens", "n_slots")}
+        found = score_answers(open_pair, [*experts], rows, progress, **how)
+    switch, report = fit_team(found.team, found.held_back, [*experts], info=found.info, **fitting)
+    switch.save(outfile)
+    say(f"{outfile}: written")
+    told = {"n_cut": found.n_cut}
+    if found.n_answers is not None:
+        told["n_answers"] = found.n_answers
+    click.echo(json.dumps({**report, **told}))
 
 
 def _files_of(expert_scores: str | None = None, more_scores: Sequence[str] = ()) -> list[Path]:
@@ -391,6 +454,8 @@ def score_command(
 
     if update and work_dir is None:
         raise click.UsageError("--update needs --work-dir")
+    if isinstance(models.get("expert"), tuple):
+        raise click.UsageError("score works with one expert; give -me once")
     check_writable(outfile, data, *_read_files(models))
     work = Path(work_dir) if work_dir else None
     with load(**models | {"expert_required": True}, switch="margin") as pair:

@@ -14,17 +14,18 @@ from dataclasses import dataclass
 
 from colm_edge.decode.loop import Decoder, Follow
 from colm_edge.decode.picker import Sampler
-from colm_edge.decode.policy import BASE, EXPERT
+from colm_edge.decode.policy import BASE
 from colm_edge.decode.step import Drafted, Event, Step
 
 
 @dataclass(slots=True)
 class Rival:
-    """What the base would have written where the expert wrote. after: the sampler's state then.
+    """What the base would have written where an expert wrote. after: the sampler's state then.
     gain: by which it goes on better, in nats a token, once that is known."""
 
     step: Step
     after: Sampler | None
+    expert: int
     gain: float = 0.0
 
 
@@ -38,8 +39,9 @@ class Held:
 
 class Doubt:
     """A schedule that writes as the sequential one, and takes the expert's tokens back where both
-    models doubt them. It hands out a `Step` once it is final; until then it is `Drafted`. It works
-    with one expert, in this process, and belongs to one answer.
+    models doubt them. It hands out a `Step` once it is final; until then it is `Drafted`. Of
+    several experts, the likeliest one is asked whether it finds a good continuation, and the one
+    that wrote the token compares. They are in this process. It belongs to one answer.
 
     nats: a continuation is bad if its likeliest token costs more, for both models. window: tokens
     that are watched behind a token of the expert's, and compared.
@@ -65,29 +67,29 @@ class Doubt:
             self._follow(loop.tokens)
         at, before = len(tokens), picker.mark()
         loop.evaluate_base(tokens)
-        (p_defer, choice, logsumexp, writer), logits = loop.read_base(at)
+        (p_defer, choice, logsumexp, writer, expert), logits = loop.read_base(at)
         deferred, best = writer != BASE, float(logits[choice]) - logsumexp
         step, rival = picker.write("base", p_defer, logits, choice, logsumexp), None
         suspect = self._suspect() if best < -self._nats else None
         if deferred or suspect is not None:
-            loop.evaluate_expert(EXPERT, tokens)
+            loop.evaluate_expert(expert, tokens)
         if suspect is not None:
-            theirs, likeliest, total = loop.read_expert(EXPERT, at)
+            theirs, likeliest, total = loop.read_expert(expert, at)
             if float(theirs[likeliest]) - total < -self._nats:
                 while suspect is not None:
                     if self._is_better(loop, tokens, suspect):
                         return self._go_back(loop, suspect)
                     suspect = self._suspect()
                 loop.evaluate_base(tokens)  # back to where both were
-                loop.evaluate_expert(EXPERT, tokens)
+                loop.evaluate_expert(expert, tokens)
                 logits, *_ = loop.told_by_base(at)
         if deferred:
             guess, after = step, picker.mark()
             picker.rollback(before)
-            told = loop.read_expert(EXPERT, at, logits, p_defer)
-            step = picker.write("expert", p_defer, *told)
+            told = loop.read_expert(expert, at, logits, p_defer)
+            step = picker.write(loop.sources[expert], p_defer, *told)
             if guess.token != step.token and guess.token not in loop.end_tokens:
-                rival = Rival(guess, after)
+                rival = Rival(guess, after, expert)
         held.append(Held(step, rival))
         return [Drafted(step), *self._release(self._n_settled())]
 
@@ -116,7 +118,9 @@ class Doubt:
         other = tokens[:place]
         other.append(one.rival.step.token)
         end = min(place + 1 + self._window, loop.end)
-        gain = self._joint(loop, other, place, end) - self._joint(loop, tokens[:], place, end)
+        expert = one.rival.expert
+        gain = self._joint(loop, expert, other, place, end)
+        gain -= self._joint(loop, expert, tokens[:], place, end)
         if gain > 0:
             one.rival.gain = gain
         else:
@@ -135,7 +139,7 @@ class Doubt:
         return [undone, Drafted(rival.step)]
 
     @staticmethod
-    def _joint(loop: Decoder, tokens: array[int], place: int, end: int) -> float:
+    def _joint(loop: Decoder, expert: int, tokens: array[int], place: int, end: int) -> float:
         """Return what both models think of the tokens behind `place`, in nats a token: the mean of
         their log-probabilities. The base writes those that are missing up to `end`."""
         while len(tokens) < end and tokens[-1] not in loop.end_tokens:
@@ -143,10 +147,10 @@ class Doubt:
             tokens.append(loop.told_by_base(len(tokens))[1])
         outputs = range(place, len(tokens) - 1)
         loop.evaluate_base(tokens[:-1], outputs)
-        loop.evaluate_expert(EXPERT, tokens[:-1], outputs)
+        loop.evaluate_expert(expert, tokens[:-1], outputs)
         total = 0.0
         for i in outputs:
-            for told in (loop.told_by_base(i + 1), loop.read_expert(EXPERT, i + 1)):
+            for told in (loop.told_by_base(i + 1), loop.read_expert(expert, i + 1)):
                 logits, _, logsumexp = told
                 total += float(logits[tokens[i + 1]]) - logsumexp
         return total / (2 * len(outputs))

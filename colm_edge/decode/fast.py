@@ -13,60 +13,80 @@ the expert writes another token (docs/speed.md).
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from time import perf_counter
 
-from colm_edge.decode.loop import Decoder, Follow, Sequential
+from colm_edge.decode.loop import Decoder, Follow, Sequential, deferred
 from colm_edge.decode.planner import Planner
-from colm_edge.decode.policy import BASE, EXPERT
+from colm_edge.decode.policy import BASE
 from colm_edge.decode.step import Step
 
 
 class Bets:
-    """Where the expert's batch includes the base's choice; for one answer."""
+    """Where an expert's batch includes the base's choice; for one answer.
 
-    def __init__(self, planner: Planner) -> None:
-        self._planner = planner
-        self._expert_at = 0  # evaluated and accepted tokens in the expert's cache
-        self._after_deferral = False
+    planners: one for each expert; None stands for one that no bets are placed on, because its
+        server does not tell what its decodes cost.
+    """
+
+    def __init__(self, planners: Sequence[Planner | None]) -> None:
+        self._planners = planners
+        self._expert_at = [0] * len(planners)  # evaluated and accepted tokens in each one's cache
+        self._last = BASE  # the writer of the last token
 
     def possible(self, loop: Decoder) -> bool:
-        """Return whether planning can pay; the first time, measure what decodes cost."""
+        """Return whether planning can pay; the first time, measure what decodes cost. Several
+        experts are measured one by one, at their first calls, which load them."""
+        if len(self._planners) > 1:
+            return True
+        (planner,) = self._planners
+        return planner is not None and not self._prepared(loop, planner).rests
+
+    def _prepared(self, loop: Decoder, planner: Planner) -> Planner:
         begun = perf_counter()
-        self._planner.prepare(loop.cancel)
+        planner.prepare(loop.cancel)
         loop.stats.total_seconds -= perf_counter() - begun  # measuring is not part of the answer
-        return not self._planner.rests
+        return planner
 
-    def saw(self, deferred: bool) -> None:
+    def saw(self, writer: int) -> None:
         """Learn from a decision of the switch."""
-        self._planner.saw_deferral(deferred, self._after_deferral)
-        self._after_deferral = deferred
+        for expert, planner in enumerate(self._planners):
+            if planner is not None:
+                planner.saw_deferral(writer == expert, self._last == expert)
+        self._last = writer
 
-    def placed(self, loop: Decoder, guess: Step, at: int) -> bool:
-        """Return whether to bet on `guess`, where position `at` is deferred."""
+    def placed(self, loop: Decoder, writer: int, guess: Step, at: int) -> bool:
+        """Return whether to bet on `guess`, where position `at` is an expert's."""
+        planner = self._planners[writer]
+        if planner is None:
+            return False
+        if len(self._planners) > 1:
+            self._prepared(loop, planner)
         may_go_on = at + 1 < loop.end and guess.token not in loop.end_tokens
-        agrees = self._planner.agrees(math.exp(guess.logprob))
-        return may_go_on and self._planner.saves(agrees, at - self._expert_at) > 0
+        agrees = planner.agrees(math.exp(guess.logprob))
+        return may_go_on and planner.saves(agrees, at - self._expert_at[writer]) > 0
 
-    def settle(self, guess: Step, step: Step, at: int, placed: bool) -> bool:
-        """Learn from the expert's token for position `at`; return whether a bet was won."""
+    def settle(self, writer: int, guess: Step, step: Step, at: int, placed: bool) -> bool:
+        """Learn from an expert's token for position `at`; return whether a bet was won."""
         agreed = step.token == guess.token
-        self._planner.saw_agreement(math.exp(guess.logprob), agreed)
-        self._expert_at = at + 1 if placed and agreed else at
+        if (planner := self._planners[writer]) is not None:
+            planner.saw_agreement(math.exp(guess.logprob), agreed)
+        self.reached(writer, at + 1 if placed and agreed else at)
         return placed and agreed
 
-    def reached(self, at: int) -> None:
-        """Learn that the expert's cache holds `at` tokens, after another call."""
-        self._expert_at = at
+    def reached(self, writer: int, at: int) -> None:
+        """Learn that an expert's cache holds `at` tokens."""
+        self._expert_at[writer] = at
 
 
 class Fast:
     """A schedule that writes the same tokens as `Sequential`, and bets where the planner says so.
 
-    It works with one expert, in this process, and belongs to one answer.
+    It belongs to one answer. planners: as for `Bets`.
     """
 
-    def __init__(self, planner: Planner, follow: Follow | None = None) -> None:
-        self._bets, self._follow = Bets(planner), follow
+    def __init__(self, planners: Sequence[Planner | None], follow: Follow | None = None) -> None:
+        self._bets, self._follow = Bets(planners), follow
         self._one_by_one = Sequential(follow)
 
     def next(self, loop: Decoder) -> Step:
@@ -76,21 +96,22 @@ class Fast:
         if self._follow is not None:
             self._follow(tokens)
         loop.evaluate_base(tokens)
-        (p_defer, choice, logsumexp, writer), logits = loop.read_base(at)
-        deferred = writer != BASE
-        self._bets.saw(deferred)
-        before = picker.mark() if deferred else None
+        reading, logits = loop.read_base(at)
+        p_defer, choice, logsumexp, writer, _ = reading
+        self._bets.saw(writer)
+        before = picker.mark() if writer != BASE else None
         guess = picker.write("base", p_defer, logits, choice, logsumexp)
-        if not deferred:
+        if writer == BASE:
             return guess
         picker.rollback(before)
-        bets = self._bets.placed(loop, guess, at)
-        if bets:
+        if bets := self._bets.placed(loop, writer, guess, at):
             both = tokens[:]
             both.append(guess.token)
-            loop.evaluate_expert(EXPERT, both, (at - 1, at))
+            loop.evaluate_expert(writer, both, (at - 1, at))
+            told = loop.read_expert(writer, at, logits, p_defer)
+            step = picker.write(loop.sources[writer], p_defer, *told)
         else:
-            loop.evaluate_expert(EXPERT, tokens)
-        step = picker.write("expert", p_defer, *loop.read_expert(EXPERT, at, logits, p_defer))
-        self._bets.settle(guess, step, at, bets)
+            step = deferred(loop, reading, logits)
+        if step.by_expert:
+            self._bets.settle(writer, guess, step, at, bets)
         return step

@@ -102,17 +102,18 @@ def _ends(text: array[int], at: int, key: tuple[int, ...]) -> bool:
 
 
 def with_guesses(
-    base: Session, expert: Expert, options: Options, threshold: float
-) -> tuple[Timeline, Timeline]:
+    base: Session, experts: Sequence[Expert], options: Options, threshold: float
+) -> tuple[Timeline, list[Timeline]]:
     """Return a pair's timelines for one answer. Under the fast schedule, the one that evaluates
-    token by token does so with guesses: the base, or the expert where it writes alone."""
+    token by token does so with guesses: the base, or the one expert where it writes alone."""
     if options.schedule != "fast":
-        return base, expert
-    if threshold > 0:
-        return Guessing(base, partial(kept_table, base)), expert
+        return base, list(experts)
+    if threshold > 0 or len(experts) > 1:
+        return Guessing(base, partial(kept_table, base)), list(experts)
+    (expert,) = experts
     if isinstance(expert, Session):
-        return base, Guessing(expert, partial(kept_table, expert))
-    return base, expert
+        return base, [Guessing(expert, partial(kept_table, expert))]
+    return base, [expert]
 
 
 class Guessing(Around):

@@ -17,7 +17,7 @@ from typing import Literal, Protocol
 from colm_edge.cancel import Cancel, CancelledError
 from colm_edge.decode.picker import Picker
 from colm_edge.decode.policy import BASE, Policy, Reading
-from colm_edge.decode.step import Event, Stats, Step, Undone
+from colm_edge.decode.step import Event, ExpertStats, Source, Stats, Step, Undone
 from colm_edge.decode.timeline import Floats, Timeline
 from colm_edge.errors import AbsentExpertError
 from colm_edge.llama.owners import HomeLock
@@ -55,39 +55,52 @@ class Sequential:
         loop.evaluate_base(tokens)
         at = len(tokens)
         reading, logits = loop.read_base(at)
-        p_defer, choice, logsumexp, writer = reading
-        if writer == BASE:
-            return picker.write("base", p_defer, logits, choice, logsumexp)
-        try:
-            loop.evaluate_expert(writer, tokens)
-        except AbsentExpertError:  # a server that fails; the user was warned
-            loop.stats.expert_failures += 1
-            return picker.write("base", p_defer, logits, choice, logsumexp)
-        return picker.write("expert", p_defer, *loop.read_expert(writer, at, logits, p_defer))
+        if reading.writer == BASE:
+            return picker.write("base", reading.p_defer, logits, reading.choice, reading.logsumexp)
+        return deferred(loop, reading, logits)
+
+
+def deferred(loop: Decoder, reading: Reading, logits: Floats) -> Step:
+    """Return the step that an expert writes; the base's own where its server fails.
+
+    logits: the base's.
+    """
+    p_defer, choice, logsumexp, writer, _ = reading
+    try:
+        loop.evaluate_expert(writer, loop.tokens)
+    except AbsentExpertError:  # the user was warned
+        loop.stats.expert_failures += 1
+        return loop.picker.write("base", p_defer, logits, choice, logsumexp)
+    told = loop.read_expert(writer, len(loop.tokens), logits, p_defer)
+    return loop.picker.write(loop.sources[writer], p_defer, *told)
 
 
 class ExpertAlone:
-    """The expert writes every token; the base is evaluated only where a server's expert fails."""
+    """One expert writes every token; the base is evaluated only where its server fails."""
 
-    def __init__(self) -> None:
-        self._together = Sequential()
+    def __init__(self, writer: int = 0) -> None:
+        self._writer, self._together = writer, Sequential()
 
     def next(self, loop: Decoder) -> Step:
+        writer = self._writer
         try:
-            loop.evaluate_expert(0, loop.tokens)
+            loop.evaluate_expert(writer, loop.tokens)
         except AbsentExpertError:
             return self._together.next(loop)
-        return loop.picker.write("expert", 1.0, *loop.read_expert(0, len(loop.tokens)))
+        told = loop.read_expert(writer, len(loop.tokens))
+        return loop.picker.write(loop.sources[writer], 1.0, *told)
 
 
 class Decoder:
     """An answer being written: an iterator of steps.
 
     base, experts: their timelines; the policy says which of them writes.
+    sources: the experts, as their steps name them.
     end_tokens: end the answer and are not a step of it.
     cancel: ends the answer before its next evaluation, or within a long one.
     lock: held during each step, if other answers use the same timelines.
-    near: called once, when p_defer first comes near its threshold.
+    near: called once for each expert, when p_defer first comes near its threshold where that one
+        would write.
     """
 
     def __init__(
@@ -103,7 +116,8 @@ class Decoder:
         schedule: Schedule | None = None,
         cancel: Cancel | None = None,
         lock: HomeLock | None = None,
-        near: Callable[[], None] | None = None,
+        near: Callable[[int], None] | None = None,
+        sources: Sequence[Source] = ("expert",),
     ) -> None:
         self.tokens = array("i", prompt)
         self.stats = Stats(n_prompt=len(self.tokens))
@@ -114,8 +128,11 @@ class Decoder:
         self._base, self._experts, self.policy = base, tuple(experts), policy
         self._schedule = schedule or Sequential()
         self.cancel, self._lock = cancel or Cancel(), lock or HomeLock()
-        self._near = near
+        self._near, self._far = near, set(range(len(self._experts)))  # those that are not near yet
         self._turned = False  # whether the models know of the prompt
+        self.sources = tuple(sources)
+        if len(self.sources) > 1:
+            self.stats.experts = {source: ExpertStats() for source in self.sources}
         # The context must hold every token that is evaluated; the last one written is not.
         self.end = min(timeline.n_ctx for timeline in (base, *experts)) + 1
         if max_tokens >= 0:
@@ -161,7 +178,7 @@ class Decoder:
             raise StopIteration
         self.tokens.append(step.token)
         stats.n_generated += 1
-        stats.n_deferred += step.source == "expert"
+        stats.n_deferred += step.by_expert
         return step
 
     def _turn(self) -> None:
@@ -194,9 +211,13 @@ class Decoder:
         logits, hidden = self._base.state(at - 1)
         reading = self.policy.read(at, logits, hidden)
         if self._near is not None and reading.p_defer > NEAR * self.policy.threshold:
-            near, self._near = self._near, None
-            near()
+            self._come_near(reading.expert)
         return reading, logits
+
+    def _come_near(self, expert: int) -> None:
+        if expert in self._far and self._near is not None:
+            self._far.discard(expert)
+            self._near(expert)
 
     def told_by_base(self, at: int) -> tuple[Floats, int, float]:
         """Return the base's logits for position `at`, their likeliest token and their log-sum-exp,
@@ -214,14 +235,15 @@ class Decoder:
         try:
             expert.sync(tokens, outputs, self.cancel)
         finally:  # a server may fail, which takes time as well
-            stats.expert_calls += expert.n_calls - calls
-            total, now = stats.expert_tokens, expert.n_evaluated
-            if total is None or now is None or evaluated is None:
-                stats.expert_tokens = None
-            else:
-                stats.expert_tokens = total + now - evaluated
-            stats.expert_seconds += expert.seconds - seconds
-            stats.expert_load_seconds += expert.load_seconds - loading
+            told = expert.n_evaluated
+            done = ExpertStats(
+                0,
+                expert.n_calls - calls,
+                None if told is None or evaluated is None else told - evaluated,
+                expert.seconds - seconds,
+                expert.load_seconds - loading,
+            )
+            stats.count(done, self.sources[writer])
 
     def read_expert(
         self, writer: int, at: int, base: Floats | None = None, p_defer: float = 1.0
@@ -262,7 +284,7 @@ class Decoder:
         deferred: dict[int, dict[int, Floats]] = {}  # by writer and position, the base's logits
         self.evaluate_base(prefix, range(start, end))
         for i in range(start, end):
-            (p_defer, _, logsumexp, writer), logits = self.read_base(i + 1)
+            (p_defer, _, logsumexp, writer, _), logits = self.read_base(i + 1)
             steps.append(picker.tell(self.tokens[i + 1], "base", p_defer, logits, logsumexp))
             if writer != BASE:
                 kept = logits.copy() if picker.composes else logits
@@ -274,5 +296,6 @@ class Decoder:
                 p_defer = steps[i - start].p_defer
                 theirs, _, logsumexp = self.read_expert(writer, i + 1, logits, p_defer)
                 token = self.tokens[i + 1]
-                steps[i - start] = picker.tell(token, "expert", p_defer, theirs, logsumexp)
+                source = self.sources[writer]
+                steps[i - start] = picker.tell(token, source, p_defer, theirs, logsumexp)
         return steps

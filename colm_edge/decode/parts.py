@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from random import Random
 
 from colm_edge.decode.ahead import Ahead, Awaited
@@ -70,23 +70,25 @@ def picker_of(
 
 def timelines_of(
     base: Session,
-    expert: Expert,
+    experts: Mapping[Expert, bool],
     options: Options,
     threshold: float,
     *,
     goes_back: bool,
-    overlaps: bool,
-) -> tuple[Timeline, Timeline]:
+) -> tuple[Timeline, list[Timeline]]:
     """Return a pair's timelines for one answer; under the fast schedule they evaluate guesses.
 
-    goes_back: as for `picker_of`. overlaps: whether the base may go on while the expert evaluates.
+    experts: each with whether the base may go on while it evaluates. goes_back: as for `picker_of`.
     """
-    guessing, other = with_guesses(base, expert, options, threshold)
-    fast = overlaps and options.schedule == "fast" and 0 < threshold < 1 and not goes_back
-    if not (fast and isinstance(expert, Background | RemoteSession)):
-        return guessing, other
-    ahead = Ahead(guessing, base.end_tokens)
-    return ahead, Awaited(expert, ahead)
+    guessing, others = with_guesses(base, list(experts), options, threshold)
+    if options.schedule != "fast" or not 0 < threshold < 1 or goes_back:
+        return guessing, others
+    ahead: Ahead | None = None
+    for i, (expert, overlaps) in enumerate(experts.items()):
+        if overlaps and isinstance(expert, Background | RemoteSession):
+            ahead = ahead or Ahead(guessing, base.end_tokens)
+            others[i] = Awaited(expert, ahead)
+    return ahead or guessing, others
 
 
 def schedule_of(
@@ -95,19 +97,21 @@ def schedule_of(
     *,
     goes_back: bool,
     follow: Follow | None,
-    planner: Planner | None,
+    planners: Sequence[Planner | None],
+    alone: int | None,
 ) -> Schedule:
     """Return in which batches the models are evaluated.
 
-    goes_back: as for `picker_of`. planner: of the fast schedule's bets, if they may be placed.
+    goes_back: as for `picker_of`. planners: as for `Bets`; empty where none may be placed. alone:
+    the expert that writes every token at a threshold of 0; None where that depends on the base.
     """
-    if threshold <= 0 and options.strategy == "defer":
-        return ExpertAlone()
+    if threshold <= 0 and options.strategy == "defer" and alone is not None:
+        return ExpertAlone(alone)
     if goes_back and options.doubts:
         return Doubt(options.doubt, WATCHED, follow)
     if goes_back:
         assert options.review is not None, "settled by the pair"
         is_exact = options.review == 0 and not options.is_likeliest
         reviewer = Exact() if is_exact else ByRule(Tolerance(options.review))
-        return Review(reviewer, options.review_window, follow, planner)
-    return Fast(planner, follow) if planner is not None else Sequential(follow)
+        return Review(reviewer, options.review_window, follow, planners)
+    return Fast(planners, follow) if planners else Sequential(follow)

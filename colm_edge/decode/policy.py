@@ -19,7 +19,6 @@ from colm_edge.switch.rules import DEFAULT_RATE, Untrained
 # tokens over which missing deferrals are made up; and the highest share meanwhile, times the rate.
 PRIOR, EVEN_OUT, MOST_AT_ONCE = 2, 16, 3
 BASE = -1  # the writer of what is not deferred; experts count from 0
-EXPERT = 0  # where there is one
 
 
 class Reading(NamedTuple):
@@ -29,10 +28,11 @@ class Reading(NamedTuple):
     choice: int  # the base's likeliest token
     logsumexp: float  # of its logits
     writer: int  # BASE, or an expert's index
+    expert: int  # who writes if it is deferred, or reviews what the base writes
 
 
 class Policy:
-    """Defer to the expert where p_defer is above a threshold; a threshold of 0 always does."""
+    """Defer to the likeliest expert where p_defer is above a threshold; at 0 it always does."""
 
     def __init__(self, read: Reader, threshold: float) -> None:
         self._read, self.threshold = read, threshold
@@ -43,15 +43,16 @@ class Policy:
         logits, hidden: the base's state before it, (n_vocab,) and (n_embd,).
         """
         try:
-            p_defer, choice, logsumexp = self._read(logits, hidden)
+            p_defer, choice, logsumexp, expert = self._read(logits, hidden)
         except ValueError as e:
             raise ModelError(f"the base or the switch is broken: {e}; use another file") from e
-        return Reading(p_defer, choice, logsumexp, self.writer(p_defer))
+        writer = expert if self.defers(p_defer) else BASE
+        return Reading(p_defer, choice, logsumexp, writer, expert)
 
-    def writer(self, p_defer: float) -> int:
-        """Return who writes at a deferral probability: BASE, or the index of an expert."""
+    def defers(self, p_defer: float) -> bool:
+        """Return whether an expert writes at a deferral probability."""
         # p > 0 for every finite state; where it underflows to 0, a threshold of 0 still defers.
-        return 0 if p_defer > self.threshold or self.threshold <= 0 else BASE
+        return p_defer > self.threshold or self.threshold <= 0
 
 
 class RatePolicy(Policy):
@@ -67,17 +68,17 @@ class RatePolicy(Policy):
         self._seen = [(i + 0.5) / PRIOR for i in range(PRIOR)]  # p_defer so far, rising
         self._owed = 0.0  # deferrals that the rate asks for, minus those so far
 
-    def writer(self, p_defer: float) -> int:
+    def defers(self, p_defer: float) -> bool:
         if not 0 < self._rate < 1:
-            return super().writer(p_defer)
+            return super().defers(p_defer)
         share = self._rate + self._owed / EVEN_OUT
         share = min(max(share, 0.0), MOST_AT_ONCE * self._rate, 1.0)
         insort(self._seen, p_defer)
         below = len(self._seen) - round(share * len(self._seen))
         self.threshold = self._seen[below - 1] if below else 0.0
-        writer = super().writer(p_defer)
-        self._owed += self._rate - (writer != BASE)
-        return writer
+        defers = super().defers(p_defer)
+        self._owed += self._rate - defers
+        return defers
 
 
 def threshold_of(switch: AnySwitch, options: Options) -> float:

@@ -25,8 +25,8 @@ from colm_edge.decode.fresh import Drawn, Fresh
 from colm_edge.decode.loop import Decoder, Follow
 from colm_edge.decode.picker import Picker, Sampler, likeliest
 from colm_edge.decode.planner import Planner
-from colm_edge.decode.policy import BASE, EXPERT
-from colm_edge.decode.step import Drafted, Event, Step
+from colm_edge.decode.policy import BASE
+from colm_edge.decode.step import Drafted, Event, Source, Step
 from colm_edge.decode.timeline import Floats
 
 
@@ -104,20 +104,21 @@ class Draft:
 
 @dataclass(slots=True)
 class Deferral:
-    """A position that the switch defers: the base's own token, and its logits there."""
+    """A position that the switch defers to an expert: the base's own token, and its logits."""
 
+    writer: int
     guess: Step
     logits: Floats
 
 
 class Reviewer(Protocol):
-    """Reviews drafts once the expert has evaluated them."""
+    """Reviews drafts once an expert has evaluated them."""
 
     def review(
-        self, verdicts: Sequence[Verdict], drafts: Sequence[Draft], picker: Picker
+        self, verdicts: Sequence[Verdict], drafts: Sequence[Draft], picker: Picker, source: Source
     ) -> tuple[int, Step | None]:
         """Return how many drafts stay, and the expert's token for the next one if it is undone.
-        Then the picker's sampler is in its state after that token."""
+        Then the picker's sampler is in its state after that token. source: names the expert."""
 
 
 @dataclass(frozen=True)
@@ -127,7 +128,7 @@ class ByRule:
     rule: Rule
 
     def review(
-        self, verdicts: Sequence[Verdict], drafts: Sequence[Draft], picker: Picker
+        self, verdicts: Sequence[Verdict], drafts: Sequence[Draft], picker: Picker, source: Source
     ) -> tuple[int, Step | None]:
         n = self.rule.first(verdicts)
         if n == len(drafts):
@@ -135,7 +136,7 @@ class ByRule:
         picker.rollback(drafts[n].mark)
         verdict = verdicts[n]
         return n, picker.write(
-            "expert", drafts[n].step.p_defer, verdict.logits, verdict.choice, verdict.logsumexp
+            source, drafts[n].step.p_defer, verdict.logits, verdict.choice, verdict.logsumexp
         )
 
 
@@ -148,7 +149,7 @@ class Exact:
     """
 
     def review(
-        self, verdicts: Sequence[Verdict], drafts: Sequence[Draft], picker: Picker
+        self, verdicts: Sequence[Verdict], drafts: Sequence[Draft], picker: Picker, source: Source
     ) -> tuple[int, Step | None]:
         for n, (verdict, draft) in enumerate(zip(verdicts, drafts, strict=True)):
             before = draft.mark
@@ -164,7 +165,7 @@ class Exact:
             rest = np.maximum(p - q[ids], 0.0)
             token = before.draw(ids, rest if rest.any() else p)
             return n, picker.tell(
-                token, "expert", draft.step.p_defer, verdict.logits, verdict.logsumexp
+                token, source, draft.step.p_defer, verdict.logits, verdict.logsumexp
             )
         return len(drafts), None
 
@@ -172,11 +173,12 @@ class Exact:
 class Review:
     """A schedule that writes what remains of the base's tokens after review, and the expert's.
 
-    It hands out a `Step` only when it is final; until then it is `Drafted`. It works with one
-    expert, in this process, and belongs to one answer.
+    It hands out a `Step` only when it is final; until then it is `Drafted`. Of several experts, the
+    one that is called reviews; at the end and when the window is full, the likeliest one is called.
+    It works with experts in this process, and belongs to one answer.
 
-    window: the most tokens that wait for review. planner: bets as in the fast schedule are placed
-    where it says so.
+    window: the most tokens that wait for review. planners: of bets as in the fast schedule, if they
+    are to be placed.
     """
 
     def __init__(
@@ -184,14 +186,15 @@ class Review:
         reviewer: Reviewer,
         window: int,
         follow: Follow | None = None,
-        planner: Planner | None = None,
+        planners: Sequence[Planner | None] = (),
     ) -> None:
         self._reviewer, self._window = reviewer, window
-        self._follow, self._bets = follow, Bets(planner) if planner is not None else None
+        self._follow, self._bets = follow, Bets(planners) if planners else None
         self._drafts: list[Draft] = []
+        self._expert = 0  # the likeliest one at the last draft
         self._ready: deque[Event] = deque()  # what is to be handed out
-        # The expert's logits after all that is final, if a bet was won.
-        self._known: Told | None = None
+        # An expert, and its logits after all that is final, if a bet was won.
+        self._known: tuple[int, Told] | None = None
 
     def next(self, loop: Decoder) -> Event:
         if not self._ready:
@@ -214,15 +217,14 @@ class Review:
         elif self._follow is not None:
             self._follow(loop.tokens)
         loop.evaluate_base(tokens)
-        (p_defer, choice, logsumexp, writer), logits = loop.read_base(len(tokens))
-        deferred = writer != BASE
+        (p_defer, choice, logsumexp, writer, self._expert), logits = loop.read_base(len(tokens))
         if bets is not None:
-            bets.saw(deferred)
+            bets.saw(writer)
         mark = picker.mark()
         guess = picker.write("base", p_defer, logits, choice, logsumexp)
-        if deferred:
+        if writer != BASE:
             picker.rollback(mark)
-            return self._call(loop, tokens, bets, Deferral(guess, logits))
+            return self._call(loop, tokens, bets, Deferral(writer, guess, logits))
         drawn_from = picker.sampler.drawn_from if isinstance(picker.sampler, Fresh) else None
         drafts.append(Draft(guess, mark, drawn_from))
         return [Drafted(guess)]
@@ -230,49 +232,53 @@ class Review:
     def _call(
         self, loop: Decoder, tokens: array[int], bets: Bets | None, deferral: Deferral | None
     ) -> list[Event]:
-        """Have the expert review the drafts, and write a deferred token; return what is final.
+        """Have an expert review the drafts, and write a deferred token; return what is final.
 
         tokens: to evaluate: without the last draft, whose state only matters if it stays.
         """
         drafts, self._drafts = self._drafts, []
-        known, self._known = self._known, None
+        writer = self._expert if deferral is None else deferral.writer
+        known = self._known[1] if self._known is not None and self._known[0] == writer else None
+        self._known = None
         written: list[Event] = [draft.step for draft in drafts]
         start, at = len(loop.tokens), len(loop.tokens) + len(drafts)
-        placed = deferral is not None and bets is not None and bets.placed(loop, deferral.guess, at)
+        placed = False
+        if deferral is not None and bets is not None:
+            placed = bets.placed(loop, writer, deferral.guess, at)
         if deferral is not None and placed:
             tokens.append(deferral.guess.token)
         if outputs := range(start - (known is None), len(tokens)):
-            loop.evaluate_expert(EXPERT, tokens, outputs)
+            loop.evaluate_expert(writer, tokens, outputs)
         told = [
-            known if known is not None and i == start else loop.read_expert(EXPERT, i)
+            known if known is not None and i == start else loop.read_expert(writer, i)
             for i in range(start, at)
         ]
-        n, instead = self._judge(loop, drafts, told)
+        n, instead = self._judge(loop, writer, drafts, told)
         if instead is not None:
             if bets is not None:
-                bets.reached(start + n)
+                bets.reached(writer, start + n)
             return [loop.undone[-1], *written[:n], instead]
         if deferral is None:
             if bets is not None:
-                bets.reached(len(tokens))
+                bets.reached(writer, len(tokens))
             return written
         theirs = known if not drafts else None
-        theirs = theirs or loop.read_expert(EXPERT, at, deferral.logits, deferral.guess.p_defer)
-        step = loop.picker.write("expert", deferral.guess.p_defer, *theirs)
-        if bets is not None and bets.settle(deferral.guess, step, at, placed):
-            logits, choice, logsumexp = loop.read_expert(EXPERT, at + 1)
-            self._known = logits.copy(), choice, logsumexp
+        theirs = theirs or loop.read_expert(writer, at, deferral.logits, deferral.guess.p_defer)
+        step = loop.picker.write(loop.sources[writer], deferral.guess.p_defer, *theirs)
+        if bets is not None and bets.settle(writer, deferral.guess, step, at, placed):
+            logits, choice, logsumexp = loop.read_expert(writer, at + 1)
+            self._known = writer, (logits.copy(), choice, logsumexp)
         return [*written, step]
 
     def _judge(
-        self, loop: Decoder, drafts: Sequence[Draft], told: Sequence[Told]
+        self, loop: Decoder, writer: int, drafts: Sequence[Draft], told: Sequence[Told]
     ) -> tuple[int, Step | None]:
         """Return how many drafts stay, and the expert's token for the next if it is undone."""
         verdicts = [
             Verdict(draft.step.token, logits, self._best(draft, logits, choice), logsumexp)
             for draft, (logits, choice, logsumexp) in zip(drafts, told, strict=True)
         ]
-        n, instead = self._reviewer.review(verdicts, drafts, loop.picker)
+        n, instead = self._reviewer.review(verdicts, drafts, loop.picker, loop.sources[writer])
         loop.stats.n_reviewed += len(drafts) if instead is None else n + 1
         if instead is not None:
             gone = [draft.step for draft in drafts[n:]]

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, Literal
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
-Source = Literal["base", "expert"]
+# Who wrote a token: "base"; "expert" where there is one, else "expert:NAME".
+Source = str
 
 
 @dataclass(slots=True)
@@ -19,6 +20,10 @@ class Step:
     text: str = ""  # whole characters only: a split one comes with its last token
     # The likeliest tokens, best first, and their log-probabilities, if requested.
     top: tuple[tuple[int, float], ...] = ()
+
+    @property
+    def by_expert(self) -> bool:
+        return self.source != "base"
 
     def record(self) -> dict[str, Any]:
         """Return the step as `run --json` and the server's traces write it."""
@@ -61,6 +66,17 @@ Event = Step | Drafted | Undone
 
 
 @dataclass(slots=True)
+class ExpertStats:
+    """What one of several experts did in an answer; the fields are those of `Stats`."""
+
+    n_deferred: int = 0
+    calls: int = 0
+    tokens: int | None = 0  # that it evaluated
+    seconds: float = 0.0
+    load_seconds: float = 0.0
+
+
+@dataclass(slots=True)
 class Stats:
     """The statistics of an answer. `base_tokens` and `expert_tokens` count every evaluated token,
     including the prompt and tokens that were rolled back; None where the expert's server does not
@@ -81,9 +97,35 @@ class Stats:
     expert_load_seconds: float = 0.0  # of expert_seconds: weights and context, at its first call
     total_seconds: float = 0.0
     tokens_per_second: float = 0.0
+    # Of several experts, by their sources; those above are their sums.
+    experts: dict[str, ExpertStats] = field(default_factory=dict)
+
+    def count(self, done: ExpertStats, source: Source) -> None:
+        """Add what a call of an expert took."""
+        self.expert_calls += done.calls
+        self.expert_tokens = plus(self.expert_tokens, done.tokens)
+        self.expert_seconds += done.seconds
+        self.expert_load_seconds += done.load_seconds
+        if (one := self.experts.get(source)) is not None:
+            one.calls += done.calls
+            one.tokens = plus(one.tokens, done.tokens)
+            one.seconds += done.seconds
+            one.load_seconds += done.load_seconds
+
+    def record(self) -> dict[str, Any]:
+        """Return the statistics as `run --json` writes them; of one expert there are no others."""
+        found = asdict(self)
+        if not self.experts:
+            del found["experts"]
+        return found
 
     def finish(self) -> None:
         if self.n_generated:
             self.defer_rate = self.n_deferred / self.n_generated
         if self.total_seconds > 0:
             self.tokens_per_second = self.n_generated / self.total_seconds
+
+
+def plus(total: int | None, more: int | None) -> int | None:
+    """Return a sum, None where a part is not known."""
+    return None if total is None or more is None else total + more

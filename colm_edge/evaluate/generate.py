@@ -46,9 +46,9 @@ class RandomSwitch:
         rng = np.random.default_rng(self.seed)
         out = np.empty(N_LOGIT, np.float32)
 
-        def read(logits: Floats, hidden: Floats) -> tuple[float, int, float]:
+        def read(logits: Floats, hidden: Floats) -> tuple[float, int, float, int]:
             choice, logsumexp = readout.read(logits, None, None, None, None, out, n_choose, -1)
-            return rng.random(), choice, logsumexp
+            return rng.random(), choice, logsumexp, 0
 
         return read
 
@@ -104,7 +104,7 @@ def answers(
 
         what: list[Any] = []
         if journal is not None:
-            models = [pair.base.fingerprint, pair.expert.fingerprint]
+            models = [pair.base.fingerprint, *(m.timeline.fingerprint for m in pair.members)]
             what = [*models, pair.n_ctx, _switch_key(switch), options.changed]
         return judged(write, rows, metric, progress, label=label, journal=journal, what=what)
 

@@ -26,11 +26,11 @@ from colm_edge.evaluate.proxy_tuning import Proxy
 from colm_edge.journal import Journal
 from colm_edge.switch.file import Switch
 from colm_edge.switch.reading import AnySwitch, FeatureSwitch
-from colm_edge.switch.rules import Untrained
+from colm_edge.switch.rules import Only, Untrained
 from colm_edge.tables import Table
-from colm_edge.train.documents import Row, read_rows, tokenized
+from colm_edge.train.documents import Documents, Row, read_rows, tokenized
 from colm_edge.train.prompts import answer_prompts
-from colm_edge.train.scoring import MakeProgress, Scores, score
+from colm_edge.train.scoring import MakeProgress, Recorded, Scores, score, score_each
 
 if TYPE_CHECKING:
     from colm_edge.options import Options
@@ -40,6 +40,7 @@ Array = npt.NDArray[np.float64]
 METHODS = (
     "base", "expert", "colm", "review", "compose", "random", "entropy", "margin", "weak", "proxy",
 )  # fmt: skip
+TEAM_METHODS = METHODS[:5]
 SWITCHED = METHODS[2:-1]  # they choose a model for each token
 BOOTSTRAPS = 1000
 SEED = 0
@@ -99,6 +100,18 @@ class Comparison:
             "proxy": (self.proxy, "a third model (--anti-expert)"),
         }
         return {name: what for name, (given, what) in needs.items() if given is None}
+
+    def check_team(self) -> None:
+        """Raise ColmError for what does not go with several experts."""
+        for name in self.methods:
+            if name not in TEAM_METHODS:
+                raise ColmError(
+                    f"the method {name} names no expert; with several there are "
+                    f"{', '.join(TEAM_METHODS)}"
+                )
+        if self.on_expert or self.proxy is not None:
+            what = "Proxy Tuning" if self.proxy is not None else "--score-on expert"
+            raise ColmError(f"{what} works with one expert; give -me once")
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -168,8 +181,7 @@ def evaluate(
         comparison = replace(comparison, **_point(pair, options))
     rows = list(islice(read_rows(data), comparison.limit))
     _check(pair, rows, options, comparison)
-    scoring = Journal(work / "proxy.jsonl") if work is not None else None
-    answering = Journal(work / "answers.jsonl") if work is not None else None
+    scoring, answering = (_journal(work, name) for name in ("proxy", "answers"))
     by_expert = None
     if comparison.on_expert:
         by_expert = answer_prompts(
@@ -180,15 +192,13 @@ def evaluate(
     if documents.cut_note:
         note(documents.cut_note)
     recorded = by_expert.recorded if by_expert else None
-    # The folder may hold scores of other lines: --limit may have changed.
-    scores = score(pair, documents, progress, work=work, update=True, recorded=recorded)
-    found = _methods(pair.switch, scores, comparison)
+    scores, found = _scored(pair, documents, comparison, recorded, progress, work)
     proxy, judge = comparison.proxy, comparison.judge
     if proxy is not None and "proxy" in comparison.names:
         found = chain(found, [_by_proxy(proxy, -proxy.score(documents, progress, scoring))])
     table = []
     for method in found:
-        row = _teacher_forced(method, scores)
+        row = _teacher_forced(method, scores, tells_regret=len(pair.members) == 1)
         row |= {"review": method.review} if comparison.reviews else {}
         if judge is not None and by_expert and method.name == "expert" and options.is_plain:
             row |= _generated(judged_answers(map(_facts, by_expert.entries), rows, judge))
@@ -198,6 +208,27 @@ def evaluate(
             )
         table.append(row)
     return table
+
+
+def _scored(
+    pair: Pair,
+    documents: Documents,
+    comparison: Comparison,
+    recorded: Recorded | None,
+    progress: MakeProgress,
+    work: Path | None,
+) -> tuple[Scores, Iterator[Method]]:
+    """Return the scores of the documents, and the methods that come of them."""
+    # The folder may hold scores of other lines: --limit may have changed.
+    if len(pair.members) > 1:
+        each = score_each(pair, documents, progress, work=work)
+        return each[0], _team_methods(pair, each, comparison)
+    scores = score(pair, documents, progress, work=work, update=True, recorded=recorded)
+    return scores, _methods(pair.switch, scores, comparison)
+
+
+def _journal(work: Path | None, name: str) -> Journal | None:
+    return None if work is None else Journal(work / f"{name}.jsonl")
 
 
 def _answers(
@@ -238,6 +269,8 @@ def _point(pair: Pair, options: Options) -> dict[str, Any]:
 
 def _check(pair: Pair, rows: list[Row], options: Options, comparison: Comparison) -> None:
     """Raise now what would be raised in the middle of the work."""
+    if len(pair.members) > 1:
+        comparison.check_team()
     for nats in comparison.reviews:
         pair.check_options(options.with_changes(review=nats))
     pair.check_options(options)
@@ -312,6 +345,37 @@ def _methods(switch: AnySwitch, scores: Scores, comparison: Comparison) -> Itera
             yield method(name, values, threshold_at(values, k), values, rivals[name])
 
 
+def _team_methods(pair: Pair, each: Sequence[Scores], comparison: Comparison) -> Iterator[Method]:
+    """Yield the methods for several experts: base, each expert alone, and what the switch makes of
+    them. each: the scores with each expert."""
+    switch, base, names = pair.switch, each[0], comparison.names
+    assert isinstance(switch, Switch), "only a trained one chooses among experts"
+    d = switch.d(base.logit_features, base.hidden)
+    gold = np.column_stack([base.base, *(scores.expert for scores in each)])
+    share = np.column_stack([np.zeros(len(d)), d])
+    share -= np.logaddexp.reduce(share, axis=1, keepdims=True)
+    p, n = switch.p_defer(base.logit_features, base.hidden), len(d)
+    theirs = np.take_along_axis(gold[:, 1:], d.argmax(axis=1)[:, None], axis=1)[:, 0]
+    if "base" in names:
+        yield Method("base", 1.0, np.zeros(n, np.bool_), -gold[:, 0], -gold[:, 0], switch)
+    for k, member in enumerate(pair.members if "expert" in names else ()):
+        alone, all_of = -gold[:, 1 + k], np.ones(n, np.bool_)
+        yield Method(member.source, 0.0, all_of, alone, alone, Only(k))
+    thresholds = [*comparison.thresholds]
+    thresholds += [threshold_at(p, round(rate * n)) for rate in comparison.defer_rates]
+    for threshold in thresholds:
+        deferred = _deferred(p, threshold)
+        hard, joint = -np.where(deferred, theirs, gold[:, 0]), -np.logaddexp.reduce(share + gold, 1)
+        if "colm" in names:
+            yield Method("colm", threshold, deferred, joint, hard, switch)
+        for nats in comparison.reviews if "review" in names else ():
+            yield Method("review", threshold, deferred, joint, hard, switch, review=nats)
+        if "compose" in names:
+            both = np.logaddexp(np.log1p(-p) + gold[:, 0], np.log(p) + theirs)
+            mixed = -np.where(deferred, both, gold[:, 0])
+            yield Method("compose", threshold, deferred, mixed, hard, switch, compose=True)
+
+
 def _deferred(p: Array, threshold: float) -> npt.NDArray[np.bool_]:
     return p > threshold if threshold > 0 else np.ones(len(p), np.bool_)
 
@@ -335,7 +399,7 @@ def _by_proxy(proxy: Proxy, nll: Array) -> Method:
     return Method("proxy", None, np.ones(len(nll), np.bool_), nll, nll, proxy)
 
 
-def _teacher_forced(method: Method, scores: Scores) -> dict[str, Any]:
+def _teacher_forced(method: Method, scores: Scores, *, tells_regret: bool) -> dict[str, Any]:
     row: dict[str, Any] = {
         "method": method.name,
         "threshold": method.threshold,
@@ -343,7 +407,7 @@ def _teacher_forced(method: Method, scores: Scores) -> dict[str, Any]:
         **_with_interval("nll", method.nll, scores.line),
         **_with_interval("nll_hard", method.nll_hard, scores.line),
     }
-    if scores.tells_regret:
+    if scores.tells_regret and tells_regret:
         regret = scores.regret(np.arange(len(scores.base)))
         row["regret_removed"] = float(regret[method.deferred].sum() / max(regret.sum(), 1e-300))
     if method.review is not None:  # what it undoes is not known before it writes

@@ -93,7 +93,8 @@ def _panel(axes: Axes, table: Table, x: str, y: str) -> None:
         rates, values, errors = points("review", [row for row in table if row["review"] == nats])
         if rates:
             axes.errorbar(rates, values, errors, elinewidth=0.6, label=f"review {nats:g}", **REVIEW)
-    for name, (color, marker) in ALONE.items():
+    experts = {m: ALONE["expert"] for row in table if (m := row["method"]).startswith("expert:")}
+    for name, (color, marker) in (ALONE | experts).items():
         rates, values, errors = points(name)
         if rates:
             axes.axhline(values[0], color=color, lw=0.6, linestyle=(0, (1, 3)))

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from bisect import bisect_left
+from collections.abc import Sequence
 from functools import cached_property
 
 SEVERAL = 4  # outputs of the decode that measures what more than one costs
@@ -106,14 +107,26 @@ class CostTable:
 def seconds_per_token(base: CostTable, expert: CostTable, defer_rate: float) -> float:
     """Return what a token costs a pair that defers at random at a rate: the base at every token,
     and at each deferral the expert's batch of the tokens since the last."""
+    return base(1) + _calls_per_token(expert, defer_rate)
+
+
+def team_seconds_per_token(
+    base: CostTable, experts: Sequence[CostTable], defer_rate: float
+) -> float:
+    """Return the same of several experts that are called equally often, and defer_rate of all
+    tokens together."""
+    return base(1) + sum(_calls_per_token(one, defer_rate / len(experts)) for one in experts)
+
+
+def _calls_per_token(expert: CostTable, defer_rate: float) -> float:
     if defer_rate <= 0:
-        return base(1)
+        return 0.0
     batch, still = 0.0, 1.0  # the mean batch's seconds, and the share of gaps at least this long
     for n in range(1, LONGEST_GAP):
         batch += still * defer_rate * expert.best(n)
         still *= 1 - defer_rate
     batch += still * expert.best(LONGEST_GAP)
-    return base(1) + defer_rate * batch
+    return defer_rate * batch
 
 
 def break_even(base: CostTable, expert: CostTable) -> float | None:

@@ -480,13 +480,13 @@ def shared_vocab(base: Model, expert: Model) -> int:
         if ours != theirs:
             raise MismatchError(
                 f"the vocabularies of {names} differ: {what} is {ours} in the base, {theirs} in "
-                "the expert; the two must come from one model family"
+                "the expert; use two of one family, or --bridge"
             )
     if abs(base.n_vocab - expert.n_vocab) > MAX_VOCAB_DIFFERENCE:
         raise MismatchError(
             f"the vocabularies of {names} differ: {base.n_vocab} tokens in the base, "
             f"{expert.n_vocab} in the expert (at most {MAX_VOCAB_DIFFERENCE} more or fewer); "
-            "the two must come from one model family"
+            "use two of one family, or --bridge"
         )
     n = min(base.n_vocab, expert.n_vocab)
     if base.path == expert.path:
@@ -495,6 +495,6 @@ def shared_vocab(base: Model, expert: Model) -> int:
         if base.token_text(i) != expert.token_text(i):
             raise MismatchError(
                 f"the vocabularies of {names} differ: token {i} is {base.token_text(i)!r} in the "
-                f"base, {expert.token_text(i)!r} in the expert; the two must come from one family"
+                f"base, {expert.token_text(i)!r} in the expert; use two of one family, or --bridge"
             )
     return n

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
 from typing import Any, Protocol
 
 from colm_edge.decode.step import Step
@@ -19,6 +18,7 @@ from colm_edge.serve.requests import CompletionRequest
 
 Json = dict[str, Any]
 Piece = Callable[[int], bytes]  # the bytes of a token
+OF_EXPERTS = ("n_deferred", "calls", "tokens")
 SUMMED = ("expert_calls", "expert_tokens", "expert_failures")  # stats in the side object
 
 
@@ -229,7 +229,7 @@ def usage_of(n_prompt: int, ended: Sequence[Ended]) -> dict[str, int]:
 def colm_of(ended: Sequence[Ended]) -> Json:
     """Return the side object of a response: counts over all its choices."""
     seconds = time.monotonic() - min(e.began.at for e in ended)
-    stats = [asdict(e.answer.stats) for e in ended]
+    stats = [e.answer.stats.record() for e in ended]
     n, n_deferred = (sum(s[name] for s in stats) for name in ("n_generated", "n_deferred"))
     return {
         "defer_rate": n_deferred / n if n else 0.0,
@@ -237,7 +237,19 @@ def colm_of(ended: Sequence[Ended]) -> Json:
         "threshold": ended[0].answer.threshold,
         **{name: _sum([s[name] for s in stats]) for name in SUMMED},
         "tokens_per_second": n / seconds if seconds > 0 else 0.0,
+        **_by_expert(stats),
     }
+
+
+def _by_expert(stats: Sequence[Json]) -> Json:
+    """Return the counts of each of several experts; nothing where there is one."""
+    if "experts" not in stats[0]:
+        return {}
+    found = {
+        source: {name: _sum([s["experts"][source][name] for s in stats]) for name in OF_EXPERTS}
+        for source in stats[0]["experts"]
+    }
+    return {"experts": found}
 
 
 def _sum(counts: Sequence[int | None]) -> int | None:

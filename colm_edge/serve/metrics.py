@@ -21,7 +21,10 @@ class Metrics:
         self.tokens = Counter(
             "colm_tokens", "Tokens by the model that wrote them.", ["source"], **made
         )
-        self.expert_calls = Counter("colm_expert_calls", "Evaluations by the expert.", **made)
+        self.expert_calls = Counter("colm_expert_calls", "Evaluations by the experts.", **made)
+        self.calls_by_expert = Counter(
+            "colm_calls_by_expert", "Evaluations by each of several experts.", ["expert"], **made
+        )
         self.prompt_tokens = Counter(
             "colm_prompt_tokens", "Tokens of the prompts of all answers.", **made
         )

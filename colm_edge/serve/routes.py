@@ -42,8 +42,13 @@ def metrics(server: TheServer) -> Response:
 @router.get("/v1/models")
 def models(server: TheServer) -> dict[str, Any]:
     pair = server.pair
-    expert = Path(pair.expert.name).stem if pair.expert_is_here else "remote"
-    names = {"base": pair.base.path.stem, "expert": expert, "switch": Path(pair.switch.name).stem}
+    names: dict[str, Any] = {
+        "base": pair.base.path.stem,
+        "expert": pair.members[0].stem,
+        "switch": Path(pair.switch.name).stem,
+    }
+    if pair.room is not None:
+        names |= {"expert": "", "experts": {member.name: member.stem for member in pair.members}}
     model = {
         "id": server.name,
         "object": "model",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from contextlib import closing
 from dataclasses import dataclass, field
@@ -10,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from colm_edge import readout
-from colm_edge.errors import MismatchError, SwitchError
+from colm_edge.errors import SwitchError
 from colm_edge.files import replacing
 from colm_edge.gguf_header import read_header, read_tensor
 from colm_edge.switch.reading import (
@@ -37,7 +38,10 @@ FEATURE_SETS = {
 
 @dataclass(frozen=True)
 class Switch:
-    """A head on the base's state: p_defer = σ(weight · features + bias).
+    """A head on the base's state: d = weight · features + bias, one number for each expert.
+
+    The base's share and those of the experts are softmax(0, d), and p_defer is the experts' sum: of
+    one expert, σ(d).
 
     features: column names in order; "hidden" stands for n_embd columns.
     weight (n_experts, n_columns) and bias (n_experts,), float32.
@@ -96,6 +100,16 @@ class Switch:
     def needs_hidden(self) -> bool:
         return HIDDEN in self.features
 
+    @property
+    def n_experts(self) -> int:
+        return len(self.bias)
+
+    @property
+    def expert_names(self) -> tuple[str, ...]:
+        """The names that its experts had when it was fitted, in the order of its rows; none where
+        it does not say."""
+        return tuple(self.info.get("expert_names", "").split())
+
     def columns(self) -> tuple[Floats | None, Floats]:
         """Return the weights in the native order: hidden (n_experts, n_embd) or None, and logit
         features (n_experts, 8) with zeros where the switch has no such feature."""
@@ -114,37 +128,49 @@ class Switch:
     def reader(self, base: Base, n_choose: int) -> Reader:
         """Return the function that reads p_defer off a base's state.
 
-        Raises MismatchError when the base has another width, or the switch is for several experts.
+        Raises MismatchError when the base has another width.
         """
         if self.needs_hidden:
             check_width(self.name, self.n_embd, base)
-        if len(self.bias) != 1:
-            raise MismatchError(
-                f"{self.name} chooses among {len(self.bias)} experts; expected a switch for one"
-            )
         w_hidden, w_logit = self.columns()
-        bias, out = self.bias, np.empty(N_LOGIT + 1, np.float32)
+        bias, out = self.bias, np.empty(N_LOGIT + self.n_experts, np.float32)
         read_native, wants_hidden = readout.read, w_hidden is not None
 
-        def read(logits: Floats, hidden: Floats) -> tuple[float, int, float]:
+        def read(logits: Floats, hidden: Floats) -> tuple[float, int, float, int]:
             choice, logsumexp = read_native(
                 logits, hidden if wants_hidden else None, w_hidden, w_logit, bias, out, n_choose, -1
             )
-            return sigmoid(float(out[N_LOGIT])), choice, logsumexp
+            return sigmoid(float(out[N_LOGIT])), choice, logsumexp, 0
 
-        return read
+        def read_several(logits: Floats, hidden: Floats) -> tuple[float, int, float, int]:
+            _, choice, logsumexp, _ = read(logits, hidden)
+            d = out[N_LOGIT:].tolist()
+            best = max(d)
+            total = best + math.log(sum(math.exp(one - best) for one in d))
+            return sigmoid(total), choice, logsumexp, d.index(best)
+
+        return read if self.n_experts == 1 else read_several
+
+    def d(self, logit_features: Floats, hidden: Floats | None) -> Doubles:
+        """Return d of each token, (n, n_experts), from (n, 8) and (n, n_embd)."""
+        w_hidden, w_logit = self.columns()
+        logit_features = logit_features.astype(np.float64)
+        columns = []
+        for k, bias in enumerate(self.bias.tolist()):
+            d = logit_features @ w_logit[k] + bias
+            if w_hidden is not None:
+                assert hidden is not None, "this switch reads the hidden state"
+                d += hidden @ w_hidden[k]
+            columns.append(d)
+        return np.stack(columns, axis=1)
 
     def p_defer(self, logit_features: Floats, hidden: Floats | None) -> Doubles:
         """Return p_defer of each token, (n,), from (n, 8) and (n, n_embd)."""
-        w_hidden, w_logit = self.columns()
-        d = logit_features.astype(np.float64) @ w_logit[0] + float(self.bias[0])
-        if w_hidden is not None:
-            assert hidden is not None, "this switch reads the hidden state"
-            d += hidden @ w_hidden[0]
-        return sigmoids(d)
+        return sigmoids(np.logaddexp.reduce(self.d(logit_features, hidden), axis=1))
 
     def is_for(self, role: str, fingerprint: str) -> bool:
-        """Return whether it was fitted for a model, "base" or "expert", or does not say."""
+        """Return whether it was fitted for a model, or does not say. role: "base", or an expert's
+        by `role_of`."""
         known = self.info.get(f"{role}_fingerprint", "").split()
         return not known or fingerprint in known
 
@@ -227,6 +253,11 @@ class Switch:
             raise SwitchError(f"{path}: the switch lacks {e.args[0]}; train it again") from e
         except (TypeError, ValueError, OverflowError) as e:
             raise SwitchError(f"{path}: a key or tensor has the wrong type or shape ({e})") from e
+
+
+def role_of(expert: str) -> str:
+    """Return what an expert is called in a switch file's notes: of several, by its name."""
+    return f"expert.{expert}" if expert else "expert"
 
 
 def _float_or_none(value: Any) -> float | None:

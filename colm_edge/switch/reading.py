@@ -14,8 +14,9 @@ from colm_edge.errors import MismatchError
 
 Floats = npt.NDArray[np.float32]
 Doubles = npt.NDArray[np.float64]
-# (logits (n_vocab,), hidden (n_embd,)) -> p_defer, likeliest base token, log-sum-exp of the logits
-Reader = Callable[[Floats, Floats], tuple[float, int, float]]
+# (logits (n_vocab,), hidden (n_embd,)) -> p_defer, likeliest base token, log-sum-exp of the logits,
+# and which expert would write the token: the likeliest one, 0 where there is one
+Reader = Callable[[Floats, Floats], tuple[float, int, float, int]]
 HIDDEN = "hidden"  # stands for the n_embd columns of the last hidden state
 N_LOGIT = len(readout.FEATURES)
 

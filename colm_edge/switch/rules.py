@@ -39,9 +39,9 @@ class Untrained:
         read_native = readout.read
         rule, column = RULES[self.name], readout.FEATURES.index(self.name)
 
-        def read(logits: Floats, hidden: Floats) -> tuple[float, int, float]:
+        def read(logits: Floats, hidden: Floats) -> tuple[float, int, float, int]:
             choice, logsumexp = read_native(logits, None, None, None, None, out, n_choose, -1)
-            return rule(float(out[column]), math), choice, logsumexp
+            return rule(float(out[column]), math), choice, logsumexp, 0
 
         return read
 
@@ -51,6 +51,31 @@ class Untrained:
 
     def threshold_for(self, defer_rate: float) -> float:
         raise SwitchError(f"the untrained {self.name} switch has no calibration; give --threshold")
+
+
+@dataclass(frozen=True)
+class Only:
+    """One of several experts writes every token, by its place among them."""
+
+    expert: int
+    threshold: float = 0.0
+    needs_hidden: bool = False
+
+    @property
+    def name(self) -> str:
+        return f"only-{self.expert}"
+
+    def reader(self, base: Base, n_choose: int) -> Reader:
+        out = np.empty(N_LOGIT, np.float32)
+
+        def read(logits: Floats, hidden: Floats) -> tuple[float, int, float, int]:
+            choice, logsumexp = readout.read(logits, None, None, None, None, out, n_choose, -1)
+            return 1.0, choice, logsumexp, self.expert
+
+        return read
+
+    def threshold_for(self, defer_rate: float) -> float:
+        raise SwitchError("one expert alone has no defer rate")
 
 
 @dataclass(frozen=True)
@@ -68,9 +93,9 @@ class DeferRow:
         out = np.empty(N_LOGIT + 1, np.float32)
         read_native = readout.read
 
-        def read(logits: Floats, hidden: Floats) -> tuple[float, int, float]:
+        def read(logits: Floats, hidden: Floats) -> tuple[float, int, float, int]:
             choice, logsumexp = read_native(logits, None, None, None, None, out, n_choose, row)
-            return sigmoid(float(out[N_LOGIT])), choice, logsumexp
+            return sigmoid(float(out[N_LOGIT])), choice, logsumexp, 0
 
         return read
 

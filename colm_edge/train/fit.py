@@ -145,7 +145,7 @@ def fit_switch(
     check_fit()
     tells = pair.expert_is_here or recorded or expert_scores
     _check_objective(options.objective, bool(tells))
-    held_back = _held_back(documents, options.seed)
+    held_back = held_back_lines(documents, options.seed)
     scores = score(
         pair, documents, progress, work=work, expert_scores=expert_scores, recorded=recorded,
         # Answers are kept by their content, and prompts may be added.
@@ -159,7 +159,7 @@ def fit_switch(
     by_expert = recorded is not None and options.objective == "best"
     objective = "regret" if by_expert else options.objective
     trial, trials = fit_head(split, names, objective, old)
-    info = _identities(pair, scored_by(expert_scores), bool(expert_scores))
+    info = identities(pair, scored_by(expert_scores), bool(expert_scores))
     switch = _switch(trial, names, split, info | {"objective": trial.objective})
     chosen = {}
     if options.choose is not None:
@@ -181,7 +181,7 @@ def fit_switch(
     return Fit(switch, report, scores, split.valid, trial.p, p_before)
 
 
-def _identities(pair: Pair, scorer: str | None, elsewhere: bool) -> dict[str, str]:
+def identities(pair: Pair, scorer: str | None, elsewhere: bool) -> dict[str, str]:
     """Return what a switch remembers of the models: their names, and what tells their files from
     others. scorer: the expert's name, if it scored elsewhere."""
     found = {"base": pair.base.path.name, "expert": Path(scorer or pair.expert.name).name}
@@ -217,7 +217,7 @@ def fit_head(
     if objective not in trials:
         raise DataError(NO_REGRET)
     trial = trials[objective]
-    rows = _sample(split.train, FIT_BYTES // (4 * len(trial.head.weight)))
+    rows = sample(split.train, FIT_BYTES // (4 * len(trial.head.weight)))
     if len(rows) > trial.n_tokens:
         chosen = OBJECTIVES[objective]
         block = Standardised(feature_columns(split.scores, rows, names))
@@ -234,7 +234,7 @@ def fit_head(
     return trial, trials
 
 
-def _held_back(documents: Documents, seed: int) -> set[int]:
+def held_back_lines(documents: Documents, seed: int) -> set[int]:
     """Return the lines that are held back: those with the smallest keys, XORed with the seed's.
 
     By content: when others are added to the data, documents stay on their side, except for a few
@@ -284,7 +284,7 @@ def _trials(split: Split, names: tuple[str, ...], old: Head | None) -> dict[str,
     The regularisation is the best on the held-back side, by the objective's own judge.
     """
     scores = split.scores
-    rows, judged = _sample(split.train, SEARCH_TOKENS), _sample(split.valid, SEARCH_TOKENS)
+    rows, judged = sample(split.train, SEARCH_TOKENS), sample(split.valid, SEARCH_TOKENS)
     block = Standardised(feature_columns(scores, rows, names))
     held_back = feature_columns(scores, judged, names)
     starts: dict[str, Head | None] = {"zero": None}
@@ -432,7 +432,7 @@ def _figures_at(threshold: float, p: Array, base: Array, expert: Array) -> dict[
     }
 
 
-def _sample(rows: Rows, n: int) -> Rows:
+def sample(rows: Rows, n: int) -> Rows:
     """Return at most n of the rows, drawn with a fixed seed, in order."""
     if len(rows) <= n:
         return rows

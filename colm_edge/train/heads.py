@@ -76,7 +76,7 @@ class Standardised:
         prior: the head that a strong l2 holds it to; none stands for zeros. The units are folded
         into the weights that come back.
         """
-        centre = self._standard(prior)[:-1]
+        centre = self.standard(prior)[:-1]
 
         def loss(x: Array) -> tuple[float, Array]:
             weight, bias = x[:-1], x[-1]
@@ -87,11 +87,14 @@ class Standardised:
             by_weight += 2 * l2 * off
             return value + l2 * float(off @ off), np.append(by_weight, by_d.sum())
 
-        x = minimize(loss, self._standard(start or prior))
+        return self.raw(minimize(loss, self.standard(start or prior)))
+
+    def raw(self, x: Array) -> Head:
+        """Return the head of weights and a bias in the standard units, (k + 1,)."""
         weight = x[:-1] / self.scale
         return Head(weight, float(x[-1] - self.mean @ weight))
 
-    def _standard(self, head: Head | None) -> Array:
+    def standard(self, head: Head | None) -> Array:
         """Return a head's weights and its bias in the standard units, (k + 1,)."""
         if head is None:
             return np.zeros(self.columns.shape[1] + 1)

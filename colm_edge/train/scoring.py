@@ -12,9 +12,10 @@ stopped.
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
@@ -22,6 +23,7 @@ import numpy as np
 import numpy.typing as npt
 
 from colm_edge import readout
+from colm_edge.decode.bridge import NEAR
 from colm_edge.errors import ColmError, DataError
 from colm_edge.remote.client import RemoteSession
 from colm_edge.train.columns import Columns, check_columns
@@ -40,8 +42,10 @@ if TYPE_CHECKING:
     from colm_edge.llama.scorer import Scorer
     from colm_edge.pair import Pair
     from colm_edge.remote.client import RemoteExpert
+    from colm_edge.team import Member
 
 Array = npt.NDArray[np.float64]
+BRIDGE_OUTPUTS = 64  # of an expert of another vocabulary, at once; each takes n_vocab floats
 PACK_TOKENS = 1024  # of short documents, evaluated together
 # A remote expert's log-probability is above this; vLLM gives it for a probability of zero, and
 # llama.cpp one below it.
@@ -128,13 +132,32 @@ def score(
         hidden=base["hidden"],
         logit_features=base["features"],
         base=base["logprob"],
-        expert=expert["logprob"],
-        best=expert["best"],
-        choice=expert["choice"],
         likeliest=likeliest,
-        expert_right=expert["right"],
+        **_by_expert(expert),
         **told,
     )
+
+
+def score_each(
+    pair: Pair, documents: Documents, progress: MakeProgress, *, work: Path | None = None
+) -> list[Scores]:
+    """Evaluate every document once with the base and each expert; return the scores with each
+    expert. work: as in `score`, and updated."""
+    first = score(pair, documents, progress, work=work, update=True)
+    others = (
+        score_model(
+            pair, "expert", documents, progress,
+            work=work, update=True, choices=first.likeliest, which=which,
+        )
+        for which in range(1, len(pair.members))
+    )  # fmt: skip
+    return [first, *(replace(first, **_by_expert(columns)) for columns in others)]
+
+
+def _by_expert(columns: Columns) -> Columns:
+    """Return an expert's columns by their names in `Scores`."""
+    names = {"expert": "logprob", "best": "best", "choice": "choice", "expert_right": "right"}
+    return {name: columns[column] for name, column in names.items()}
 
 
 def _from_records(
@@ -244,6 +267,7 @@ def score_model(
     work: Path | None = None,
     update: bool = False,
     choices: npt.NDArray[np.int32] | None = None,
+    which: int = 0,
 ) -> Columns:
     """Evaluate every document with one model, but for those that the work folder has scores of.
 
@@ -251,7 +275,7 @@ def score_model(
     the base likeliest int32, hidden float32 (n, n_embd) and features float32 (n, 8); of the expert
     right bool, and best and choice float64, the log-probabilities of its own likeliest token and of
     choices (n,), the base's likeliest; NaN from a server. "choice" is the base without hidden and
-    features.
+    features. which: of several experts.
     """
     types: RowTypes = {"logprob": np.dtype(np.float64)}
     if name == "expert":
@@ -267,38 +291,42 @@ def score_model(
     if work is None:
         store = MemoryStore(types, documents)
     else:
-        folder = _model_folder(work, name, pair, update)
+        folder = _model_folder(work, name, pair, update, which)
         store = FolderStore(folder, types, documents, update=update, n_choose=pair.n_shared)
     with ExitStack() as stack:
         stack.enter_context(store)
         bar = stack.enter_context(progress(name, documents.n_tokens))
         bar.update(documents.n_tokens - int(documents.lengths[store.to_do].sum()))
         scorer: Scorer | None = None
+        expert = pair.members[which].timeline
         for group in _groups(documents, store.to_do):
-            if name == "expert" and isinstance(pair.expert, RemoteSession):
-                columns = _score_remotely(pair.expert.expert, documents, group)
+            if name == "expert" and isinstance(expert, RemoteSession):
+                columns = _score_remotely(expert.expert, documents, group)
+            elif name == "expert" and pair.members[which].crossing is not None:
+                assert choices is not None
+                columns = _score_across(pair.members[which], documents, group, choices)
             else:
-                scorer = scorer or stack.enter_context(_scorer(pair, name))
+                scorer = scorer or stack.enter_context(_scorer(pair, name, which))
                 columns = _score_locally(scorer, documents, group, pair.n_shared, choices)
-            _check_told(columns, pair, name)
+            _check_told(columns, pair, name, which)
             store.append(columns, len(group))
             bar.update(int(documents.lengths[group].sum()))
     return store.columns()
 
 
-def _check_told(columns: Columns, pair: Pair, name: str) -> None:
+def _check_told(columns: Columns, pair: Pair, name: str, which: int) -> None:
     """Raise ColmError for scores that no model gives, now rather than after the whole pass."""
     try:
         check_columns(columns, pair.n_shared)
     except ValueError as e:
-        model = pair.expert.name if name == "expert" else pair.base.path
+        model = pair.members[which].timeline.name if name == "expert" else pair.base.path
         raise ColmError(f"{model}: {e}; the file or the server is broken") from e
 
 
-def _scorer(pair: Pair, name: str) -> Scorer:
+def _scorer(pair: Pair, name: str, which: int) -> Scorer:
     from colm_edge.llama.scorer import Scorer
 
-    session = pair.expert_session if name == "expert" else pair.base_session
+    session = pair.members[which].session if name == "expert" else pair.base_session
     # No smaller than in use: some models scale their positions by the context's size.
     return Scorer(session, max(PACK_TOKENS, session.n_ctx), hidden=name == "base")
 
@@ -336,6 +364,29 @@ def _score_remotely(expert: RemoteExpert, documents: Documents, group: Ints) -> 
     untold = np.full(len(right), np.nan)
     columns: Columns = {"logprob": np.array(logprobs), "right": np.array(right, np.bool_)}
     return columns | {"best": untold, "choice": untold}
+
+
+def _score_across(
+    member: Member, documents: Documents, group: Ints, choices: npt.NDArray[np.int32]
+) -> Columns:
+    """Return a group's columns from an expert of another vocabulary: what its bridge says of the
+    base's tokens. What it leaves out is as likely as the least that it looks at."""
+    timeline = member.across(member.session)
+    columns: dict[str, list[Any]] = {name: [] for name in ("logprob", "right", "best", "choice")}
+    for i in group:
+        span, start = documents.span(i).tolist(), int(documents.starts[i])
+        asked = choices[documents.rows[i] : documents.rows[i + 1]].tolist()
+        for first in range(start, len(span), BRIDGE_OUTPUTS):
+            last = min(first + BRIDGE_OUTPUTS, len(span))
+            timeline.sync(array("i", span[:last]), range(first - 1, last - 1))
+            for at in range(first, last):
+                logits, _ = timeline.state(at - 1)
+                gold, best = span[at], float(logits.max())
+                columns["logprob"].append(max(float(logits[gold]), -NEAR))
+                columns["right"].append(float(logits[gold]) == best)
+                columns["best"].append(best)
+                columns["choice"].append(max(float(logits[asked[at - start]]), -NEAR))
+    return {name: np.array(values) for name, values in columns.items()}
 
 
 def _score_locally(
@@ -404,7 +455,7 @@ def _read_outputs(
     return columns
 
 
-def _model_folder(work: Path, name: str, pair: Pair, update: bool) -> Path:
+def _model_folder(work: Path, name: str, pair: Pair, update: bool, which: int) -> Path:
     """Return the folder of a model's columns. Raises DataError if there is another model's.
 
     Each model has its own, by its fingerprint, so that no two are ever mixed; after an update the
@@ -413,8 +464,9 @@ def _model_folder(work: Path, name: str, pair: Pair, update: bool) -> Path:
     with disk_errors(work):
         work.mkdir(parents=True, exist_ok=True)
     is_base = name != "expert"
-    model = str(pair.base.path) if is_base else pair.expert.name
-    mark = pair.base.fingerprint if is_base else pair.expert.fingerprint
+    expert = pair.members[which].timeline
+    model = str(pair.base.path) if is_base else expert.name
+    mark = pair.base.fingerprint if is_base else expert.fingerprint
     folder = work / f"{name}-{mark[:8]}"
     others = [p for p in work.glob(f"{name}-" + "[0-9a-f]" * 8) if p != folder]
     if folder.exists() or not others or (update and not is_base):

@@ -150,7 +150,7 @@ def test_every_schedule_writes_the_trace(tiny_pair, rate, agree):
     expected = list(zip(trace.tokens, sources, strict=True))
     assert written(tiny_pair, trace, 0.5)[0] == expected
     planner = Bold(lambda cancel: (flat, flat))
-    assert written(tiny_pair, trace, 0.5, Fast(planner))[0] == expected
+    assert written(tiny_pair, trace, 0.5, Fast([planner]))[0] == expected
     deferrals = sum(trace.deferred)
     if deferrals:
         assert planner.agreement.n > 4

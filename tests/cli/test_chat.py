@@ -318,7 +318,7 @@ def test_an_answer_cannot_drive_the_terminal():
     step = Step(1, "expert", 0.9, -0.1)
     step.text = "a\x1b[2J\x07\x9b31mb\tc\n\r"
     assert harmless(step.text) == "a[2J31mb\tc\n"
-    assert click.unstyle(mark(step)) == "a[2J31mb\tc\n"
+    assert click.unstyle(mark(step, {"expert": "cyan"})) == "a[2J31mb\tc\n"
 
 
 def say_of(run) -> list[str]:

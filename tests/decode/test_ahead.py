@@ -83,7 +83,7 @@ def test_going_on_never_changes_the_text(
         second = Awaited(expert, first) if ahead else expert
         run = decoder(
             first, second, read, prompt, max_tokens=max_tokens, compose=compose,
-            schedule=None if bets is None else Fast(Bold(seed, bets)),
+            schedule=None if bets is None else Fast([Bold(seed, bets)]),
             sampler=Sometimes(seed) if sampled else None,
         )  # fmt: skip
         steps = list(run)
@@ -274,7 +274,7 @@ def test_an_expert_on_a_device_of_its_own(tiny, way):
 def test_a_server_on_this_machine_is_not_beside_by_default(tiny):
     """It may use the same cores."""
     with faking("llamacpp", tiny["expert"]) as (url, _), load(tiny["base"], url, "margin") as pair:
-        assert not pair._overlap
+        assert not pair.members[0].overlaps
         assert pair.expert.expert.is_local
 
 

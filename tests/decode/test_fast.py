@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_loop import decoder, reader, writer
 
-from colm_edge import pair as pair_module
+from colm_edge import team
 from colm_edge.bench.replay import Process, replay
 from colm_edge.decode.fast import Fast
 from colm_edge.decode.planner import Planner
@@ -18,7 +18,8 @@ from colm_edge.errors import ModelError
 from colm_edge.llama.costs import CostTable
 from colm_edge.llama.sampling import ChainSampler
 from colm_edge.options import Options
-from colm_edge.pair import Pair, load
+from colm_edge.pair import load
+from colm_edge.team import Member
 
 # The cost of a decode is constant (a GPU), or proportional to its size (a small model).
 FLAT = CostTable((1, 64), (1.0, 1.0))
@@ -113,11 +114,11 @@ def test_bets_never_change_the_text(
         assert run.stats.n_deferred == sum(step.source == "expert" for step in steps)
         return steps, run.finish_reason
 
-    assert answer(Fast(Bold(seed, bets))) == answer()
+    assert answer(Fast([Bold(seed, bets)])) == answer()
 
 
 def fast(base, expert, read, planner, **kwargs):
-    return decoder(base, expert, read, [1, 2, 3], schedule=Fast(planner), **kwargs)
+    return decoder(base, expert, read, [1, 2, 3], schedule=Fast([planner]), **kwargs)
 
 
 def test_without_a_bet_both_evaluate_what_the_sequential_loop_does():
@@ -140,7 +141,7 @@ def test_a_deferral_after_a_repeated_choice_needs_no_call(compose):
 
     choose = writer(1)
     base, expert = Scripted(choose, 200), Scripted(choose, 200)
-    read = lambda logits, hidden: (0.9, int(logits.argmax()), 0.0)  # noqa: E731
+    read = lambda logits, hidden: (0.9, int(logits.argmax()), 0.0, 0)  # noqa: E731
     eager = Eager(lambda cancel: (FLAT, FLAT))
     run = fast(base, expert, read, eager, max_tokens=100, compose=compose)
     assert {s.source for s in run} == {"expert"}
@@ -232,7 +233,7 @@ def test_the_fast_schedule_never_costs_more(machine, rate, agree, run):
     """By the costs in a table, not by time, and with learning: at most 2 % more, and less where
     the expert often agrees and tokens are often deferred."""
     tables = MACHINES[machine]
-    read = lambda logits, hidden: (0.0, 1, 0.0)  # noqa: E731
+    read = lambda logits, hidden: (0.0, 1, 0.0, 0)  # noqa: E731
 
     def cost(seed, schedule=None):
         trace = Process(rate, agree, run).draw(256, N_VOCAB, seed)
@@ -242,7 +243,7 @@ def test_the_fast_schedule_never_costs_more(machine, rate, agree, run):
         return base.cost + expert.cost
 
     seeds = range(10 if rate == 0.05 else 5)  # enough deferrals to average out luck
-    fast = sum(cost(seed, Fast(Planner(lambda cancel: tables))) for seed in seeds)
+    fast = sum(cost(seed, Fast([Planner(lambda cancel: tables)])) for seed in seeds)
     plain = sum(cost(seed) for seed in seeds)
     assert fast <= 1.02 * plain
     if agree == 0.9 and rate >= 0.4 and machine in ("fours", "gpu"):
@@ -291,7 +292,7 @@ def test_real_models_write_the_same_text(tiny, threshold, sampling):
             options |= sampling
             plain = pair.generate("hello", schedule="sequential", **options)
             for seed in range(3):
-                pair.planner = Bold(seed, 0.7)
+                pair.members[0].planner = Bold(seed, 0.7)
                 answer = pair.generate("hello", **options)
                 assert [(s.token, s.source) for s in answer.steps] == [
                     (s.token, s.source) for s in plain.steps
@@ -311,7 +312,7 @@ def test_stop_strings_and_bets(tiny):
         for at in (5, 12, 30):
             options["stop"] = text[at : at + 2]
             plain = pair.generate("hello", schedule="sequential", **options)
-            pair.planner = Bold(at, 0.9)
+            pair.members[0].planner = Bold(at, 0.9)
             answer = pair.generate("hello", **options)
             assert answer.text == plain.text == text[: text.index(options["stop"])]
             assert answer.stats.n_generated == plain.stats.n_generated
@@ -334,7 +335,7 @@ TABLE = CostTable((1, 2, 3, 4, 64), (1.0, 9.0, 9.0, 2.0, 60.0))  # four cost les
 
 
 def test_only_the_fast_schedule_cuts_batches_by_their_costs(tiny, monkeypatch):
-    monkeypatch.setattr(Pair, "cost_tables", lambda pair, **_: (TABLE, TABLE))
+    monkeypatch.setattr(Member, "cost_tables", lambda member, **_: (TABLE, TABLE))
     with load(tiny["base"], tiny["expert"], "margin", n_threads=1, n_ctx=128) as pair:
         evaluated = []
         for schedule in ("sequential", "fast", "sequential", "fast"):
@@ -354,7 +355,7 @@ def test_what_cannot_be_measured_is_done_without(tiny, monkeypatch):
     notes = []
     with load(tiny["base"], tiny["expert"], n_threads=1, note=notes.append) as pair:
         whole = pair.generate("hello", schedule="sequential", threshold=0.3, **GREEDY)
-        monkeypatch.setattr(pair_module, "cost_table", refused)
+        monkeypatch.setattr(team, "cost_table", refused)
         answer = pair.generate("hello", schedule="fast", threshold=0.3, **GREEDY)
     assert answer.text == whole.text
     assert notes == ["the fast schedule works without bets: no memory for another context"]

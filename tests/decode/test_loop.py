@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from colm_edge.decode.loop import Decoder, ExpertAlone
 from colm_edge.decode.picker import Picker, mixture
-from colm_edge.decode.policy import BASE, Policy, RatePolicy
+from colm_edge.decode.policy import Policy, RatePolicy
 
 END = 0
 
@@ -41,7 +41,7 @@ def reader(seed: int, rate: float):
     def read(logits, hidden):
         peak = logits.max()
         lse = float(peak + np.log(np.exp(logits - peak).sum()))
-        return p_of(int(hidden[0])), int(logits.argmax()), lse
+        return p_of(int(hidden[0])), int(logits.argmax()), lse, 0
 
     return read, p_of
 
@@ -117,13 +117,13 @@ def test_threshold_one_never_calls_the_expert():
 
 
 def test_threshold_is_strict():
-    read = lambda logits, hidden: (0.5, 1, 0.0)  # noqa: E731
+    read = lambda logits, hidden: (0.5, 1, 0.0, 0)  # noqa: E731
     steps = list(decoder(Scripted(writer(1)), Scripted(writer(2)), read, [1], max_tokens=3))
     assert {s.source for s in steps} == {"base"}
 
 
 def test_threshold_zero_always_defers_even_where_p_underflows():
-    read = lambda logits, hidden: (0.0, 1, 0.0)  # noqa: E731
+    read = lambda logits, hidden: (0.0, 1, 0.0, 0)  # noqa: E731
     run = decoder(Scripted(writer(1)), Scripted(writer(2)), read, [1], threshold=0.0, max_tokens=3)
     assert {s.source for s in run} == {"expert"}
 
@@ -141,7 +141,7 @@ def test_ids_the_expert_lacks_are_never_written():
     """If the expert lacks the base's likeliest id, the base writes its best shared one."""
 
     def read(logits, hidden):
-        return 0.0, int(logits[: N_VOCAB - 2].argmax()), 0.0
+        return 0.0, int(logits[: N_VOCAB - 2].argmax()), 0.0, 0
 
     base = Scripted(lambda prefix: N_VOCAB - 1)
     expert = Scripted(lambda prefix: N_VOCAB - 1)
@@ -217,7 +217,7 @@ def test_a_rate_is_held_whatever_p_defer_is_like(seed, rate, power, scale):
     draw = random.Random(seed)
     policy = RatePolicy(None, rate)
     n = 300
-    deferred = [policy.writer(scale * draw.random() ** power) != BASE for _ in range(n)]
+    deferred = [policy.defers(scale * draw.random() ** power) for _ in range(n)]
     assert abs(sum(deferred) / n - rate) < 0.02
     # Nowhere in a row is it far off either.
     for start in range(50, n - 100):
@@ -227,7 +227,7 @@ def test_a_rate_is_held_whatever_p_defer_is_like(seed, rate, power, scale):
 @pytest.mark.parametrize(("rate", "share"), [(0.0, 0), (1.0, 1)])
 def test_the_ends_of_a_rate_are_one_model_alone(rate, share):
     policy = RatePolicy(None, rate)
-    assert {policy.writer(p) != BASE for p in (0.0, 0.5, 1.0)} == {bool(share)}
+    assert {policy.defers(p) for p in (0.0, 0.5, 1.0)} == {bool(share)}
 
 
 def test_an_expert_alone_needs_no_base():
@@ -251,7 +251,7 @@ def test_near_is_called_once_at_the_first_reading_of_half_the_threshold(seed, ra
     base, calls = Scripted(writer(1)), list[int]()
     run = decoder(
         base, Scripted(writer(2)), read, [1, 2, 3], threshold, max_tokens=20,
-        near=lambda: calls.append(len(base.held)),
+        near=lambda expert: calls.append(len(base.held)),
     )  # fmt: skip
     list(run)
     places = [n for n in range(3, 23) if p_of(n) > threshold / 2]

@@ -118,7 +118,7 @@ def test_review_is_the_plain_loop_with_review(**given):
 @settings(max_examples=300)
 @given(**parts, bets=st.floats(0, 1))
 def test_bets_never_change_a_reviewed_text(bets, **given):
-    plain, betting = reviewed(**given), reviewed(**given, planner=Bold(given["seed"], bets))
+    plain, betting = reviewed(**given), reviewed(**given, planners=[Bold(given["seed"], bets)])
     assert list(betting) == list(plain)
     assert betting.undone == plain.undone
     assert betting.finish_reason == plain.finish_reason
@@ -140,7 +140,7 @@ def test_a_rejected_token_is_undone_once_a_position(**given):
 @settings(max_examples=200)
 @given(**{**parts, "nats": st.just(0.0)}, bets=st.floats(0, 1))
 def test_without_tolerance_the_text_is_the_experts_own(bets, **given):
-    run = reviewed(**given, planner=Bold(given["seed"], bets))
+    run = reviewed(**given, planners=[Bold(given["seed"], bets)])
     base, expert = (
         Drawn(given["seed"] + i, given["n_ctx"], likes_end=given["likes_end"]) for i in (0, 1)
     )
@@ -236,7 +236,9 @@ def test_sampled_without_tolerance_the_text_is_distributed_as_the_experts(seed, 
 
     n = 6000
     planner = Bold(seed, 0.5) if bets else None
-    found = Counter(text(Review(Exact(), 2, planner=planner)) for _ in range(n))
+    found = Counter(
+        text(Review(Exact(), 2, planners=[planner] if planner else ())) for _ in range(n)
+    )
     expected = Counter(text(None) for _ in range(n))
     common = [key for key in found | expected if expected[key] >= 20]
     rest = n - sum(found[key] for key in common), n - sum(expected[key] for key in common)

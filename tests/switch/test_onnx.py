@@ -38,7 +38,7 @@ def test_an_onnx_head_gives_what_the_switch_gives(tmp_path):
     reader = head.reader(base, 5)
     logits = np.array([1, 3, 2, 0, 0, 9], np.float32)
     for hidden in np.random.default_rng(3).normal(size=(9, N_EMBD)).astype(np.float32):
-        p, choice, logsumexp = reader(logits, hidden)
+        p, choice, logsumexp, _ = reader(logits, hidden)
         d = float(tensors["lm_head.weight"][-1].astype(float) @ hidden) + 0.3
         assert p == pytest.approx(sigmoid(d), abs=1e-6)
         assert choice == 1

@@ -77,16 +77,16 @@ def test_p_defer_is_the_documented_formula(seed, features):
     rng = np.random.default_rng(seed + 1)
     logits = rng.normal(0, 3, 50).astype(np.float32)
     hidden = rng.normal(0, 1, 6).astype(np.float32)
-    p, choice, logsumexp = switch.reader(BASE, 40)(logits, hidden)
+    p, choice, logsumexp, expert = switch.reader(BASE, 40)(logits, hidden)
     assert p == pytest.approx(p_defer(switch, logits.astype(float), hidden.astype(float)), abs=1e-5)
-    assert choice == logits[:40].argmax()
+    assert (choice, expert) == (logits[:40].argmax(), 0)
     assert logsumexp == pytest.approx(math.log(np.exp(logits.astype(float)).sum()), abs=1e-5)
 
 
 @pytest.mark.parametrize("name", ["margin", "entropy"])
 def test_untrained_switches(name):
     logits = np.random.default_rng(1).normal(0, 3, 50).astype(np.float32)
-    p, _, _ = load_switch(name).reader(BASE, 50)(logits, logits)
+    p, *_ = load_switch(name).reader(BASE, 50)(logits, logits)
     assert p == pytest.approx(p_defer(name, logits.astype(float), logits), abs=1e-5)
     with pytest.raises(SwitchError, match="no calibration"):
         load_switch(name).threshold_for(0.2)

@@ -273,12 +273,12 @@ def test_rescaling_keeps_the_ranking_and_betters_the_mixture():
 
 def test_a_document_stays_on_its_side_when_others_are_added(tiny_pair):
     rows = [{"prompt": f"p{i}", "completion": f"c{i}"} for i in range(200)]
-    some = train._held_back(tokenized(list(enumerate(rows))[:100], tiny_pair), 0)
-    more = train._held_back(tokenized(list(enumerate(rows)), tiny_pair), 0)
+    some = train.held_back_lines(tokenized(list(enumerate(rows))[:100], tiny_pair), 0)
+    more = train.held_back_lines(tokenized(list(enumerate(rows)), tiny_pair), 0)
     assert len(some) == 20
     assert len(more) == 40
     assert len(some & more) >= 15  # those at the border may cross it
-    assert train._held_back(tokenized(list(enumerate(rows)), tiny_pair), 1) != more
+    assert train.held_back_lines(tokenized(list(enumerate(rows)), tiny_pair), 1) != more
 
 
 def test_an_update_begins_with_the_old_switch_and_is_compared_with_it(tiny):

@@ -162,7 +162,7 @@ def test_the_command_trains_from_prompts_and_resumes(tiny, tmp_path):
     best = report["review"]["recommended"]
     assert Switch.load(out).review == (math.inf if best is None else best)
     assert "\nreview: " in result.stderr
-    assert f"{out}.work: keeps the answers" in result.stderr
+    assert f"{out}.work: keeps the work" in result.stderr
     assert len((tmp_path / "s.gguf.work" / ANSWERS_FILE).read_text().splitlines()) == len(ROWS)
     first = out.read_bytes()
     assert CliRunner().invoke(main, args).exit_code == 0

@@ -24,7 +24,7 @@ def written(deferred, rejected, schedule):
 
     def read(logits, hidden):
         at = int(hidden[0]) - 1
-        return float(at < len(deferred) and deferred[at]), int(logits.argmax()), 0.0
+        return float(at < len(deferred) and deferred[at]), int(logits.argmax()), 0.0, 0
 
     n = len(deferred)
     base = Scripted(lambda prefix: 3 if len(prefix) <= n and rejected[len(prefix) - 1] else 2)

@@ -73,7 +73,7 @@ class BrokenSwitch:
     def reader(self, base: Base, n_choose: int) -> Reader:
         read = self._switch.reader(base, n_choose)
 
-        def broken(logits: Floats, hidden: Floats) -> tuple[float, int, float]:
+        def broken(logits: Floats, hidden: Floats) -> tuple[float, int, float, int]:
             self._left -= 1
             if self._left < 0:
                 raise BrokenError

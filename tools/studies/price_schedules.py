@@ -112,8 +112,8 @@ class Priced:
         return logits, np.empty(0, np.float32)
 
 
-def read_nothing(logits: Floats, hidden: Floats) -> tuple[float, int, float]:
-    return 0.0, 1, 0.0  # the replay decides
+def read_nothing(logits: Floats, hidden: Floats) -> tuple[float, int, float, int]:
+    return 0.0, 1, 0.0, 0  # the replay decides
 
 
 def cost(
@@ -129,7 +129,7 @@ def cost(
         expert = Priced(tables[1], trace)
         schedule: Schedule | None = None
         if planner is not None:
-            expert.cuts, schedule = True, Fast(planner)
+            expert.cuts, schedule = True, Fast([planner])
         written = replay(base, expert, read_nothing, trace, 0.5, N_VOCAB, schedule)
         assert [step.token for step in written] == tokens
         total += base.seconds + expert.seconds

@@ -1,9 +1,11 @@
 // A conversation: {id, title, changed, turns}. A turn: {id, question, answer, forgotten}, forgotten
 // once it is no longer sent. An answer: {tokens, withdrawn, state, note, seconds}, where
-//   tokens     [text, whether the expert wrote it, p_defer] each
+//   tokens     [text, who wrote it, p_defer] each; who: 0 the base, 1 the expert, or its name
 //   withdrawn  {at, text, source, regret} each; `at` is a place among the tokens
 //   state      "writing", "done", or why it ended before: "stopped", "cut" (the page was closed),
 //              "full" (no room was left), "failed" (note says why)
+
+import { sourceOf } from "./experts.js";
 
 const newId = () => Date.now().toString(36) + Math.random().toString(36).slice(2, 8);
 
@@ -91,7 +93,7 @@ export function asJson(chat, model) {
       role: "assistant",
       content: textOf(answer),
       tokens: answer.tokens.map(([text, expert, p_defer]) => (
-        { text, source: expert ? "expert" : "base", p_defer })),
+        { text, source: sourceOf(expert), p_defer })),
       withdrawn: answer.withdrawn,
     },
   ]);

@@ -2,6 +2,7 @@
 
 import { element } from "./dom.js";
 import { copyButton } from "./copy.js";
+import { classOf } from "./experts.js";
 import { findPlaces, linesOf } from "./places.js";
 
 const md = window.markdownit({ html: false, linkify: true, breaks: true });
@@ -63,10 +64,10 @@ function painted({ content, at }, env) {
 
 function span(text, i, tokens) {
   const { expert, draft } = tokens[i];
-  const tintBegins = expert && !tokens[i - 1]?.expert;
+  const tintBegins = expert && tokens[i - 1]?.expert !== expert;
   const space = tintBegins ? text.match(/^\s*/)[0] : ""; // with a word
   if (space === text) return space;
-  const name = `token${expert ? " expert" : ""}${draft ? " draft" : ""}`;
+  const name = ["token", classOf(expert), draft ? "draft" : ""].filter(Boolean).join(" ");
   const rest = escape(text.slice(space.length));
   return `${space}<span class="${name}" data-i="${i}" tabindex="-1">${rest}</span>`;
 }

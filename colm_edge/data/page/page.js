@@ -3,6 +3,7 @@
 import { askAgain, newChat, newTurn, removeTurn, textOf, titleOf, turnOf } from "./chat.js";
 import { chatList } from "./chats.js";
 import { $, button, element } from "./dom.js";
+import { classOf, setExperts } from "./experts.js";
 import { follow } from "./follow.js";
 import * as server from "./server.js";
 import { askKey, settingsPanel } from "./settings.js";
@@ -28,7 +29,14 @@ async function model() {
 }
 
 function name({ meta }) {
-  for (const part of ["base", "expert", "switch"]) {
+  setExperts(meta);
+  const several = Object.entries(meta?.experts ?? {});
+  if (several.length) {
+    $("experts").replaceChildren(...several.map(([expert, file]) => element("span",
+      { className: "who" }, element("span", { className: classOf(expert) }, expert), " ",
+      element("b", { title: file }, file))));
+  }
+  for (const part of several.length ? ["base", "switch"] : ["base", "expert", "switch"]) {
     const called = meta?.[part] === part ? "" : meta?.[part] ?? ""; // the shipped pair's files
     $(part).textContent = $(part).title = called;
     if (part === "switch") $(part).parentElement.hidden = !called;

@@ -1,6 +1,7 @@
 // What is told about a token or a withdrawal: on hover, tap and keyboard focus.
 
 import { $, element } from "./dom.js";
+import { sourceOf } from "./experts.js";
 
 const MARKED = ".token, .withdrawn";
 
@@ -41,7 +42,7 @@ export function tips(area, factOf) {
 
 function told({ token, withdrawn }) {
   if (token) {
-    const words = `${token.expert ? "expert" : "base"}, p_defer ${token.pDefer.toFixed(3)}`;
+    const words = `${sourceOf(token.expert).replace(":", " ")}, p_defer ${token.pDefer.toFixed(3)}`;
     return [token.draft ? `${words}, may be withdrawn` : words];
   }
   const { text, source, regret } = withdrawn;

@@ -1,6 +1,7 @@
 // An answer while it is written: asked for, received token by token, saved every second.
 
 import { forgetOldest, makeRoom, messagesFor, remember, turnOf } from "./chat.js";
+import { writerOf } from "./experts.js";
 import { Refusal, stream } from "./server.js";
 import { alone, changeChat, getChat, settings } from "./store.js";
 
@@ -122,7 +123,7 @@ export class Writing {
 }
 
 function tokenOf({ text, source, p_defer }) {
-  return [text, source === "expert" ? 1 : 0, Number(p_defer.toFixed(4))];
+  return [text, writerOf(source), Number(p_defer.toFixed(4))];
 }
 
 function optionsOf({ temperature, max_tokens, threshold, review }) {

@@ -1,0 +1,316 @@
+"""Fit one switch for several experts: a row for each, softmax over the base and all of them.
+
+As for one expert the models stay frozen. Two objectives have a form for several:
+
+- marginal: the likelihood of the mixture, −log Σ_j share_j · P_j(token), j over base and experts.
+- regret: a classification of every token. Where the expert of its document would reject the base's
+  choice it is that expert's, and weighs the nats that it regrets; all else is the base's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from colm_edge.errors import DataError
+from colm_edge.switch.file import FEATURE_SETS, Switch
+from colm_edge.switch.reading import sigmoids
+from colm_edge.switch.rules import DEFAULT_RATE
+from colm_edge.train.fit import (
+    FIT_BYTES,
+    L2_GRID,
+    SEARCH_TOKENS,
+    calibrate,
+    choose_threshold,
+    feature_columns,
+    sample,
+)
+from colm_edge.train.heads import Array, Columns, Head, Standardised, minimize
+from colm_edge.train.objectives import DEFER_RATES, REGRET_RATES, REJECTED, Rows
+from colm_edge.train.scoring import Scores
+
+TEAM_OBJECTIVES = ("marginal", "regret")
+# d of every expert, (n, K) -> the loss and its gradient
+TeamLoss = Callable[[Array], tuple[float, Array]]
+
+
+@dataclass(frozen=True)
+class TeamScores:
+    """What base and experts said of every scored token, a row each.
+
+    scores: with each expert, in the switch's order; their base's columns are the same. Of documents
+    that the experts wrote themselves there is one, of all rows, and `told` is false: what the other
+    experts think of them is not known.
+    writer: the expert of each row's document, (n,): the one that wrote it, or finds it likeliest.
+    """
+
+    scores: Sequence[Scores]
+    writer: npt.NDArray[np.int64]
+    told: bool
+
+    @property
+    def base(self) -> Scores:
+        """The scores whose columns are the base's."""
+        return self.scores[0]
+
+    def gold(self, rows: Rows) -> Array:
+        """Return the log-probabilities of the gold tokens, (n, 1 + K): the base's first."""
+        return np.column_stack([self.base.base[rows], *(s.expert[rows] for s in self.scores)])
+
+    def regret(self, rows: Rows) -> Array:
+        """Return the nats by which the document's expert prefers its own choice to the base's."""
+        if not self.told:
+            return self.base.regret(rows)
+        all_of = np.stack([scores.regret(rows) for scores in self.scores])
+        return np.asarray(np.take_along_axis(all_of, self.writer[rows][None], axis=0)[0])
+
+
+def likeliest_writers(scores: Sequence[Scores]) -> npt.NDArray[np.int64]:
+    """Return for each row the expert that finds its line's tokens likeliest, (n,)."""
+    _, line = np.unique(scores[0].line, return_inverse=True)
+    totals = np.stack([np.bincount(line, one.expert) for one in scores])
+    return np.asarray(totals.argmax(axis=0)[line], np.int64)
+
+
+def marginal_loss(gold: Array, d: Array) -> tuple[float, Array]:
+    """Return the mean of −log Σ_j share_j · P_j, and its gradient in d, (n, K).
+
+    gold: log-probabilities of the gold tokens, (n, 1 + K), the base's first. The gradient is each
+    expert's share less its posterior probability to have written the token.
+    """
+    logits = np.column_stack([np.zeros(len(d)), d])
+    share = logits - np.logaddexp.reduce(logits, axis=1, keepdims=True)
+    both = share + gold
+    joint = np.logaddexp.reduce(both, axis=1, keepdims=True)
+    gradient = np.exp(share) - np.exp(both - joint)
+    return float(-joint.mean()), gradient[:, 1:] / len(d)
+
+
+def regret_loss(regret: Array, writer: npt.NDArray[np.int64], d: Array) -> tuple[float, Array]:
+    """Return the weighted cross-entropy of whose each token is, and its gradient in d, (n, K)."""
+    rejected = regret > REJECTED
+    weight = np.where(rejected, regret, 1.0) / len(d)
+    label = np.where(rejected, writer + 1, 0)
+    logits = np.column_stack([np.zeros(len(d)), d])
+    share = logits - np.logaddexp.reduce(logits, axis=1, keepdims=True)
+    rows = np.arange(len(d))
+    gradient = np.exp(share)
+    gradient[rows, label] -= 1.0
+    return float(-(weight * share[rows, label]).sum()), (weight[:, None] * gradient)[:, 1:]
+
+
+def share_of_experts(d: Array) -> Array:
+    """Return p_defer, the experts' shares together, (n,)."""
+    return sigmoids(np.logaddexp.reduce(d, axis=1))
+
+
+def regret_left(regret: Array, writer: npt.NDArray[np.int64], d: Array) -> float:
+    """Return the mean share of the regret that is left where the tokens of the highest p_defer are
+    deferred, at REGRET_RATES; it goes only where the document's expert is the one that writes."""
+    order = np.argsort(-share_of_experts(d), kind="stable")
+    gone = np.where(d.argmax(axis=1) == writer, regret, 0.0)[order]
+    total = np.cumsum(np.concatenate(([0.0], gone)))
+    places = np.round(np.array(REGRET_RATES) * len(d)).astype(np.int64)
+    return 1.0 - float((total[places] / max(float(regret.sum()), 1e-300)).mean())
+
+
+def fit_rows(
+    block: Standardised, loss: TeamLoss, l2: float, start: Sequence[Head]
+) -> tuple[Head, ...]:
+    """Fit a head for each expert under one loss, with l2 · |weight|² in the standard units."""
+    n_rows, width = len(start), block.columns.shape[1]
+
+    def value(x: Array) -> tuple[float, Array]:
+        rows = x.reshape(n_rows, width + 1)
+        weight, bias = rows[:, :-1], rows[:, -1]
+        d = np.asarray(block.columns @ weight.T.astype(np.float32), np.float64) + bias
+        total, by_d = loss(d)
+        by_weight = np.asarray(by_d.T.astype(np.float32) @ block.columns, np.float64)
+        by_weight += 2 * l2 * weight
+        gradient = np.column_stack([by_weight, by_d.sum(axis=0)])
+        return total + l2 * float((weight**2).sum()), gradient.ravel()
+
+    x = minimize(value, np.concatenate([block.standard(head) for head in start]))
+    return tuple(block.raw(row) for row in x.reshape(n_rows, width + 1))
+
+
+def d_of(heads: Sequence[Head], columns: Columns) -> Array:
+    """Return d of every expert, (n, K)."""
+    return np.stack([head(columns) for head in heads], axis=1)
+
+
+def fit_team(
+    team: TeamScores,
+    held_back: set[int],
+    names: Sequence[str],
+    *,
+    features: str = "both",
+    objective: str = "best",
+    info: Mapping[str, str],
+) -> tuple[Switch, dict[str, Any]]:
+    """Fit a switch for several experts on some lines, judge it on those held back.
+
+    names: of the experts. objective: "marginal", "regret", or "best": regret where the experts
+    wrote the documents, else marginal. features: as in `FitOptions`. info: what the switch
+    remembers.
+
+    Returns the switch, and a report of its losses in nats per token of the held-back lines. Raises
+    DataError for an objective that the scores do not tell.
+    """
+    objective = ("marginal" if team.told else "regret") if objective == "best" else objective
+    _check(objective, team)
+    is_valid = np.isin(team.base.line, list(held_back))
+    train, valid = np.flatnonzero(~is_valid), np.flatnonzero(is_valid)
+    columns = partial(feature_columns, team.base, names=FEATURE_SETS[features])
+    heads, l2 = _search(team, objective, len(names), train, valid, columns)
+    d = d_of(heads, columns(valid))
+    switch = _switch(heads, d, team, valid, objective, features, info)
+    report = {
+        "features": features,
+        "objective": objective,
+        "l2": l2,
+        **_figures(team, valid, d, switch.threshold, names),
+        "n_train": len(np.unique(team.base.line)) - len(held_back),
+        "n_valid": len(held_back),
+        "n_train_tokens": len(train),
+        "n_valid_tokens": len(valid),
+    }
+    return switch, report
+
+
+def _search(
+    team: TeamScores,
+    objective: str,
+    n_experts: int,
+    train: Rows,
+    valid: Rows,
+    columns: Callable[[Rows], Columns],
+) -> tuple[Sequence[Head], float]:
+    """Return the heads with the l2 of the grid that is judged the best, and that l2. With much data
+    it is searched on a part; the heads are then fitted on all, or on as much as FIT_BYTES hold."""
+
+    def loss_on(rows: Rows) -> TeamLoss:
+        if objective == "marginal":
+            return partial(marginal_loss, team.gold(rows))
+        return partial(regret_loss, team.regret(rows), team.writer[rows])
+
+    held_back = columns(valid)
+
+    def judged(heads: Sequence[Head]) -> float:
+        d = d_of(heads, held_back)
+        if objective == "marginal":
+            return marginal_loss(team.gold(valid), d)[0]
+        return regret_left(team.regret(valid), team.writer[valid], d)
+
+    searched = sample(train, SEARCH_TOKENS)
+    block = Standardised(columns(searched))
+    width = block.columns.shape[1]
+    heads: Sequence[Head] = [Head(np.zeros(width), 0.0)] * n_experts
+    best: tuple[float, float, Sequence[Head]] | None = None
+    for l2 in L2_GRID:
+        heads = fit_rows(block, loss_on(searched), l2, heads)
+        value = judged(heads)
+        if best is not None and value >= best[0]:
+            break
+        best = value, l2, heads
+    assert best is not None
+    _, l2, heads = best
+    rows = sample(train, FIT_BYTES // (4 * width))
+    if len(rows) > len(searched):
+        heads = fit_rows(Standardised(columns(rows)), loss_on(rows), l2, heads)
+    return heads, l2
+
+
+def _check(objective: str, team: TeamScores) -> None:
+    if objective not in TEAM_OBJECTIVES:
+        raise DataError(
+            f"the objective {objective} is for one expert; for several there are "
+            f"{' and '.join(TEAM_OBJECTIVES)}"
+        )
+    if objective == "marginal" and not team.told:
+        raise DataError(
+            "the objective marginal needs what every expert thinks of every text; give --data, or "
+            "--objective regret"
+        )
+    if objective == "regret" and not all(scores.tells_regret for scores in team.scores):
+        raise DataError(
+            "the objective regret needs the experts' view of the base's choices, which a server "
+            "does not tell; give them as GGUF files, or --objective marginal"
+        )
+
+
+def _switch(
+    heads: Sequence[Head],
+    d: Array,
+    team: TeamScores,
+    valid: Rows,
+    objective: str,
+    features: str,
+    info: Mapping[str, str],
+) -> Switch:
+    p = share_of_experts(d)
+    rates, thresholds = calibrate(p)
+    if objective == "regret":  # no text says how much of it should go
+        threshold = float(np.interp(DEFAULT_RATE, rates, thresholds))
+    else:
+        gold = team.gold(valid)
+        threshold = choose_threshold(p, gold[:, 0], _chosen(gold, d))
+    return Switch(
+        features=FEATURE_SETS[features],
+        weight=np.stack([head.weight for head in heads]).astype(np.float32),
+        bias=np.array([head.bias for head in heads], np.float32),
+        n_embd=team.base.hidden.shape[1],
+        threshold=threshold,
+        defer_rates=rates,
+        thresholds=thresholds,
+        info=dict(info),
+    )
+
+
+def _chosen(gold: Array, d: Array) -> Array:
+    """Return the log-probability of each gold token by the expert that would write it, (n,)."""
+    return np.asarray(np.take_along_axis(gold[:, 1:], d.argmax(axis=1)[:, None], axis=1)[:, 0])
+
+
+def _figures(
+    team: TeamScores, valid: Rows, d: Array, threshold: float, names: Sequence[str]
+) -> dict[str, Any]:
+    p, writer = share_of_experts(d), team.writer[valid]
+    deferred = p > threshold
+    to = d.argmax(axis=1)
+    figures: dict[str, Any] = {
+        "threshold": threshold,
+        "defer_rate": float(deferred.mean()),
+        # Of the deferred tokens of each expert's documents: the share that goes to each expert.
+        "sent": {
+            name: {
+                other: _share(to[deferred & (writer == k)] == j) for j, other in enumerate(names)
+            }
+            for k, name in enumerate(names)
+        },
+    }
+    if all(scores.tells_regret for scores in team.scores):
+        figures["regret_removed"] = 1 - regret_left(team.regret(valid), writer, d)
+    if not team.told:
+        return figures
+    gold = team.gold(valid)
+    order, gain = np.argsort(-p, kind="stable"), _chosen(gold, d) - gold[:, 0]
+    curve = gold[:, 0].sum() + np.cumsum(np.concatenate(([0.0], gain[order])))
+    return figures | {
+        "nll_base": float(-gold[:, 0].mean()),
+        "nll_expert": float(-gold[:, 1:].mean(axis=0).max()),
+        "nll_experts": {name: float(-gold[:, 1 + k].mean()) for k, name in enumerate(names)},
+        "nll_joint": marginal_loss(gold, d)[0],
+        "nll_hard": float(-np.where(deferred, gold[:, 0] + gain, gold[:, 0]).mean()),
+        **{f"nll_hard_{r}": float(-curve[round(r * len(p))] / len(p)) for r in DEFER_RATES},
+        "nll_oracle": float(-gold.max(axis=1).mean()),
+    }
+
+
+def _share(hits: npt.NDArray[np.bool_]) -> float | None:
+    return float(hits.mean()) if len(hits) else None

@@ -1,0 +1,138 @@
+"""Score texts with several experts, each loaded by itself beside the base."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from colm_edge.errors import DataError
+from colm_edge.switch.file import role_of
+from colm_edge.train.documents import Documents, Row, tokenized
+from colm_edge.train.fit import held_back_lines, identities
+from colm_edge.train.prompts import answer_prompts
+from colm_edge.train.scoring import MakeProgress, Scores, score
+from colm_edge.train.team import TeamScores, likeliest_writers
+
+if TYPE_CHECKING:
+    from colm_edge.pair import Pair
+
+# An expert's name -> its pair with the base, open inside the `with` block.
+OpenPair = Callable[[str], AbstractContextManager["Pair"]]
+
+
+@dataclass(frozen=True)
+class TeamData:
+    """What a switch for several experts is fitted to. info: the models, as a switch remembers
+    them."""
+
+    team: TeamScores
+    held_back: set[int]  # lines
+    info: dict[str, str]
+    n_cut: int
+    n_answers: int | None = None  # of prompts
+
+
+def score_texts(
+    open_pair: OpenPair,
+    names: Sequence[str],
+    rows: Sequence[Row],
+    progress: MakeProgress,
+    *,
+    raw: bool,
+    work: Path,
+    seed: int,
+) -> TeamData:
+    """Score every text with the base and each expert. work: as in `score`; seed: of a fit."""
+    found, info = list[Scores](), {"expert_names": " ".join(names)}
+    documents: Documents | None = None
+    for name in names:
+        with open_pair(name) as pair:
+            documents = tokenized(rows, pair, raw=raw, work=work)
+            found.append(score(pair, documents, progress, work=work, update=True))
+            info |= _named(identities(pair, None, elsewhere=False), name)
+    assert documents is not None, "there are experts"
+    held_back = held_back_lines(documents, seed)
+    return TeamData(
+        TeamScores(found, likeliest_writers(found), told=True), held_back, info, documents.n_cut
+    )
+
+
+def score_answers(
+    open_pair: OpenPair,
+    names: Sequence[str],
+    rows: Sequence[Row],
+    progress: MakeProgress,
+    *,
+    raw: bool,
+    work: Path,
+    seed: int,
+    max_tokens: int,
+    n_slots: int,
+) -> TeamData:
+    """Let each expert answer its prompts, those whose "expert" names it, and score the answers with
+    it and the base. The other arguments are those of `answer_prompts`.
+
+    Raises DataError for a prompt that names no expert, and an expert without prompts.
+    """
+    found, writers, held_back = list[Scores](), list[int](), set[int]()
+    info, n_cut, n_answers = {"expert_names": " ".join(names)}, 0, 0
+    by_name = by_expert(rows, names)
+    for k, name in enumerate(names):
+        with open_pair(name) as pair:
+            answered = answer_prompts(
+                pair, by_name[name], progress, max_tokens=max_tokens, n_slots=n_slots, raw=raw,
+                work=work / name,
+            )  # fmt: skip
+            documents = answered.documents
+            scores = score(
+                pair, documents, progress, work=work / name, update=True,
+                recorded=answered.recorded,
+            )  # fmt: skip
+            info |= _named(identities(pair, None, elsewhere=False), name)
+        found.append(scores)
+        writers += [k] * len(scores.base)
+        held_back |= held_back_lines(documents, seed)
+        n_cut, n_answers = n_cut + answered.n_cut, n_answers + len(answered.entries)
+    team = TeamScores([_joined(found)], np.array(writers, np.int64), told=False)
+    return TeamData(team, held_back, info, n_cut, n_answers)
+
+
+def by_expert(rows: Iterable[Row], names: Sequence[str]) -> dict[str, list[Row]]:
+    """Return the rows of each expert, by its name in their "expert".
+
+    Raises DataError for a row that names none of them, and an expert without rows.
+    """
+    found: dict[str, list[Row]] = {name: [] for name in names}
+    for number, row in rows:
+        if row.get("expert") not in found:
+            raise DataError(
+                f"line {number}: expert is {row.get('expert')!r}; with several experts every "
+                f"prompt names the one that answers it: {', '.join(names)}"
+            )
+        found[row["expert"]].append((number, row))
+    for name, own in found.items():
+        if not own:
+            raise DataError(f"no prompt names the expert {name}; give it some, or leave it out")
+    return found
+
+
+def _joined(parts: Sequence[Scores]) -> Scores:
+    columns = {
+        field.name: np.concatenate([getattr(part, field.name) for part in parts])
+        for field in fields(Scores)
+    }
+    return Scores(**columns)
+
+
+def _named(info: dict[str, str], name: str) -> dict[str, str]:
+    """Return a pair's identities with the expert's under its name."""
+    prefix = role_of(name)
+    return {
+        key.replace("expert", prefix, 1) if key.startswith("expert") else key: value
+        for key, value in info.items()
+    }

@@ -1,0 +1,316 @@
+"""An expert of another vocabulary: both sides hold the same bytes, and none ever changes."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+from array import array
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from lib.random_model import SHAPES, write_model
+from test_loop import reader
+
+from colm_edge.cli import main
+from colm_edge.decode.bridge import Bridge, Crossing, spell
+from colm_edge.decode.loop import Decoder
+from colm_edge.decode.picker import Picker
+from colm_edge.decode.policy import Policy
+from colm_edge.decode.review import ByRule, Review, Tolerance
+from colm_edge.errors import AbsentExpertError, ColmError, MismatchError
+from colm_edge.llama.model import Model
+from colm_edge.llama.vocabulary import Vocabulary
+from colm_edge.options import Options
+from colm_edge.pair import load
+from colm_edge.together import Task, answer_together
+
+ALPHABET = sorted({bytes([byte]) for byte in "ab é€😀".encode()} | {b"\xff", b"\x80"})
+END, MARK = "<end>", "<mark>"
+
+
+class Spellings:
+    """A vocabulary of given pieces; the tokens before them are control tokens."""
+
+    def __init__(self, pieces: list[bytes], controls=(END, MARK), begin: bool = False) -> None:
+        self._controls = [*controls, *(["<begin>"] if begin else [])]
+        self._pieces = [b""] * len(self._controls) + pieces
+        self._ids = {piece: i for i, piece in enumerate(self._pieces) if piece}
+        self.n_vocab = len(self._pieces)
+        self.end = self._controls.index(END)
+        self.ends = frozenset({self.end})
+        self.begin = self._controls.index("<begin>") if begin else None
+
+    def piece(self, token: int) -> bytes:
+        return self._pieces[token]
+
+    def name(self, token: int) -> str:
+        return self._controls[token] if token < len(self._controls) else str(self.piece(token))
+
+    def control(self, name: str) -> int | None:
+        return self._controls.index(name) if name in self._controls else None
+
+    def first(self, raw: bytes) -> int | None:
+        return next(
+            (self._ids[raw[:n]] for n in range(len(raw), 0, -1) if raw[:n] in self._ids), None
+        )
+
+    def encode(self, raw: bytes) -> list[int]:
+        tokens, at = [], 0
+        while at < len(raw):
+            tokens.append(self.first(raw[at:]))
+            at += len(self.piece(tokens[-1]))
+        return tokens
+
+
+def vocabulary(draw: random.Random, n: int, **more) -> Spellings:
+    """All single bytes, and longer pieces that may end inside a character."""
+    longer = {b"".join(draw.choices(ALPHABET, k=draw.randint(2, 5))) for _ in range(n)}
+    pieces = [*ALPHABET, *longer]
+    draw.shuffle(pieces)
+    return Spellings(pieces, **more)
+
+
+class Speaker:
+    """A timeline whose logits depend on its own prefix; it keeps the states of its outputs only."""
+
+    n_ctx = 400
+    seconds = load_seconds = 0.0
+
+    def __init__(self, words: Spellings, seed: int) -> None:
+        self.words, self.seed = words, seed
+        self.held, self.outputs = array("i"), set()
+        self.n_calls = self.n_evaluated = 0
+
+    def turn_to(self, prompt) -> None:
+        pass
+
+    def sync(self, tokens, outputs=(), cancel=None) -> int:
+        self.n_calls += 1
+        self.held, self.outputs = array("i", tokens), set(outputs) or {len(tokens) - 1}
+        return 1
+
+    def state(self, i):
+        assert i in self.outputs
+        return self.logits(tuple(self.held[: i + 1])), np.array([float(i + 1)])
+
+    def logits(self, prefix):
+        draw = np.random.default_rng(abs(hash((self.seed, prefix))) % 2**32)
+        logits = draw.normal(0, 3, self.words.n_vocab).astype(np.float32)
+        logits[:3] = -30.0  # control tokens are rare
+        return logits
+
+
+def text(words, tokens) -> bytes:
+    return b"".join(map(words.piece, tokens))
+
+
+def probabilities(logits):
+    p = np.exp(logits.astype(float) - logits.max())
+    return p / p.sum()
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    seed=st.integers(0, 10_000),
+    n_ours=st.integers(0, 30),
+    n_theirs=st.integers(0, 30),
+    begin=st.booleans(),
+    review=st.booleans(),
+)
+def test_both_hold_the_same_bytes_and_none_ever_changes(seed, n_ours, n_theirs, begin, review):
+    draw = random.Random(seed)
+    ours, theirs = vocabulary(draw, n_ours), vocabulary(draw, n_theirs, begin=begin)
+    base, expert = Speaker(ours, seed), Speaker(theirs, seed + 1)
+    prompt = [ours.control(MARK), *ours.encode("ab a€".encode()), ours.control(MARK)]
+    policy = Policy(reader(seed, 0.4)[0], 0.5)
+    schedule = Review(ByRule(Tolerance(2.0)), 6) if review else None
+    loop = Decoder(
+        base, [Bridge(expert, Crossing(ours, theirs))], policy, Picker(ours.n_vocab), prompt,
+        end_tokens=ours.ends, max_tokens=25, schedule=schedule,
+    )  # fmt: skip
+    seen = b""
+    sync = expert.sync
+
+    def checked(tokens, outputs=(), cancel=None):
+        # What the expert holds spells what the base holds, its drafts included.
+        assert text(theirs, tokens).startswith(text(ours, prompt))
+        assert tokens[-1] not in theirs.ends
+        return sync(tokens, outputs, cancel)
+
+    expert.sync = checked
+    for step in loop:
+        now = text(ours, loop.tokens)
+        assert now.startswith(seen)
+        seen = now
+        ids, _ = spell(Crossing(ours, theirs), loop.tokens, [len(loop.tokens) - 1])
+        assert text(theirs, ids) == now
+        assert math.isfinite(step.logprob)
+
+
+@settings(max_examples=150, deadline=None)
+@given(seed=st.integers(0, 10_000), n=st.integers(0, 30), rate=st.floats(0, 1))
+def test_with_one_vocabulary_the_bridge_writes_what_the_direct_path_writes(seed, n, rate):
+    words = vocabulary(random.Random(seed), n)
+    prompt = [words.control(MARK), *words.encode(b"ab a")]
+
+    def written(bridged):
+        base, expert = Speaker(words, seed), Speaker(words, seed + 1)
+        timeline = Bridge(expert, Crossing(words, words)) if bridged else expert
+        loop = Decoder(
+            base, [timeline], Policy(reader(seed, rate)[0], 0.5), Picker(words.n_vocab), prompt,
+            end_tokens=words.ends, max_tokens=25,
+        )  # fmt: skip
+        return [(step.token, step.source) for step in loop], loop, expert
+
+    direct, loop, alone = written(False)
+    bridged, _, expert = written(True)
+    assert bridged == direct
+    assert expert.held == alone.held
+    assert loop.stats.n_generated == len(direct)
+
+
+@settings(max_examples=200, deadline=None)
+@given(seed=st.integers(0, 10_000), n_ours=st.integers(0, 20), n_theirs=st.integers(0, 20))
+def test_what_the_expert_says_is_a_distribution_over_what_follows(seed, n_ours, n_theirs):
+    """At a settled place by hand: each of its tokens goes to the longest of the base's that it
+    begins with."""
+    draw = random.Random(seed)
+    ours, theirs = vocabulary(draw, n_ours), vocabulary(draw, n_theirs)
+    expert, crossing = Speaker(theirs, seed), Crossing(ours, theirs)
+    bridge = Bridge(expert, crossing)
+    tokens = [ours.control(MARK)]  # a control token is a place that both agree on
+    bridge.sync(tokens)
+    logits, _ = bridge.state(0)
+    expected = np.zeros(ours.n_vocab)
+    for token, p in enumerate(probabilities(expert.logits((theirs.control(MARK),)))):
+        raw = theirs.piece(token)
+        if token in theirs.ends:
+            expected[ours.end] += p
+        elif raw:
+            expected[ours.first(raw)] += p
+    assert np.exp(logits) == pytest.approx(expected, abs=1e-5)
+
+
+def test_an_unsettled_end_is_spelt_again_with_what_follows():
+    """The base has written half of a word that the expert knows as a whole."""
+    ours = Spellings([b"c", b"a", b"t", b"s", b"ca", b"ts"])
+    theirs = Spellings([b"c", b"a", b"t", b"s", b"cat", b"at"])
+    crossing = Crossing(ours, theirs)
+    mark = ours.control(MARK)
+    ca, ts = ours.first(b"ca"), ours.first(b"ts")
+    ids, (place,) = spell(crossing, [mark, ca], [1])
+    # "c" + "a" of its own; both agree on the place before them.
+    assert (list(map(theirs.piece, ids[1:])), place.given) == ([b"c", b"a"], b"")
+    c, a = ours.first(b"c"), ours.first(b"a")
+    ids, (place,) = spell(crossing, [mark, c, a, ts], [3])
+    assert theirs.piece(ids[1]) == b"cat"
+    assert (place.row, place.given, len(place.path)) == (0, b"cats", 2)
+    bridge = Bridge(Speaker(theirs, 1), crossing)
+    bridge.sync([mark, c, a], [2])
+    assert np.exp(bridge.state(2)[0]).sum() <= 1 + 1e-6
+
+
+def test_a_text_that_is_too_long_for_the_expert_is_the_bases_alone():
+    words = Spellings(ALPHABET)
+    expert = Speaker(words, 1)
+    expert.n_ctx = 3
+    bridge = Bridge(expert, Crossing(words, words))
+    with pytest.raises(AbsentExpertError, match="its context holds 3"):
+        bridge.sync([2, 3, 4, 5])
+
+
+def test_control_tokens_cross_by_their_names():
+    ours = Spellings([b"<", b">", *[bytes([c]) for c in b"otherand"]], (END, MARK, "<other>"))
+    theirs = Spellings([b"<", b">", *[bytes([c]) for c in b"otherand"]], (MARK, END), begin=True)
+    crossing = Crossing(ours, theirs)
+    assert crossing.controls(ours.control(MARK)) == (theirs.control(MARK),)
+    assert crossing.controls(ours.control(END)) == (theirs.end,)
+    assert text(theirs, crossing.controls(ours.control("<other>"))) == b"<other>"
+    ids, _ = spell(crossing, [ours.control(MARK)], [0])
+    assert list(ids) == [theirs.begin, theirs.control(MARK)]
+
+
+GREEDY = {"temperature": 0.0, "max_tokens": 30}
+
+
+@pytest.fixture(scope="module")
+def other(tmp_path_factory) -> str:
+    """A model of a smaller vocabulary."""
+    path = tmp_path_factory.mktemp("bridge") / "other.gguf"
+    write_model(path, replace(SHAPES["tiny"], n_vocab=268), seed=7, gain=20.0)
+    return str(path)
+
+
+def opened(tiny, expert, **more):
+    return load(tiny["base"], expert, "margin", n_threads=1, n_ctx=256, bridge=True, **more)
+
+
+@pytest.mark.parametrize("threshold", [0.0, 0.3, 1.0])
+def test_real_models_of_one_vocabulary_write_the_same(tiny, threshold):
+    options = {**GREEDY, "threshold": threshold, "schedule": "sequential"}
+    with load(tiny["base"], tiny["expert"], "margin", n_threads=1, n_ctx=256) as pair:
+        direct = pair.generate("hello", **options)
+    with opened(tiny, tiny["expert"]) as pair:
+        across = pair.generate("hello", **options)
+        assert [(s.token, s.source) for s in across.steps] == [
+            (s.token, s.source) for s in direct.steps
+        ]
+        assert [s.logprob for s in across.steps] == pytest.approx(
+            [s.logprob for s in direct.steps], abs=1e-3
+        )
+
+
+def test_real_models_of_two_vocabularies(tiny, other):
+    with pytest.raises(MismatchError, match="or --bridge"):
+        load(tiny["base"], other, "margin", n_threads=1)
+    with opened(tiny, other) as pair:
+        plain = pair.generate("hello", threshold=0.3, schedule="sequential", **GREEDY)
+        assert {step.source for step in plain.steps} == {"base", "expert"}
+        assert pair.generate("hello", threshold=0.3, **GREEDY).text == plain.text
+        tokens = plain.prompt_tokens + [step.token for step in plain.steps]
+        spelt = b"".join(map(pair.base.piece, tokens))
+        held = pair.expert_session
+        model = pair.expert_session.model
+        assert spelt.startswith(b"".join(map(model.piece, held._held.tokens)))
+        reviewed = pair.generate("hello", threshold=0.3, review=1.0, **GREEDY)
+        assert reviewed.stats.n_reviewed
+        tasks = [Task(i, plain.prompt_tokens, Options(**GREEDY, threshold=0.3)) for i in range(3)]
+        for done in answer_together(pair, tasks, 3):
+            assert done.answer.text == plain.text
+    with pytest.raises(ColmError, match="--bridge needs the expert's file here"):
+        opened(tiny, "http://127.0.0.1:9")
+
+
+def test_the_switch_is_trained_across(tiny, other, tmp_path):
+    data, prompts, out = (tmp_path / name for name in ("d.jsonl", "p.jsonl", "s.gguf"))
+    rows = [{"prompt": f"say {i}", "completion": f"it is {i * 7}"} for i in range(10)]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    prompts.write_text("".join(json.dumps({"prompt": row["prompt"]}) + "\n" for row in rows))
+    models = ["-m", tiny["base"], "-me", other, "--bridge", "-t", "1", "-c", "128"]
+    for text in (["--data", str(data)], ["--prompts", str(prompts), "-n", "8", "-np", "2"]):
+        ran = CliRunner().invoke(main, ["train", *models, *text, "--outfile", str(out)])
+        assert ran.exit_code == 0, ran.output
+        report = json.loads(ran.stdout.splitlines()[-1])
+        assert math.isfinite(report["nll_joint"])
+        assert report["nll_expert"] > 0
+    how = ["-sw", str(out), "--data", str(data), "--methods", "base,expert,colm", "-o", "json"]
+    ran = CliRunner().invoke(main, ["eval", *models, *how])
+    assert ran.exit_code == 0, ran.output
+    assert [row["method"] for row in json.loads(ran.stdout)] == ["base", "expert", "colm"]
+
+
+@pytest.mark.parametrize("raw", ["plain", "a€😀", b"\xe2\x82", b"a\xff\xfeb", "  two  spaces\n\n"])
+def test_a_real_vocabulary_spells_every_byte(tiny, raw):
+    raw = raw if isinstance(raw, bytes) else raw.encode()
+    model = Model(tiny["base"])
+    words = Vocabulary(model)
+    tokens = words.encode(raw)
+    assert b"".join(map(words.piece, tokens)) == raw
+    if raw.isascii():
+        assert tokens == model.tokenize(raw.decode(), special=False, bos=False)
+    model.close()

@@ -1,0 +1,222 @@
+"""A switch for several experts: its losses, and what a fit finds."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from hypothesis import given
+from hypothesis import strategies as st
+
+from colm_edge.cli import main
+from colm_edge.errors import DataError
+from colm_edge.pair import load
+from colm_edge.switch.file import Switch
+from colm_edge.switch.rules import Only
+from colm_edge.train import objectives, team
+from colm_edge.train.scoring import Scores
+
+
+def drawn(seed: int, n: int = 40, n_experts: int = 3):
+    rng = np.random.default_rng(seed)
+    return rng, -rng.exponential(2, (n, 1 + n_experts)), rng.normal(0, 2, (n, n_experts))
+
+
+def slope(loss, d, i, k):
+    step = np.zeros_like(d)
+    step[i, k] = 1e-6
+    return (loss(d + step)[0] - loss(d - step)[0]) / 2e-6
+
+
+@given(seed=st.integers(0, 10_000))
+def test_gradients_are_those_of_the_losses(seed):
+    rng, gold, d = drawn(seed)
+    regret, writer = rng.exponential(3, 40), rng.integers(0, 3, 40)
+    for loss in (
+        lambda d: team.marginal_loss(gold, d),
+        lambda d: team.regret_loss(regret, writer, d),
+    ):
+        gradient = loss(d)[1]
+        for i, k in ((0, 0), (7, 1), (39, 2)):
+            assert gradient[i, k] == pytest.approx(slope(loss, d, i, k), abs=1e-6)
+
+
+@given(seed=st.integers(0, 10_000))
+def test_with_one_expert_they_are_todays(seed):
+    rng, gold, d = drawn(seed, n_experts=1)
+    regret = rng.exponential(3, 40)
+    pairs = [
+        (
+            team.marginal_loss(gold, d),
+            objectives.marginal_loss(gold[:, 0], gold[:, 1], d[:, 0]),
+        ),
+        (
+            team.regret_loss(regret, np.zeros(40, np.int64), d),
+            objectives.regret_loss(regret, d[:, 0]),
+        ),
+    ]
+    for ours, theirs in pairs:
+        assert ours[0] == pytest.approx(theirs[0])
+        assert ours[1][:, 0] == pytest.approx(theirs[1])
+    left = team.regret_left(regret, np.zeros(40, np.int64), d)
+    removed = objectives.regret_removed(d[:, 0], regret)
+    assert left == pytest.approx(1 - removed.mean())
+
+
+def made(n_lines: int = 200, per_line: int = 20, seed: int = 0) -> team.TeamScores:
+    """Lines of two kinds, each known to one of two experts, where a column of the state tells the
+    kind and another whether the base knows the token."""
+    rng = np.random.default_rng(seed)
+    n = n_lines * per_line
+    line = np.repeat(np.arange(n_lines), per_line)
+    kind, hard = line % 2, rng.random(n) < 0.3
+    hidden = rng.normal(0, 1, (n, 4)).astype(np.float32)
+    hidden[:, 0] += 3 * (2 * kind - 1)
+    hidden[:, 1] += 3 * (2 * hard - 1)
+    base = np.where(hard, -5.0, -0.2)
+    scores = []
+    for k in (0, 1):
+        knows = kind == k
+        expert = np.where(hard, np.where(knows, -0.3, -4.0), -0.5)
+        scores.append(
+            Scores(
+                hidden=hidden,
+                logit_features=np.zeros((n, 8), np.float32),
+                base=base,
+                expert=expert,
+                best=np.where(knows & hard, -0.3, -0.2),
+                choice=np.where(hard, -5.0, -0.2),
+                likeliest=np.where(hard, 2, 1).astype(np.int32),
+                expert_right=knows,
+                token=np.ones(n, np.int32),
+                line=line,
+            )
+        )
+    return team.TeamScores(scores, team.likeliest_writers(scores), told=True)
+
+
+@pytest.mark.parametrize("objective", ["best", "regret"])
+def test_each_expert_is_called_for_what_it_knows(objective):
+    scores = made()
+    assert np.array_equal(scores.writer, scores.base.line % 2)
+    switch, report = team.fit_team(
+        scores, set(range(0, 200, 5)), ["a", "b"], objective=objective, info={}
+    )
+    assert switch.n_experts == 2
+    assert report["objective"] == {"best": "marginal", "regret": "regret"}[objective]
+    assert report["sent"]["a"]["a"] > 0.95
+    assert report["sent"]["b"]["b"] > 0.95
+    assert report["nll_oracle"] < report["nll_joint"] < report["nll_expert"]
+    assert report["regret_removed"] > 0.37  # of 0.39, at these rates
+    assert report["nll_experts"].keys() == {"a", "b"}
+    if objective == "best":
+        alone = [  # the mixture with one of them, as well as it can be fitted
+            team.fit_team(
+                team.TeamScores([one], np.zeros(len(one.base), np.int64), told=True),
+                set(range(0, 200, 5)), ["x"], objective="marginal", info={},
+            )[1]["nll_joint"]
+            for one in scores.scores
+        ]  # fmt: skip
+        assert report["nll_joint"] < min(alone)
+
+
+def test_objectives_that_the_scores_do_not_tell_are_refused():
+    scores = made(20)
+    for objective in ("budget", "weak"):
+        with pytest.raises(DataError, match="is for one expert"):
+            team.fit_team(scores, {1}, ["a", "b"], objective=objective, info={})
+    written = team.TeamScores(scores.scores[:1], scores.writer, told=False)
+    with pytest.raises(DataError, match="needs what every expert thinks"):
+        team.fit_team(written, {1}, ["a", "b"], objective="marginal", info={})
+
+
+def lines(path: Path, rows) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def trained(tiny, tmp_path, *text, experts=("a", "b")):
+    files = dict(zip(experts, (tiny["expert"], tiny["base"]), strict=True))
+    given = [part for name, file in files.items() for part in ("-me", f"{name}={file}")]
+    out = tmp_path / "router.gguf"
+    return out, CliRunner().invoke(
+        main,
+        ["train", "-m", tiny["base"], *given, "--outfile", str(out), "-t", "1", "-c", "128", *text],
+    )
+
+
+def test_train_makes_a_switch_that_both_experts_answer_with(tiny, tmp_path):
+    data = lines(
+        tmp_path / "data.jsonl",
+        [
+            {"prompt": f"say {i}", "completion": f"it is {i * 7}", "answer": str(i * 7)}
+            for i in range(12)
+        ],
+    )
+    out, ran = trained(tiny, tmp_path, "--data", data)
+    assert ran.exit_code == 0, ran.output
+    report = json.loads(ran.stdout.splitlines()[-1])
+    assert {"nll_base", "nll_expert", "nll_joint", "n_train", "n_valid", "threshold"} <= set(report)
+    switch = Switch.load(out)
+    assert switch.expert_names == ("a", "b")
+    assert switch.info["expert.a_fingerprint"] != switch.info["expert.b_fingerprint"]
+    # The work folder keeps the scores: the same command gives the same bytes.
+    before = out.read_bytes()
+    assert trained(tiny, tmp_path, "--data", data)[1].exit_code == 0
+    assert out.read_bytes() == before
+    models = ["-m", tiny["base"], "-me", f"b={tiny['base']}", "-me", f"a={tiny['expert']}"]
+    how = ["-sw", str(out), "-t", "1", "-c", "128", "-n", "12"]
+    ran = CliRunner().invoke(main, ["run", "say 3", *models, *how, "--json"])
+    assert ran.exit_code == 0, ran.output
+    assert "was fitted for another" not in ran.stderr
+    assert list(json.loads(ran.stdout)["stats"]["experts"]) == ["expert:a", "expert:b"]
+    table = CliRunner().invoke(
+        main, ["eval", "--data", data, "--metric", "contains", *models, *how, "-o", "json"]
+    )
+    assert table.exit_code == 0, table.output
+    rows = {row["method"]: row for row in json.loads(table.stdout)}
+    assert list(rows) == ["base", "expert:a", "expert:b", "colm", "compose"]
+    assert rows["colm"]["nll"] < min(rows[name]["nll"] for name in ("expert:a", "expert:b"))
+    alone = load(tiny["base"], tiny["expert"], "margin", n_threads=1, n_ctx=128)
+    with alone as pair:
+        text = pair.generate("say 3", threshold=0.0, temperature=0.0, max_tokens=12).text
+    with (
+        load(
+            tiny["base"], {"a": tiny["expert"], "b": tiny["base"]}, out, n_threads=1, n_ctx=128
+        ) as pair,
+        pair.switched(Only(0)),
+    ):
+        answer = pair.generate("say 3", threshold=0.0, temperature=0.0, max_tokens=12)
+        assert (answer.text, answer.stats.base_tokens) == (text, 0)
+    refused = CliRunner().invoke(
+        main, ["eval", "--data", data, *models, *how, "--methods", "margin"]
+    )
+    assert "the method margin names no expert" in refused.stderr
+
+
+def test_train_from_prompts_each_with_its_expert(tiny, tmp_path):
+    rows = [{"prompt": f"say {i}", "expert": "ab"[i % 2]} for i in range(12)]
+    out, ran = trained(
+        tiny, tmp_path, "--prompts", lines(tmp_path / "p.jsonl", rows), "-n", "8", "-np", "2"
+    )
+    assert ran.exit_code == 0, ran.output
+    report = json.loads(ran.stdout.splitlines()[-1])
+    assert (report["n_answers"], report["objective"]) == (12, "regret")
+    assert Switch.load(out).n_experts == 2
+
+
+@pytest.mark.parametrize(
+    ("rows", "more", "words"),
+    [
+        ([{"prompt": "x"}], (), "line 1: expert is None; with several experts every prompt names"),
+        ([{"prompt": "x", "expert": "a"}] * 2, (), "no prompt names the expert b"),
+        ([{"prompt": "x", "expert": "a"}], ("--review", "2"), "--review does not work with sev"),
+    ],
+)
+def test_what_does_not_go_with_several_experts_is_said(tiny, tmp_path, rows, more, words):
+    _, ran = trained(tiny, tmp_path, "--prompts", lines(tmp_path / "p.jsonl", rows), *more)
+    assert ran.exit_code in (1, 2)
+    assert words in ran.stderr
