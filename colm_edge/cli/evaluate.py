@@ -12,6 +12,7 @@ import click
 from colm_edge.cli.common import open_pair, progress
 from colm_edge.cli.options import (
     ALLOW_EXEC,
+    BRIDGE,
     DATA,
     LIMIT,
     LORA,
@@ -152,7 +153,7 @@ proxy_options = gathered(
 @WORK_DIR
 @click.option("--plot", metavar="FILE.png", help="Plot the table to this file.")
 @output_option("md", "csv", "json")
-@model_options(SWITCH, LORA, RPC, OVERLAP, MAX_MEMORY, TIMEOUT)
+@model_options(SWITCH, LORA, BRIDGE, RPC, OVERLAP, MAX_MEMORY, TIMEOUT)
 # The batches of the fast schedule depend on earlier answers; a table should be reproducible.
 # Each method has its own strategy.
 @decoding_options(temperature=0.0, schedule="sequential", without=("strategy",))

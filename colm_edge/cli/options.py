@@ -220,7 +220,7 @@ def model_options(*more: Any) -> Callable[[Command], Command]:
 
     more: those of the constants above that can mean something to the command.
     """
-    return gathered("models", BASE, EXPERT, PAIR, BRIDGE, *EVALUATION, *more)
+    return gathered("models", BASE, EXPERT, PAIR, *EVALUATION, *more)
 
 
 def check_goes_with(what: str, *names: str) -> None:

@@ -15,6 +15,7 @@ import click
 
 from colm_edge.cli.common import open_pair
 from colm_edge.cli.options import (
+    BRIDGE,
     LORA,
     MAX_MEMORY,
     OVERLAP,
@@ -59,7 +60,7 @@ def asking(command: Callable[..., None]) -> Callable[..., None]:
             type=click.Path(dir_okay=False),
             help="Save what both models have evaluated to this file, and start from it next time.",
         ),
-        model_options(SWITCH, LORA, RPC, OVERLAP, MAX_MEMORY, REQUIRED, TIMEOUT),
+        model_options(SWITCH, LORA, BRIDGE, RPC, OVERLAP, MAX_MEMORY, REQUIRED, TIMEOUT),
         decoding_options(),
     )
     for option in reversed(options):

@@ -8,6 +8,7 @@ import click
 
 from colm_edge.cli.common import open_pair
 from colm_edge.cli.options import (
+    BRIDGE,
     LORA,
     MAX_MEMORY,
     OVERLAP,
@@ -93,7 +94,7 @@ SERVER = ServerOptions()
     metavar="SECONDS",
     help="Free the expert's memory after this long without a request; 0: never.",
 )
-@model_options(SWITCH, LORA, RPC, OVERLAP, MAX_MEMORY, REQUIRED, TIMEOUT)
+@model_options(SWITCH, LORA, BRIDGE, RPC, OVERLAP, MAX_MEMORY, REQUIRED, TIMEOUT)
 @decoding_options()
 def serve_command(
     models: dict[str, Any], decoding: dict[str, Any], most_tokens: int, **settings: Any

@@ -13,6 +13,7 @@ import click
 
 from colm_edge.cli.common import progress
 from colm_edge.cli.options import (
+    BRIDGE,
     DATA,
     LORA,
     PARALLEL,
@@ -165,7 +166,7 @@ score_files = gathered(
 @WORK_DIR
 @score_files
 @RAW
-@model_options(LORA, RPC, TIMEOUT)
+@model_options(LORA, BRIDGE, RPC, TIMEOUT)
 def train(
     text: dict[str, Any],
     outfile: str,
@@ -432,7 +433,7 @@ def _in_words(report: dict[str, Any]) -> str:
     help="Accept a --work-dir of other documents or another expert, and score only what is new.",
 )
 @RAW
-@model_options(RPC, TIMEOUT)  # the base is not evaluated: no adapter
+@model_options(BRIDGE, RPC, TIMEOUT)  # the base is not evaluated: no adapter
 def score_command(
     data: str,
     outfile: str,

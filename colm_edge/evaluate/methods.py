@@ -271,6 +271,8 @@ def _check(pair: Pair, rows: list[Row], options: Options, comparison: Comparison
     """Raise now what would be raised in the middle of the work."""
     if len(pair.members) > 1:
         comparison.check_team()
+    if comparison.proxy is not None and pair.members[0].crossing is not None:
+        raise ColmError("Proxy Tuning adds logits of one vocabulary; leave out --bridge")
     for nats in comparison.reviews:
         pair.check_options(options.with_changes(review=nats))
     pair.check_options(options)
@@ -371,7 +373,8 @@ def _team_methods(pair: Pair, each: Sequence[Scores], comparison: Comparison) ->
         for nats in comparison.reviews if "review" in names else ():
             yield Method("review", threshold, deferred, joint, hard, switch, review=nats)
         if "compose" in names:
-            both = np.logaddexp(np.log1p(-p) + gold[:, 0], np.log(p) + theirs)
+            with np.errstate(divide="ignore"):  # a share of exactly 0 or 1 is one model alone
+                both = np.logaddexp(np.log1p(-p) + gold[:, 0], np.log(p) + theirs)
             mixed = -np.where(deferred, both, gold[:, 0])
             yield Method("compose", threshold, deferred, mixed, hard, switch, compose=True)
 

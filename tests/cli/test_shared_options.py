@@ -98,6 +98,7 @@ def test_how_models_are_evaluated_arrives_in_llama_cpp(ask, command):
         assert one.look(before) != one.found, name
 
 
+TEAM = ("-m", "{base}", "-me", "a={expert}", "-me", "b={base}", "-sw", "{team}")
 # Of which models there are: each is given alone, if need be instead of the usual ones.
 LOADED = {
     "model": Acts(
@@ -121,6 +122,14 @@ LOADED = {
         lambda s: [Path(a).stem for a in s.adapters],
         ["foreign"],
     ),
+    "bridge": Acts(
+        ("-m", "{base}", "-me", "{foreign}", "--bridge"), lambda s: s.result.exit_code, 0
+    ),
+    "max_memory": Acts(
+        (*TEAM, "--max-memory", "1k"),
+        lambda s: "alone takes" in s.err,
+        True,
+    ),
     "switch": Acts(
         ("-m", "{base}", "-me", "{expert}", "-sw", "margin"),
         lambda s: "using margin" in s.err,
@@ -142,17 +151,20 @@ WITHOUT = {  # what is left where the option is not given
     "offline": 1,
     "expert_required": 1,
     "expert_timeout": 2,
+    "bridge": 1,
     "lora": 2,
+    "max_memory": 2,
     "switch": 2,
     "rpc": 2,
 }
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_what_is_loaded_is_what_was_named(ask, tiny, command):
+def test_what_is_loaded_is_what_was_named(ask, tiny, models, command):
+    names = {**tiny, "team": models[1]}
     for name in LOADED.keys() & options_of(command).keys():
         one = LOADED[name]
-        given = [part.format_map(tiny) for part in one.given]
+        given = [part.format_map(names) for part in one.given]
         assert one.look(ask(command, *given, models=False)) == one.found, name
         if name in WITHOUT:
             before = ask(command, *given[: -WITHOUT[name]], models=False)

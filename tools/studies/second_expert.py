@@ -70,7 +70,7 @@ def questions(part: str) -> dict[str, list[dict[str, str]]]:
         "nature": [f for f in text.read_facts() if f.part == part and f.kind != "country"],
         "countries": [f for f in encyclopaedia() if f.part == part],
     }
-    n = 6 if part == "switch" else 1
+    n = 6 if part == "switch" else 3
     return {
         name: list(text.exam(known, unseen=False, seed=SEED, per_fact=n))
         for name, known in facts.items()
@@ -131,7 +131,7 @@ def main(work: Path, out: Path, threads: int) -> None:
     talk = list(text.small_talk(SEED))
     train, exams = questions("switch"), {}
     for name, rows in questions("test").items():
-        exams[name] = write_lines(out / f"team_{name}.jsonl", rows)
+        exams[name] = write_lines(work / f"exam-{name}.jsonl", rows)
     mixed = [row for rows in train.values() for row in rows] + talk
     random.Random(SEED).shuffle(mixed)
     data = write_lines(work / "mixed.jsonl", mixed)
