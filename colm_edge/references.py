@@ -16,8 +16,8 @@ from colm_edge.hub import Note, fetch, find_cached, is_reference
 DEMO_PAIR = "demo"
 _ADDRESS = re.compile(r"[\w.-]+:\d{1,5}")
 _PACKAGE = Path(__file__).parent
-_NAME = re.compile(r"[\w.-]+")  # of an expert
-_ROLE = re.compile(r"base|switch|expert(:[\w.-]+)?")
+_NAME = re.compile(r"\w[\w.-]*")  # of an expert; a folder may be named so
+_ROLE = re.compile(rf"base|switch|expert(:{_NAME.pattern})?")
 Reference = str | os.PathLike[str]
 # One expert; or several, NAME=REF each or by their names.
 Experts = Reference | Sequence[Reference] | Mapping[str, Reference]
@@ -125,9 +125,12 @@ def named(experts: Experts | None) -> dict[str, str] | None:
         return {"": given[0][1]}
     found = dict[str, str]()
     for name, ref in given:
-        chosen = name or re.sub(r"[^\w.-]+", "-", Path(ref).stem)
+        chosen = name or re.sub(r"[^\w.-]+", "-", Path(ref).stem).lstrip("-.")
         if not _NAME.fullmatch(chosen):
-            raise ModelError(f"{chosen!r} is no expert's name; use letters, digits, '.', '_', '-'")
+            raise ModelError(
+                f"{chosen!r} is no expert's name; use letters, digits, '_', and "
+                "behind the first '.', '-'"
+            )
         if chosen in found:
             raise ModelError(f"two experts are named {chosen}; give -me NAME=FILE for each")
         found[chosen] = ref

@@ -109,12 +109,13 @@ def by_expert(rows: Iterable[Row], names: Sequence[str]) -> dict[str, list[Row]]
     """
     found: dict[str, list[Row]] = {name: [] for name in names}
     for number, row in rows:
-        if row.get("expert") not in found:
+        name = row.get("expert")
+        if not isinstance(name, str) or name not in found:
             raise DataError(
-                f"line {number}: expert is {row.get('expert')!r}; with several experts every "
+                f"line {number}: expert is {name!r}; with several experts every "
                 f"prompt names the one that answers it: {', '.join(names)}"
             )
-        found[row["expert"]].append((number, row))
+        found[name].append((number, row))
     for name, own in found.items():
         if not own:
             raise DataError(f"no prompt names the expert {name}; give it some, or leave it out")

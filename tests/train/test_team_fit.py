@@ -213,6 +213,7 @@ def test_train_from_prompts_each_with_its_expert(tiny, tmp_path):
     [
         ([{"prompt": "x"}], (), "line 1: expert is None; with several experts every prompt names"),
         ([{"prompt": "x", "expert": "a"}] * 2, (), "no prompt names the expert b"),
+        ([{"prompt": "x", "expert": ["a"]}], (), "expert is ['a']; with several experts"),
         ([{"prompt": "x", "expert": "a"}], ("--review", "2"), "--review does not work with sev"),
     ],
 )
