@@ -347,9 +347,9 @@ class Pair:
         base, experts = timelines_of(
             self.base_session, overlaps, options, threshold, goes_back=goes_back
         )
-        pairs, room = list(zip(experts, self.members, strict=True)), self.room
-        if room is not None:
-            pairs = [(Guest(timeline, member, room), member) for timeline, member in pairs]
+        pairs = list(zip(experts, self.members, strict=True))
+        if self.room is not None:
+            pairs = [(Guest(timeline, member), member) for timeline, member in pairs]
         return base, *(member.across(timeline) for timeline, member in pairs)
 
     def _prepare(self, expert: int) -> None:
@@ -437,7 +437,7 @@ def load(
     overlap: whether the base goes on while a loaded expert evaluates, which catches up with long
         gaps then; None: where they are on different machines or devices, or there are cores enough.
     max_memory: bytes that the weights and contexts of several experts may take together; the one
-        that was not used for longest is unloaded for the next. 0: no limit.
+        that was not used for longest is unloaded for the next. 0: no limit. It is for several.
     offline: download nothing; what is not in the Hub's cache is an error.
     expert_required: a remote expert that fails is a ModelError; else the base goes on alone.
     expert_timeout: seconds that a request to a remote expert may take.
@@ -459,6 +459,8 @@ def load(
                 f"{server}: not asked with --offline; leave that out, or leave out rpc"
             )
     files = choose_pair(refs[0], named(expert), refs[1], pair, offline=offline, note=told)
+    if max_memory and len(files.experts) == 1:
+        raise ColmError("--max-memory is shared by several experts, and one is given; leave it out")
     head = load_switch(files.switch)
     with ExitStack() as opened:  # closed again if something does not fit
         base = Model(files.base, n_gpu_layers, lora, _share(progress, "base"))

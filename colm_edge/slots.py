@@ -248,6 +248,8 @@ class Slots:
 
     def _share(self) -> None:
         pair, n_slots = self.pair, self.n_slots
+        if pair.room is not None:
+            pair.room.share(n_slots)
         pair.base_session.close()  # the slots have a context of their own
         self.base = SharedContext(pair.base_session, n_slots)
         self._waiting[self.base] = []
@@ -416,6 +418,8 @@ class Slots:
                 self._changed.wait()
         for context in self._waiting:
             context.close()
+        if self.base is not None and self.pair.room is not None:
+            self.pair.room.share(1)
 
 
 class Writer:

@@ -58,6 +58,9 @@ class Member:
         self.model, self._n_ctx = model, context.n_ctx
         self.here: Session | None = None
         self.costs: CostTable | None = None  # once the fast schedule needs them
+        self.n_contexts = 1  # as many answers at once
+        # Called before its weights are read, where several experts share a room.
+        self.make_room: Callable[[], None] = lambda: None
         self.crossing: Crossing | None = None  # of both vocabularies, where there is a bridge
         self.timeline: Expert
         if isinstance(model, RemoteExpert):
@@ -135,11 +138,12 @@ class Member:
 
     @property
     def n_bytes(self) -> int:
-        """The size of its weights and its KV cache in this process, once it is loaded."""
+        """The size of its weights and its KV caches in this process, once it is loaded."""
         if self.here is None:
             return 0
         model = self.here.model
-        return sum(file.stat().st_size for file in model.files) + cache_bytes(model, self._n_ctx)
+        cache = cache_bytes(model, self._n_ctx * self.n_contexts)
+        return sum(file.stat().st_size for file in model.files) + cache
 
     def unload(self) -> None:
         """Free its memory in this process; its next token loads it again."""
@@ -158,6 +162,7 @@ class Member:
     def _weigh(self, cancel: Cancel | None) -> tuple[CostTable, CostTable] | None:
         """Return the cost tables, and cut the batches of this and later answers of the fast
         schedule by the expert's; return None where they cannot be measured."""
+        self.make_room()
         try:
             base, expert = self.cost_tables(hasty=True, cancel=cancel)
         except ModelError as e:  # for example, no memory for another context
@@ -182,16 +187,27 @@ class Room:
     """
 
     def __init__(self, members: Sequence[Member], limit: int, note: Callable[[str], None]) -> None:
-        """Raises ColmError where an expert alone takes more than the limit."""
-        self.limit, self._note = limit, note
+        """Raises ColmError as `share` does."""
+        self.limit, self._note, self._members = limit, note, members
         self._told = False
         self.last: Member | None = None  # who worked last
         self._free: dict[Member, Callable[[], None]] = {}  # in the order of their last use
-        for member in members if limit else ():
-            if member.n_bytes > limit:
+        for member in members:
+            member.make_room = partial(self.enter, member, member.unload)
+        self.share(1)
+
+    def share(self, n_answers: int) -> None:
+        """Let each expert have a context for so many answers at once.
+
+        Raises ColmError where an expert alone takes more than the limit.
+        """
+        for member in self._members:
+            member.n_contexts = n_answers
+            if 0 < self.limit < member.n_bytes:
                 raise ColmError(
-                    f"--max-memory allows {limit / 1e9:.2f} GB, and the expert {member.name} alone "
-                    f"takes {member.n_bytes / 1e9:.2f} GB; allow more, or use a smaller one"
+                    f"--max-memory allows {self.limit / 1e9:.2f} GB, and the expert {member.name} "
+                    f"alone takes {member.n_bytes / 1e9:.2f} GB with {n_answers} answer(s) at "
+                    "once; allow more, or use a smaller one"
                 )
 
     def enter(self, member: Member, free: Callable[[], None]) -> None:
@@ -227,14 +243,14 @@ class Room:
 class Guest(Around):
     """An expert's timeline that asks for room before it works."""
 
-    def __init__(self, inner: Timeline, member: Member, room: Room) -> None:
+    def __init__(self, inner: Timeline, member: Member) -> None:
         super().__init__(inner)
-        self._member, self._room = member, room
+        self._member = member
 
     def sync(
         self, tokens: Sequence[int], outputs: Sequence[int] = (), cancel: Cancel | None = None
     ) -> int:
-        self._room.enter(self._member, self._member.unload)
+        self._member.make_room()
         return self._inner.sync(tokens, outputs, cancel)
 
     def state(self, i: int) -> tuple[Floats, Floats]:

@@ -299,6 +299,8 @@ def score_model(
         bar.update(documents.n_tokens - int(documents.lengths[store.to_do].sum()))
         scorer: Scorer | None = None
         expert = pair.members[which].timeline
+        if name == "expert":
+            pair.members[which].make_room()
         for group in _groups(documents, store.to_do):
             if name == "expert" and isinstance(expert, RemoteSession):
                 columns = _score_remotely(expert.expert, documents, group)

@@ -18,7 +18,9 @@ from hypothesis import strategies as st
 from test_fast import Bold
 from test_loop import END, writer
 
+from colm_edge.cancel import Cancel
 from colm_edge.cli import main
+from colm_edge.cli.common import progress
 from colm_edge.cli.terminal import harmless, legend
 from colm_edge.decode.fast import Fast
 from colm_edge.decode.loop import Decoder
@@ -31,9 +33,12 @@ from colm_edge.options import Options
 from colm_edge.pair import load
 from colm_edge.readout import FEATURES
 from colm_edge.references import named
+from colm_edge.slots import Slots
 from colm_edge.switch.file import FEATURE_SETS, Switch
 from colm_edge.switch.reading import sigmoid
 from colm_edge.together import Task, answer_together
+from colm_edge.train.documents import read_rows, tokenized
+from colm_edge.train.scoring import score_each
 
 SOURCES = ("expert:a", "expert:b", "expert:c")
 GREEDY = {"temperature": 0.0, "max_tokens": 40}
@@ -256,7 +261,10 @@ def test_slots_write_what_one_answer_alone_writes(models):
 def test_a_limit_of_memory_unloads_the_expert_that_was_not_used_for_longest(models, n_slots):
     options = Options(temperature=0.0, max_tokens=20)
     with opened(models) as pair:
+        alone = max(member.n_bytes for member in pair.members)
+        pair.room.share(n_slots)
         limit = max(member.n_bytes for member in pair.members)
+        assert (limit > alone) is (n_slots > 1)
         tokens = [pair.prompt_tokens([{"role": "user", "content": p}]) for p in ("hello", "you")]
         alone = [[s.token for s in pair.stream_tokens(t, options)] for t in tokens]
     notes, loaded = [], []
@@ -280,6 +288,39 @@ def test_a_limit_of_memory_unloads_the_expert_that_was_not_used_for_longest(mode
         opened(models, max_memory=1000)
 
 
+def test_each_answer_at_once_takes_its_context_out_of_the_limit(models):
+    with opened(models) as pair:
+        alone = max(member.n_bytes for member in pair.members)
+    with opened(models, max_memory=alone) as pair:
+        with pytest.raises(ColmError, match=r"with 3 answer\(s\) at once; allow more"):
+            Slots(pair, 3)
+        Slots(pair, 1).close()
+
+
+def test_scoring_and_measuring_keep_to_the_limit(models, tmp_path):
+    data = tmp_path / "d.jsonl"
+    data.write_text('{"prompt": "hello", "completion": "you"}\n' * 3)
+    with opened(models) as pair:
+        limit = max(member.n_bytes for member in pair.members)
+
+    def loaded(pair):
+        return sum(member.is_loaded for member in pair.members)
+
+    with opened(models, max_memory=limit) as pair:
+        documents = tokenized(list(read_rows(data)), pair)
+        score_each(pair, documents, progress)
+        assert loaded(pair) == 1
+    with opened(models, max_memory=limit) as pair:
+        for member in pair.members:
+            member.planner.prepare(Cancel())
+            assert loaded(pair) <= 1
+
+
+def test_one_expert_shares_no_memory(tiny):
+    with pytest.raises(ColmError, match="--max-memory is shared by several experts"):
+        load(tiny["base"], tiny["expert"], "margin", max_memory=1 << 30)
+
+
 def test_names_and_references(tmp_path):
     assert named(None) is None
     assert named("a.gguf") == named(["x=a.gguf"]) == {"": "a.gguf"}
@@ -295,6 +336,9 @@ def test_names_and_references(tmp_path):
     for bad in (["d/a.gguf", "e/a.gguf"], ["a=x", "a=y"]):
         with pytest.raises(ModelError, match="two experts are named a"):
             named(bad)
+    for bad in (".", ".."):  # of a work folder
+        with pytest.raises(ModelError, match="is no expert's name"):
+            named({bad: "a.gguf", "b": "b.gguf"})
     with pytest.raises(ModelError, match="no expert is given"):
         named([])
 
@@ -320,6 +364,8 @@ def test_the_command_line_names_each_expert(models):
     wrong = command(models, "run", "hello", "--max-memory", "much")
     assert wrong.exit_code == 2
     assert "expected a number with a unit" in wrong.stderr
+    nothing = command(models, "run", "hello", "--max-memory", "0.5")  # bytes: it would be no limit
+    assert "expected a number with a unit" in nothing.stderr
 
 
 def test_each_expert_has_a_colour(models, monkeypatch):
