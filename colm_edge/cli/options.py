@@ -26,7 +26,7 @@ class Size(click.ParamType[int]):
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
         found = re.fullmatch(r"(\d+(?:\.\d+)?) ?([kmgt]?)b?", str(value).strip().lower())
         size = float(found[1]) * 1000 ** " kmgt".index(found[2] or " ") if found else 0.0
-        if not 0 < size < 1e18:
+        if not 1 <= size < 1e18:
             self.fail(f"{value!r} is no size; expected a number with a unit, as 6G or 800M")
         return int(size)
 

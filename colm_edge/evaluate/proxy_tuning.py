@@ -100,7 +100,8 @@ class Proxy:
     """A pair and an anti-expert.
 
     n_threads, n_gpu_layers: of the anti-expert, as in `load`.
-    Raises ModelError when its file cannot be read, MismatchError when its vocabulary differs.
+    Raises ModelError when its file cannot be read, MismatchError when its vocabulary differs, or
+    the expert's.
     """
 
     def __init__(
@@ -113,6 +114,8 @@ class Proxy:
         n_gpu_layers: int = 0,
     ) -> None:
         self.pair, self.alpha = pair, alpha
+        if pair.members[0].crossing is not None:
+            raise MismatchError("Proxy Tuning needs models of one vocabulary; leave --bridge out")
         self.model = Model(path, n_gpu_layers)
         try:
             self.n_shared = min(pair.n_shared, shared_vocab(pair.base, self.model))

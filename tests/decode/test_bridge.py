@@ -7,6 +7,7 @@ import math
 import random
 from array import array
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -23,6 +24,7 @@ from colm_edge.decode.picker import Picker
 from colm_edge.decode.policy import Policy
 from colm_edge.decode.review import ByRule, Review, Tolerance
 from colm_edge.errors import AbsentExpertError, ColmError, MismatchError
+from colm_edge.evaluate.proxy_tuning import Proxy
 from colm_edge.llama.model import Model
 from colm_edge.llama.vocabulary import Vocabulary
 from colm_edge.options import Options
@@ -284,6 +286,14 @@ def test_real_models_of_two_vocabularies(tiny, other):
             assert done.answer.text == plain.text
     with pytest.raises(ColmError, match="--bridge needs the expert's file here"):
         opened(tiny, "http://127.0.0.1:9")
+
+
+def test_what_reads_the_experts_own_tokens_refuses_a_bridge(tiny, other):
+    with opened(tiny, other) as pair, pytest.raises(MismatchError, match="leave --bridge out"):
+        Proxy(pair, Path(tiny["expert"]))
+    for command in ("bench", "score"):
+        refused = CliRunner().invoke(main, [command, "--bridge"])
+        assert "No such option" in refused.stderr
 
 
 def test_the_switch_is_trained_across(tiny, other, tmp_path):
