@@ -21,7 +21,7 @@ import math
 from array import array
 from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Protocol
 
@@ -32,6 +32,7 @@ from colm_edge.decode.timeline import Around, Floats, Timeline
 from colm_edge.errors import AbsentExpertError
 
 NEAR, MOST = 18.0, 2048  # nats, and tokens, of what an expert says that is looked at
+MOST_ROWS = 512  # of its states at once: as many as a batch has tokens
 NO_STATE = np.empty(0, np.float32)  # nobody reads an expert's hidden state
 
 
@@ -150,6 +151,7 @@ class Bridge(Around):
         super().__init__(inner)
         self._crossing = crossing
         self._places: dict[int, Place] = {}  # of the outputs, by the base's positions
+        self._told: dict[int, Floats] = {}  # of them, what was read already
         self._ids = array("i")
 
     def turn_to(self, prompt: array[int]) -> None:
@@ -163,18 +165,34 @@ class Bridge(Around):
         expert's context in its own tokens."""
         wanted = list(outputs) or [len(tokens) - 1]
         self._ids, places = spell(self._crossing, tokens, wanted)
-        self._places = dict(zip(wanted, places, strict=True))
+        self._places, self._told = dict(zip(wanted, places, strict=True)), {}
         if len(self._ids) > self._inner.n_ctx:
             raise AbsentExpertError(
                 f"the text has {len(self._ids)} of the expert's tokens, its context holds "
                 f"{self._inner.n_ctx}"
             )
         first = min((place.row for place in places if place.row >= 0), default=len(self._ids) - 1)
+        if len(self._ids) - first > MOST_ROWS:
+            return sum(self._read(i, cancel) for i in wanted)
         return self._inner.sync(self._ids, range(first, len(self._ids)), cancel)
+
+    def _read(self, i: int, cancel: Cancel | None) -> int:
+        """Evaluate the text up to one output and keep what the expert says there; a token of the
+        base may be very many of its own."""
+        place, n = self._places[i], 0
+        if place.path is not None and len(place.path) >= MOST_ROWS:
+            place = self._places[i] = replace(place, path=None)
+        if place.row >= 0:
+            end = place.row + 1 + len(place.path or ())
+            n = self._inner.sync(self._ids[:end], range(place.row, end), cancel)
+        self._told[i] = self.state(i)[0]
+        return n
 
     def state(self, i: int) -> tuple[Floats, Floats]:
         """Return what the expert says follows a token of the base, as logits over the base's
         vocabulary, (n_vocab,), and an empty array."""
+        if i in self._told:
+            return self._told[i], NO_STATE
         place, n = self._places[i], self._crossing.ours.n_vocab
         p = np.zeros(n)
         if place.row >= 0:
