@@ -16,6 +16,7 @@ from colm_edge.decode.loop import Decoder, Follow
 from colm_edge.decode.picker import Sampler
 from colm_edge.decode.policy import BASE
 from colm_edge.decode.step import Drafted, Event, Step
+from colm_edge.errors import AbsentExpertError
 
 
 @dataclass(slots=True)
@@ -72,7 +73,11 @@ class Doubt:
         step, rival = picker.write("base", p_defer, logits, choice, logsumexp), None
         suspect = self._suspect() if best < -self._nats else None
         if deferred or suspect is not None:
-            loop.evaluate_expert(expert, tokens)
+            try:
+                loop.evaluate_expert(expert, tokens)
+            except AbsentExpertError:  # its context is full of its own tokens (`Bridge`)
+                loop.stats.expert_failures += deferred
+                deferred, suspect = False, None
         if suspect is not None:
             theirs, likeliest, total = loop.read_expert(expert, at)
             if float(theirs[likeliest]) - total < -self._nats:
@@ -119,8 +124,11 @@ class Doubt:
         other.append(one.rival.step.token)
         end = min(place + 1 + self._window, loop.end)
         expert = one.rival.expert
-        gain = self._joint(loop, expert, other, place, end)
-        gain -= self._joint(loop, expert, tokens[:], place, end)
+        try:
+            gain = self._joint(loop, expert, other, place, end)
+            gain -= self._joint(loop, expert, tokens[:], place, end)
+        except AbsentExpertError:  # as above: one that cannot be compared stays
+            gain = 0.0
         if gain > 0:
             one.rival.gain = gain
         else:

@@ -291,7 +291,11 @@ class Decoder:
                 deferred.setdefault(writer, {})[i] = kept
         for writer, places in deferred.items():
             last = max(places) + 1
-            self.evaluate_expert(writer, prefix[:last], sorted(places))
+            try:
+                self.evaluate_expert(writer, prefix[:last], sorted(places))
+            except AbsentExpertError:  # the base would have written it
+                self.stats.expert_failures += 1
+                continue
             for i, logits in places.items():
                 p_defer = steps[i - start].p_defer
                 theirs, _, logsumexp = self.read_expert(writer, i + 1, logits, p_defer)

@@ -28,6 +28,7 @@ from colm_edge.decode.planner import Planner
 from colm_edge.decode.policy import BASE
 from colm_edge.decode.step import Drafted, Event, Source, Step
 from colm_edge.decode.timeline import Floats
+from colm_edge.errors import AbsentExpertError
 
 
 class Verdict(NamedTuple):
@@ -248,7 +249,11 @@ class Review:
         if deferral is not None and placed:
             tokens.append(deferral.guess.token)
         if outputs := range(start - (known is None), len(tokens)):
-            loop.evaluate_expert(writer, tokens, outputs)
+            try:
+                loop.evaluate_expert(writer, tokens, outputs)
+            except AbsentExpertError:  # its context is full of its own tokens (`Bridge`)
+                loop.stats.expert_failures += 1
+                return written if deferral is None else [*written, self._own(loop, deferral, at)]
         told = [
             known if known is not None and i == start else loop.read_expert(writer, i)
             for i in range(start, at)
@@ -284,6 +289,13 @@ class Review:
             gone = [draft.step for draft in drafts[n:]]
             loop.undo(len(loop.tokens) + n, gone, verdicts[n].regret)
         return n, instead
+
+    @staticmethod
+    def _own(loop: Decoder, deferral: Deferral, at: int) -> Step:
+        """Return what the base writes itself where no expert can."""
+        picker, logits = loop.picker, deferral.logits
+        told = picker.likeliest(at, logits, of_base=True)
+        return picker.write("base", deferral.guess.p_defer, logits, *told)
 
     @staticmethod
     def _best(draft: Draft, logits: Floats, choice: int) -> int:

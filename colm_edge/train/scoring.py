@@ -24,7 +24,7 @@ import numpy.typing as npt
 
 from colm_edge import readout
 from colm_edge.decode.bridge import NEAR
-from colm_edge.errors import ColmError, DataError
+from colm_edge.errors import AbsentExpertError, ColmError, DataError
 from colm_edge.remote.client import RemoteSession
 from colm_edge.train.columns import Columns, check_columns
 from colm_edge.train.documents import Documents, Ints
@@ -372,7 +372,10 @@ def _score_across(
     member: Member, documents: Documents, group: Ints, choices: npt.NDArray[np.int32]
 ) -> Columns:
     """Return a group's columns from an expert of another vocabulary: what its bridge says of the
-    base's tokens. What it leaves out is as likely as the least that it looks at."""
+    base's tokens. What it leaves out is as likely as the least that it looks at.
+
+    Raises DataError for a line that is longer than the expert's context in its own tokens.
+    """
     timeline = member.across(member.session)
     columns: dict[str, list[Any]] = {name: [] for name in ("logprob", "right", "best", "choice")}
     for i in group:
@@ -380,7 +383,11 @@ def _score_across(
         asked = choices[documents.rows[i] : documents.rows[i + 1]].tolist()
         for first in range(start, len(span), BRIDGE_OUTPUTS):
             last = min(first + BRIDGE_OUTPUTS, len(span))
-            timeline.sync(array("i", span[:last]), range(first - 1, last - 1))
+            try:
+                timeline.sync(array("i", span[:last]), range(first - 1, last - 1))
+            except AbsentExpertError as e:
+                line = documents.lines[i]
+                raise DataError(f"line {line}: {e}; shorten it, or raise -c") from e
             for at in range(first, last):
                 logits, _ = timeline.state(at - 1)
                 gold, best = span[at], float(logits.max())

@@ -18,7 +18,9 @@ from lib.random_model import SHAPES, write_model
 from test_loop import reader
 
 from colm_edge.cli import main
+from colm_edge.decode import bridge as bridge_module
 from colm_edge.decode.bridge import Bridge, Crossing, spell
+from colm_edge.decode.doubt import Doubt
 from colm_edge.decode.loop import Decoder
 from colm_edge.decode.picker import Picker
 from colm_edge.decode.policy import Policy
@@ -217,13 +219,72 @@ def test_an_unsettled_end_is_spelt_again_with_what_follows():
     assert np.exp(bridge.state(2)[0]).sum() <= 1 + 1e-6
 
 
-def test_a_text_that_is_too_long_for_the_expert_is_the_bases_alone():
-    words = Spellings(ALPHABET)
-    expert = Speaker(words, 1)
-    expert.n_ctx = 3
-    bridge = Bridge(expert, Crossing(words, words))
-    with pytest.raises(AbsentExpertError, match="its context holds 3"):
-        bridge.sync([2, 3, 4, 5])
+@pytest.mark.parametrize("seed", range(30))
+def test_many_states_are_read_in_parts(seed, monkeypatch):
+    draw = random.Random(seed)
+    ours, theirs = vocabulary(draw, seed), vocabulary(draw, 5)
+    crossing, raw = Crossing(ours, theirs), "ab a€ ab a€😀 b€a".encode() * 2
+    tokens = [ours.control(MARK), *ours.encode(raw)]
+    outputs = range(1, len(tokens))
+    _, places = spell(crossing, tokens, outputs)
+    longest = max(len(place.path or ()) for place in places)
+
+    def told() -> tuple[np.ndarray, int]:
+        expert = Speaker(theirs, seed)
+        bridge = Bridge(expert, crossing)
+        bridge.sync(tokens, outputs)
+        assert len(expert.outputs) <= bridge_module.MOST_ROWS
+        return np.stack([bridge.state(i)[0] for i in outputs]), expert.n_calls
+
+    whole, n_whole = told()
+    monkeypatch.setattr(bridge_module, "MOST_ROWS", longest + 1)
+    parts, n_parts = told()
+    assert n_whole == 1 < n_parts
+    assert np.array_equal(parts, whole)
+
+
+SCHEDULES = {
+    "sequential": lambda: None,
+    "review": lambda: Review(ByRule(Tolerance(2.0)), 6),
+    "doubt": lambda: Doubt(0.1, 4),
+}
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("seed", range(8))
+def test_a_text_that_is_too_long_for_the_expert_is_the_bases_alone(schedule, seed):
+    ours, theirs = Spellings([*ALPHABET, b"abab", b"baba"]), Spellings(ALPHABET)
+    base, expert = Speaker(ours, seed), Speaker(theirs, seed + 1)
+    bridge = Bridge(expert, Crossing(ours, theirs))
+    prompt = [ours.control(MARK), *ours.encode(b"abab" * 4)]
+
+    def written(n_ctx, rate):
+        expert.n_ctx = Speaker.n_ctx  # which has room for as many tokens of the base's
+        policy = Policy(reader(seed, rate)[0], 0.5)
+        loop = Decoder(
+            base, [bridge], policy, Picker(ours.n_vocab), prompt, end_tokens=ours.ends,
+            max_tokens=25, schedule=SCHEDULES[schedule](),
+        )  # fmt: skip
+        expert.n_ctx = n_ctx
+        return list(loop), loop.stats
+
+    steps, stats = written(len(prompt), 1.0)
+    assert {step.source for step in steps} == {"base"}
+    assert stats.expert_failures > 0
+    tokens = prompt[:]
+    for step in steps:  # the base's likeliest
+        assert step.token == int(base.logits(tuple(tokens)).argmax())
+        tokens.append(step.token)
+    with pytest.raises(AbsentExpertError, match="its context holds 5"):
+        bridge.sync(prompt)
+    expert.n_ctx = Speaker.n_ctx
+    policy = Policy(reader(seed, 1.0)[0], 0.5)
+    loop = Decoder(
+        base, [bridge], policy, Picker(ours.n_vocab), prompt, end_tokens=ours.ends
+    )  # fmt: skip
+    expert.n_ctx = len(prompt)
+    assert [step.source for step in loop.read_prompt()] == ["base"] * (len(prompt) - 1)
+    written(25, 0.6)  # it grows too long meanwhile, and the answer goes on
 
 
 def test_control_tokens_cross_by_their_names():
