@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from typing import Any
 
 from colm_edge.errors import PromptError
+from colm_edge.llama.owners import HomeLock
 
 LONGEST_FORM = 200  # of a date
 Message = Mapping[str, Any]  # role, content, and what the template reads besides
@@ -19,7 +19,7 @@ class ChatTemplate:
     def __init__(self, text: str, bos: str, eos: str) -> None:
         self.text, self._bos, self._eos = text, bos, eos
         self._compiled: tuple[Any, Any] | None = None  # Jinja's, once they are needed
-        self._lock = threading.Lock()
+        self._lock = HomeLock()
 
     def render(self, messages: Sequence[Message], **variables: Any) -> str:
         """Return a conversation as the template writes it, up to where the assistant goes on:
@@ -27,7 +27,8 @@ class ChatTemplate:
 
         variables: what the template may read besides, such as `tools` or `enable_thinking`.
 
-        Raises PromptError where the template refuses, or takes too much time or memory.
+        Raises PromptError where the template refuses, or takes too much time or memory; ModelError
+        in a child of fork.
         """
         last = messages[-1]
         if len(messages) > 1 and last["role"] == "assistant" and not last.get("tool_calls"):
@@ -44,18 +45,18 @@ class ChatTemplate:
             "raise_exception": _raise,
             "strftime_now": _now,
         }
-        try:
-            with self._lock:
+        with self._lock:
+            try:
                 environment, template = self._environment()
                 environment.spent = Spent()
                 return str(template.render(known))
-        except TemplateLimitError as e:
-            raise PromptError(
-                f"the base's chat template was ended: {e}; send less, or use a model from people "
-                "you trust"
-            ) from e
-        except Exception as e:  # templates raise anything, for example for unknown roles
-            raise PromptError(f"the base's chat template refuses this conversation: {e}") from e
+            except TemplateLimitError as e:
+                raise PromptError(
+                    f"the base's chat template was ended: {e}; send less, or use a model from "
+                    "people you trust"
+                ) from e
+            except Exception as e:  # templates raise anything, for example for unknown roles
+                raise PromptError(f"the base's chat template refuses this conversation: {e}") from e
 
     def _environment(self) -> tuple[Any, Any]:
         """Return Jinja's environment and the compiled template. Hold the lock."""

@@ -12,6 +12,8 @@ import pytest
 from colm_edge.decode.background import Background
 from colm_edge.errors import ModelError
 from colm_edge.evaluate.proxy_tuning import Proxy
+from colm_edge.llama import owners
+from colm_edge.llama.chat_template import ChatTemplate
 from colm_edge.llama.context import Context, ContextOptions
 from colm_edge.llama.model import Model
 from colm_edge.llama.session import Session
@@ -86,6 +88,15 @@ def test_a_child_of_fork_gets_an_error_and_does_not_hang(tiny, overlap, tmp_path
     assert ended.stderr == ""
 
 
+def test_a_chat_template_is_its_process_own_too(monkeypatch):
+    template = ChatTemplate("{{ messages[0].content }}", "", "")
+    message = [{"role": "user", "content": "hello"}]
+    assert template.render(message) == "hello"
+    monkeypatch.setattr(owners, "_forks", owners._forks + 1)
+    with pytest.raises(ModelError, match="was forked"):
+        template.render(message)
+
+
 def test_a_second_thread_in_one_context_gets_an_error(tiny, monkeypatch):
     import llama_cpp
 
@@ -128,7 +139,7 @@ def test_what_reads_the_experts_context_waits_for_its_catching_up(tiny, monkeypa
             if threading.current_thread() is not threading.main_thread():
                 go_on.wait()
                 order.append("behind")
-            elif session is pair._here:
+            elif session is pair.members[0].here:
                 order.append("front")
             return sync(session, *args)
 
