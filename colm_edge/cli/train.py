@@ -433,7 +433,7 @@ def _in_words(report: dict[str, Any]) -> str:
     help="Accept a --work-dir of other documents or another expert, and score only what is new.",
 )
 @RAW
-@model_options(BRIDGE, RPC, TIMEOUT)  # the base is not evaluated: no adapter
+@model_options(LORA, BRIDGE, RPC, TIMEOUT)
 def score_command(
     data: str,
     outfile: str,
@@ -446,8 +446,8 @@ def score_command(
     """Score a JSONL file with the expert, for `train` elsewhere.
 
     The output holds the expert's log-probabilities, for `train --expert-scores`. The base is
-    needed too, because its chat template formats the prompts; it is not evaluated. The last line
-    printed is JSON.
+    needed too: its chat template formats the prompts, and the expert is asked what it thinks of
+    the base's choices. The last line printed is JSON.
     """
     from colm_edge.files import check_writable
     from colm_edge.pair import load
