@@ -6,13 +6,14 @@ bytes in its own tokens. What it would write next becomes a distribution over th
 probability of each of its tokens goes to the longest token of the base that it begins with. So a
 deferral still writes one token of the base, and bytes that were handed out never change.
 
-Where the expert's tokens do not end where the base's last one begins, that place is not settled:
-the expert might spell the last bytes otherwise together with what follows. Then it is asked from
-the last place that both agree on, and what it says is limited to spellings that begin with the
-bytes that are there (token healing, github.com/guidance-ai/guidance).
+The end of the text is never settled: the expert might spell its last bytes together with what
+follows, as ":" and a new line. So it is asked from the last place before its last token that both
+agree on, and what it says is limited to spellings that begin with the bytes that are there (token
+healing, github.com/guidance-ai/guidance). Only within one vocabulary there is nothing to heal.
 
-Its likelihoods are approximate: of all spellings of the unsettled bytes, the expert's own and those
-of one longer token count. Tokens more than NEAR nats below the likeliest are left out.
+Its likelihoods are approximate: of all spellings of the unsettled bytes, those count that follow
+the expert's own tokens and then go on with one that is longer. Tokens more than NEAR nats below the
+likeliest are left out.
 """
 
 from __future__ import annotations
@@ -196,12 +197,12 @@ class Bridge(Around):
         place, n = self._places[i], self._crossing.ours.n_vocab
         p = np.zeros(n)
         if place.row >= 0:
-            self._add(p, place.row, 0.0, place.given)
-            if place.path is not None and place.given:
-                spelt = sum(
-                    self._logprob(place.row + k, token) for k, token in enumerate(place.path)
-                )
-                self._add(p, place.row + len(place.path), spelt, b"")
+            row, spelt, given = place.row, 0.0, place.given
+            for token in place.path or ():
+                self._add(p, row, spelt, given)
+                spelt += self._logprob(row, token)
+                row, given = row + 1, given[len(self._crossing.theirs.piece(token)) :]
+            self._add(p, row, spelt, given)
         if not p.any():  # the expert would not go on from here at all
             p[self._crossing.ours.end] = 1.0
         with np.errstate(divide="ignore"):
@@ -264,25 +265,26 @@ def spell(
             ids.extend(crossing.controls(token))
             parts.append(Place(len(ids) - 1))
     close()
-    return ids, [_place(parts[i], ids) for i in wanted]
+    return ids, [_place(parts[i], ids, crossing) for i in wanted]
 
 
-def _place(found: tuple[Part, int] | Place, ids: array[int]) -> Place:
+def _place(found: tuple[Part, int] | Place, ids: array[int], crossing: Crossing) -> Place:
     """Return where the expert is asked for what follows so many bytes of a part."""
     if isinstance(found, Place):
         return found
     part, end = found
-    before = bisect_left(part.ours, end)
-    start = part.ours[before - 1] if before else 0
     ends_there = _has(part.theirs, end)
-    if ends_there and (not start or _has(part.theirs, start)):
+    if ends_there and crossing.is_same:
         return Place(_row(part, end))
-    agreed = next((at for at in reversed(part.ours[:before]) if _has(part.theirs, at)), 0)
-    row = _row(part, agreed)
-    if row < 0 and ends_there:  # there is nothing before it
-        return Place(_row(part, end))
+    before = bisect_left(part.theirs, end)
+    last = part.theirs[before - 1] if before else 0  # where the expert's last token begins
+    starts = part.ours[: bisect_left(part.ours, end)]
+    agreed = next((at for at in reversed(starts) if at <= last and _has(part.theirs, at)), 0)
+    row, given = _row(part, agreed), bytes(part.raw[agreed:end])
     path = tuple(ids[row + 1 : _row(part, end) + 1]) if ends_there else None
-    return Place(row, bytes(part.raw[agreed:end]), path)
+    if row < 0 and path:  # there is nothing before it: its first token is as it is
+        return Place(0, given[len(crossing.theirs.piece(path[0])) :], path[1:])
+    return Place(row, given, path)
 
 
 def _has(ends: Sequence[int], end: int) -> bool:

@@ -209,7 +209,7 @@ def test_an_unsettled_end_is_spelt_again_with_what_follows():
     ca, ts = ours.first(b"ca"), ours.first(b"ts")
     ids, (place,) = spell(crossing, [mark, ca], [1])
     # "c" + "a" of its own; both agree on the place before them.
-    assert (list(map(theirs.piece, ids[1:])), place.given) == ([b"c", b"a"], b"")
+    assert (list(map(theirs.piece, ids[1:])), place.given) == ([b"c", b"a"], b"ca")
     c, a = ours.first(b"c"), ours.first(b"a")
     ids, (place,) = spell(crossing, [mark, c, a, ts], [3])
     assert theirs.piece(ids[1]) == b"cat"
@@ -217,6 +217,27 @@ def test_an_unsettled_end_is_spelt_again_with_what_follows():
     bridge = Bridge(Speaker(theirs, 1), crossing)
     bridge.sync([mark, c, a], [2])
     assert np.exp(bridge.state(2)[0]).sum() <= 1 + 1e-6
+
+
+def test_an_end_that_looks_settled_is_healed_too():
+    """The expert would have written ":" and a new line in one token; the base has only the ":"."""
+    ours, theirs = Spellings([b":", b"\n", b"x"]), Spellings([b":", b"\n", b":\n", b"x"])
+    crossing, expert = Crossing(ours, theirs), Speaker(theirs, 1)
+    both, colon = theirs.first(b":\n"), theirs.first(b":")
+
+    def logits(prefix):
+        found = np.full(theirs.n_vocab, -20.0, np.float32)
+        found[theirs.end if prefix[-1] == colon else both] = 0.0  # after ":" alone it is lost
+        found[colon] = -2.0 if prefix[-1] != colon else -20.0
+        return found
+
+    expert.logits = logits
+    bridge = Bridge(expert, crossing)
+    mark = ours.control(MARK)
+    bridge.sync([mark])
+    assert bridge.state(0)[0].argmax() == ours.first(b":")
+    bridge.sync([mark, ours.first(b":")])
+    assert bridge.state(1)[0].argmax() == ours.first(b"\n")
 
 
 @pytest.mark.parametrize("seed", range(30))
