@@ -150,9 +150,8 @@ class Pair:
     def unload_expert(self) -> None:
         """Free the memory of the experts in this process; the next token of each loads it again."""
         with self._lock:
-            for member in self.members:
-                if member.here is not None:
-                    member.unload()
+            for member in [m for m in self.members if m.here is not None] or self.members:
+                member.unload()
 
     def check_one_expert(self, what: str) -> None:
         """Raise ColmError for what works with one expert, where there are several."""

@@ -65,7 +65,7 @@ class Gated:
 @pytest.mark.parametrize("stop", [(), ("aaaaaab",)])
 def test_cancel_from_another_thread_ends_within_one_token(stop):
     base = Gated(Scripted(lambda prefix: 97, n_ctx=1000, n_vocab=257))
-    policy, cancel = Policy(lambda x, h: (0.0, int(x.argmax()), 0.0), 0.5), Cancel()
+    policy, cancel = Policy(lambda x, h: (0.0, int(x.argmax()), 0.0, 0), 0.5), Cancel()
     ends = frozenset({256})
     decoder = Decoder(base, [base], policy, Picker(257), [1], end_tokens=ends, cancel=cancel)
     stream = Stream(decoder, Letters(), stop, cancel)

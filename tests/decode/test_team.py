@@ -158,6 +158,7 @@ def router(names: str = "", seed: int = 0, rows: int = 2, features=FEATURES, n_e
     )
 
 
+@settings(deadline=None)
 @given(seed=st.integers(0, 10_000), rows=st.integers(1, 5))
 def test_the_switch_is_a_softmax_over_base_and_experts(seed, rows):
     switch = router(seed=seed, rows=rows, features=FEATURE_SETS["both"])

@@ -169,7 +169,7 @@ def alone(tiny) -> str:
 def asking(tiny, url: str) -> Iterator[tuple[Pair, list[str]]]:
     """Load a pair whose expert is there; give it, and what it tells its user."""
     told: list[str] = []
-    with load(tiny["base"], url, "margin", n_threads=1, n_ctx=256, note=told.append) as pair:
+    with load(tiny["base"], url, "margin", n_threads=1, n_ctx=255, note=told.append) as pair:
         yield pair, told
 
 

@@ -139,7 +139,7 @@ def test_a_slot_goes_to_who_has_the_fewest(server):
     ended: list[str] = []
 
     async def ask(owner: str, n: int) -> None:
-        async with aclosing(server.stream([job(server, owner, 30)] * n, owner)) as events:
+        async with aclosing(server.stream([job(server, owner, 120)] * n, owner)) as events:
             async for _, event in events:
                 if isinstance(event, Ended):
                     ended.append(owner)

@@ -192,7 +192,7 @@ def test_train_makes_a_switch_that_both_experts_answer_with(tiny, tmp_path):
         answer = pair.generate("say 3", threshold=0.0, temperature=0.0, max_tokens=12)
         assert (answer.text, answer.stats.base_tokens) == (text, 0)
     refused = CliRunner().invoke(
-        main, ["eval", "--data", data, *models, *how, "--methods", "margin"]
+        main, ["eval", "--data", data, *models, "-sw", str(out), "--methods", "margin"]
     )
     assert "the method margin names no expert" in refused.stderr
 
