@@ -203,7 +203,7 @@ def test_bfloat16_and_recomputed_activations_go_the_same_way(tiny, scores, tmp_p
     ("changes", "message"),
     [
         ({"lengths": np.array([3])}, "do not fit"),
-        ({"tokens": np.full(1000, N_VOCAB)}, "do not fit"),
+        ({"tokens": np.full(1000, N_VOCAB, np.int32)}, "do not fit"),
         ({"starts": np.zeros(11, int)}, "do not fit"),
         ({"logprob": np.zeros(3)}, "do not fit"),
     ],
