@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import signal
+import struct
 from pathlib import Path
+from random import Random
 
 import numpy as np
 import pytest
@@ -15,7 +17,7 @@ from colm_edge.errors import DataError
 pytest.importorskip("resource", reason="limits of a process need a POSIX system")
 
 import fuzz
-from lib.fuzz import pool
+from lib.fuzz import models, pool
 from lib.fuzz.kind import Kind
 from lib.fuzz.pool import input_of, try_kind
 from lib.fuzz.table import KINDS
@@ -106,3 +108,9 @@ def test_the_command_prints_a_table(tmp_path):
     done = CliRunner().invoke(fuzz.main, ["hub", "-n", "3", "--keep", str(tmp_path)])
     assert done.stdout.startswith("| kind | tries | read | refused | faults | seconds |")
     assert "| hub | 3 |" in done.stdout
+
+
+def test_a_count_that_was_made_up_is_mutated_again():
+    value = struct.pack("<IQ", 4, 2**62) + bytes(8)  # two numbers of four bytes
+    for seed in range(50):
+        assert len(models._changed_array(value, Random(seed))) < 10_000

@@ -188,11 +188,12 @@ def _change_key(file: _File, rng: Random) -> None:
 
 def _changed_array(value: bytes, rng: Random) -> bytes:
     inner, n = struct.unpack_from("<IQ", value)
-    at, items = 12, []
-    for _ in range(n):
+    at, items = 12, list[bytes]()
+    while at < len(value) and len(items) < n:  # a mutation before may have made up the count
         end = _end_of_value(value, at, inner)
         items.append(value[at:end])
         at = end
+    n = len(items)
     what = rng.random()
     if what < 0.15:
         return struct.pack("<IQ", inner, rng.choice(COUNTS)) + value[12:]
