@@ -33,7 +33,7 @@ from colm_edge.remote.client import RemoteExpert
 from colm_edge.stream import Answer, AsyncStream, Stream
 from colm_edge.switch.load import in_order, load_switch, warnings_of
 from colm_edge.switch.reading import AnySwitch
-from colm_edge.switch.rules import DEFER_TOKEN, DeferRow
+from colm_edge.switch.rules import DEFER_TOKEN, DeferRow, Only
 from colm_edge.team import Guest, Member, Progress, Room, bets_on, trained_context, why_unread
 
 log = logging.getLogger("colm_edge")
@@ -311,6 +311,7 @@ class Pair:
         cancel, alone = Cancel(), timelines is None
         base, *experts = timelines or self._timelines(options, threshold, goes_back=goes_back)
         row = self.base.token_id(DEFER_TOKEN) if isinstance(self.switch, DeferRow) else None
+        only = switch or self.switch
         grammar = self._grammars.parsed(options.grammar)
         picker = picker_of(options, n_choose, tokens, grammar, row, goes_back=goes_back)
         decoder = Decoder(
@@ -328,7 +329,7 @@ class Pair:
                 follow=(self.room or self.members[0]).follow if alone and threshold < 1 else None,
                 # Bets are priced for an answer alone: slots share their batches.
                 planners=bets_on(self.members, options, threshold) if alone else (),
-                alone=0 if len(experts) == 1 else getattr(switch or self.switch, "expert", None),
+                alone=only.expert if isinstance(only, Only) else 0 if len(experts) == 1 else None,
             ),
             cancel=cancel,
             lock=self._lock if alone else None,

@@ -25,12 +25,13 @@ from colm_edge.evaluate.metrics import METRICS, Metric, check_rows
 from colm_edge.evaluate.proxy_tuning import Proxy
 from colm_edge.journal import Journal
 from colm_edge.switch.file import Switch
-from colm_edge.switch.reading import AnySwitch, FeatureSwitch
+from colm_edge.switch.reading import AnySwitch, FeatureSwitch, log_shares
 from colm_edge.switch.rules import Only, Untrained
 from colm_edge.tables import Table
 from colm_edge.train.documents import Documents, Row, read_rows, tokenized
 from colm_edge.train.prompts import answer_prompts
 from colm_edge.train.scoring import MakeProgress, Recorded, Scores, score, score_each
+from colm_edge.train.team import of_chosen
 
 if TYPE_CHECKING:
     from colm_edge.options import Options
@@ -354,10 +355,9 @@ def _team_methods(pair: Pair, each: Sequence[Scores], comparison: Comparison) ->
     assert isinstance(switch, Switch), "only a trained one chooses among experts"
     d = switch.d(base.logit_features, base.hidden)
     gold = np.column_stack([base.base, *(scores.expert for scores in each)])
-    share = np.column_stack([np.zeros(len(d)), d])
-    share -= np.logaddexp.reduce(share, axis=1, keepdims=True)
+    joint = -np.logaddexp.reduce(log_shares(d) + gold, axis=1)
     p, n = switch.p_defer(base.logit_features, base.hidden), len(d)
-    theirs = np.take_along_axis(gold[:, 1:], d.argmax(axis=1)[:, None], axis=1)[:, 0]
+    theirs = of_chosen(gold, d)
     if "base" in names:
         yield Method("base", 1.0, np.zeros(n, np.bool_), -gold[:, 0], -gold[:, 0], switch)
     for k, member in enumerate(pair.members if "expert" in names else ()):
@@ -367,7 +367,7 @@ def _team_methods(pair: Pair, each: Sequence[Scores], comparison: Comparison) ->
     thresholds += [threshold_at(p, round(rate * n)) for rate in comparison.defer_rates]
     for threshold in thresholds:
         deferred = _deferred(p, threshold)
-        hard, joint = -np.where(deferred, theirs, gold[:, 0]), -np.logaddexp.reduce(share + gold, 1)
+        hard = -np.where(deferred, theirs, gold[:, 0])
         if "colm" in names:
             yield Method("colm", threshold, deferred, joint, hard, switch)
         for nats in comparison.reviews if "review" in names else ():

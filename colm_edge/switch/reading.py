@@ -82,6 +82,13 @@ def sigmoids(d: Doubles) -> Doubles:
     return np.asarray(np.exp(-np.logaddexp(0, -d)), np.float64)
 
 
+def log_shares(d: Doubles) -> Doubles:
+    """Return the logarithms of the shares of the base and of each expert, the softmax of (0, d),
+    (n, 1 + n_experts), from d, (n, n_experts)."""
+    logits = np.column_stack([np.zeros(len(d)), d])
+    return np.asarray(logits - np.logaddexp.reduce(logits, axis=1, keepdims=True), np.float64)
+
+
 def check_width(name: str, n_embd: int, base: Base) -> None:
     """Raise MismatchError when a switch reads a hidden state of another width than the base's."""
     if n_embd != base.n_embd:

@@ -19,7 +19,7 @@ import numpy.typing as npt
 
 from colm_edge.errors import DataError
 from colm_edge.switch.file import FEATURE_SETS, Switch
-from colm_edge.switch.reading import sigmoids
+from colm_edge.switch.reading import log_shares, sigmoids
 from colm_edge.switch.rules import DEFAULT_RATE
 from colm_edge.train.fit import (
     FIT_BYTES,
@@ -83,8 +83,7 @@ def marginal_loss(gold: Array, d: Array) -> tuple[float, Array]:
     gold: log-probabilities of the gold tokens, (n, 1 + K), the base's first. The gradient is each
     expert's share less its posterior probability to have written the token.
     """
-    logits = np.column_stack([np.zeros(len(d)), d])
-    share = logits - np.logaddexp.reduce(logits, axis=1, keepdims=True)
+    share = log_shares(d)
     both = share + gold
     joint = np.logaddexp.reduce(both, axis=1, keepdims=True)
     gradient = np.exp(share) - np.exp(both - joint)
@@ -96,9 +95,7 @@ def regret_loss(regret: Array, writer: npt.NDArray[np.int64], d: Array) -> tuple
     rejected = regret > REJECTED
     weight = np.where(rejected, regret, 1.0) / len(d)
     label = np.where(rejected, writer + 1, 0)
-    logits = np.column_stack([np.zeros(len(d)), d])
-    share = logits - np.logaddexp.reduce(logits, axis=1, keepdims=True)
-    rows = np.arange(len(d))
+    share, rows = log_shares(d), np.arange(len(d))
     gradient = np.exp(share)
     gradient[rows, label] -= 1.0
     return float(-(weight * share[rows, label]).sum()), (weight[:, None] * gradient)[:, 1:]
@@ -259,7 +256,7 @@ def _switch(
         threshold = float(np.interp(DEFAULT_RATE, rates, thresholds))
     else:
         gold = team.gold(valid)
-        threshold = choose_threshold(p, gold[:, 0], _chosen(gold, d))
+        threshold = choose_threshold(p, gold[:, 0], of_chosen(gold, d))
     return Switch(
         features=FEATURE_SETS[features],
         weight=np.stack([head.weight for head in heads]).astype(np.float32),
@@ -272,7 +269,7 @@ def _switch(
     )
 
 
-def _chosen(gold: Array, d: Array) -> Array:
+def of_chosen(gold: Array, d: Array) -> Array:
     """Return the log-probability of each gold token by the expert that would write it, (n,)."""
     return np.asarray(np.take_along_axis(gold[:, 1:], d.argmax(axis=1)[:, None], axis=1)[:, 0])
 
@@ -299,7 +296,7 @@ def _figures(
     if not team.told:
         return figures
     gold = team.gold(valid)
-    order, gain = np.argsort(-p, kind="stable"), _chosen(gold, d) - gold[:, 0]
+    order, gain = np.argsort(-p, kind="stable"), of_chosen(gold, d) - gold[:, 0]
     curve = gold[:, 0].sum() + np.cumsum(np.concatenate(([0.0], gain[order])))
     return figures | {
         "nll_base": float(-gold[:, 0].mean()),
