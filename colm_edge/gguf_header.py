@@ -108,7 +108,8 @@ def _check_vocabulary(keys: dict[str, Any]) -> None:
     if kind in ("none", "no_vocab"):
         raise ValueError("it has no vocabulary")
     if isinstance(tokens, list):
-        known = {token for token in tokens if isinstance(token, str)}
+        # llama.cpp reads each up to a zero byte.
+        known = {token.partition("\0")[0] for token in tokens if isinstance(token, str)}
         tokens = Skipped(len(tokens), len(known) < len(tokens), known >= BYTES)
     if not isinstance(tokens, Skipped):
         return
@@ -211,7 +212,8 @@ class _Reader:
             if at > last:
                 raise ValueError("truncated")
             length = int.from_bytes(data[at : at + 8], "little")
-            seen.add(data[at + 8 : at + 8 + length])
+            text, *_ = data[at + 8 : at + 8 + length].partition(b"\0")
+            seen.add(text)  # llama.cpp reads it up to there
             at += 8 + length
         if at > self._size:
             raise ValueError("truncated")

@@ -90,6 +90,7 @@ def named(**keys) -> Header:
         (named(**{"attention.head_count": [4, 0]}), "head_count"),
         (named(**{"rope.dimension_count": 33}), "even"),
         (Header({"tokenizer.ggml.tokens": ["a", "b", "a"]}), "comes twice"),
+        (Header({"tokenizer.ggml.tokens": ["a", "b", "a\0c"]}), "comes twice"),
         (Header({"tokenizer.ggml.tokens": Skipped(9000, repeats=True)}), "comes twice"),
         (
             Header({"tokenizer.ggml.tokens": Skipped(9000), "tokenizer.ggml.model": "llama"}),

@@ -13,6 +13,7 @@ from colm_edge.bench.tune import tune
 from colm_edge.cli import main
 from colm_edge.info import as_text
 from colm_edge.llama.costs import CostTable, seconds_per_token, team_seconds_per_token
+from colm_edge.llama.model import Model
 
 
 def info(*args: str):
@@ -161,3 +162,11 @@ def test_equal_experts_cost_what_one_costs_at_more_calls():
     one = seconds_per_token(base, expert, 0.1)
     assert team_seconds_per_token(base, [expert], 0.1) == one
     assert team_seconds_per_token(base, [expert, expert], 0.1) == pytest.approx(one, rel=0.01)
+
+
+def test_a_number_that_is_a_text_of_thousands_of_digits_is_none(tiny, monkeypatch):
+    model = Model(tiny["base"])
+    assert model.number("context_length") == 512
+    monkeypatch.setattr(Model, "metadata", lambda model, key: "9" * 5000)
+    assert model.number("context_length") == 0
+    model.close()

@@ -277,9 +277,9 @@ class Model:
             size = n + 1
 
     def number(self, key: str) -> int:
-        """Return a whole number of the architecture's keys, 0 for what is none."""
+        """Return a whole number of the architecture's keys, 0 for what is none of 64 bits."""
         found = self.metadata(f"{self.metadata('general.architecture')}.{key}") or ""
-        return int(found) if found.isdecimal() else 0
+        return int(found) if found.isdecimal() and len(found) < 20 else 0
 
     @cached_property
     def n_vocab(self) -> int:
