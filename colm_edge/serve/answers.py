@@ -88,6 +88,9 @@ class Server:
         # Changed by the event loop alone:
         self._waiting: list[Waiting] = []
         self._running = Counter[object]()  # answers that are written, by who asked
+        # When who asked had a slot last, counted in slots; of those who still want one.
+        self._had: dict[object, int] = {}
+        self._slots_given = count(1)
         self._requests = count()
         self._begun: set[int] = set()  # requests of which an answer has begun
         self._queues: set[asyncio.Queue[tuple[int, Event | BaseException]]] = set()
@@ -124,8 +127,8 @@ class Server:
     async def stream(self, jobs: Sequence[Job], owner: object = None) -> Events:
         """Write the answers of a request side by side; yield (index of the job, event).
 
-        owner: who asks. A slot that becomes free goes to the one who has the fewest. None: nobody
-            else.
+        owner: who asks. A slot that becomes free goes to the one who has the fewest, of several to
+            the one who has had none for longest. None: nobody else.
 
         Closing the generator cancels the answers: each frees its slot after the token that it is
         writing. Raises what goes wrong in any of them.
@@ -175,11 +178,16 @@ class Server:
             self._begun.discard(request)
 
     def _begin(self) -> None:
-        """Let answers begin while slots are free: first of who has the fewest, then the oldest."""
+        """Let answers begin while slots are free: first of who has the fewest, then of who has had
+        none for longest, then the oldest."""
         while self._waiting and self.n_busy < self.settings.n_slots:
-            chosen = min(self._waiting, key=lambda one: self._running[one.owner])
+            chosen = min(
+                self._waiting,
+                key=lambda one: (self._running[one.owner], self._had.get(one.owner, 0)),
+            )
             self._waiting.remove(chosen)
             self._running[chosen.owner] += 1
+            self._had[chosen.owner] = next(self._slots_given)
             self._begun.add(chosen.request)
             self._threads.submit(chosen.begin)
 
@@ -187,6 +195,8 @@ class Server:
         """Count an answer as written."""
         self._running[owner] -= 1
         self._running += Counter()  # forgets who has none
+        wanted = {one.owner for one in self._waiting} | self._running.keys()
+        self._had = {who: when for who, when in self._had.items() if who in wanted}
         self._last_use = time.monotonic()
         self._begin()
 

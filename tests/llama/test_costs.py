@@ -97,7 +97,9 @@ def test_more_outputs_than_a_batch_are_refused(session):
         session.sync([1] * 70, range(5, 70))
 
 
-def test_costs_are_measured_once_per_model_and_settings(tiny, session):
+def test_costs_are_measured_once_per_model_and_settings(tiny, session, tmp_path, monkeypatch):
+    # Other tests may have measured a model of this content.
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     said: list[str] = []
     assert kept_table(session) is None
     table = cost_table(session, note=said.append)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from contextlib import aclosing
 
 import pytest
@@ -15,6 +16,7 @@ from colm_edge.options import ServerOptions
 from colm_edge.pair import load
 from colm_edge.serve.answers import Began, Ended, Job, Server
 from colm_edge.serve.errors import RefusalError
+from colm_edge.slots import SharedTimeline
 
 
 @pytest.fixture(scope="module")
@@ -44,6 +46,21 @@ def job(server: Server, prompt: str = "hello", max_tokens: int = 5, **more) -> J
 
 def value(server: Server, name: str, **labels: str) -> float:
     return server.metrics.registry.get_sample_value(name, labels) or 0.0
+
+
+@pytest.fixture
+def gate(monkeypatch):
+    """Answers go on while it is set."""
+    gate, sync = threading.Event(), SharedTimeline.sync
+    gate.set()
+
+    def waiting(*args, **more):
+        assert gate.wait(60)
+        return sync(*args, **more)
+
+    monkeypatch.setattr(SharedTimeline, "sync", waiting)
+    yield gate
+    gate.set()
 
 
 async def until(condition) -> None:
@@ -110,13 +127,15 @@ def test_an_answer_that_fails_is_counted_and_raised(server, pair, monkeypatch):
     assert server.n_busy == 0
 
 
-def test_requests_wait_for_slots_and_are_counted_once(server):
+def test_requests_wait_for_slots_and_are_counted_once(server, gate):
     async def fill() -> None:
         jobs = [job(server, text, 100) for text in ("one", "two", "three")]
+        gate.clear()
         async with aclosing(server.stream(jobs)) as events:
             await anext(events)
             # The third answer waits, but the request does not.
-            assert (server.n_busy, server.n_waiting) == (2, 0)
+            await until(lambda: server.n_busy == 2)
+            assert server.n_waiting == 0
             server.check_queue()
             other = asyncio.ensure_future(server.generate([job(server), job(server)]))
             await until(lambda: server.n_waiting == 1)
@@ -125,6 +144,7 @@ def test_requests_wait_for_slots_and_are_counted_once(server):
             with pytest.raises(RefusalError, match="1 requests are already waiting"):
                 server.check_queue()
             other.cancel()
+            gate.set()
             await asyncio.wait([other])
         assert server.n_waiting == 0  # the one that waited is gone at once
         server.check_queue()
@@ -134,18 +154,22 @@ def test_requests_wait_for_slots_and_are_counted_once(server):
     assert len(asyncio.run(server.generate([job(server)]))[0].answer.steps) == 5
 
 
-def test_a_slot_goes_to_who_has_the_fewest(server):
+def test_a_slot_goes_to_who_has_the_fewest(server, gate):
     """One connection's many answers do not keep another's waiting."""
     ended: list[str] = []
 
     async def ask(owner: str, n: int) -> None:
-        async with aclosing(server.stream([job(server, owner, 120)] * n, owner)) as events:
+        async with aclosing(server.stream([job(server, owner, 30)] * n, owner)) as events:
             async for _, event in events:
                 if isinstance(event, Ended):
                     ended.append(owner)
 
     async def go() -> None:
-        await asyncio.gather(ask("many", 8), ask("few", 1), ask("other", 1))
+        gate.clear()
+        asked = asyncio.gather(ask("many", 8), ask("few", 1), ask("other", 1))
+        await until(lambda: (server.n_busy, server.n_waiting) == (2, 2))
+        gate.set()
+        await asked
 
     asyncio.run(go())
     assert sorted(ended) == ["few", *["many"] * 8, "other"]

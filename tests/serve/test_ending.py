@@ -14,7 +14,7 @@ from contextlib import contextmanager
 import httpx
 import pytest
 
-LONG = {"prompt": "hello", "max_tokens": 400, "n": 16, "stream": True}  # seconds of work
+LONG = {"prompt": "hello", "max_tokens": 1900, "n": 16, "stream": True}  # many seconds of work
 
 # A job in the background hands an ignored SIGINT down to its children.
 START = (
@@ -36,7 +36,7 @@ def command(tiny) -> Iterator[tuple[subprocess.Popen, str]]:
         "-sw",
         "margin",
         "-c",
-        "512",
+        "2048",
         "-t",
         "1",
     ]

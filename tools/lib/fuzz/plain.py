@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 
-import colm_edge
 from colm_edge import hub, info, references
 from colm_edge.bench.replay import recorded
 from colm_edge.switch.file import FEATURE_SETS, Switch
@@ -51,7 +50,7 @@ def _read_switch(_: Path) -> Read:
 
 
 def _lists(_: Path) -> Sequence[Files]:
-    path = Path(colm_edge.__file__).parents[1] / "models.txt"
+    path = references._models_txt()
     lines = path.read_bytes().splitlines(keepends=True)
     return [{"models.txt": b"".join(line for line in lines if line.startswith((b"#", b"demo")))}]
 
