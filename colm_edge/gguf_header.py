@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import mmap
 import os
+import re
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -28,6 +29,11 @@ TEXT, ARRAY = 8, 9
 LONG_SCALARS = {10: "Q", 11: "q", 12: "d"}
 # The tokens that a vocabulary of SentencePiece has for what it has no other token for.
 BYTES = frozenset(f"<0x{byte:02X}>" for byte in range(256))
+# Read as texts, and so are templates with names (tokenizer.chat_template.NAME).
+TEXT_KEYS = ("tokenizer.chat_template", "tokenizer.ggml.model", "tokenizer.ggml.pre")
+INTEGERS = range(24, 28)  # ggml's types of whole numbers
+# Tensors that every architecture multiplies with or adds; a few others hold indices.
+MULTIPLIED = re.compile(r"(norm|embd|output|attn_[qkv]|ffn_(up|down|gate))\.(weight|bias)$")
 KEPT_ITEMS = 4096  # of an array; a longer one, such as a vocabulary, is only counted
 
 
@@ -95,7 +101,13 @@ def check_model(header: Header) -> None:
                 raise ValueError(f"{key} is {str(value)[:40]}; expected {low} to {high}")
             if key.startswith("rope") and value % 2:
                 raise ValueError(f"{key} is {value}; expected an even number")
+    for key, text in header.keys.items():
+        is_text = key in TEXT_KEYS or key.startswith("tokenizer.chat_template.")
+        if is_text and not isinstance(text, str):
+            raise ValueError(f"{_shown(key)} is no text")
     for tensor in header.tensors.values():
+        if tensor.kind in INTEGERS and MULTIPLIED.search(tensor.name):
+            raise ValueError(f"the tensor {_shown(tensor.name)} has integers, which are no weights")
         if tensor.at % ALIGNMENT:
             raise ValueError(
                 f"the tensor {_shown(tensor.name)} is not at a multiple of {ALIGNMENT}"

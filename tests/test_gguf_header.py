@@ -97,6 +97,9 @@ def named(**keys) -> Header:
             "<0xFF>",
         ),
         (Header({"tokenizer.ggml.model": "none"}), "no vocabulary"),
+        (Header({"tokenizer.chat_template": 0.0}), "tokenizer.chat_template' is no text"),
+        (Header({"tokenizer.ggml.pre": 1}), "tokenizer.ggml.pre' is no text"),
+        (Header(tensors={"n": Tensor("output_norm.weight", (4,), 26, 4096, 16)}), "has integers"),
         (Header(tensors={"a": Tensor("a", (4,), 0, 4096 + 16, 16)}), "'a' is not at a multiple"),
         (Header({"tokenizer.ggml.tokens": ["a"], "tokenizer.ggml.model": "llama"}), "<0xFF>"),
     ],
@@ -104,6 +107,14 @@ def named(**keys) -> Header:
 def test_a_model_that_would_end_the_process_is_refused(header, words):
     with pytest.raises(ValueError, match=words):
         check_model(header)
+
+
+def test_keys_that_only_begin_like_texts_may_be_lists():
+    check_model(
+        Header(
+            {"tokenizer.chat_templates": ["tool_use"], "tokenizer.ggml.precompiled_charsmap": [1]}
+        )
+    )
 
 
 def test_the_shipped_models_are_models():
