@@ -5,11 +5,14 @@
 
 from __future__ import annotations
 
+import statistics
 from bisect import bisect_left
 from collections.abc import Sequence
 from functools import cached_property
 
 SEVERAL = 4  # outputs of the decode that measures what more than one costs
+# llama.cpp's kernels for CPUs multiply four rows of a batch together, and each of the rest alone.
+BLOCK = 4
 QUICK = 0.001  # seconds of a decode of one token
 # The share that another batch size must save: the table is a measurement and may be off.
 MARGIN = 0.1
@@ -29,18 +32,32 @@ class CostTable:
         self.sizes, self.seconds, self.several = sizes, seconds, several
 
     def __call__(self, n: int) -> float:
-        """Return the seconds of a decode of n tokens: interpolated between measured sizes, and
-        proportional to n above the largest."""
-        return self._known[n] if n < len(self._known) else self._between(n)
+        """Return the seconds of a decode of n tokens. Between measured sizes they are interpolated,
+        but no less than those of whole blocks and of single tokens besides; above the largest they
+        are proportional to n."""
+        known = self._known
+        return known[n] if n < len(known) else self.seconds[-1] * n / self.sizes[-1]
 
     @cached_property
     def _known(self) -> list[float]:
-        return [0.0] + [self._between(n) for n in range(1, self.sizes[-1] + 1)]
+        single, known = self._single(), [0.0]
+        for n in range(1, self.sizes[-1] + 1):
+            blocks = max(1, n // BLOCK * BLOCK)
+            least = self._between(blocks) + (n - blocks) * single if n not in self.sizes else 0.0
+            known.append(max(self._between(n), least))
+        return known
+
+    def _single(self) -> float:
+        """Return the seconds of a token that fills no block, 0 if none was measured."""
+        found = []
+        for n, taken in zip(self.sizes, self.seconds, strict=True):
+            blocks = max(1, n // BLOCK * BLOCK)
+            if n > blocks and blocks in self.sizes:
+                found.append((taken - self._between(blocks)) / (n - blocks))
+        return statistics.median_low(found) if found else 0.0
 
     def _between(self, n: int) -> float:
         at = bisect_left(self.sizes, n)
-        if at == len(self.sizes):
-            return self.seconds[-1] * n / self.sizes[-1]
         if self.sizes[at] == n or at == 0:
             return self.seconds[at]
         low, high = self.sizes[at - 1], self.sizes[at]
