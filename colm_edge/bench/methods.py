@@ -5,7 +5,8 @@ from __future__ import annotations
 import datetime
 import platform
 import statistics
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from importlib.metadata import version
@@ -95,24 +96,33 @@ class Methods:
 
     def _speculative(self) -> Sample:
         schedule = Speculative(self.tables)
-        return self._replay(self._pair.expert_session, 0.0, schedule, everywhere=True)
+        with self._cheapest_batches():
+            return self._replay(self._pair.expert_session, 0.0, schedule, everywhere=True)
 
     def _lossless(self) -> Sample:
         schedule = Review(ByRule(Differs()), OPTIONS["review_window"].default)
-        return self._replay(self._pair.expert_session, 0.5, schedule, everywhere=True)
+        with self._cheapest_batches():
+            return self._replay(self._pair.expert_session, 0.5, schedule, everywhere=True)
 
     def _fast(self) -> Sample:
-        expert, session = self._pair.expert, self._pair.expert_session
+        expert = self._pair.expert
         # A new planner, which learns again in every round; batches of the cheapest sizes; and the
         # expert in the background, if the pair has it there.
         schedule = Fast([Planner(lambda cancel: self.tables)], expert.follow)
-        session.costs = None if self.tables[0].is_quick else self.tables[1]
         if isinstance(expert, Background):
             expert.settle()  # other methods have used its session
-        try:
+        with self._cheapest_batches():
             return self._replay(expert, 0.5, schedule)
+
+    @contextmanager
+    def _cheapest_batches(self) -> Iterator[None]:
+        """Cut and pad the expert's batches by what they cost, as the fast schedule has it."""
+        session = self._pair.expert_session
+        session.costs = None if self.tables[0].is_quick else self.tables[1]
+        try:
+            yield
         finally:
-            self._pair.expert_session.costs = None
+            session.costs = None
 
     def _expert_alone(self) -> Sample:
         expert, base = self._pair.expert_session, self._pair.base_session

@@ -128,7 +128,7 @@ class Writers:
         """Write the expert's own text by a schedule that also evaluates the base."""
         pair = self._pair
         self._forget()
-        pair.expert_session.costs = None
+        pair.expert_session.costs = None if self._tables[0].is_quick else self._tables[1]
         decoder = Decoder(
             pair.base_session,
             [pair.expert],

@@ -42,7 +42,7 @@ class Speculative:
 
         def price(k: int) -> float:
             several = expert.several if k else 0.0
-            return (k * base(1) + expert(k + 1) + several) * (1 - a) / (1 - a ** (k + 1))
+            return (k * base(1) + expert.whole(k + 1) + several) * (1 - a) / (1 - a ** (k + 1))
 
         return min(range(MAX_DRAFT + 1), key=price)
 
