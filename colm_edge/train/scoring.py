@@ -376,7 +376,8 @@ def _score_across(
 
     Raises DataError for a line that is longer than the expert's context in its own tokens.
     """
-    timeline = member.across(member.session)
+    assert member.crossing is not None
+    timeline, n_vocab = member.across(member.session), member.crossing.ours.n_vocab
     columns: dict[str, list[Any]] = {name: [] for name in ("logprob", "right", "best", "choice")}
     for i in group:
         span, start = documents.span(i).tolist(), int(documents.starts[i])
@@ -389,10 +390,13 @@ def _score_across(
                 line = documents.lines[i]
                 raise DataError(f"line {line}: {e}; shorten it, or raise -c") from e
             for at in range(first, last):
-                logits, _ = timeline.state(at - 1)
+                try:
+                    logits, _ = timeline.state(at - 1)
+                except AbsentExpertError:  # it prefers nothing that the base could write
+                    logits = np.full(n_vocab, -NEAR, np.float32)
                 gold, best = span[at], float(logits.max())
                 columns["logprob"].append(max(float(logits[gold]), -NEAR))
-                columns["right"].append(float(logits[gold]) == best)
+                columns["right"].append(float(logits[gold]) == best > -NEAR)
                 columns["best"].append(best)
                 columns["choice"].append(max(float(logits[asked[at - start]]), -NEAR))
     return {name: np.array(values) for name, values in columns.items()}
