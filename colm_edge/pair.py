@@ -89,6 +89,7 @@ class Pair:
         context = replace(context, n_ctx=self.n_ctx)
         self.base_session = Session(base, context, hidden=switch.needs_hidden)
         self.base_session.progress = _share(progress, "base prompt")
+        self._most_shared = base.n_vocab
         self.members = [
             Member(
                 name, model, self.base_session, context, bridge=bridge, overlap=overlap,
@@ -121,7 +122,11 @@ class Pair:
     @property
     def n_shared(self) -> int:
         """Token ids below this are in the vocabulary of all models."""
-        return min(member.n_shared for member in self.members)
+        return min(self._most_shared, *(member.n_shared for member in self.members))
+
+    def limit_shared(self, n: int) -> None:
+        """Share no more than the first n token ids: those of a team that is not all open."""
+        self._most_shared = n
 
     @property
     def expert(self) -> Expert:

@@ -270,7 +270,6 @@ def _train_team(
     rows = list(read_rows(file))
 
     def open_pair(name: str) -> Pair:
-        say(f"expert {name}")
         alone = {"expert": experts[name], "expert_required": True}
         return load(**models | alone, switch="margin")
 
