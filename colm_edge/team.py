@@ -15,7 +15,6 @@ from colm_edge.errors import ColmError, ModelError
 from colm_edge.llama.context import ContextOptions
 from colm_edge.llama.costs import CostTable
 from colm_edge.llama.measure import cost_table
-from colm_edge.llama.memory import cache_bytes
 from colm_edge.llama.model import Model, shared_vocab
 from colm_edge.llama.session import Session
 from colm_edge.llama.vocabulary import Vocabulary
@@ -55,7 +54,7 @@ class Member:
         self.name = name
         self._base, self._note, self._weighed = base, note, weighed
         self.source = f"expert:{name}" if name else "expert"
-        self.model, self._n_ctx = model, context.n_ctx
+        self.model, self._context = model, context
         self.here: Session | None = None
         self.costs: CostTable | None = None  # once the fast schedule needs them
         self.n_contexts = 1  # as many answers at once
@@ -142,7 +141,7 @@ class Member:
         if self.here is None:
             return 0
         model = self.here.model
-        cache = cache_bytes(model, self._n_ctx * self.n_contexts)
+        cache = self._context.cache_bytes(model, self._context.n_ctx * self.n_contexts)
         return sum(file.stat().st_size for file in model.files) + cache
 
     def unload(self) -> None:

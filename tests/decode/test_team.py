@@ -29,6 +29,7 @@ from colm_edge.decode.policy import Policy
 from colm_edge.decode.review import ByRule, Review, Tolerance
 from colm_edge.decode.step import ExpertStats, Stats
 from colm_edge.errors import ColmError, MismatchError, ModelError
+from colm_edge.llama.memory import cache_bytes
 from colm_edge.options import Options
 from colm_edge.pair import load
 from colm_edge.readout import FEATURES
@@ -296,6 +297,17 @@ def test_each_answer_at_once_takes_its_context_out_of_the_limit(models):
         with pytest.raises(ColmError, match=r"with 3 answer\(s\) at once; allow more"):
             Slots(pair, 3)
         Slots(pair, 1).close()
+
+
+def test_an_expert_takes_what_its_context_really_does(models):
+    """By the same arithmetic as what a context is refused by, and so by its cache's types."""
+    with opened(models, cache_type_k="f32", cache_type_v="q8_0", flash_attn="on") as pair:
+        pair.room.share(3)
+        for member in pair.members:
+            session, model = member.here, member.here.model
+            cache = session.options.cache_bytes(model, 3 * pair.n_ctx)
+            assert cache == cache_bytes(model, 3 * pair.n_ctx, 32, 8.5)
+            assert member.n_bytes == model.path.stat().st_size + cache
 
 
 def test_scoring_and_measuring_keep_to_the_limit(models, tmp_path):
