@@ -24,7 +24,7 @@ from colm_edge.llama.costs import CostTable, slower
 from colm_edge.llama.grammar import Grammars
 from colm_edge.llama.measure import kept_table, refine
 from colm_edge.llama.model import Model
-from colm_edge.llama.owners import HomeLock
+from colm_edge.llama.owners import HomeLock, close_each
 from colm_edge.llama.prompt_cache import load_prompts, save_prompts
 from colm_edge.llama.session import Session
 from colm_edge.options import EXPERT_TIMEOUT, Options
@@ -114,10 +114,11 @@ class Pair:
         if not self._lock.home.is_here:
             return  # they are the parent's
         with self._lock:
-            for member in self.members:
-                member.close()
-            self.base_session.close()
-            self.base.close()
+            close_each(*(member.close for member in self.members), self._close_base)
+
+    def _close_base(self) -> None:
+        self.base_session.close()
+        self.base.close()
 
     @property
     def n_shared(self) -> int:
@@ -155,8 +156,8 @@ class Pair:
     def unload_expert(self) -> None:
         """Free the memory of the experts in this process; the next token of each loads it again."""
         with self._lock:
-            for member in [m for m in self.members if m.here is not None] or self.members:
-                member.unload()
+            here = [member for member in self.members if member.here is not None]
+            close_each(*(member.unload for member in here or self.members))
 
     def check_one_expert(self, what: str) -> None:
         """Raise ColmError for what works with one expert, where there are several."""
@@ -278,12 +279,11 @@ class Pair:
                 "shorten it or raise -c"
             )
         n = self.n_shared if threshold < 1 else self.base.n_vocab  # alone the base reads all
-        out_of_range = next((t for t in tokens if not 0 <= t < n), None)
-        if out_of_range is not None:
-            raise PromptError(
-                f"token {out_of_range} of the prompt is not in the vocabulary of both models "
-                f"({n} shared tokens)"
-            )
+        outside = next((t for t in tokens if not 0 <= t < n), None)
+        if outside is not None:
+            whose = "all models" if threshold < 1 else "the base"
+            expected = f"expected ids below {n}"
+            raise PromptError(f"token {outside} is not in the vocabulary of {whose}; {expected}")
 
     def check_options(self, options: Options) -> None:
         """Raise ColmError for what this pair cannot do."""
@@ -470,9 +470,9 @@ def load(
     with ExitStack() as opened:  # closed again if something does not fit
         base = Model(files.base, n_gpu_layers, lora, _share(progress, "base"))
         opened.callback(base.close)
-        layers = n_gpu_layers if not rpc else -1
-        if n_gpu_layers_expert is not None:
-            layers = n_gpu_layers_expert
+        layers = n_gpu_layers_expert
+        if layers is None:
+            layers = -1 if rpc else n_gpu_layers
         experts: dict[str, Model | RemoteExpert] = {}
         for name, file in files.experts.items():
             if is_url(file) and rpc:

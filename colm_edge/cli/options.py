@@ -161,7 +161,7 @@ EVALUATION = (
         "n_ctx",
         type=click.IntRange(0, INT_MAX),
         default=0,
-        help="Context size in tokens; 0: what both models were trained for, at most 4096.",
+        help="Context size in tokens; 0: what the models were trained for, at most 4096.",
     ),
     THREADS,
     click.option(
