@@ -16,7 +16,7 @@ from colm_edge.decode.loop import Decoder
 from colm_edge.decode.parts import picker_of, policy_of, schedule_of, timelines_of
 from colm_edge.decode.policy import expected_rate, review_of, threshold_of
 from colm_edge.decode.timeline import Expert, Timeline
-from colm_edge.errors import ColmError, ContextError, ModelError, PromptError
+from colm_edge.errors import ColmError, ContextError, PromptError
 from colm_edge.llama import chat_template
 from colm_edge.llama.chat_template import ChatTemplate, Message
 from colm_edge.llama.context import ContextOptions
@@ -28,10 +28,10 @@ from colm_edge.llama.owners import HomeLock, close_each
 from colm_edge.llama.prompt_cache import load_prompts, save_prompts
 from colm_edge.llama.session import Session
 from colm_edge.options import EXPERT_TIMEOUT, Options
-from colm_edge.references import Experts, choose_pair, is_this_machine, is_url, named
+from colm_edge.references import Experts, check_offline, choose_pair, is_url, named
 from colm_edge.remote.client import RemoteExpert
 from colm_edge.stream import Answer, AsyncStream, Stream
-from colm_edge.switch.load import in_order, load_switch, warnings_of
+from colm_edge.switch.load import check_rule, in_order, load_switch, warnings_of
 from colm_edge.switch.reading import AnySwitch
 from colm_edge.switch.rules import DEFER_TOKEN, DeferRow, Only
 from colm_edge.team import Guest, Member, Progress, Room, bets_on, trained_context, why_unread
@@ -458,15 +458,15 @@ def load(
         raise ColmError("n_ctx, n_threads, n_ubatch must not be negative; 0 lets colm-edge choose")
     refs = [None if ref is None else os.fspath(ref) for ref in (model, switch)]
     told = note or log.info
-    for server in rpc if offline else ():
-        if not is_this_machine(server.rpartition(":")[0]):
-            raise ModelError(
-                f"{server}: not asked with --offline; leave that out, or leave out rpc"
-            )
-    files = choose_pair(refs[0], named(expert), refs[1], pair, offline=offline, note=told)
+    check_offline(rpc if offline else ())
+    experts_given = named(expert)
+    if pair is None:
+        check_rule(refs[1], experts_given)
+    files = choose_pair(refs[0], experts_given, refs[1], pair, offline=offline, note=told)
     if max_memory and len(files.experts) == 1:
         raise ColmError("--max-memory is shared by several experts, and one is given; leave it out")
     head = load_switch(files.switch)
+    in_order(head, files.experts)  # refused now, not after seconds of reading
     with ExitStack() as opened:  # closed again if something does not fit
         base = Model(files.base, n_gpu_layers, lora, _share(progress, "base"))
         opened.callback(base.close)

@@ -246,6 +246,25 @@ def test_the_order_and_the_names_come_from_the_switch(models, tiny):
         load(**refs, switch="margin", n_threads=1)
 
 
+@pytest.mark.parametrize("switch", [None, "margin", "router"])
+def test_what_cannot_choose_among_experts_is_refused_before_a_model_is_read(
+    tiny, models, switch, monkeypatch
+):
+    """Nor is anything downloaded for it."""
+
+    def read(*args, **more):
+        raise AssertionError("a model is read")
+
+    monkeypatch.setattr("colm_edge.pair.Model", read)
+    experts, words = ["x=a/b:c.gguf", "y=a/b:d.gguf"], "and not to which of 2 experts"
+    if switch == "router":  # which knows others
+        switch, experts, words = models[1], [tiny["expert"], tiny["base"]], "experts named a, b"
+    else:
+        monkeypatch.setattr("colm_edge.references.fetch", read)
+    with pytest.raises(MismatchError, match=words):
+        load(tiny["base"], experts, switch)
+
+
 def test_slots_write_what_one_answer_alone_writes(models):
     prompts = ["hello", "a long and winding beginning", "x", "hello there, you"]
     options = Options(temperature=0.0, max_tokens=20)

@@ -266,6 +266,25 @@ def test_train_makes_a_switch_that_both_experts_answer_with(tiny, tmp_path):
     assert "the method margin names no expert" in refused.stderr
 
 
+def test_a_listed_pair_of_several_experts_is_trained_as_one_team(tiny, tmp_path, monkeypatch):
+    listing = tmp_path / "models.txt"
+    listing.write_text(
+        f"team base {tiny['base']} MIT\nteam expert:a {tiny['expert']} MIT\n"
+        f"team expert:b {tiny['base']} MIT\n"
+    )
+    monkeypatch.setattr("colm_edge.references._models_txt", lambda: listing)
+    rows = [{"prompt": f"say {i}", "completion": f"it is {i * 7}"} for i in range(8)]
+    data, out = lines(tmp_path / "d.jsonl", rows), tmp_path / "team.gguf"
+    how = ["--pair", "team", "--data", data, "-t", "1", "-c", "128"]
+    ran = CliRunner().invoke(main, ["train", *how, "--outfile", str(out)])
+    assert ran.exit_code == 0, ran.output
+    assert Switch.load(out).expert_names == ("a", "b")
+    ran = CliRunner().invoke(main, ["score", *how, "--outfile", str(tmp_path / "s.npz")])
+    assert "score works with one expert" in ran.stderr
+    ran = CliRunner().invoke(main, ["run", "hi", "--pair", "team"])
+    assert "margin says when to defer, and not to which of 2 experts" in ran.stderr
+
+
 def test_train_from_prompts_each_with_its_expert(tiny, tmp_path):
     rows = [{"prompt": f"say {i}", "expert": "ab"[i % 2]} for i in range(12)]
     out, ran = trained(
