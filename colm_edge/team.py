@@ -15,10 +15,10 @@ from colm_edge.errors import ColmError, ModelError
 from colm_edge.llama.context import ContextOptions
 from colm_edge.llama.costs import CostTable
 from colm_edge.llama.measure import cost_table
-from colm_edge.llama.model import Model, shared_vocab
+from colm_edge.llama.model import Model
 from colm_edge.llama.owners import close_each
 from colm_edge.llama.session import Session
-from colm_edge.llama.vocabulary import Vocabulary
+from colm_edge.llama.vocabulary import Vocabulary, shared_vocab
 from colm_edge.options import Options
 from colm_edge.remote.client import RemoteExpert, RemoteSession
 
