@@ -43,7 +43,7 @@ class ContextError(PromptError):
 
 
 class AbsentExpertError(ColmError):
-    """A remote expert does not answer; the base can continue alone."""
+    """An expert does not answer, or has no word for it; the base can continue alone."""
 
 
 class DataError(ColmError):

@@ -8,17 +8,17 @@ from functools import partial
 
 from colm_edge.cancel import Cancel
 from colm_edge.decode.background import Background, can_overlap
-from colm_edge.decode.bridge import Bridge, Crossing
+from colm_edge.decode.bridge import Bridge, Crossing, spell
 from colm_edge.decode.planner import Planner
 from colm_edge.decode.timeline import Around, Expert, Floats, Timeline
 from colm_edge.errors import ColmError, ModelError
 from colm_edge.llama.context import ContextOptions
 from colm_edge.llama.costs import CostTable
 from colm_edge.llama.measure import cost_table
-from colm_edge.llama.memory import cache_bytes
-from colm_edge.llama.model import Model, shared_vocab
+from colm_edge.llama.model import Model
+from colm_edge.llama.owners import close_each
 from colm_edge.llama.session import Session
-from colm_edge.llama.vocabulary import Vocabulary
+from colm_edge.llama.vocabulary import Vocabulary, shared_vocab
 from colm_edge.options import Options
 from colm_edge.remote.client import RemoteExpert, RemoteSession
 
@@ -55,7 +55,7 @@ class Member:
         self.name = name
         self._base, self._note, self._weighed = base, note, weighed
         self.source = f"expert:{name}" if name else "expert"
-        self.model, self._n_ctx = model, context.n_ctx
+        self.model, self._context = model, context
         self.here: Session | None = None
         self.costs: CostTable | None = None  # once the fast schedule needs them
         self.n_contexts = 1  # as many answers at once
@@ -101,6 +101,10 @@ class Member:
         """Return a timeline of this expert by the base's tokens."""
         return timeline if self.crossing is None else Bridge(timeline, self.crossing)
 
+    def own(self, tokens: array[int]) -> array[int]:
+        """Return the base's tokens as this expert holds them."""
+        return tokens if self.crossing is None else spell(self.crossing, tokens, [])[0]
+
     @property
     def end_tokens(self) -> frozenset[int]:
         """The tokens of the base's vocabulary that end a generation for it."""
@@ -142,14 +146,18 @@ class Member:
         if self.here is None:
             return 0
         model = self.here.model
-        cache = cache_bytes(model, self._n_ctx * self.n_contexts)
+        cache = self._context.cache_bytes(model, self._context.n_ctx * self.n_contexts)
         return sum(file.stat().st_size for file in model.files) + cache
 
     def unload(self) -> None:
-        """Free its memory in this process; its next token loads it again."""
-        session = self.session
-        session.close()
-        session.model.unload()
+        """Free its memory in this process; its next token loads it again. Raises what a catch-up
+        raised that nobody waited for; its memory is freed then too."""
+        close_each(lambda: self.session, self._free)
+
+    def _free(self) -> None:
+        if self.here is not None:
+            self.here.close()
+            self.here.model.unload()
 
     def cost_tables(
         self, *, hasty: bool, cancel: Cancel | None = None

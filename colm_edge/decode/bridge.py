@@ -107,13 +107,15 @@ class Crossing:
     def controls(self, token: int) -> tuple[int, ...]:
         """Return the expert's tokens for a control token of the base: that of the same name; its
         own end for an end; for others their name as text."""
+        if token == self.ours.begin:  # the expert has its own, or none
+            return ()
         if token not in self._controls:
             ours, theirs = self.ours, self.theirs
             same = theirs.control(ours.name(token))
             if same is None and token in ours.ends:
                 same = theirs.end
             spelt = theirs.encode(ours.name(token).encode()) if same is None else [same]
-            self._controls[token] = () if token == ours.begin else tuple(spelt)
+            self._controls[token] = tuple(spelt)
         return self._controls[token]
 
 
@@ -163,10 +165,12 @@ class Bridge(Around):
         self, tokens: Sequence[int], outputs: Sequence[int] = (), cancel: Cancel | None = None
     ) -> int:
         """Evaluate the text of these tokens. Raises AbsentExpertError where it is longer than the
-        expert's context in its own tokens."""
+        expert's context in its own tokens, and where it is nothing in these."""
         wanted = list(outputs) or [len(tokens) - 1]
         self._ids, places = spell(self._crossing, tokens, wanted)
         self._places, self._told = dict(zip(wanted, places, strict=True)), {}
+        if not self._ids:  # a begin token alone, which the expert's vocabulary lacks
+            raise AbsentExpertError("the text is empty in the expert's tokens")
         if len(self._ids) > self._inner.n_ctx:
             raise AbsentExpertError(
                 f"the text has {len(self._ids)} of the expert's tokens, its context holds "
@@ -186,14 +190,23 @@ class Bridge(Around):
         if place.row >= 0:
             end = place.row + 1 + len(place.path or ())
             n = self._inner.sync(self._ids[:end], range(place.row, end), cancel)
-        self._told[i] = self.state(i)[0]
+        self._told[i] = self._say(i)
         return n
 
     def state(self, i: int) -> tuple[Floats, Floats]:
         """Return what the expert says follows a token of the base, as logits over the base's
-        vocabulary, (n_vocab,), and an empty array."""
-        if i in self._told:
-            return self._told[i], NO_STATE
+        vocabulary, (n_vocab,), and an empty array.
+
+        Raises AbsentExpertError where the base has no word for what the expert would write there:
+        a control token of its own, or nothing that begins with the bytes that are there.
+        """
+        logits = self._told[i] if i in self._told else self._say(i)
+        if not len(logits):
+            raise AbsentExpertError("the base has no token for what the expert would write")
+        return logits, NO_STATE
+
+    def _say(self, i: int) -> Floats:
+        """Return the logits of `state`, (n_vocab,), or (0,) where it raises."""
         place, n = self._places[i], self._crossing.ours.n_vocab
         p = np.zeros(n)
         if place.row >= 0:
@@ -203,10 +216,10 @@ class Bridge(Around):
                 spelt += self._logprob(row, token)
                 row, given = row + 1, given[len(self._crossing.theirs.piece(token)) :]
             self._add(p, row, spelt, given)
-        if not p.any():  # the expert would not go on from here at all
-            p[self._crossing.ours.end] = 1.0
+        if not p.any():
+            return NO_STATE
         with np.errstate(divide="ignore"):
-            return np.log(p).astype(np.float32), NO_STATE
+            return np.log(p).astype(np.float32)
 
     def _add(self, p: np.ndarray, row: int, log_weight: float, given: bytes) -> None:
         """Add what the expert says after one of its tokens, of tokens that begin with what is

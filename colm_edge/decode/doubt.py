@@ -75,19 +75,18 @@ class Doubt:
         if deferred or suspect is not None:
             try:
                 loop.evaluate_expert(expert, tokens)
-            except AbsentExpertError:  # its context is full of its own tokens (`Bridge`)
+                theirs, likeliest, total = loop.read_expert(expert, at)
+            except AbsentExpertError:  # its context is full, or it has no word (`Bridge`)
                 loop.stats.expert_failures += deferred
                 deferred, suspect = False, None
-        if suspect is not None:
-            theirs, likeliest, total = loop.read_expert(expert, at)
-            if float(theirs[likeliest]) - total < -self._nats:
-                while suspect is not None:
-                    if self._is_better(loop, tokens, suspect):
-                        return self._go_back(loop, suspect)
-                    suspect = self._suspect()
-                loop.evaluate_base(tokens)  # back to where both were
-                loop.evaluate_expert(expert, tokens)
-                logits, *_ = loop.told_by_base(at)
+        if suspect is not None and float(theirs[likeliest]) - total < -self._nats:
+            while suspect is not None:
+                if self._is_better(loop, tokens, suspect):
+                    return self._go_back(loop, suspect)
+                suspect = self._suspect()
+            loop.evaluate_base(tokens)  # back to where both were
+            loop.evaluate_expert(expert, tokens)
+            logits, *_ = loop.told_by_base(at)
         if deferred:
             guess, after = step, picker.mark()
             picker.rollback(before)

@@ -104,14 +104,8 @@ class Fast:
         if writer == BASE:
             return guess
         picker.rollback(before)
-        if bets := self._bets.placed(loop, writer, guess, at):
-            both = tokens[:]
-            both.append(guess.token)
-            loop.evaluate_expert(writer, both, (at - 1, at))
-            told = loop.read_expert(writer, at, logits, p_defer)
-            step = picker.write(loop.sources[writer], p_defer, *told)
-        else:
-            step = deferred(loop, reading, logits)
+        bets = self._bets.placed(loop, writer, guess, at)
+        step = deferred(loop, reading, logits, (guess.token,) if bets else ())
         if step.by_expert:
             self._bets.settle(writer, guess, step, at, bets)
         return step

@@ -60,23 +60,26 @@ class Sequential:
         return deferred(loop, reading, logits)
 
 
-def deferred(loop: Decoder, reading: Reading, logits: Floats) -> Step:
-    """Return the step that an expert writes; the base's own where its server fails.
+def deferred(loop: Decoder, reading: Reading, logits: Floats, bet: Sequence[int] = ()) -> Step:
+    """Return the step that an expert writes; the base's own where it is absent.
 
-    logits: the base's.
+    logits: the base's. bet: tokens that the expert evaluates behind the written ones.
     """
     p_defer, choice, logsumexp, writer, _ = reading
+    tokens, at = loop.tokens, len(loop.tokens)
+    if bet:
+        tokens = tokens + array("i", bet)
     try:
-        loop.evaluate_expert(writer, loop.tokens)
+        loop.evaluate_expert(writer, tokens, range(at - 1, len(tokens)) if bet else ())
+        told = loop.read_expert(writer, at, logits, p_defer)
     except AbsentExpertError:  # the user was warned
         loop.stats.expert_failures += 1
         return loop.picker.write("base", p_defer, logits, choice, logsumexp)
-    told = loop.read_expert(writer, len(loop.tokens), logits, p_defer)
     return loop.picker.write(loop.sources[writer], p_defer, *told)
 
 
 class ExpertAlone:
-    """One expert writes every token; the base is evaluated only where its server fails."""
+    """One expert writes every token; the base is evaluated only where it is absent."""
 
     def __init__(self, writer: int = 0) -> None:
         self._writer, self._together = writer, Sequential()
@@ -85,9 +88,9 @@ class ExpertAlone:
         writer = self._writer
         try:
             loop.evaluate_expert(writer, loop.tokens)
+            told = loop.read_expert(writer, len(loop.tokens))
         except AbsentExpertError:
             return self._together.next(loop)
-        told = loop.read_expert(writer, len(loop.tokens))
         return loop.picker.write(loop.sources[writer], 1.0, *told)
 
 
@@ -251,7 +254,7 @@ class Decoder:
         """Return an expert's logits for position `at`, their likeliest token and their log-sum-exp.
 
         base: the base's logits there; with them the mixture's logits are returned if the picker
-        composes.
+        composes. Raises AbsentExpertError where the expert has no word for the base (`Bridge`).
         """
         logits, _ = self._experts[writer].state(at - 1)
         if base is not None:
@@ -298,7 +301,11 @@ class Decoder:
                 continue
             for i, logits in places.items():
                 p_defer = steps[i - start].p_defer
-                theirs, _, logsumexp = self.read_expert(writer, i + 1, logits, p_defer)
+                try:
+                    theirs, _, logsumexp = self.read_expert(writer, i + 1, logits, p_defer)
+                except AbsentExpertError:
+                    self.stats.expert_failures += 1
+                    continue
                 token = self.tokens[i + 1]
                 source = self.sources[writer]
                 steps[i - start] = picker.tell(token, source, p_defer, theirs, logsumexp)

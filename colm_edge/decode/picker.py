@@ -43,7 +43,7 @@ class Picker:
         composes: bool = False,
         defer_row: int = -1,
     ) -> None:
-        self._n_choose, self.sampler, self._n_probs = n_choose, sampler, n_probs
+        self.n_choose, self.sampler, self._n_probs = n_choose, sampler, n_probs
         self.composes, self._defer_row = composes, defer_row
         self._features = np.empty(len(readout.FEATURES) + 1, np.float32)  # and a defer row's
 
@@ -51,7 +51,7 @@ class Picker:
         """Return the likeliest token and the log-sum-exp of an expert's logits, or a mixture's,
         for position `at`; or the base's, without its defer row. Raises ModelError for NaN and the
         like."""
-        n_choose = min(self._n_choose, len(logits))
+        n_choose = min(self.n_choose, len(logits))
         row = self._defer_row if of_base else -1
         out = self._features[: len(readout.FEATURES) + (row >= 0)]
         try:
@@ -63,7 +63,7 @@ class Picker:
     def deferred(self, base: Floats, expert: Floats, p_defer: float) -> Floats:
         """Return the logits that a deferred token is picked from."""
         if self.composes and p_defer < 1:
-            return mixture(base, expert, p_defer, self._n_choose, self._defer_row)
+            return mixture(base, expert, p_defer, self.n_choose, self._defer_row)
         return expert
 
     def write(
@@ -71,7 +71,7 @@ class Picker:
     ) -> Step:
         """Pick a token from the writer's logits, return its step. choice: the likeliest token."""
         if self.sampler is not None:
-            choice = self.sampler(logits[: self._n_choose])
+            choice = self.sampler(logits[: self.n_choose])
         return self.tell(choice, source, p_defer, logits, logsumexp)
 
     def tell(
@@ -81,7 +81,7 @@ class Picker:
         step = Step(token, source, p_defer, float(logits[token]) - logsumexp)
         if self._n_probs:
             n, row = self._n_probs, self._defer_row
-            best = likeliest(logits[: self._n_choose], logsumexp, n + (row >= 0))
+            best = likeliest(logits[: self.n_choose], logsumexp, n + (row >= 0))
             step.top = tuple(one for one in best if one[0] != row)[:n]
         return step
 

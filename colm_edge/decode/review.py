@@ -15,6 +15,7 @@ from __future__ import annotations
 from array import array
 from collections import deque
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -255,8 +256,8 @@ class Review:
                 loop.stats.expert_failures += 1
                 return written if deferral is None else [*written, self._own(loop, deferral, at)]
         told = [
-            known if known is not None and i == start else loop.read_expert(writer, i)
-            for i in range(start, at)
+            known if known is not None and i == start else self._told(loop, writer, i, draft)
+            for i, draft in enumerate(drafts, start)
         ]
         n, instead = self._judge(loop, writer, drafts, told)
         if instead is not None:
@@ -268,12 +269,28 @@ class Review:
                 bets.reached(writer, len(tokens))
             return written
         theirs = known if not drafts else None
-        theirs = theirs or loop.read_expert(writer, at, deferral.logits, deferral.guess.p_defer)
+        try:
+            theirs = theirs or loop.read_expert(writer, at, deferral.logits, deferral.guess.p_defer)
+        except AbsentExpertError:
+            loop.stats.expert_failures += 1
+            return [*written, self._own(loop, deferral, at)]
         step = loop.picker.write(loop.sources[writer], deferral.guess.p_defer, *theirs)
         if bets is not None and bets.settle(writer, deferral.guess, step, at, placed):
-            logits, choice, logsumexp = loop.read_expert(writer, at + 1)
-            self._known = writer, (logits.copy(), choice, logsumexp)
+            with suppress(AbsentExpertError):
+                logits, choice, logsumexp = loop.read_expert(writer, at + 1)
+                self._known = writer, (logits.copy(), choice, logsumexp)
         return [*written, step]
+
+    @staticmethod
+    def _told(loop: Decoder, writer: int, at: int, draft: Draft) -> Told:
+        """Return what an expert says in the place of a draft; where it has no word for the base, it
+        agrees."""
+        try:
+            return loop.read_expert(writer, at)
+        except AbsentExpertError:
+            logits = np.full(loop.picker.n_choose, -np.inf, np.float32)
+            logits[draft.step.token] = 0.0
+            return logits, draft.step.token, 0.0
 
     def _judge(
         self, loop: Decoder, writer: int, drafts: Sequence[Draft], told: Sequence[Told]

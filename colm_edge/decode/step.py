@@ -91,7 +91,7 @@ class Stats:
     base_tokens: int = 0
     expert_calls: int = 0
     expert_tokens: int | None = 0
-    expert_failures: int = 0  # deferrals that the base wrote because a remote expert was absent
+    expert_failures: int = 0  # deferrals that the base wrote because the expert was absent
     base_seconds: float = 0.0
     expert_seconds: float = 0.0
     expert_load_seconds: float = 0.0  # of expert_seconds: weights and context, at its first call

@@ -6,6 +6,7 @@ The vocabulary is read at once, the weights at the first evaluation.
 from __future__ import annotations
 
 import ctypes
+import hashlib
 import os
 import re
 import threading
@@ -18,7 +19,7 @@ from typing import Any
 import llama_cpp as llama
 
 from colm_edge.cancel import CancelledError
-from colm_edge.errors import MismatchError, ModelError
+from colm_edge.errors import ModelError
 from colm_edge.files import fingerprint, parts_of
 from colm_edge.gguf_header import check_model, read_header
 from colm_edge.llama import huge_pages
@@ -28,10 +29,6 @@ from colm_edge.llama.owners import HomeLock
 from colm_edge.llama.rpc import check_servers, device_list
 from colm_edge.llama.threads import cores
 
-# llama.cpp's limit: two vocabularies may differ in size by this many rows.
-MAX_VOCAB_DIFFERENCE = 128
-# Lower ids are special tokens, which models of one vocabulary may name differently.
-FIRST_COMPARED_TOKEN = 5
 PARTED = "\ufdd0"  # no character of Unicode, and never will be one
 # Pre-tokenizers that llama.cpp has code of its own for; other texts are cut here.
 OWN_SPLITS = ("gpt-2", "llama-bpe", "olmo", "qwen2", "smollm")
@@ -336,6 +333,14 @@ class Model:
             text = llama.llama_vocab_get_text(self._vocab, token)
         return (text or b"").decode("utf-8", "replace")
 
+    @cached_property
+    def vocabulary_hash(self) -> str:
+        """A hash that models share whose vocabularies have the same texts."""
+        with self._lock:
+            vocab, text = self._vocab, llama.llama_vocab_get_text
+            texts = [text(vocab, token) or b"" for token in range(self.n_vocab)]
+        return hashlib.sha256(b"\0".join(texts)).hexdigest()
+
     def tokenize(self, text: str, *, special: bool = True, bos: bool = True) -> list[int]:
         """Return the token ids of a text.
 
@@ -467,34 +472,3 @@ def _check_gguf(path: Path) -> None:
         raise ModelError(f"{path}: {e.strerror or e}; expected a GGUF file") from e
     except ValueError as e:
         raise ModelError(f"{path}: {e}; download or convert it again") from e
-
-
-def shared_vocab(base: Model, expert: Model) -> int:
-    """Return how many ids two models share; higher ids belong to one of them only.
-
-    The rule is llama.cpp's for draft models: type, BOS, EOS and add flags agree, sizes differ by
-    at most 128, and token texts agree from id 5 on. Raises MismatchError that names the difference.
-    """
-    names = f"{base.path.name} and {expert.path.name}"
-    for (what, ours), (_, theirs) in zip(base.vocab_kind(), expert.vocab_kind(), strict=True):
-        if ours != theirs:
-            raise MismatchError(
-                f"the vocabularies of {names} differ: {what} is {ours} in the base, {theirs} in "
-                "the expert; use two of one family, or --bridge"
-            )
-    if abs(base.n_vocab - expert.n_vocab) > MAX_VOCAB_DIFFERENCE:
-        raise MismatchError(
-            f"the vocabularies of {names} differ: {base.n_vocab} tokens in the base, "
-            f"{expert.n_vocab} in the expert (at most {MAX_VOCAB_DIFFERENCE} more or fewer); "
-            "use two of one family, or --bridge"
-        )
-    n = min(base.n_vocab, expert.n_vocab)
-    if base.path == expert.path:
-        return n
-    for i in range(FIRST_COMPARED_TOKEN, n):
-        if base.token_text(i) != expert.token_text(i):
-            raise MismatchError(
-                f"the vocabularies of {names} differ: token {i} is {base.token_text(i)!r} in the "
-                f"base, {expert.token_text(i)!r} in the expert; use two of one family, or --bridge"
-            )
-    return n

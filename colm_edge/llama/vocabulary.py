@@ -8,6 +8,11 @@ from functools import cached_property
 from colm_edge.errors import MismatchError
 from colm_edge.llama.model import Model
 
+# llama.cpp's limit: two vocabularies may differ in size by this many rows.
+MAX_VOCAB_DIFFERENCE = 128
+# Lower ids are special tokens, which models of one vocabulary may name differently.
+FIRST_COMPARED_TOKEN = 5
+
 
 class Vocabulary:
     """The tokens of a model as bytes, for text that another vocabulary wrote (`decode.bridge`)."""
@@ -97,3 +102,34 @@ def _parts(raw: bytes) -> Iterator[tuple[bytes, str | None]]:
                 yield raw[at : at + e.start], raw[at : at + e.start].decode()
             yield raw[at + e.start : at + e.end], None
             at += e.end
+
+
+def shared_vocab(base: Model, expert: Model) -> int:
+    """Return how many ids two models share; higher ids belong to one of them only.
+
+    The rule is llama.cpp's for draft models: type, BOS, EOS and add flags agree, sizes differ by
+    at most 128, and token texts agree from id 5 on. Raises MismatchError that names the difference.
+    """
+    names = f"{base.path.name} and {expert.path.name}"
+    for (what, ours), (_, theirs) in zip(base.vocab_kind(), expert.vocab_kind(), strict=True):
+        if ours != theirs:
+            raise MismatchError(
+                f"the vocabularies of {names} differ: {what} is {ours} in the base, {theirs} in "
+                "the expert; use two of one family, or --bridge"
+            )
+    if abs(base.n_vocab - expert.n_vocab) > MAX_VOCAB_DIFFERENCE:
+        raise MismatchError(
+            f"the vocabularies of {names} differ: {base.n_vocab} tokens in the base, "
+            f"{expert.n_vocab} in the expert (at most {MAX_VOCAB_DIFFERENCE} more or fewer); "
+            "use two of one family, or --bridge"
+        )
+    n = min(base.n_vocab, expert.n_vocab)
+    if base.path == expert.path or base.vocabulary_hash == expert.vocabulary_hash:
+        return n
+    for i in range(FIRST_COMPARED_TOKEN, n):
+        if base.token_text(i) != expert.token_text(i):
+            raise MismatchError(
+                f"the vocabularies of {names} differ: token {i} is {base.token_text(i)!r} in the "
+                f"base, {expert.token_text(i)!r} in the expert; use two of one family, or --bridge"
+            )
+    return n

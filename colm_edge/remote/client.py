@@ -25,7 +25,8 @@ import numpy.typing as npt
 from colm_edge.cancel import Cancel
 from colm_edge.errors import AbsentExpertError, ColmError, MismatchError, ModelError, PromptError
 from colm_edge.llama.held import common_prefix
-from colm_edge.llama.model import MAX_VOCAB_DIFFERENCE, Model
+from colm_edge.llama.model import Model
+from colm_edge.llama.vocabulary import MAX_VOCAB_DIFFERENCE
 from colm_edge.options import EXPERT_TIMEOUT
 from colm_edge.remote import colm_edge, llama_cpp, vllm
 from colm_edge.remote.dialect import Body, Dialect, Reply, Scored

@@ -255,13 +255,19 @@ def test_many_states_are_read_in_parts(seed, monkeypatch):
         bridge = Bridge(expert, crossing)
         bridge.sync(tokens, outputs)
         assert len(expert.outputs) <= bridge_module.MOST_ROWS
-        return np.stack([bridge.state(i)[0] for i in outputs]), expert.n_calls
+        states = []
+        for i in outputs:
+            try:
+                states.append(bridge.state(i)[0])
+            except AbsentExpertError:  # it would not go on from there
+                states.append(np.full(ours.n_vocab, np.nan, np.float32))
+        return np.stack(states), expert.n_calls
 
     whole, n_whole = told()
     monkeypatch.setattr(bridge_module, "MOST_ROWS", longest + 1)
     parts, n_parts = told()
     assert n_whole == 1 < n_parts
-    assert np.array_equal(parts, whole)
+    assert np.array_equal(parts, whole, equal_nan=True)
 
 
 SCHEDULES = {
