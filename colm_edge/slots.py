@@ -21,9 +21,11 @@ import numpy as np
 
 from colm_edge.cancel import Cancel, CancelledError
 from colm_edge.decode.timeline import Floats, Timeline
-from colm_edge.errors import ColmError, PromptError
-from colm_edge.llama.context import SMALL_BATCH
+from colm_edge.errors import ColmError, ModelError, PromptError
+from colm_edge.llama.context import MANY_SEQUENCES, SMALL_BATCH, is_small
+from colm_edge.llama.costs import CostTable
 from colm_edge.llama.held import Held
+from colm_edge.llama.measure import cost_table
 from colm_edge.llama.owners import close_each
 from colm_edge.llama.session import Session, check_outputs
 from colm_edge.remote.client import RemoteExpert, RemoteSession
@@ -91,12 +93,24 @@ class SharedContext:
         self.context = session.new_context(self.n_ctx * n_slots, self.n_batch, n_slots)
         n_ubatch = session.options.n_ubatch_of(session.model, n_slots)
         self.held = [Held(min(n_ubatch, SMALL_BATCH)) for _ in range(n_slots)]
-        self._wants_hidden = session.wants_hidden
+        self._session, self._wants_hidden = session, session.wants_hidden
+        # What batches cost, once it was measured; None where they are not padded.
+        self.costs: CostTable | None = None
+        self._weighed = is_small(session.model)  # which takes longer than it saves
         self._rows: dict[tuple[int, int], int] = {}  # (slot, position) -> place in the last batch
         self._prompts_next = False  # prompts and outputs take turns
 
     def open(self) -> None:
         self.context.open()
+        if not self._weighed:
+            self._weighed = True
+            self.costs = self._measured()
+
+    def _measured(self) -> CostTable | None:
+        try:
+            return cost_table(self._session, hasty=len(self.held) < MANY_SEQUENCES)
+        except ModelError:  # for example, no memory for another context
+            return None
 
     def evaluate(self, requests: Sequence[_Request]) -> list[_Request]:
         """Evaluate one batch of the requests; return those that are complete after it.
@@ -149,9 +163,15 @@ class SharedContext:
             for i in part.request.outputs if part.is_last else ():
                 batch.output[first + i - start] = 1
                 self._rows[slot, i] = first + i - start
+        size = self._padded(row)
+        if size > row:  # with the last token, once more and again
+            token, after = part.request.tokens[end - 1 : end], np.arange(end, end + size - row)
+            batch.put(row, token * (size - row), after.astype(np.int32), slot)
         try:
-            self.context.decode(row, hidden=hidden)
+            self.context.decode(size, hidden=hidden)
             self.context.settle()
+            if size > row:
+                self.context.drop(slot, end)
         except BaseException:  # how much was evaluated is not known
             for part in chosen:
                 self.context.drop(part.request.slot, part.start)
@@ -161,6 +181,14 @@ class SharedContext:
             held.tokens += part.request.tokens[part.start : part.end]
             part.request.n_evaluated += part.end - part.start
             held.evaluated_beside_others(part.end)
+
+    def _padded(self, n: int) -> int:
+        """Return the cheapest size of a batch of n tokens that there is room for."""
+        if self.costs is None:
+            return n
+        n_held = sum(len(held.tokens) for held in self.held)
+        room = min(self.n_batch, self.n_ctx * len(self.held) - n_held)
+        return self.costs.pieces(n, room, whole=True)[0][1]
 
     def state(self, slot: int, i: int) -> tuple[Floats, Floats]:
         return self.context.state(self._rows[slot, i], hidden=self._wants_hidden)

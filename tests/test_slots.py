@@ -11,6 +11,7 @@ from lib.random_model import SHAPES, write_model
 
 from colm_edge.errors import ColmError
 from colm_edge.llama.context import Context
+from colm_edge.llama.costs import CostTable
 from colm_edge.llama.held import common_prefix
 from colm_edge.options import Options
 from colm_edge.pair import load
@@ -83,6 +84,32 @@ def test_answers_together_are_the_answers_alone(pair, schedule, strategy):
     assert [steps for steps, _ in results] == alone
     n_steps = sum(map(len, alone))
     assert pair.base_session.n_calls - before < 0.7 * n_steps
+    slots.close()
+
+
+def test_padded_batches_have_the_texts_of_those_that_are_not(pair, monkeypatch):
+    """Three answers at once, where a batch of four costs less than one of three."""
+    options = Options(temperature=0.0, max_tokens=40, threshold=0.4)
+    sizes, decode = list[int](), Context.decode
+
+    def counted(context, n, *, hidden=False):
+        sizes.append(n)
+        decode(context, n, hidden=hidden)
+
+    slots = Slots(pair, 3)
+    plain = together(pair, slots, PROMPTS[:3], options)
+    slots.close()
+    slots = Slots(pair, 3)
+    fours = CostTable((1, 2, 3, 4, 8), (1.0, 2.0, 3.0, 1.5, 2.5))
+    for shared in (slots.base, *slots.experts):
+        shared.costs = fours
+    monkeypatch.setattr(Context, "decode", counted)
+    padded = together(pair, slots, PROMPTS[:3], options)
+    assert [steps for steps, _ in padded] == [steps for steps, _ in plain]
+    for (_, stats), (_, other) in zip(padded, plain, strict=True):
+        assert stats.base_tokens == other.base_tokens
+    assert 4 in sizes
+    assert 3 not in sizes
     slots.close()
 
 

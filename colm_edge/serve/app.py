@@ -62,7 +62,7 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     idling = []
     if server.settings.expert_idle_unload > 0:
         idling.append(asyncio.create_task(server.unload_when_idle()))
-    if server.settings.n_slots == 1:  # slots that share batches do not plan by what these cost
+    if server.settings.n_slots == 1:  # several pad their batches by a first table
         idling.append(asyncio.create_task(server.measure_when_idle()))
     yield
     for task in idling:
