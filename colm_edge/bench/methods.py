@@ -100,7 +100,8 @@ class Methods:
             return self._replay(self._pair.expert_session, 0.0, schedule, everywhere=True)
 
     def _lossless(self) -> Sample:
-        schedule = Review(ByRule(Differs()), OPTIONS["review_window"].default)
+        planners, window = [Planner(lambda cancel: self.tables)], OPTIONS["review_window"].default
+        schedule = Review(ByRule(Differs()), window, planners=planners)
         with self._cheapest_batches():
             return self._replay(self._pair.expert_session, 0.5, schedule, everywhere=True)
 

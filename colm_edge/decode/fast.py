@@ -23,7 +23,8 @@ from colm_edge.decode.step import Step
 
 
 class Bets:
-    """Where an expert's batch includes the base's choice; for one answer.
+    """Where an expert's batch includes the base's choice, and when it is called for a review; for
+    one answer.
 
     planners: one for each expert; None stands for one that no bets are placed on, because its
         server does not tell what its decodes cost.
@@ -73,6 +74,17 @@ class Bets:
             planner.saw_agreement(math.exp(guess.logprob), agreed)
         self.reached(writer, at + 1 if placed and agreed else at)
         return placed and agreed
+
+    def window(self, expert: int, most: int) -> int:
+        """Return after how many drafts an expert is called to review them, at most `most`. Of
+        several experts it would choose which one is called, and so change the text."""
+        planner = self._planners[expert]
+        return most if planner is None or len(self._planners) > 1 else planner.window(most)
+
+    def reviewed(self, writer: int, n_kept: int, undone: bool) -> None:
+        """Learn how many drafts an expert let stay, and whether it undid the one after them."""
+        if (planner := self._planners[writer]) is not None:
+            planner.saw_review(n_kept, undone)
 
     def reached(self, writer: int, at: int) -> None:
         """Learn that an expert's cache holds `at` tokens."""

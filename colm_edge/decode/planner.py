@@ -1,5 +1,6 @@
-"""Decide whether the bet of the fast schedule pays: from the measured costs of batches, the
-acceptance seen so far, and how often deferrals follow each other."""
+"""Decide whether the bet of the fast schedule pays, and how long drafts best wait for review: from
+the measured costs of batches, the acceptance seen so far, and how often deferrals follow each
+other."""
 
 from __future__ import annotations
 
@@ -7,7 +8,7 @@ import math
 from collections.abc import Callable
 
 from colm_edge.cancel import Cancel
-from colm_edge.llama.costs import CostTable
+from colm_edge.llama.costs import CostTable, best_window
 
 # A bet must promise to save this much more than it costs.
 MARGIN = 0.15
@@ -15,7 +16,7 @@ HORIZON = 64  # tokens within which the next deferral is expected
 # Old observations fade: one counts half after about 70 later ones.
 DECAY = 0.99
 CAUTION = 0.7  # standard errors
-ROUGH = 0.04  # of the rates that savings are kept for
+ROUGH = 0.04  # of the rates that savings and windows are kept for
 Tables = Callable[[Cancel | None], tuple[CostTable, CostTable] | None]
 # An expert agrees more often where the base is sure of itself.
 CONFIDENCE = (0.25, 0.5, 0.75)
@@ -45,7 +46,7 @@ class Rate:
 
 
 class Planner:
-    """Decides about bets. It lives as long as its pair and learns from every answer.
+    """Decides about bets and reviews. It lives as long as its pair and learns from every answer.
 
     tables: called before the first token, with what may cancel it; returns what decodes cost the
         base and the expert, or None where that cannot be measured.
@@ -53,6 +54,7 @@ class Planner:
 
     def __init__(self, tables: Tables) -> None:
         self._tables = tables
+        self._base: CostTable | None = None
         self._expert: CostTable | None = None
         # Whether the models are too fast for planning to pay, or cannot be measured.
         self.rests = False
@@ -61,6 +63,8 @@ class Planner:
         # Of deferrals after a token of the base, and after another deferral.
         self.onset, self.run = Rate(0.05, 5), Rate(0.2, 5)
         self._saved: dict[tuple[float, float], float] = {}  # by these two rates, for `saves`
+        self.undone = Rate(0.1, 10)  # of the base's tokens that were reviewed
+        self._windows: dict[tuple[float, float, int], int] = {}  # by rates and the limit
 
     def prepare(self, cancel: Cancel | None = None) -> None:
         """Get the cost tables, if that was not done yet. Raises CancelledError."""
@@ -70,13 +74,14 @@ class Planner:
         if tables is None:
             self.rests = True
         else:
-            base, self._expert = tables
-            self.rests = base.is_quick
+            self._base, self._expert = tables
+            self.rests = self._base.is_quick
 
     def forget_costs(self) -> None:
         """Get the cost tables anew before the next answer."""
-        self._expert, self.rests = None, False
+        self._base, self._expert, self.rests = None, None, False
         self._saved.clear()
+        self._windows.clear()
 
     def saw_agreement(self, confidence: float, agreed: bool) -> None:
         """Learn from a deferral: how sure the base was of its choice, and if the expert agreed."""
@@ -86,6 +91,24 @@ class Planner:
     def saw_deferral(self, deferred: bool, after_deferral: bool) -> None:
         """Learn from a decision of the switch."""
         (self.run if after_deferral else self.onset).add(deferred)
+
+    def saw_review(self, n_kept: int, undone: bool) -> None:
+        """Learn from a review: how many drafts stayed, and whether the one after them went."""
+        for _ in range(n_kept):
+            self.undone.add(False)
+        if undone:
+            self.undone.add(True)
+
+    def window(self, most: int) -> int:
+        """Return after how many drafts the expert is best called to review them, at most `most`."""
+        if self._base is None or self._expert is None or self.rests:
+            return most
+        deferred, undone = _roughly(self.onset.value), _roughly(self.undone.value)
+        key = deferred, undone, most
+        if key not in self._windows:
+            tables = self._base, self._expert
+            self._windows[key] = best_window(*tables, deferred, undone, most)
+        return self._windows[key]
 
     def agrees(self, confidence: float) -> float:
         """Return the probability that the expert agrees with a choice of this confidence."""

@@ -180,7 +180,7 @@ class Review:
     It works with experts in this process, and belongs to one answer.
 
     window: the most tokens that wait for review. planners: of bets as in the fast schedule, if they
-    are to be placed.
+    are to be placed; they may have reviews begin sooner, where shorter batches pay.
     """
 
     def __init__(
@@ -214,7 +214,11 @@ class Review:
             bets = None
         if drafts:
             may_end = tokens[-1] in loop.end_tokens or len(tokens) >= loop.end
-            if may_end or len(drafts) == self._window:
+            most = self._window
+            if bets is not None and not isinstance(picker.sampler, Fresh):
+                # A sample's random number is used once, so more drafts would change later ones.
+                most = bets.window(self._expert, most)
+            if may_end or len(drafts) >= most:
                 return self._call(loop, tokens[:-1], bets, None)
         elif self._follow is not None:
             self._follow(loop.tokens)
@@ -260,6 +264,8 @@ class Review:
             for i, draft in enumerate(drafts, start)
         ]
         n, instead = self._judge(loop, writer, drafts, told)
+        if bets is not None:
+            bets.reviewed(writer, n, instead is not None)
         if instead is not None:
             if bets is not None:
                 bets.reached(writer, start + n)

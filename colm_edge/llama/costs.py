@@ -68,6 +68,10 @@ class CostTable:
         """Return the seconds of a decode of n tokens after each of which the state is needed."""
         return self(n) + self.several * (n - 1) / (SEVERAL - 1)
 
+    def reviewing(self, n: int) -> float:
+        """Return the seconds of n tokens in one batch, the state after each of which is needed."""
+        return self.whole(n) + self.all_states(n) - self(n)
+
     @property
     def is_quick(self) -> bool:
         """Whether decodes are so quick that planning cheaper ones takes longer than it saves."""
@@ -133,6 +137,32 @@ def team_seconds_per_token(
     """Return the same of several experts that are called equally often, and defer_rate of all
     tokens together."""
     return base(1) + sum(_calls_per_token(one, defer_rate / len(experts)) for one in experts)
+
+
+def best_window(
+    base: CostTable, expert: CostTable, defer_rate: float, undone: float, most: int
+) -> int:
+    """Return after how many drafts of the base an expert that reviews them is best called, at most
+    `most`: longer batches are cheaper by the token, and more of them is for nothing.
+
+    defer_rate: of drafts, at which it is called in any case. undone: the share of drafts it undoes.
+    """
+    found, fastest = most, 0.0
+    unsure = 1.0  # the probability that nothing was deferred yet
+    kept, written = 1.0, 0.0  # that no draft is undone, and the tokens that come of them
+    tokens = seconds = 0.0  # of the calls at earlier deferrals
+    for n in range(1, most + 1):
+        batch = expert.reviewing(n)  # at a deferral, of n - 1 drafts and the token before them
+        tokens += unsure * defer_rate * (written + kept)
+        seconds += unsure * defer_rate * (n * base(1) + batch)
+        unsure *= 1 - defer_rate
+        written += kept
+        kept *= 1 - undone
+        # The last draft's state is not needed: if it stays, it is in the next batch.
+        speed = (tokens + unsure * written) / (seconds + unsure * (n * base(1) + batch))
+        if speed > fastest:
+            found, fastest = n, speed
+    return found
 
 
 def _calls_per_token(expert: CostTable, defer_rate: float) -> float:

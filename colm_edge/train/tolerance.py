@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from colm_edge.llama.costs import CostTable
+from colm_edge.llama.costs import CostTable, best_window
 from colm_edge.train.fit import Fit
 from colm_edge.train.heads import Array
 
@@ -37,9 +37,8 @@ class Course:
     def seconds(self, base: CostTable, expert: CostTable, *, reviews: bool) -> float:
         """Return the predicted seconds for each token of the text. reviews: whether the expert's
         view of every token is asked for."""
-        total = base(1) * (self.n_written + self.n_undone) + sum(map(expert.best, self.batches))
-        if reviews:
-            total += expert.several * sum(n > 1 for n in self.batches)
+        taken = expert.reviewing if reviews else expert.best
+        total = base(1) * (self.n_written + self.n_undone) + sum(map(taken, self.batches))
         return total / max(1, self.n_written)
 
 
@@ -88,8 +87,10 @@ def review_figures(fit: Fit, tables: tuple[CostTable, CostTable], window: int) -
     def trial(deferred: Bools, rejected: Bools | None) -> tuple[dict[str, float], Array]:
         by_expert = deferred if rejected is None else deferred | rejected
         lost = -np.where(by_expert, expert, base)
+        undone = 0.0 if rejected is None else float(rejected[~deferred].mean())
+        most = best_window(*tables, float(deferred.mean()), undone, window)
         parts = [
-            course_of(deferred[text], None if rejected is None else rejected[text], window)
+            course_of(deferred[text], None if rejected is None else rejected[text], most)
             for text in texts
         ]
         whole = Course(

@@ -27,7 +27,7 @@ STEEP = CostTable((1, 64), (1.0, 64.0))
 
 
 class Bold(Planner):
-    """Bets at random, far more often than a sensible planner."""
+    """Bets at random, far more often than a sensible planner, and reviews at random times."""
 
     def __init__(self, seed: int, share: float) -> None:
         super().__init__(lambda cancel: (FLAT, FLAT))
@@ -37,6 +37,9 @@ class Bold(Planner):
         assert 0 <= agrees <= 1
         assert n_pending >= 0
         return float(self._draw.random() < self._share)
+
+    def window(self, most: int) -> int:
+        return self._draw.randint(1, most)
 
 
 class Sometimes:

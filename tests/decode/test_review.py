@@ -16,7 +16,9 @@ from test_loop import END, decoder, reader
 
 from colm_edge.decode.fresh import Fresh
 from colm_edge.decode.loop import Decoder, ExpertAlone
+from colm_edge.decode.planner import Planner
 from colm_edge.decode.review import ByRule, Exact, Loose, Review, Tolerance, Verdict, top_entropy
+from colm_edge.llama.costs import CostTable, best_window
 from colm_edge.llama.sampling import ChainSampler
 from colm_edge.options import Options
 
@@ -120,7 +122,9 @@ def test_review_is_the_plain_loop_with_review(**given):
 def test_bets_never_change_a_reviewed_text(bets, **given):
     plain, betting = reviewed(**given), reviewed(**given, planners=[Bold(given["seed"], bets)])
     assert list(betting) == list(plain)
-    assert betting.undone == plain.undone
+    # How many drafts had been written behind a bad one is chance.
+    first = [[(one.at, one.steps[0], one.regret) for one in run.undone] for run in (plain, betting)]
+    assert first[0] == first[1]
     assert betting.finish_reason == plain.finish_reason
 
 
@@ -169,6 +173,37 @@ def test_with_endless_tolerance_the_text_is_the_plain_loops(**given):
     run, plain = reviewed(**given), plain_of(given)
     assert list(run) == list(plain)
     assert run.stats.n_undone == 0
+
+
+@pytest.mark.parametrize(
+    ("kind", "undone", "window"),
+    [("fours", 0.005, 16), ("fours", 0.1, 4), ("free", 0.0, 16), ("dear", 0.1, 1)],
+)
+def test_reviews_begin_where_batches_are_cheapest_by_the_token(kind, undone, window):
+    """By the times of a Zen 4, whose kernels evaluate four rows together; where a batch costs no
+    more than a token; and where no batch saves anything."""
+    sizes = (1, 2, 4, 5, 8, 12, 16)
+    expert = {
+        "fours": CostTable(sizes, (1.0, 1.7, 1.63, 2.34, 2.83, 4.02, 4.15), 0.3),
+        "free": CostTable((1, 16), (1.0, 1.0)),
+        "dear": CostTable((1, 16), (1.0, 16.0)),
+    }[kind]
+    assert best_window(CostTable((1,), (0.35,)), expert, 0.05, undone, 16) == window
+
+
+def test_a_planner_learns_how_long_drafts_wait():
+    base = CostTable((1,), (0.35,))
+    expert = CostTable((1, 2, 4, 5, 8, 12, 16), (1.0, 1.7, 1.63, 2.34, 2.83, 4.02, 4.15), 0.3)
+    planner = Planner(lambda cancel: (base, expert))
+    assert planner.window(16) == 16  # nothing was measured yet
+    planner.prepare()
+    for _ in range(50):
+        planner.saw_review(20, undone=False)
+    assert planner.window(16) == 16
+    assert planner.window(6) <= 6
+    for _ in range(50):
+        planner.saw_review(3, undone=True)
+    assert planner.window(16) == 4
 
 
 @given(seed=st.integers(0, 1000), rate=st.floats(0, 0.5), window=st.integers(1, 20))
