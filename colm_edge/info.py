@@ -13,7 +13,13 @@ from colm_edge.errors import MismatchError
 from colm_edge.gguf_header import read_architecture
 from colm_edge.hub import Note
 from colm_edge.llama.context import ContextOptions
-from colm_edge.llama.costs import CostTable, break_even, seconds_per_token, team_seconds_per_token
+from colm_edge.llama.costs import (
+    OUTPUTS,
+    CostTable,
+    break_even,
+    seconds_per_token,
+    team_seconds_per_token,
+)
 from colm_edge.llama.measure import cost_table, kept_table
 from colm_edge.llama.memory import cache_bytes
 from colm_edge.llama.model import Model
@@ -131,8 +137,7 @@ def _model_facts(model: Model, table: CostTable | None) -> dict[str, Any]:
 
 def _as_line(table: CostTable) -> str:
     costs = [f"{n}: {1e3 * s:.3g}" for n, s in zip(table.sizes, table.seconds, strict=True)]
-    if table.several > 0:
-        costs.append(f"several states: {1e3 * table.several:.2g} more")
+    costs += [f"{n} states: {1e3 * s:.2g} more" for n, s in zip(OUTPUTS, table.more, strict=False)]
     return ", ".join(costs)
 
 

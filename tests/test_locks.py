@@ -80,15 +80,15 @@ BROKEN = [
     "",
     "[]",
     "[" * 100_000,
-    '{"sizes": [], "seconds": [], "several": 0, "hasty": false}',
-    '{"sizes": [1], "seconds": [NaN], "several": 0, "hasty": false}',
-    '{"sizes": [1], "seconds": [1e9], "several": 0, "hasty": false}',
-    '{"sizes": [1, 2], "seconds": [0.1], "several": 0, "hasty": false}',
-    '{"sizes": [1, 1], "seconds": [0.1, 0.1], "several": 0, "hasty": false}',
-    '{"sizes": [1, 1000000000], "seconds": [0.1, 0.2], "several": 0, "hasty": false}',
-    '{"sizes": [1], "seconds": [0.1], "several": Infinity, "hasty": false}',
-    '{"sizes": [1], "seconds": [0.1], "several": 1' + "0" * 400 + ', "hasty": false}',
-    '{"sizes": {"1": 1}, "seconds": [0.1], "several": 0, "hasty": false}',
+    '{"sizes": [], "seconds": [], "more": [], "hasty": false}',
+    '{"sizes": [1], "seconds": [NaN], "more": [], "hasty": false}',
+    '{"sizes": [1], "seconds": [1e9], "more": [], "hasty": false}',
+    '{"sizes": [1, 2], "seconds": [0.1], "more": [], "hasty": false}',
+    '{"sizes": [1, 1], "seconds": [0.1, 0.1], "more": [], "hasty": false}',
+    '{"sizes": [1, 1000000000], "seconds": [0.1, 0.2], "more": [], "hasty": false}',
+    '{"sizes": [1], "seconds": [0.1], "more": [Infinity], "hasty": false}',
+    '{"sizes": [1], "seconds": [0.1], "more": [1' + "0" * 400 + '], "hasty": false}',
+    '{"sizes": {"1": 1}, "seconds": [0.1], "more": [], "hasty": false}',
     "\ufeff{}",
 ]
 
@@ -101,7 +101,7 @@ def test_a_broken_cost_table_counts_as_none(tiny, tmp_path, monkeypatch, text):
         path.parent.mkdir(parents=True)
         path.write_text(text)
         assert measure.kept_table(pair.base_session) is None
-        whole = {"sizes": [1, 4], "seconds": [0.1, 0.2], "several": 0.0, "hasty": False}
+        whole = {"sizes": [1, 4], "seconds": [0.1, 0.2], "more": [0.1], "hasty": False}
         path.write_text(json.dumps(whole))
         assert measure.kept_table(pair.base_session)(4) == 0.2
 

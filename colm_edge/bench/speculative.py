@@ -41,8 +41,7 @@ class Speculative:
         base, expert = self._costs
 
         def price(k: int) -> float:
-            several = expert.several if k else 0.0
-            return (k * base(1) + expert.whole(k + 1) + several) * (1 - a) / (1 - a ** (k + 1))
+            return (k * base(1) + expert.reviewing(k + 1)) * (1 - a) / (1 - a ** (k + 1))
 
         return min(range(MAX_DRAFT + 1), key=price)
 

@@ -34,6 +34,7 @@ class Bets:
         self._planners = planners
         self._expert_at = [0] * len(planners)  # evaluated and accepted tokens in each one's cache
         self._last = BASE  # the writer of the last token
+        self._n_passed = 0  # the base's tokens that stayed since an expert's last
 
     def possible(self, loop: Decoder) -> bool:
         """Return whether planning can pay; the first time, measure what decodes cost. Several
@@ -72,6 +73,7 @@ class Bets:
         agreed = step.token == guess.token
         if (planner := self._planners[writer]) is not None:
             planner.saw_agreement(math.exp(guess.logprob), agreed)
+        self._n_passed = 0
         self.reached(writer, at + 1 if placed and agreed else at)
         return placed and agreed
 
@@ -84,7 +86,8 @@ class Bets:
     def reviewed(self, writer: int, n_kept: int, undone: bool) -> None:
         """Learn how many drafts an expert let stay, and whether it undid the one after them."""
         if (planner := self._planners[writer]) is not None:
-            planner.saw_review(n_kept, undone)
+            planner.saw_review(self._n_passed, n_kept, undone)
+        self._n_passed = 0 if undone else self._n_passed + n_kept
 
     def reached(self, writer: int, at: int) -> None:
         """Learn that an expert's cache holds `at` tokens."""

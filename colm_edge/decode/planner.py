@@ -16,10 +16,12 @@ HORIZON = 64  # tokens within which the next deferral is expected
 # Old observations fade: one counts half after about 70 later ones.
 DECAY = 0.99
 CAUTION = 0.7  # standard errors
-ROUGH = 0.04  # of the rates that savings and windows are kept for
+ROUGH = 0.04  # of the rates that savings are kept for
 Tables = Callable[[Cancel | None], tuple[CostTable, CostTable] | None]
 # An expert agrees more often where the base is sure of itself.
 CONFIDENCE = (0.25, 0.5, 0.75)
+# What an expert undoes stands together: it is most likely right behind its own tokens.
+SINCE = (1, 4)
 
 
 class Rate:
@@ -63,8 +65,9 @@ class Planner:
         # Of deferrals after a token of the base, and after another deferral.
         self.onset, self.run = Rate(0.05, 5), Rate(0.2, 5)
         self._saved: dict[tuple[float, float], float] = {}  # by these two rates, for `saves`
-        self.undone = Rate(0.1, 10)  # of the base's tokens that were reviewed
-        self._windows: dict[tuple[float, float, int], int] = {}  # by rates and the limit
+        # Of the base's tokens that were reviewed, by how many it had written since the expert's.
+        self.undone = [Rate(0.03, 10) for _ in range(len(SINCE) + 1)]
+        self._windows: dict[tuple[float, ...], int] = {}  # by the limit and the rates
 
     def prepare(self, cancel: Cancel | None = None) -> None:
         """Get the cost tables, if that was not done yet. Raises CancelledError."""
@@ -92,22 +95,32 @@ class Planner:
         """Learn from a decision of the switch."""
         (self.run if after_deferral else self.onset).add(deferred)
 
-    def saw_review(self, n_kept: int, undone: bool) -> None:
-        """Learn from a review: how many drafts stayed, and whether the one after them went."""
-        for _ in range(n_kept):
-            self.undone.add(False)
+    def saw_review(self, since: int, n_kept: int, undone: bool) -> None:
+        """Learn from a review.
+
+        since: the base's tokens since the expert's last, before these. n_kept: how many stayed;
+        undone: whether the one after them went.
+        """
+        for at in range(since, since + n_kept):
+            self.undone[_since(at)].add(False)
         if undone:
-            self.undone.add(True)
+            self.undone[_since(since + n_kept)].add(True)
 
     def window(self, most: int) -> int:
         """Return after how many drafts the expert is best called to review them, at most `most`."""
         if self._base is None or self._expert is None or self.rests:
             return most
-        deferred, undone = _roughly(self.onset.value), _roughly(self.undone.value)
-        key = deferred, undone, most
+        rates = [rate.value for rate in (self.run, self.onset, *self.undone)]
+        run, onset, *undone = (round(rate, 2) for rate in rates)
+        key = most, run, onset, *undone
         if key not in self._windows:
-            tables = self._base, self._expert
-            self._windows[key] = best_window(*tables, deferred, undone, most)
+            self._windows[key] = best_window(
+                self._base,
+                self._expert,
+                lambda at: onset if at else run,
+                lambda at: undone[_since(at)],
+                most,
+            )
         return self._windows[key]
 
     def agrees(self, confidence: float) -> float:
@@ -129,7 +142,7 @@ class Planner:
         expert = self._expert
         if expert is None or self.rests:
             return 0.0
-        longer = expert.whole(max(n_pending, 1) + 1) + expert.several
+        longer = expert.whole(max(n_pending, 1) + 1) + expert.outputs(2)
         paid = longer - expert.best(n_pending)
         key = _roughly(self.onset.cautious), _roughly(self.run.cautious)
         if key not in self._saved:
@@ -154,6 +167,10 @@ def _saved_later(onset: float, run: float, expert: CostTable) -> float:
 def _roughly(rate: float) -> float:
     """Return a rate, rounded so that results for it can be cached."""
     return min(round(rate / ROUGH) * ROUGH, 1 - ROUGH)
+
+
+def _since(at: int) -> int:
+    return sum(at >= edge for edge in SINCE)
 
 
 def _bucket(confidence: float) -> int:

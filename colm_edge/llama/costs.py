@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import statistics
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
 
-SEVERAL = 4  # outputs of the decode that measures what more than one costs
+OUTPUTS = (4, 16)  # of the decodes that measure what more than one costs
 # llama.cpp's kernels for CPUs multiply four rows of a batch together, and each of the rest alone.
 BLOCK = 4
 QUICK = 0.001  # seconds of a decode of one token
@@ -22,14 +22,14 @@ LONGEST_GAP = 256  # tokens between two deferrals, where a speed is predicted
 class CostTable:
     """The seconds that one decode takes, by its number of tokens.
 
-    sizes: numbers of tokens, rising. seconds: of each. several: seconds more when a decode of
-    SEVERAL tokens has as many outputs, instead of one.
+    sizes: numbers of tokens, rising. seconds: of each. more: seconds more when a decode of so many
+    tokens as OUTPUTS says has as many outputs, instead of one; as far as that was measured.
     """
 
     def __init__(
-        self, sizes: tuple[int, ...], seconds: tuple[float, ...], several: float = 0.0
+        self, sizes: tuple[int, ...], seconds: tuple[float, ...], more: tuple[float, ...] = ()
     ) -> None:
-        self.sizes, self.seconds, self.several = sizes, seconds, several
+        self.sizes, self.seconds, self.more = sizes, seconds, more
 
     def __call__(self, n: int) -> float:
         """Return the seconds of a decode of n tokens. Between measured sizes they are interpolated,
@@ -64,13 +64,23 @@ class CostTable:
         share = (n - low) / (high - low)
         return self.seconds[at - 1] * (1 - share) + self.seconds[at] * share
 
+    def outputs(self, n: int) -> float:
+        """Return the seconds that n outputs take more than one: interpolated, and beyond what was
+        measured by the last ones."""
+        known = [(1, 0.0), *zip(OUTPUTS, self.more, strict=False)]
+        if len(known) == 1:
+            return 0.0
+        at = min(max(1, bisect_left([k for k, _ in known], n)), len(known) - 1)
+        (low, less), (high, more) = known[at - 1 : at + 1]
+        return less + (more - less) * (n - low) / (high - low)
+
     def all_states(self, n: int) -> float:
         """Return the seconds of a decode of n tokens after each of which the state is needed."""
-        return self(n) + self.several * (n - 1) / (SEVERAL - 1)
+        return self(n) + self.outputs(n)
 
     def reviewing(self, n: int) -> float:
-        """Return the seconds of n tokens in one batch, the state after each of which is needed."""
-        return self.whole(n) + self.all_states(n) - self(n)
+        """Return the same of a batch that is padded where that is cheaper."""
+        return self.whole(n) + self.outputs(n)
 
     @property
     def is_quick(self) -> bool:
@@ -140,29 +150,45 @@ def team_seconds_per_token(
 
 
 def best_window(
-    base: CostTable, expert: CostTable, defer_rate: float, undone: float, most: int
+    base: CostTable,
+    expert: CostTable,
+    deferred: Callable[[int], float],
+    undone: Callable[[int], float],
+    most: int,
 ) -> int:
-    """Return after how many drafts of the base an expert that reviews them is best called, at most
-    `most`: longer batches are cheaper by the token, and more of them is for nothing.
+    """Return after how many drafts of the base an expert that reviews them is best called: longer
+    batches are cheaper by the token, and more of them is for nothing. Fewer than `most` have to
+    promise a tenth more tokens a second.
 
-    defer_rate: of drafts, at which it is called in any case. undone: the share of drafts it undoes.
+    deferred, undone: how likely a place is deferred, and a draft there undone if it is not, by the
+    number of the base's tokens since the expert's last.
     """
-    found, fastest = most, 0.0
-    unsure = 1.0  # the probability that nothing was deferred yet
-    kept, written = 1.0, 0.0  # that no draft is undone, and the tokens that come of them
-    tokens = seconds = 0.0  # of the calls at earlier deferrals
-    for n in range(1, most + 1):
-        batch = expert.reviewing(n)  # at a deferral, of n - 1 drafts and the token before them
-        tokens += unsure * defer_rate * (written + kept)
-        seconds += unsure * defer_rate * (n * base(1) + batch)
-        unsure *= 1 - defer_rate
-        written += kept
-        kept *= 1 - undone
-        # The last draft's state is not needed: if it stays, it is in the next batch.
-        speed = (tokens + unsure * written) / (seconds + unsure * (n * base(1) + batch))
-        if speed > fastest:
-            found, fastest = n, speed
-    return found
+
+    def speed(window: int) -> float:
+        """From one token of the expert's to the next, or to the horizon."""
+        tokens = seconds = 0.0
+        at, alive = 0, 1.0  # the probability that the expert wrote none yet
+        while at < LONGEST_GAP and alive > 0.01:
+            drafting = alive  # the probability that none of these places is deferred
+            kept, written = 1.0, 0.0  # that no draft is undone, and the tokens that come of them
+            for n in range(1, window + 1):
+                defers = deferred(at)
+                # Of the drafts before, and the token before them; it writes here if they stay.
+                share = drafting * defers
+                tokens += share * (written + kept)
+                seconds += share * (n * base(1) + expert.reviewing(n))
+                drafting *= 1 - defers
+                written += kept
+                kept *= 1 - undone(at)
+                at += 1
+            # The last draft's state is not needed: if it stays, it is in the next batch.
+            tokens += drafting * written
+            seconds += drafting * (window * base(1) + expert.reviewing(window))
+            alive = drafting * kept
+        return tokens / seconds
+
+    best = max(range(1, most + 1), key=speed)
+    return best if speed(best) > (1 + MARGIN) * speed(most) else most
 
 
 def _calls_per_token(expert: CostTable, defer_rate: float) -> float:

@@ -22,12 +22,12 @@ from typing import TYPE_CHECKING
 from colm_edge.cancel import Cancel
 from colm_edge.errors import WriteError
 from colm_edge.files import fingerprint, replacing
-from colm_edge.llama.costs import SEVERAL, CostTable
+from colm_edge.llama.costs import OUTPUTS, CostTable
 
 if TYPE_CHECKING:
     from colm_edge.llama.session import Session
 
-VERSION = 9  # of the method and the key; tables of other versions are measured again
+VERSION = 10  # of the method and the key; tables of other versions are measured again
 # Some CPUs have a step after each multiple of 16 tokens: 16 and 17, 32 and 33 are its two sides.
 SIZES = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 16, 17, 20, 24, 32, 33, 40, 48, 64)
 N_PAST = 128  # tokens in the KV cache before each decode, if the context has room for them
@@ -49,17 +49,18 @@ def kept_table(session: Session) -> CostTable | None:
 def _kept(session: Session) -> tuple[CostTable, bool] | None:
     try:
         kept = json.loads(_cache_file(session).read_text())
-        sizes, seconds, several = kept["sizes"], kept["seconds"], float(kept["several"])
+        sizes, seconds, more = kept["sizes"], kept["seconds"], kept["more"]
         if (
             len(sizes) != len(seconds)
             or not all(isinstance(n, int) and 0 < n <= SIZES[-1] for n in sizes)
             or sizes[:1] != [1]
             or sorted(set(sizes)) != sizes
             or not all(isinstance(x, float) and 0 < x < MOST_SECONDS for x in seconds)
-            or not 0 <= several < MOST_SECONDS
+            or len(more) > len(OUTPUTS)
+            or not all(isinstance(x, float) and 0 <= x < MOST_SECONDS for x in more)
         ):
             return None
-        return CostTable(tuple(sizes), tuple(seconds), several), bool(kept["hasty"])
+        return CostTable(tuple(sizes), tuple(seconds), tuple(more)), bool(kept["hasty"])
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, OverflowError):
         return None  # missing or broken: it is measured again
 
@@ -93,7 +94,7 @@ def cost_table(
         "model": str(session.model.path),
         "sizes": table.sizes,
         "seconds": table.seconds,
-        "several": table.several,
+        "more": table.more,
         "hasty": hasty,
     }
     try:
@@ -144,8 +145,9 @@ def measure(
         twin.want_hidden(False)  # with hidden states every token of a batch is an output
         order = [*COARSE, *(n for n in SIZES if n not in COARSE)]
         kinds = [(n, False) for n in order if n <= min(largest, twin.n_ctx - n_past)]
-        if (SEVERAL, False) in kinds:
-            kinds.insert(kinds.index((SEVERAL, False)) + 1, (SEVERAL, True))
+        for n in OUTPUTS:
+            if (n, False) in kinds:
+                kinds.insert(kinds.index((n, False)) + 1, (n, True))
         times: dict[tuple[int, bool], list[float]] = {}
         twin.open(cancel)
         twin.sync(prefix)
@@ -183,9 +185,12 @@ def _again(times: dict[tuple[int, bool], list[float]]) -> list[tuple[int, bool]]
 
 def _table(times: dict[tuple[int, bool], list[float]]) -> CostTable:
     found = {kind: statistics.median_low(taken) for kind, taken in sorted(times.items())}
-    one = found.get((SEVERAL, False))
-    several = 0.0 if one is None else max(0.0, found.pop((SEVERAL, True), one) - one)
-    return CostTable(tuple(n for n, _ in found), tuple(found.values()), several)
+    more = list[float]()
+    for n in OUTPUTS:
+        outputs = found.pop((n, True), None)
+        if outputs is not None and len(more) == OUTPUTS.index(n):
+            more.append(max(0.0, outputs - found[n, False]))
+    return CostTable(tuple(n for n, _ in found), tuple(found.values()), tuple(more))
 
 
 @cache

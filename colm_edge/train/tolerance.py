@@ -15,13 +15,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from colm_edge.llama.costs import CostTable, best_window
+from colm_edge.llama.costs import CostTable
 from colm_edge.train.fit import Fit
 from colm_edge.train.heads import Array
 
 Bools = npt.NDArray[np.bool_]
 TOLERANCES = (0.0, 0.5, 1.0, 2.0, 4.0, 8.0)  # nats
 RATES = tuple(round(0.05 * i, 2) for i in range(1, 13))  # of deferral alone, to compare with
+WINDOWS = (4, 8, 16)  # of drafts that wait, where the fastest is looked for
 MOST_TOKENS = 50_000  # of the held-back text
 
 
@@ -84,26 +85,28 @@ def review_figures(fit: Fit, tables: tuple[CostTable, CostTable], window: int) -
     base, expert = fit.scores.base[rows], fit.scores.expert[rows]
     texts = list(_texts(fit.scores.line[rows]))
 
-    def trial(deferred: Bools, rejected: Bools | None) -> tuple[dict[str, float], Array]:
-        by_expert = deferred if rejected is None else deferred | rejected
-        lost = -np.where(by_expert, expert, base)
-        undone = 0.0 if rejected is None else float(rejected[~deferred].mean())
-        most = best_window(*tables, float(deferred.mean()), undone, window)
+    def whole(deferred: Bools, rejected: Bools | None, most: int) -> Course:
         parts = [
             course_of(deferred[text], None if rejected is None else rejected[text], most)
             for text in texts
         ]
-        whole = Course(
-            [n for part in parts for n in part.batches],
-            sum(part.n_undone for part in parts),
-            len(rows),
-        )
+        batches = [n for part in parts for n in part.batches]
+        return Course(batches, sum(part.n_undone for part in parts), len(rows))
+
+    def trial(deferred: Bools, rejected: Bools | None) -> tuple[dict[str, float], Array]:
+        reviews = rejected is not None
+        by_expert = deferred if rejected is None else deferred | rejected
+        lost = -np.where(by_expert, expert, base)
+        # An answer finds by itself how long its drafts best wait.
+        windows = {window, *(n for n in WINDOWS if n < window and reviews)}
+        courses = [whole(deferred, rejected, most) for most in windows]
+        course = min(courses, key=lambda one: one.seconds(*tables, reviews=reviews))
         return {
             "nll_hard": float(lost.mean()),
             "by_expert": float(by_expert.mean()),
-            "expert_calls": len(whole.batches) / len(rows),
-            "undone": whole.n_undone / len(rows),
-            "tokens_per_second": 1 / whole.seconds(*tables, reviews=rejected is not None),
+            "expert_calls": len(course.batches) / len(rows),
+            "undone": course.n_undone / len(rows),
+            "tokens_per_second": 1 / course.seconds(*tables, reviews=reviews),
         }, lost
 
     plain = [trial(p > np.quantile(p, 1 - rate), None)[0] for rate in RATES]

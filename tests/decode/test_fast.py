@@ -153,8 +153,8 @@ def test_a_deferral_after_a_repeated_choice_needs_no_call(compose):
 
 
 def test_the_cost_of_several_outputs_counts():
-    def planner(several):
-        expert = CostTable((1, 64), (1.0, 1.1), several)
+    def planner(more):
+        expert = CostTable((1, 64), (1.0, 1.1), (more,))
         found = Planner(lambda cancel: (CostTable((1, 64), (0.1, 6.4)), expert))
         found.prepare()
         for i in range(100):
@@ -208,7 +208,7 @@ MACHINES = {
     "fours": (BASE, CostTable(SIZES, (19, 30, 40, 28, 41, 63, 57, 73, 78, 158))),
     "amx": (
         CostTable((1, 2, 5, 8, 16, 32), (7, 10, 12, 15, 20, 34)),
-        CostTable((1, 2, 5, 8, 16, 32, 33, 64), (30, 53, 58, 71, 93, 155, 255, 315), several=3.5),
+        CostTable((1, 2, 5, 8, 16, 32, 33, 64), (30, 53, 58, 71, 93, 155, 255, 315), (3.5,)),
     ),
     "gpu": (CostTable((1, 64), (2, 2.6)), CostTable((1, 8, 64), (10, 10.5, 13))),
 }  # fmt: skip
@@ -225,7 +225,7 @@ class Priced(Scripted):
         n = super().sync(tokens, outputs)
         pieces = self.table.pieces(n, n + 64, whole=len(outputs) > 1) if self.cuts else [(n, n)]
         self.cost += sum(self.table(size) for _, size in pieces if n)
-        self.cost += self.table.several if len(outputs) > 1 else 0.0
+        self.cost += self.table.outputs(len(outputs)) if outputs else 0.0
         return n
 
 

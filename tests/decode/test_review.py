@@ -175,34 +175,59 @@ def test_with_endless_tolerance_the_text_is_the_plain_loops(**given):
     assert run.stats.n_undone == 0
 
 
+FOURS = CostTable((1, 2, 4, 5, 8, 12, 16), (1.0, 1.7, 1.63, 2.34, 2.83, 4.02, 4.15), (0.3, 0.6))
+BASE = CostTable((1,), (0.35,))
+
+
 @pytest.mark.parametrize(
-    ("kind", "undone", "window"),
-    [("fours", 0.005, 16), ("fours", 0.1, 4), ("free", 0.0, 16), ("dear", 0.1, 1)],
+    ("expert", "undone", "window"),
+    [
+        (FOURS, lambda at: 0.005, 16),
+        (FOURS, lambda at: 0.1, 4),
+        (FOURS, lambda at: 0.1 if at < 1 else 0.005, 16),  # what is undone stands together
+        (CostTable((1, 16), (1.0, 1.0)), lambda at: 0.0, 16),
+        (CostTable((1, 16), (1.0, 16.0)), lambda at: 0.1, 1),
+    ],
 )
-def test_reviews_begin_where_batches_are_cheapest_by_the_token(kind, undone, window):
+def test_reviews_begin_where_batches_are_cheapest_by_the_token(expert, undone, window):
     """By the times of a Zen 4, whose kernels evaluate four rows together; where a batch costs no
     more than a token; and where no batch saves anything."""
-    sizes = (1, 2, 4, 5, 8, 12, 16)
-    expert = {
-        "fours": CostTable(sizes, (1.0, 1.7, 1.63, 2.34, 2.83, 4.02, 4.15), 0.3),
-        "free": CostTable((1, 16), (1.0, 1.0)),
-        "dear": CostTable((1, 16), (1.0, 16.0)),
-    }[kind]
-    assert best_window(CostTable((1,), (0.35,)), expert, 0.05, undone, 16) == window
+    assert best_window(BASE, expert, lambda at: 0.05, undone, 16) == window
+
+
+@pytest.mark.parametrize("window", [1, 3, 8])
+def test_the_best_window_is_that_of_many_drawn_answers(window):
+    """Tokens and seconds of one window, drawn: at a limit of one less, another is the best only if
+    it is slower."""
+    defers, undoes = 0.1, (0.3, 0.05)
+    draw, speeds = Random(window), {}
+    for most in range(1, window + 1):
+        tokens = seconds = since = 0.0
+        for _ in range(20_000):
+            n, deferred = 0, False
+            while n < most and not deferred:
+                deferred = draw.random() < defers
+                n += not deferred
+            bad = [draw.random() < undoes[since + i > 0] for i in range(n)]
+            kept = bad.index(True) if any(bad) else n
+            tokens += kept + (kept < n or deferred)
+            seconds += (n + deferred) * BASE(1) + FOURS.reviewing(n + deferred)
+            since = 0 if kept < n or deferred else since + n
+        speeds[most] = tokens / seconds
+    best = best_window(BASE, FOURS, lambda at: defers, lambda at: undoes[at > 0], window)
+    assert speeds[best] > 0.9 * max(speeds.values())
 
 
 def test_a_planner_learns_how_long_drafts_wait():
-    base = CostTable((1,), (0.35,))
-    expert = CostTable((1, 2, 4, 5, 8, 12, 16), (1.0, 1.7, 1.63, 2.34, 2.83, 4.02, 4.15), 0.3)
-    planner = Planner(lambda cancel: (base, expert))
+    planner = Planner(lambda cancel: (BASE, FOURS))
     assert planner.window(16) == 16  # nothing was measured yet
     planner.prepare()
     for _ in range(50):
-        planner.saw_review(20, undone=False)
+        planner.saw_review(0, 20, undone=False)
     assert planner.window(16) == 16
     assert planner.window(6) <= 6
-    for _ in range(50):
-        planner.saw_review(3, undone=True)
+    for i in range(60):
+        planner.saw_review(0, i % 6, undone=True)
     assert planner.window(16) == 4
 
 

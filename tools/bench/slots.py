@@ -52,7 +52,7 @@ def limit(base: CostTable, expert: CostTable, rate: float, n: int) -> float:
     if n == 1:
         return 1.0
     tokens = max(n, round(n / rate))
-    outputs = expert.all_states(n) - expert(n)
+    outputs = expert.outputs(n)
     together = base.all_states(n) / n + (expert.best(tokens) + outputs) / tokens
     return seconds_per_token(base, expert, rate) / together
 

@@ -41,7 +41,7 @@ def record(args: argparse.Namespace) -> dict[str, Any]:
                 schedule="sequential",
             )  # fmt: skip
             answers.append([answer.prompt_tokens, [step.token for step in answer.steps]])
-    costs = [[table.sizes, table.seconds, table.several] for table in tables]
+    costs = [[table.sizes, table.seconds, table.more] for table in tables]
     return {"answers": answers, "costs": costs}
 
 
@@ -100,8 +100,8 @@ def main() -> None:
     found = json.loads(args.out.read_text())
     print("| model | token by token | with guesses | times | a prophet's | times |")
     print("| --- | ---: | ---: | ---: | ---: | ---: |")
-    for name, (sizes, seconds, several) in zip(("base", "expert"), found["costs"], strict=True):
-        table = CostTable(tuple(sizes), tuple(seconds), several)
+    for name, (sizes, seconds, more) in zip(("base", "expert"), found["costs"], strict=True):
+        table = CostTable(tuple(sizes), tuple(seconds), tuple(more))
         plain, ours, best = priced(found["answers"], table)
         print(
             f"| {name} | {plain:.1f} s | {ours:.1f} s | {plain / ours:.3f} | {best:.1f} s "

@@ -38,7 +38,7 @@ N_VOCAB = 64  # of the replay: token ids are taken modulo this
 
 
 def table(sizes: Sequence[int], milliseconds: Sequence[float], several: float = 0.0) -> CostTable:
-    return CostTable(tuple(sizes), tuple(ms / 1e3 for ms in milliseconds), several / 1e3)
+    return CostTable(tuple(sizes), tuple(ms / 1e3 for ms in milliseconds), (several / 1e3,))
 
 
 # Base and expert, by machine: measured ones (docs/speed.md), and a GPU on which a batch of 64 takes
@@ -93,7 +93,7 @@ class Priced:
         n, several = len(wanted) - keep, len(outputs) > 1
         pieces = self._costs.pieces(n, n + N_VOCAB, whole=several) if self.cuts else [(n, n)]
         self.seconds += sum(self._costs(size) for _, size in pieces)
-        self.seconds += self._costs.several if several else 0.0
+        self.seconds += self._costs.outputs(len(outputs)) if several else 0.0
         self._held = wanted
         self.n_calls += 1
         self.n_evaluated += n

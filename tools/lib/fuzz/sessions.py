@@ -13,7 +13,9 @@ from lib.fuzz.kind import Files, Kind, Read
 from lib.fuzz.pairs import open_pair
 
 PROMPT = "hello world, how are you?"
-COSTS = b'{"model": "m", "sizes": [1, 4, 16], "seconds": [0.001, 0.002, 0.004], "several": 0.001'
+COSTS = (
+    b'{"model": "m", "sizes": [1, 4, 16], "seconds": [0.001, 0.002, 0.004], "more": [0.001, 0.002]'
+)
 
 
 def _caches(needs: Path) -> Sequence[Files]:
