@@ -51,7 +51,7 @@ class Vocabulary:
         """Return tokens whose bytes are these: the tokenizer's, and where it would not give the
         same bytes back, the longest that fit. Raises MismatchError for a byte without a token."""
         tokens = list[int]()
-        for part, text in _parts(raw):
+        for part, text in runs_of(raw):
             tokens += self._tokens(part, text) or self._spelt(part)
         return tokens
 
@@ -85,7 +85,7 @@ class Vocabulary:
             at += len(self.piece(token))
 
 
-def _parts(raw: bytes) -> Iterator[tuple[bytes, str | None]]:
+def runs_of(raw: bytes) -> Iterator[tuple[bytes, str | None]]:
     """Yield bytes in runs, with their text; None for those that are no UTF-8."""
     at = 0
     while at < len(raw):

@@ -372,8 +372,6 @@ def test_real_models_of_two_vocabularies(tiny, other):
         tasks = [Task(i, plain.prompt_tokens, Options(**GREEDY, threshold=0.3)) for i in range(3)]
         for done in answer_together(pair, tasks, 3):
             assert done.answer.text == plain.text
-    with pytest.raises(ColmError, match="--bridge needs the expert's file here"):
-        opened(tiny, "http://127.0.0.1:9")
 
 
 def test_what_reads_the_experts_own_tokens_refuses_a_bridge(tiny, other):
