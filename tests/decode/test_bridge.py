@@ -25,7 +25,7 @@ from colm_edge.decode.loop import Decoder
 from colm_edge.decode.picker import Picker
 from colm_edge.decode.policy import Policy
 from colm_edge.decode.review import ByRule, Review, Tolerance
-from colm_edge.errors import AbsentExpertError, ColmError, MismatchError
+from colm_edge.errors import AbsentExpertError, MismatchError
 from colm_edge.evaluate.proxy_tuning import Proxy
 from colm_edge.llama.model import Model
 from colm_edge.llama.vocabulary import Vocabulary
