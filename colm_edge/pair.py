@@ -424,7 +424,7 @@ def load(
     switch: a file, "margin" (the default beside two models), "entropy", or "defer-row".
     pair: a name in models.txt instead.
     lora: a LoRA adapter for the base, a GGUF file.
-    bridge: let the experts' vocabularies be others than the base's; their files must be here.
+    bridge: let the experts' vocabularies be others than the base's.
     n_ctx: tokens the contexts hold; 0 takes what both models were trained for, at most 4096.
     n_threads: 0 takes every core that other programs leave, or one for a very small model.
     threads_auto: use fewer than n_threads too while other programs use the cores.
@@ -475,7 +475,12 @@ def load(
             what = f"expert {name}" if name else "expert"
             experts[name] = (
                 RemoteExpert(
-                    file, base, required=expert_required, timeout=expert_timeout, note=note
+                    file,
+                    base,
+                    required=expert_required,
+                    timeout=expert_timeout,
+                    note=note,
+                    bridge=bridge,
                 )
                 if is_url(file)
                 else Model(file, layers, progress=_share(progress, what), rpc=rpc)

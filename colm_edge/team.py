@@ -9,6 +9,7 @@ from functools import partial
 from colm_edge.cancel import Cancel
 from colm_edge.decode.background import Background, can_overlap
 from colm_edge.decode.bridge import Bridge
+from colm_edge.decode.bridge_away import BridgeAway
 from colm_edge.decode.planner import Planner
 from colm_edge.decode.spelling import Crossing, Spelling
 from colm_edge.decode.timeline import Around, Expert, Floats, Timeline
@@ -22,6 +23,7 @@ from colm_edge.llama.session import Session
 from colm_edge.llama.vocabulary import Vocabulary, shared_vocab
 from colm_edge.options import Options
 from colm_edge.remote.client import RemoteExpert, RemoteSession
+from colm_edge.remote.rows import RowsSession
 
 Progress = Callable[[str, float], None]
 NOT_HERE = "this needs the expert's weights here, and they are at"
@@ -50,8 +52,7 @@ class Member:
         """bridge: let its vocabulary be another. weighed: called when the cost tables of base and
         expert are there.
 
-        Raises MismatchError when its vocabulary is not the base's and need be, ColmError for a
-        bridge to a server.
+        Raises MismatchError when its vocabulary is not the base's and need be.
         """
         self.name = name
         self._base, self._note, self._weighed = base, note, weighed
@@ -66,13 +67,10 @@ class Member:
         self._text: Spelling | None = None  # the base's text in its tokens, to follow it
         self.timeline: Expert
         if isinstance(model, RemoteExpert):
-            if bridge:
-                raise ColmError(
-                    f"--bridge needs the expert's file here, and it is at {model.url}; give a GGUF "
-                    "file"
-                )
+            if model.words is not None:
+                self.crossing = Crossing(Vocabulary(base.model), model.words)
             self._n_shared = model.n_shared
-            self.timeline = model.session()
+            self.timeline = self._elsewhere(model)
             # A server on this machine may use the same cores.
             beside = not model.is_local
         else:
@@ -85,7 +83,9 @@ class Member:
             if progress is not None:
                 self.here.progress = partial(progress, f"{self._called} prompt")
             beside = can_overlap(base, self.here)
-        self.overlaps = beside if overlap is None else overlap
+        # Across a bridge one call of a server is several requests.
+        is_one_call = not isinstance(self.timeline, RowsSession)
+        self.overlaps = is_one_call and (beside if overlap is None else overlap)
         if self.here is not None and self.overlaps:
             self.timeline = Background(self.here)
         self.planner = Planner(self._weigh)
@@ -99,9 +99,21 @@ class Member:
     def _called(self) -> str:
         return f"expert {self.name}" if self.name else "expert"
 
+    def _elsewhere(self, model: RemoteExpert) -> RemoteSession:
+        return model.session() if self.crossing is None else RowsSession(model)
+
+    def another(self) -> Timeline:
+        """Return another timeline of an expert on a server, by the base's tokens."""
+        assert isinstance(self.model, RemoteExpert)
+        return self.across(self._elsewhere(self.model))
+
     def across(self, timeline: Timeline) -> Timeline:
         """Return a timeline of this expert by the base's tokens."""
-        return timeline if self.crossing is None else Bridge(timeline, self.crossing)
+        if self.crossing is None:
+            return timeline
+        if isinstance(timeline, RowsSession):
+            return BridgeAway(timeline, self.crossing)
+        return Bridge(timeline, self.crossing)
 
     @property
     def end_tokens(self) -> frozenset[int]:

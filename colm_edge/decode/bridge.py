@@ -41,6 +41,7 @@ from colm_edge.llama.held import common_prefix
 NEAR, MOST = 18.0, 2048  # nats, and tokens, of what an expert says that is looked at
 MOST_ROWS = 512  # of its states at once: as many as a batch has tokens
 MOST_KEPT = 8  # of its states, each as large as its vocabulary
+Doubles = npt.NDArray[np.float64]
 NO_STATE = np.empty(0, np.float32)  # nobody reads an expert's hidden state
 
 
@@ -49,7 +50,7 @@ class Said(NamedTuple):
     log-probabilities, and how many bytes are there."""
 
     tokens: Ids
-    logprobs: npt.NDArray[np.float64]
+    logprobs: Doubles
     n_skipped: int
 
 
@@ -65,6 +66,7 @@ class Bridge(Around):
         self._ids = array("i")  # the expert's tokens at the last `sync`
         # Of the rows of the last output, the logits: what is asked right behind it needs them.
         self._last, self._kept = range(0), dict[int, Floats]()
+        self._totals: dict[int, float] = {}  # of the rows that were read
         self._features = np.empty(len(readout.FEATURES), np.float32)
 
     def turn_to(self, prompt: array[int]) -> None:
@@ -105,6 +107,7 @@ class Bridge(Around):
         same, n = common_prefix(self._ids, spelling.ids), len(spelling.ids)
         self._ids = spelling.ids[:]
         self._places, self._told = {i: spelling.place(i) for i in wanted}, {}
+        self._totals.clear()
         last = self._places[wanted[-1]].rows
         self._last = last if len(last) <= MOST_KEPT else range(0)
         self._kept = {i: one for i, one in self._kept.items() if i < same and i in self._last}
@@ -165,26 +168,39 @@ class Bridge(Around):
         """Yield what the expert says at each row of a place."""
         row, spelt, given = place.row, 0.0, place.given
         for token in (*(place.path or ()), None) if row >= 0 else ():
-            logits = self._logits(row)
-            total = self._total(logits)
-            ids = self._crossing.longer(given) if given else None
-            told = logits if ids is None else logits[ids]
-            near = np.flatnonzero(told > logits.max() - NEAR)
-            if len(near) > MOST:
-                near = near[np.argpartition(-told[near], MOST)[:MOST]]
-            if len(near):
-                logprobs = told[near].astype(np.float64) - total + spelt
-                yield Said(near if ids is None else ids[near], logprobs, len(given))
+            ids, logprobs = self._goes_on(row, given)
+            if len(ids):
+                yield Said(ids, logprobs + spelt, len(given))
             if token is not None:
-                spelt += float(logits[token]) - total
+                spelt += self._logprob(row, token)
                 row, given = row + 1, given[len(self._crossing.theirs.piece(token)) :]
 
-    def _total(self, logits: Floats) -> float:
-        try:
-            n = len(logits)
-            return readout.read(logits, None, None, None, None, self._features, n, -1)[1]
-        except ValueError as e:
-            raise ModelError(f"the expert is broken: {e}; use another file") from e
+    def _goes_on(self, row: int, given: bytes) -> tuple[Ids, Doubles]:
+        """Return the likeliest tokens after one of the expert's that begin with what is given and
+        go on, and their log-probabilities."""
+        logits = self._logits(row)
+        ids = self._crossing.longer(given) if given else None
+        told = logits if ids is None else logits[ids]
+        near = np.flatnonzero(told > logits.max() - NEAR)
+        if len(near) > MOST:
+            near = near[np.argpartition(-told[near], MOST)[:MOST]]
+        logprobs = told[near].astype(np.float64) - self._total(row)
+        return near if ids is None else ids[near], logprobs
+
+    def _logprob(self, row: int, token: int) -> float:
+        """Return how likely a token is after one of the expert's."""
+        return float(self._logits(row)[token]) - self._total(row)
+
+    def _total(self, row: int) -> float:
+        """Return the log-sum-exp of what the expert says after one of its tokens."""
+        if row not in self._totals:
+            logits, out = self._logits(row), self._features
+            try:
+                _, total = readout.read(logits, None, None, None, None, out, len(logits), -1)
+            except ValueError as e:
+                raise ModelError(f"the expert is broken: {e}; use another file") from e
+            self._totals[row] = total
+        return self._totals[row]
 
     def _logits(self, row: int) -> Floats:
         """Return what the expert says after one of its tokens."""

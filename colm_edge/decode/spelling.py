@@ -23,6 +23,7 @@ import numpy.typing as npt
 from colm_edge.llama.held import common_prefix
 
 WINDOW, MARGIN = 256, 64  # bytes; longer than what decides a token, by far
+WINDOW_AWAY = 64 * WINDOW  # each is a request to a server
 MOST_SEAMS = 8  # places that are tried as a seam of a window
 UNKNOWN = -2  # a target
 Ids = npt.NDArray[np.int64]
@@ -33,7 +34,9 @@ class Words(Protocol):
     """A vocabulary, its tokens spelt in bytes. Two that are equal are one vocabulary."""
 
     @property
-    def n_vocab(self) -> int: ...
+    def n_vocab(self) -> int:
+        """How many tokens it has; 0 where nobody tells."""
+
     @property
     def begin(self) -> int | None:
         """The token that every text begins with, if the vocabulary has one."""
@@ -75,9 +78,10 @@ class Crossing:
         """Whether the two are one vocabulary: the expert then holds the base's own tokens."""
         return self.ours == self.theirs
 
-    def encode(self, raw: bytes, tokens: Sequence[int]) -> Sequence[int]:
-        """Return the expert's tokens of some bytes, which the base spells as `tokens`."""
-        return tokens if self.is_same else self.theirs.encode(raw)
+    @cached_property
+    def is_whole(self) -> bool:
+        """Whether all of the expert's tokens are known: of a server's, only those that it named."""
+        return self.theirs.n_vocab > 0
 
     def target(self, token: int, n_skipped: int) -> int:
         """Return the base's token for one of the expert's whose first bytes are there already; -1
@@ -91,6 +95,8 @@ class Crossing:
 
     def targets(self, tokens: Ids, n_skipped: int) -> Targets:
         """Return what `target` does of tokens, (n,)."""
+        if not self.is_whole:
+            return np.array([self.target(one, n_skipped) for one in tokens.tolist()], np.int32)
         if n_skipped not in self._targets:
             self._targets[n_skipped] = np.full(self.theirs.n_vocab, UNKNOWN, np.int32)
         known = self._targets[n_skipped]
@@ -124,6 +130,10 @@ class Crossing:
         pieces, order = self._sorted
         start = bisect_right(pieces, raw)
         return order[start : bisect_right(pieces, raw, start, key=lambda one: one[: len(raw)])]
+
+    def goes_on(self, raw: bytes) -> bool:
+        """Return whether one of the expert's tokens may begin with these bytes and go on."""
+        return not self.is_whole or len(self.longer(raw)) > 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,6 +194,7 @@ class Spelling:
 
     def __init__(self, crossing: Crossing) -> None:
         self._crossing = crossing
+        self._window = WINDOW if crossing.is_whole else WINDOW_AWAY
         begin = crossing.theirs.begin
         self.ids = array("i", () if begin is None else (begin,))
         self._n_begin = len(self.ids)
@@ -261,7 +272,7 @@ class Spelling:
         """Return the tokens up to the next seam of a part and the seam; None where there is none
         yet."""
         last, encode = part.seams[-1], self._crossing.theirs.encode
-        start, size = last.end, WINDOW
+        start, size = last.end, self._window
         while start + size <= len(part.raw):
             seen = start + size
             if seen > part.seen:
@@ -302,7 +313,7 @@ class Spelling:
         row, given = _row(part, agreed), bytes(part.raw[agreed:end])
         path = tuple(self.ids[row + 1 : _row(part, end) + 1]) if ends_there else None
         # Where no token goes on from what is given, or nothing stands before, the next is as it is.
-        while path and (row < 0 or not len(crossing.longer(given))):
+        while path and (row < 0 or not crossing.goes_on(given)):
             row, given, path = row + 1, given[len(crossing.theirs.piece(path[0])) :], path[1:]
         return Place(row, given, path)
 

@@ -24,7 +24,9 @@ class Vocabulary:
         self.piece, self.name = model.piece, model.token_text
 
     def __eq__(self, other: object) -> bool:
-        if not isinstance(other, Vocabulary) or self.n_vocab != other.n_vocab:
+        if not isinstance(other, Vocabulary):
+            return NotImplemented  # another kind may know
+        if self.n_vocab != other.n_vocab:
             return False
         return self._model.path == other._model.path or self._digest == other._digest
 
@@ -75,7 +77,7 @@ class Vocabulary:
         """Return tokens whose bytes are these: the tokenizer's, and where it would not give the
         same bytes back, the longest that fit. Raises MismatchError for a byte without a token."""
         tokens = list[int]()
-        for part, text in _parts(raw):
+        for part, text in runs_of(raw):
             tokens += self._tokens(part, text) or self._spelt(part)
         return tokens
 
@@ -109,7 +111,7 @@ class Vocabulary:
             at += len(self.piece(token))
 
 
-def _parts(raw: bytes) -> Iterator[tuple[bytes, str | None]]:
+def runs_of(raw: bytes) -> Iterator[tuple[bytes, str | None]]:
     """Yield bytes in runs, with their text; None for those that are no UTF-8."""
     at = 0
     while at < len(raw):
