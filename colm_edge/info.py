@@ -17,8 +17,9 @@ from colm_edge.llama.context import ContextOptions
 from colm_edge.llama.costs import CostTable, break_even, seconds_per_token, team_seconds_per_token
 from colm_edge.llama.measure import cost_table, kept_table
 from colm_edge.llama.memory import cache_bytes
-from colm_edge.llama.model import Model, shared_vocab
+from colm_edge.llama.model import Model
 from colm_edge.llama.session import Session
+from colm_edge.llama.vocabulary import shared_vocab
 from colm_edge.references import resolve
 from colm_edge.switch.file import ARCHITECTURE, Switch
 

@@ -343,14 +343,14 @@ class Pair:
         self, options: Options, threshold: float, *, goes_back: bool
     ) -> tuple[Timeline, ...]:
         """Return the pair's own timelines for an answer: of the base and of each expert."""
-        overlaps = {m.timeline: m.overlaps and m.crossing is None for m in self.members}
+        overlaps = {member.timeline: member.overlaps for member in self.members}
         base, experts = timelines_of(
-            self.base_session, overlaps, options, threshold, goes_back=goes_back
-        )
-        pairs = list(zip(experts, self.members, strict=True))
+            self.base_session, overlaps, options, threshold, goes_back=goes_back,
+            across=[member.across for member in self.members],
+        )  # fmt: skip
         if self.room is not None:
-            pairs = [(Guest(timeline, member), member) for timeline, member in pairs]
-        return base, *(member.across(timeline) for timeline, member in pairs)
+            experts = list(map(Guest, experts, self.members))
+        return base, *experts
 
     def _prepare(self, expert: int) -> None:
         """Begin to read an expert's weights, unless that would take the room of others."""

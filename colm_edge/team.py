@@ -8,18 +8,19 @@ from functools import partial
 
 from colm_edge.cancel import Cancel
 from colm_edge.decode.background import Background, can_overlap
-from colm_edge.decode.bridge import Bridge, Crossing
+from colm_edge.decode.bridge import Bridge
 from colm_edge.decode.bridge_away import BridgeAway
 from colm_edge.decode.planner import Planner
+from colm_edge.decode.spelling import Crossing, Spelling
 from colm_edge.decode.timeline import Around, Expert, Floats, Timeline
 from colm_edge.errors import ColmError, ModelError
 from colm_edge.llama.context import ContextOptions
 from colm_edge.llama.costs import CostTable
 from colm_edge.llama.measure import cost_table
 from colm_edge.llama.memory import cache_bytes
-from colm_edge.llama.model import Model, shared_vocab
+from colm_edge.llama.model import Model
 from colm_edge.llama.session import Session
-from colm_edge.llama.vocabulary import Vocabulary
+from colm_edge.llama.vocabulary import Vocabulary, shared_vocab
 from colm_edge.options import Options
 from colm_edge.remote.client import RemoteExpert, RemoteSession
 from colm_edge.remote.rows import RowsSession
@@ -63,6 +64,7 @@ class Member:
         # Called before its weights are read, where several experts share a room.
         self.make_room: Callable[[], None] = lambda: None
         self.crossing: Crossing | None = None  # of both vocabularies, where there is a bridge
+        self._text: Spelling | None = None  # the base's text in its tokens, to follow it
         self.timeline: Expert
         if isinstance(model, RemoteExpert):
             if model.words is not None:
@@ -81,7 +83,9 @@ class Member:
             if progress is not None:
                 self.here.progress = partial(progress, f"{self._called} prompt")
             beside = can_overlap(base, self.here)
-        self.overlaps = beside if overlap is None else overlap
+        # Across a bridge one call of a server is several requests.
+        is_one_call = not isinstance(self.timeline, RowsSession)
+        self.overlaps = is_one_call and (beside if overlap is None else overlap)
         if self.here is not None and self.overlaps:
             self.timeline = Background(self.here)
         self.planner = Planner(self._weigh)
@@ -120,6 +124,13 @@ class Member:
         """Let it catch up with the base's tokens in the background, if it can."""
         if self.crossing is None:
             self.timeline.follow(tokens)
+        elif self.is_loaded and isinstance(self.timeline, Background):
+            # What stands before the place that the next deferral asks at.
+            self._text = self._text or Spelling(self.crossing)
+            self._text.turn_to(tokens)
+            row = self._text.place(len(tokens) - 1).row
+            if 0 < row <= self._n_ctx:
+                self.timeline.follow(self._text.ids[:row])
 
     @property
     def n_shared(self) -> int:
@@ -274,14 +285,13 @@ def trained_context(model: Model | RemoteExpert) -> int:
 
 def bets_on(members: Sequence[Member], options: Options, threshold: float) -> list[Planner | None]:
     """Return what places the fast schedule's bets on each expert, nothing where there are none: a
-    bet needs the costs of decodes, which a server does not report, and a bridge hides."""
+    bet needs the costs of decodes, which a server does not report."""
     bets = options.schedule == "fast" and 0 < threshold < 1
     planners: list[Planner | None] = []
     for member in members:
-        known = member.here is not None and member.crossing is None
         if member.here is not None:
-            member.here.costs = member.costs if bets and known else None
-        planners.append(member.planner if known else None)
+            member.here.costs = member.costs if bets else None
+        planners.append(None if member.here is None else member.planner)
     return planners if bets and any(planners) else []
 
 

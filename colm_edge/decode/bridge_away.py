@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from array import array
 from collections.abc import Sequence
 from time import perf_counter
@@ -10,7 +9,8 @@ from time import perf_counter
 import numpy as np
 
 from colm_edge.cancel import Cancel
-from colm_edge.decode.bridge import NEAR, Bridge, Crossing
+from colm_edge.decode.bridge import NEAR, Bridge, Doubles
+from colm_edge.decode.spelling import Crossing, Ids
 from colm_edge.remote.rows import RowsSession
 
 
@@ -24,11 +24,11 @@ class BridgeAway(Bridge):
     def __init__(self, session: RowsSession, crossing: Crossing) -> None:
         super().__init__(session, crossing)
         self._session = session
-        self._spelling = 0.0  # seconds
+        self._spelling_seconds = 0.0  # seconds
 
     @property
     def seconds(self) -> float:
-        return self._session.seconds + self._spelling
+        return self._session.seconds + self._spelling_seconds
 
     def turn_to(self, prompt: array[int]) -> None:
         """Do nothing: what a server keeps of earlier prompts is its own affair."""
@@ -40,17 +40,17 @@ class BridgeAway(Bridge):
         try:
             return super().sync(tokens, outputs, cancel)
         finally:
-            self._spelling += perf_counter() - begun - (self._session.seconds - asking)
+            self._spelling_seconds += perf_counter() - begun - (self._session.seconds - asking)
 
-    def _add(self, p: np.ndarray, row: int, log_weight: float, given: bytes) -> None:
-        theirs, target = self._crossing.theirs, self._crossing.target
-        told = self._session.told(row)
+    def _goes_on(self, row: int, given: bytes) -> tuple[Ids, Doubles]:
+        told, piece = self._session.told(row), self._crossing.theirs.piece
         least = max(told.values()) - NEAR
-        for token, logprob in told.items():
-            if logprob < least or (given and not theirs.piece(token).startswith(given)):
-                continue
-            if (ours := target(token, len(given))) >= 0:
-                p[ours] += math.exp(logprob + log_weight)
+        near = {
+            token: logprob
+            for token, logprob in told.items()
+            if logprob >= least and (not given or piece(token).startswith(given))
+        }
+        return np.array(list(near), np.int64), np.array(list(near.values()))
 
     def _logprob(self, row: int, token: int) -> float:
         return self._session.logprob(row, token)

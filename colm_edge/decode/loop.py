@@ -18,7 +18,7 @@ from colm_edge.cancel import Cancel, CancelledError
 from colm_edge.decode.picker import Picker
 from colm_edge.decode.policy import BASE, Policy, Reading
 from colm_edge.decode.step import Event, ExpertStats, Source, Stats, Step, Undone
-from colm_edge.decode.timeline import Floats, Timeline
+from colm_edge.decode.timeline import Floats, Timeline, keeps
 from colm_edge.errors import AbsentExpertError
 from colm_edge.llama.owners import HomeLock
 
@@ -247,6 +247,11 @@ class Decoder:
                 expert.load_seconds - loading,
             )
             stats.count(done, self.sources[writer])
+
+    def keeps(self, writer: int, tokens: Sequence[int], n: int) -> bool:
+        """Return whether an expert that evaluates these tokens says the same after the first n of
+        them as without the others."""
+        return keeps(self._experts[writer], tokens, n)
 
     def read_expert(
         self, writer: int, at: int, base: Floats | None = None, p_defer: float = 1.0

@@ -28,10 +28,11 @@ from colm_edge.evaluate.generate import Facts, Generated, facts_of, judged
 from colm_edge.evaluate.metrics import Metric
 from colm_edge.journal import Journal, is_number, key_of
 from colm_edge.llama.context import ContextOptions
-from colm_edge.llama.model import Model, shared_vocab
+from colm_edge.llama.model import Model
 from colm_edge.llama.sampling import ChainSampler
 from colm_edge.llama.scorer import Scorer
 from colm_edge.llama.session import Session
+from colm_edge.llama.vocabulary import shared_vocab
 from colm_edge.options import OPTIONS
 from colm_edge.pair import Pair
 from colm_edge.stream import Stream

@@ -1,4 +1,4 @@
-"""Model: a GGUF file in llama.cpp, and whether two models share a vocabulary.
+"""Model: a GGUF file in llama.cpp.
 
 The vocabulary is read at once, the weights at the first evaluation.
 """
@@ -13,12 +13,12 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import llama_cpp as llama
 
 from colm_edge.cancel import CancelledError
-from colm_edge.errors import MismatchError, ModelError
+from colm_edge.errors import ModelError
 from colm_edge.files import fingerprint, parts_of
 from colm_edge.gguf_header import check_model, read_header
 from colm_edge.llama import huge_pages
@@ -30,13 +30,13 @@ from colm_edge.llama.threads import cores
 
 # llama.cpp's limit: two vocabularies may differ in size by this many rows.
 MAX_VOCAB_DIFFERENCE = 128
-# Lower ids are special tokens, which models of one vocabulary may name differently.
-FIRST_COMPARED_TOKEN = 5
 PARTED = "\ufdd0"  # no character of Unicode, and never will be one
 # Pre-tokenizers that llama.cpp has code of its own for; other texts are cut here.
 OWN_SPLITS = ("gpt-2", "llama-bpe", "olmo", "qwen2", "smollm")
 LONG_RUN = re.compile(r"\S{4000}|\s{4000}")
 CONTROL = llama.LLAMA_TOKEN_ATTR_CONTROL | llama.LLAMA_TOKEN_ATTR_UNKNOWN
+PIECES = 32  # tokens whose pieces are read at once
+Read = TypeVar("Read")
 WAIT = 0.05  # seconds between two checks while another thread reads the weights
 
 
@@ -258,6 +258,13 @@ class Model:
         """llama.cpp's vocabulary; hold the lock while it is read."""
         return llama.llama_model_get_vocab(self._check_open())
 
+    def each_token(self, read: Callable[[Any, int], Read]) -> list[Read]:
+        """Return what llama.cpp's vocabulary says of each token, (n_vocab,)."""
+        n = self.n_vocab
+        with self._lock:
+            vocab = self._vocab
+            return [read(vocab, token) for token in range(n)]
+
     def _read_vocab(self, read: Callable[[Any], Any]) -> int:
         with self._lock:
             return int(read(self._vocab))
@@ -317,18 +324,23 @@ class Model:
 
     def piece(self, token: int) -> bytes:
         """Return the bytes of a token; a special token has none."""
-        found = self._pieces.get(token)
-        if found is None:
-            size = 64
-            while True:
-                buffer = ctypes.create_string_buffer(size)
-                with self._lock:
-                    n = llama.llama_token_to_piece(self._vocab, token, buffer, size, 0, False)
-                if n >= 0:
-                    break
-                size = -n
-            found = self._pieces[token] = buffer.raw[:n]
-        return found
+        if token not in self._pieces:
+            self._read_pieces(token // PIECES * PIECES)
+        return self._pieces[token]
+
+    def _read_pieces(self, start: int) -> None:
+        """Read those of some tokens at once: one by one they take three times as long."""
+        size, n_vocab = 256, self.n_vocab
+        buffer = ctypes.create_string_buffer(size)
+        with self._lock:
+            vocab = self._vocab
+            for token in range(start, min(start + PIECES, n_vocab)):
+                n = llama.llama_token_to_piece(vocab, token, buffer, size, 0, False)
+                if n < 0:
+                    size = -n
+                    buffer = ctypes.create_string_buffer(size)
+                    n = llama.llama_token_to_piece(vocab, token, buffer, size, 0, False)
+                self._pieces[token] = buffer.raw[:n]
 
     def token_text(self, token: int) -> str:
         """Return a token as the vocabulary spells it, special tokens included."""
@@ -409,9 +421,8 @@ class Model:
     @cached_property
     def end_tokens(self) -> frozenset[int]:
         """Every token that ends a generation."""
-        with self._lock:
-            vocab = self._vocab
-            return frozenset(i for i in range(self.n_vocab) if llama.llama_vocab_is_eog(vocab, i))
+        ends = self.each_token(llama.llama_vocab_is_eog)
+        return frozenset(token for token, is_end in enumerate(ends) if is_end)
 
     def token_id(self, text: str) -> int | None:
         """Return the id of a token by its spelling, or None; added tokens are last, so it searches
@@ -467,34 +478,3 @@ def _check_gguf(path: Path) -> None:
         raise ModelError(f"{path}: {e.strerror or e}; expected a GGUF file") from e
     except ValueError as e:
         raise ModelError(f"{path}: {e}; download or convert it again") from e
-
-
-def shared_vocab(base: Model, expert: Model) -> int:
-    """Return how many ids two models share; higher ids belong to one of them only.
-
-    The rule is llama.cpp's for draft models: type, BOS, EOS and add flags agree, sizes differ by
-    at most 128, and token texts agree from id 5 on. Raises MismatchError that names the difference.
-    """
-    names = f"{base.path.name} and {expert.path.name}"
-    for (what, ours), (_, theirs) in zip(base.vocab_kind(), expert.vocab_kind(), strict=True):
-        if ours != theirs:
-            raise MismatchError(
-                f"the vocabularies of {names} differ: {what} is {ours} in the base, {theirs} in "
-                "the expert; use two of one family, or --bridge"
-            )
-    if abs(base.n_vocab - expert.n_vocab) > MAX_VOCAB_DIFFERENCE:
-        raise MismatchError(
-            f"the vocabularies of {names} differ: {base.n_vocab} tokens in the base, "
-            f"{expert.n_vocab} in the expert (at most {MAX_VOCAB_DIFFERENCE} more or fewer); "
-            "use two of one family, or --bridge"
-        )
-    n = min(base.n_vocab, expert.n_vocab)
-    if base.path == expert.path:
-        return n
-    for i in range(FIRST_COMPARED_TOKEN, n):
-        if base.token_text(i) != expert.token_text(i):
-            raise MismatchError(
-                f"the vocabularies of {names} differ: token {i} is {base.token_text(i)!r} in the "
-                f"base, {expert.token_text(i)!r} in the expert; use two of one family, or --bridge"
-            )
-    return n

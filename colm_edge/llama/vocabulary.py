@@ -1,12 +1,18 @@
-"""A model's vocabulary, spelt in bytes."""
+"""A model's vocabulary, spelt in bytes, and whether two models share one."""
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
 from functools import cached_property
 
+import llama_cpp as llama
+
 from colm_edge.errors import MismatchError
-from colm_edge.llama.model import Model
+from colm_edge.llama.model import MAX_VOCAB_DIFFERENCE, Model
+
+# Lower ids are special tokens, which models of one vocabulary may name differently.
+FIRST_COMPARED_TOKEN = 5
 
 
 class Vocabulary:
@@ -16,6 +22,24 @@ class Vocabulary:
         self._model = model
         self.n_vocab, self.ends, self.end = model.n_vocab, model.end_tokens, model.end_token
         self.piece, self.name = model.piece, model.token_text
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Vocabulary):
+            return NotImplemented  # another kind may know
+        if self.n_vocab != other.n_vocab:
+            return False
+        return self._model.path == other._model.path or self._digest == other._digest
+
+    def __hash__(self) -> int:
+        return hash(self.n_vocab)
+
+    @cached_property
+    def _digest(self) -> bytes:
+        """A hash of all that says how tokens are spelt."""
+        model = self._model
+        kinds = model.each_token(llama.llama_vocab_get_attr)
+        told = repr((model.vocab_kind(), self.end, kinds)).encode()
+        return hashlib.sha256(told + b"\0".join(spelt(model))).digest()
 
     @cached_property
     def begin(self) -> int | None:
@@ -44,8 +68,10 @@ class Vocabulary:
 
     def first(self, raw: bytes) -> int | None:
         ids = self._ids
-        ends = range(min(len(raw), self._longest), 0, -1)
-        return next((ids[raw[:end]] for end in ends if raw[:end] in ids), None)
+        for end in range(min(len(raw), self._longest), 0, -1):
+            if (found := ids.get(raw[:end])) is not None:
+                return found
+        return None
 
     def encode(self, raw: bytes) -> list[int]:
         """Return tokens whose bytes are these: the tokenizer's, and where it would not give the
@@ -97,3 +123,40 @@ def runs_of(raw: bytes) -> Iterator[tuple[bytes, str | None]]:
                 yield raw[at : at + e.start], raw[at : at + e.start].decode()
             yield raw[at + e.start : at + e.end], None
             at += e.end
+
+
+def spelt(model: Model) -> list[bytes]:
+    """Return how a vocabulary spells its tokens, special ones included."""
+    return [text or b"" for text in model.each_token(llama.llama_vocab_get_text)]
+
+
+def shared_vocab(base: Model, expert: Model) -> int:
+    """Return how many ids two models share; higher ids belong to one of them only.
+
+    The rule is llama.cpp's for draft models: type, BOS, EOS and add flags agree, sizes differ by
+    at most 128, and token texts agree from id 5 on. Raises MismatchError that names the difference.
+    """
+    names = f"{base.path.name} and {expert.path.name}"
+    for (what, ours), (_, theirs) in zip(base.vocab_kind(), expert.vocab_kind(), strict=True):
+        if ours != theirs:
+            raise MismatchError(
+                f"the vocabularies of {names} differ: {what} is {ours} in the base, {theirs} in "
+                "the expert; use two of one family, or --bridge"
+            )
+    if abs(base.n_vocab - expert.n_vocab) > MAX_VOCAB_DIFFERENCE:
+        raise MismatchError(
+            f"the vocabularies of {names} differ: {base.n_vocab} tokens in the base, "
+            f"{expert.n_vocab} in the expert (at most {MAX_VOCAB_DIFFERENCE} more or fewer); "
+            "use two of one family, or --bridge"
+        )
+    n = min(base.n_vocab, expert.n_vocab)
+    if base.path == expert.path:
+        return n
+    pairs = enumerate(zip(spelt(base), spelt(expert), strict=False))
+    differ = (i for i, (ours, theirs) in pairs if ours != theirs and i >= FIRST_COMPARED_TOKEN)
+    if (i := next(differ, None)) is not None:
+        raise MismatchError(
+            f"the vocabularies of {names} differ: token {i} is {base.token_text(i)!r} in the "
+            f"base, {expert.token_text(i)!r} in the expert; use two of one family, or --bridge"
+        )
+    return n

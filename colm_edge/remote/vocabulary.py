@@ -72,6 +72,12 @@ class RemoteVocabulary:
         self._texts = OrderedDict[bytes, list[int]]()
         self._n_kept = 0
 
+    def __eq__(self, other: object) -> bool:
+        return other is self or (other == self._ours and self._asked.is_same())
+
+    def __hash__(self) -> int:
+        return hash(self._ours)
+
     @property
     def n_vocab(self) -> int:
         """The base's where the vocabularies are the same, else 0: nobody tells the whole."""

@@ -19,12 +19,13 @@ from test_loop import reader
 
 from colm_edge.cli import main
 from colm_edge.decode import bridge as bridge_module
-from colm_edge.decode.bridge import Bridge, Crossing, spell
+from colm_edge.decode.bridge import Bridge
 from colm_edge.decode.doubt import Doubt
 from colm_edge.decode.loop import Decoder
 from colm_edge.decode.picker import Picker
 from colm_edge.decode.policy import Policy
 from colm_edge.decode.review import ByRule, Review, Tolerance
+from colm_edge.decode.spelling import Crossing, Spelling
 from colm_edge.errors import AbsentExpertError, MismatchError
 from colm_edge.evaluate.proxy_tuning import Proxy
 from colm_edge.llama.model import Model
@@ -107,6 +108,13 @@ class Speaker:
         logits = draw.normal(0, 3, self.words.n_vocab).astype(np.float32)
         logits[:3] = -30.0  # control tokens are rare
         return logits
+
+
+def spell(crossing, tokens, wanted):
+    """Return the expert's tokens of the base's, and the places of the wanted positions."""
+    spelling = Spelling(crossing)
+    spelling.turn_to(tokens)
+    return spelling.ids, [spelling.place(i) for i in wanted]
 
 
 def text(words, tokens) -> bytes:
@@ -213,6 +221,10 @@ def test_an_unsettled_end_is_spelt_again_with_what_follows():
     c, a = ours.first(b"c"), ours.first(b"a")
     ids, (place,) = spell(crossing, [mark, c, a, ts], [3])
     assert theirs.piece(ids[1]) == b"cat"
+    # None of its tokens goes on from "cats", nor from the "s": it can be asked behind them.
+    assert (place.row, place.given, place.path) == (2, b"", ())
+    crossing = Crossing(ours, Spellings([b"c", b"a", b"t", b"s", b"cat", b"at", b"catsup"]))
+    ids, (place,) = spell(crossing, [mark, c, a, ts], [3])
     assert (place.row, place.given, len(place.path)) == (0, b"cats", 2)
     bridge = Bridge(Speaker(theirs, 1), crossing)
     bridge.sync([mark, c, a], [2])

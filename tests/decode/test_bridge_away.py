@@ -5,23 +5,21 @@ from __future__ import annotations
 import json
 import random
 import re
-from array import array
-from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
-import pytest
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from test_bridge import END, MARK, Speaker, Spellings
 from test_loop import reader
 
-from colm_edge.decode.bridge import Bridge, Crossing
+from colm_edge.decode.bridge import Bridge
 from colm_edge.decode.bridge_away import BridgeAway
 from colm_edge.decode.loop import Decoder
 from colm_edge.decode.picker import Picker
 from colm_edge.decode.policy import Policy
+from colm_edge.decode.spelling import Crossing
 from colm_edge.errors import AbsentExpertError
 from colm_edge.llama.vocabulary import runs_of
 from colm_edge.remote.dialect import Dialect, Reply

@@ -19,9 +19,10 @@ from colm_edge.llama import backend
 from colm_edge.llama import context as context_module
 from colm_edge.llama import scorer as scorer_module
 from colm_edge.llama.context import ContextOptions
-from colm_edge.llama.model import Model, shared_vocab
+from colm_edge.llama.model import Model
 from colm_edge.llama.scorer import Scorer
 from colm_edge.llama.session import Session
+from colm_edge.llama.vocabulary import shared_vocab
 
 CONTEXT = ContextOptions(n_ctx=128, n_threads=1, n_batch=16)
 
