@@ -80,7 +80,7 @@ class Speller:
 
             def read(answer: Any) -> Spelt:
                 spelt = dialect.spelling.read(answer, text)
-                if len(spelt) > len(text.encode()) + 8:
+                if not 0 < len(spelt) <= len(text.encode()) + 8:
                     raise ValueError(f"{len(spelt)} tokens of {len(text)} characters")
                 for token, piece in spelt:
                     check_piece(token, piece)

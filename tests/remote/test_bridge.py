@@ -57,7 +57,7 @@ def all_told(monkeypatch) -> None:
 
 @contextmanager
 def opened(base, expert: str, **more: Any) -> Iterator[Pair]:
-    settings = {"n_threads": 1, "n_ctx": 256, "bridge": True, "defaults": GREEDY} | more
+    settings = {"n_threads": 1, "n_ctx": 255, "bridge": True, "defaults": GREEDY} | more
     with load(base, expert, "margin", **settings) as pair:
         yield pair
 
@@ -120,8 +120,8 @@ def test_how_many_requests_a_deferral_takes(base, other, all_told, owner):
             )
             # llama.cpp is asked for each state by itself; those that are known are not asked again.
             assert completions <= (n + 3 * alone if owner == "llamacpp" else n)
-        texts = [body.get("content", body.get("prompt")) for p, body in fake.requests if "tok" in p]
-        assert len(texts) == len(set(map(str, texts)))  # nothing is asked twice
+        spelt = [json.dumps(body) for path, body in fake.requests if "tokenize" in path]
+        assert len(spelt) == len(set(spelt))  # nothing is asked twice
 
 
 @pytest.mark.parametrize("owner", DIALECTS)
@@ -172,13 +172,12 @@ def test_an_expert_may_come_up_later_but_not_with_another_vocabulary(base, tiny,
     with opened(base, other) as pair:
         expected = pair.generate("hello world")
     with opened(base, url, note=notes.append) as pair:
-        pair.expert.expert._pause = 0.0
+        expert = pair.expert.expert
+        expert._pause, expert._absent_until = 0.0, -math.inf
         answer = pair.generate("hello world", schedule="sequential")
         assert {*sources(answer)} == {"base"}
         assert answer.stats.expert_failures > 1
-        assert (
-            len([note for note in notes if "goes on alone" in note]) == 2
-        )  # at the start, and now
+        assert len(notes) == 1
         with faking("llamacpp", other, port) as (_, fake):
             assert pair.generate("hello world").text == expected.text
             fake.always = "500"
@@ -190,6 +189,13 @@ def test_an_expert_may_come_up_later_but_not_with_another_vocabulary(base, tiny,
             pair.generate("hello world")
 
 
+@pytest.fixture(scope="module")
+def alone(base, other) -> str:
+    """What the base writes by itself."""
+    with opened(base, other) as pair:
+        return pair.generate("hello world", max_tokens=12, threshold=1.0).text
+
+
 SPELLINGS: dict[str, Any] = {
     "no pieces": lambda told: {"tokens": [1, 2, 3]},
     "no text": lambda told: spelt(told, "piece", 7.5),
@@ -197,11 +203,11 @@ SPELLINGS: dict[str, Any] = {
     "other bytes": lambda told: spelt(told, "piece", "x"),
     "nothing": lambda told: spelt(told, "piece", ""),
     "half a character": lambda told: spelt(told, "piece", "\ud800"),
-    "huge": lambda told: spelt(told, "piece", "a" * 100_000),
+    "huge": lambda told: spelt(told, "piece", "a" * 5000),
     "negative ids": lambda told: spelt(told, "id", -5),
     "huge ids": lambda told: spelt(told, "id", 10**40),
     "one id for all": lambda told: spelt(told, "id", 5),
-    "an endless list": lambda told: {"tokens": told["tokens"] * 1000},
+    "an endless list": lambda told: {"tokens": told["tokens"] * 5},
     "an empty list": lambda told: {"tokens": []},
     "control characters": lambda told: b'{"error": {"message": "\\u001b[2J no"}}',
     "brackets": lambda told: b"[" * 200_000,
@@ -216,10 +222,8 @@ def spelt(told: dict, name: str, value: Any) -> dict:
 
 @pytest.mark.parametrize("name", SPELLINGS)
 @pytest.mark.parametrize("owner", ["llamacpp", "colm-edge"])
-def test_spellings_that_cannot_be_are_refused(base, other, owner, name):
+def test_spellings_that_cannot_be_are_refused(base, other, alone, owner, name):
     """At any time: one warning, and the base goes on alone."""
-    with load(base, other, "margin", n_threads=1, n_ctx=256, bridge=True) as pair:
-        alone = pair.generate("hello world", temperature=0.0, max_tokens=12, threshold=1.0).text
     for n_well in (0, 4):
         told: list[str] = []
         with served(owner, other) as (url, fake), opened(base, url, note=told.append) as pair:
@@ -231,8 +235,9 @@ def test_spellings_that_cannot_be_are_refused(base, other, owner, name):
 
             fake.twist_spelling = twisted
             answer = pair.generate("hello world", max_tokens=12, threshold=0.0)
-            assert answer.text == alone
-            assert answer.stats.n_deferred == 0
+            if n_well == 0:
+                assert answer.text == alone
+            assert sources(answer)[-1] == "base"
             assert answer.stats.expert_failures > 1
             (warning,) = [line for line in told if "measuring" not in line]
             assert warning.isprintable()
@@ -244,7 +249,7 @@ NAMED: dict[str, Any] = {
     "no bytes": [500],
     "no text": 7.5,
     "another token's": list(b"xyz"),
-    "huge": list(b"a" * 100_000),
+    "huge": list(b"a" * 5000),
 }
 
 
@@ -281,17 +286,20 @@ def test_texts_of_vllms_tokens_that_cannot_be_are_refused(base, other, texts):
         assert warning.endswith("the base goes on alone")
 
 
+def unread(tokenized: Any) -> Any:
+    return lambda body: tokenized(body | {"parse_special": False})
+
+
 def test_a_vocabulary_without_a_known_end_is_told_once(base, other):
     told: list[str] = []
     with served("llamacpp", other) as (url, fake), opened(base, url, note=told.append) as pair:
-        tokenized = fake.tokenized
-        fake.tokenized = lambda body: tokenized(body | {"parse_special": False})
+        fake.tokenized = unread(fake.tokenized)
         answer = pair.generate("hello world", max_tokens=12, threshold=0.0)
         assert {*sources(answer)} == {"base"}
         (warning,) = [line for line in told if "measuring" not in line]
         assert "none of its tokens is known to end a text" in warning
     with served("llamacpp", other) as (url, fake), opened(base, url, expert_required=True) as pair:
-        fake.tokenized = lambda body: tokenized(body | {"parse_special": False})
+        fake.tokenized = unread(fake.tokenized)
         with pytest.raises(ModelError, match="none of its tokens is known"):
             pair.generate("hello world", threshold=0.0)
 
