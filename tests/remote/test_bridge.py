@@ -271,6 +271,51 @@ def test_pieces_of_likely_tokens_that_cannot_be_are_refused(base, other, name):
         assert warning.endswith("the base goes on alone")
 
 
+TOPS: dict[str, Any] = {
+    "NaN": {1: math.nan, 2: -1.0},
+    "a likelihood above 1": {1: 2.0},
+    "huge ids": {10**40: -0.1},
+    "more than was asked for": dict.fromkeys(range(200), -9.0),
+    "nothing": {},
+}
+
+
+@pytest.mark.parametrize("name", TOPS)
+@pytest.mark.parametrize("owner", DIALECTS)
+def test_likely_tokens_that_cannot_be_are_refused(base, other, owner, name):
+    told: list[str] = []
+    tops = TOPS[name]
+
+    def twisted(answer: dict) -> dict:
+        if owner == "llamacpp":
+            items = [{"id": token, "logprob": x, "bytes": [97]} for token, x in tops.items()]
+            answer["completion_probabilities"][0]["top_logprobs"] = items
+        for choice in answer.get("choices", []):
+            choice["logprobs"]["top_logprobs"] = [{f"token_id:{t}": x for t, x in tops.items()}]
+        return answer
+
+    with served(owner, other) as (url, fake), opened(base, url, note=told.append) as pair:
+        fake.twist = twisted
+        answer = pair.generate("hello world", max_tokens=12, threshold=0.0)
+        assert {*sources(answer)} == {"base"}
+        (warning,) = [line for line in told if "measuring" not in line]
+        assert warning.endswith("the base goes on alone")
+
+
+@pytest.mark.parametrize("owner", DIALECTS)
+def test_one_warning_though_its_tokenizer_is_well(base, other, owner):
+    told: list[str] = []
+    with served(owner, other) as (url, fake), opened(base, url, note=told.append) as pair:
+        fake.always = "400"  # a refusal, so that every deferral asks again
+        answer = pair.generate("hello world", max_tokens=12, threshold=0.0)
+        assert {*sources(answer)} == {"base"}
+        assert len(fake.asked) > 5
+        (warning,) = told
+        assert "HTTP 400" in warning
+        fake.always = ""
+        assert pair.generate("hello world", max_tokens=4, threshold=0.0).stats.n_deferred == 4
+
+
 @pytest.mark.parametrize("texts", [["", "", ""], ["a"] * 5000, None])
 def test_texts_of_vllms_tokens_that_cannot_be_are_refused(base, other, texts):
     told: list[str] = []
