@@ -11,7 +11,8 @@ import mmap
 import os
 import re
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,6 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 MAGIC = b"GGUF"
+ARCHITECTURE = "general.architecture"
 VERSIONS = (2, 3)
 MOST_DIMENSIONS = 4
 MOST_LAYERS = 512  # llama.cpp's
@@ -66,7 +68,7 @@ class Header:
     @property
     def architecture(self) -> str | None:
         """The text of general.architecture, if there is one."""
-        found = self.keys.get("general.architecture")
+        found = self.keys.get(ARCHITECTURE)
         return found if isinstance(found, str) else None
 
 
@@ -75,13 +77,29 @@ def read_header(path: str | os.PathLike[str]) -> Header:
 
     Raises ValueError where it is no such file or is broken, OSError where it cannot be read.
     """
+    with _opened(path) as reader:
+        return reader.header()
+
+
+def read_architecture(path: str | os.PathLike[str]) -> str | None:
+    """Return general.architecture, if it is a text, without reading what stands behind it.
+
+    Raises as `read_header` does.
+    """
+    with _opened(path) as reader:
+        found = next((value for key, value in reader.entries() if key == ARCHITECTURE), None)
+    return found if isinstance(found, str) else None
+
+
+@contextmanager
+def _opened(path: str | os.PathLike[str]) -> Iterator[_Reader]:
     with open(path, "rb") as file:
         if file.read(len(MAGIC)) != MAGIC:
             raise ValueError("not a GGUF file")
         if os.fstat(file.fileno()).st_size < 24:
             raise ValueError("truncated")
         with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            return _Reader(data).header()
+            yield _Reader(data)
 
 
 def check_model(header: Header) -> None:
@@ -144,19 +162,23 @@ class _Reader:
 
     def __init__(self, data: mmap.mmap) -> None:
         self._data, self._at, self._size = data, len(MAGIC), len(data)
-
-    def header(self) -> Header:
         version = self._number("I")
         if version not in VERSIONS:
             raise ValueError(f"GGUF version {version}; expected {' or '.join(map(str, VERSIONS))}")
-        n_tensors, n_keys = self._count(24), self._count(13)
+        self._n_tensors, self._n_keys = self._count(24), self._count(13)
+
+    def entries(self) -> Iterator[tuple[str, Any]]:
+        """Yield the keys with their values, before anything else is read."""
+        for _ in range(self._n_keys):
+            yield self._text(), self._value(self._number("I"))
+
+    def header(self) -> Header:
         found = Header()
-        for _ in range(n_keys):
-            name = self._text()
+        for name, value in self.entries():
             if name in found.keys:
                 raise ValueError(f"the key {_shown(name)} comes twice")
-            found.keys[name] = self._value(self._number("I"))
-        places = [self._tensor() for _ in range(n_tensors)]
+            found.keys[name] = value
+        places = [self._tensor() for _ in range(self._n_tensors)]
         alignment = found.keys.get("general.alignment", 32)
         if not isinstance(alignment, int) or not 0 < alignment <= 1 << 20:
             raise ValueError("general.alignment is no power of two")

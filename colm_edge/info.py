@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,19 +10,21 @@ from typing import Any
 import llama_cpp as llama
 
 from colm_edge.errors import MismatchError
-from colm_edge.gguf_header import read_header
+from colm_edge.gguf_header import read_architecture
 from colm_edge.hub import Note
 from colm_edge.llama.context import ContextOptions
 from colm_edge.llama.costs import CostTable, break_even, seconds_per_token, team_seconds_per_token
 from colm_edge.llama.measure import cost_table, kept_table
 from colm_edge.llama.memory import cache_bytes
 from colm_edge.llama.model import Model
+from colm_edge.llama.quantize import file_type
 from colm_edge.llama.session import Session
 from colm_edge.llama.vocabulary import shared_vocab
 from colm_edge.references import resolve
 from colm_edge.switch.file import ARCHITECTURE, Switch
 
 RATES = (0.05, 0.1, 0.2)  # of deferrals, that speeds are predicted for
+FASTEST = "Q4_0"  # of llama.cpp's types, on most CPUs
 N_CTX = 4096  # tokens that the memory is stated for, or fewer if the model was trained for fewer
 
 
@@ -55,7 +56,7 @@ def describe_files(
             facts.append(_model_facts(model, tables[-1]))
         if len(models) == 2:
             pair, obstacle = _pair_facts(*models)
-            facts.append(pair | ({} if obstacle else _speed_facts(*tables)))
+            facts.append(pair | ({} if obstacle else _speed_facts(models, tables)))
         elif len(models) > 2:
             for expert in models[1:]:
                 pair, missing = _pair_facts(models[0], expert)
@@ -72,7 +73,7 @@ def describe_files(
 def _as_switch(path: str) -> Switch | None:
     """Return the switch in a file, or None for a file of another kind."""
     try:
-        is_switch = read_header(path).architecture == ARCHITECTURE
+        is_switch = read_architecture(path) == ARCHITECTURE
     except (OSError, ValueError):
         return None  # reading the file as a model says what is wrong
     return Switch.load(path) if is_switch else None
@@ -110,19 +111,17 @@ def _n_ctx(model: Model) -> int:
 def _model_facts(model: Model, table: CostTable | None) -> dict[str, Any]:
     n_ctx = _n_ctx(model)
     weights = model.header()
-    kind = llama.ctypes.create_string_buffer(128)
-    llama.llama_model_desc(weights, kind, len(kind))
     size, n_params = (f(weights) for f in (llama.llama_model_size, llama.llama_model_n_params))
     cache = cache_bytes(model, n_ctx)
     return {
         "model": str(model.path),
         "name": model.metadata("general.name") or "–",
         "architecture": model.metadata("general.architecture") or "–",
-        "kind": kind.value.decode("utf-8", "replace"),
+        "quantisation": file_type(model) or "–",
         "parameters": f"{n_params:,}",
         "bits_per_weight": round(8 * size / max(1, n_params), 2),
         "trained_context": model.n_ctx_train,
-        "vocabulary": f"{model.n_vocab:,} tokens, {vocabulary_hash(model)}",
+        "vocabulary": f"{model.n_vocab:,} tokens, {model.vocabulary_hash[:12]}",
         "chat_template": "yes" if model.chat_template else "none",
         "memory": f"{size / 1e6:,.0f} MB of weights, {cache / 1e6:,.0f} MB of cache at {n_ctx:,} "
         "tokens in f16",
@@ -137,14 +136,6 @@ def _as_line(table: CostTable) -> str:
     return ", ".join(costs)
 
 
-def vocabulary_hash(model: Model) -> str:
-    """Return 12 hexadecimal digits that models of one vocabulary share."""
-    digest = hashlib.sha256()
-    for i in range(model.n_vocab):
-        digest.update(model.token_text(i).encode() + b"\0")
-    return digest.hexdigest()[:12]
-
-
 def _pair_facts(base: Model, expert: Model) -> tuple[dict[str, Any], str]:
     """Return the facts of two models together, and why they cannot collaborate ("" if they can)."""
     obstacle = ""
@@ -153,12 +144,22 @@ def _pair_facts(base: Model, expert: Model) -> tuple[dict[str, Any], str]:
     except MismatchError as e:
         obstacle = str(e)
         can = f"no: {obstacle}"
-    names = f"{Path(base.path).name} with {Path(expert.path).name}"
+    names = " with ".join(short_names([base.path, expert.path]))
     return {"pair": names, "can_collaborate": can}, obstacle
 
 
-def _speed_facts(base: CostTable | None, expert: CostTable | None) -> dict[str, Any]:
+def short_names(paths: Sequence[Path]) -> list[str]:
+    """Return a name for each file: its own, or its whole path where others have that name too."""
+    names = [path.name for path in paths]
+    return [
+        str(path) if names.count(name) > 1 else name
+        for path, name in zip(paths, names, strict=True)
+    ]
+
+
+def _speed_facts(models: Sequence[Model], tables: Sequence[CostTable | None]) -> dict[str, Any]:
     """Return what speeds the costs of decodes promise: of the expert alone, and of the pair."""
+    base, expert = tables
     if base is None or expert is None:
         return {"predicted": None, "break_even": None}
     predicted = []
@@ -172,12 +173,13 @@ def _speed_facts(base: CostTable | None, expert: CostTable | None) -> dict[str, 
         "expert_tokens_per_second": 1 / expert(1),
         "predicted": predicted,
         "break_even": break_even(base, expert),
+        "fastest_type": all(file_type(model) == FASTEST for model in models),
     }
 
 
 def _team_facts(models: Sequence[Model], tables: Sequence[CostTable | None]) -> dict[str, Any]:
     """Return what speeds a base and several experts promise."""
-    names = [model.path.name for model in models]
+    names = short_names([model.path for model in models])
     facts: dict[str, Any] = {"team": f"{names[0]} with {', '.join(names[1:])}"}
     if (base := tables[0]) is None or not all(experts := tables[1:]):
         return facts | {"predicted": None}
@@ -210,12 +212,15 @@ def _speed_lines(fact: dict[str, Any]) -> dict[str, str]:
         alone = ", ".join(f"{n} {x:.3g}" for n, x in fact["experts_tokens_per_second"].items())
         return {"tokens_per_second": f"experts alone: {alone}; called equally often, together {at}"}
     alone, limit = fact["expert_tokens_per_second"], fact["break_even"]
+    fastest = fact["fastest_type"]
     if limit is None:
         pays = "at any defer rate"
     elif limit == 0:
-        pays = "at none: the base takes as long as the expert; a smaller base, or Q4_0, would help"
+        cure = "a smaller base" if fastest else f"a smaller base, or {FASTEST},"
+        pays = f"at none: the base takes as long as the expert; {cure} would help"
     else:
-        pays = f"below a defer rate of {limit:.0%}; Q4_0 files, or a smaller base, raise it"
+        cure = "a smaller base raises" if fastest else f"{FASTEST} files, or a smaller base, raise"
+        pays = f"below a defer rate of {limit:.0%}; {cure} it"
     return {"tokens_per_second": f"expert alone {alone:.3g}; together {at}", "pays": pays}
 
 
@@ -226,6 +231,7 @@ def as_text(facts: list[dict[str, Any]]) -> str:
         hidden = (
             "predicted",
             "break_even",
+            "fastest_type",
             "expert_tokens_per_second",
             "experts_tokens_per_second",
         )

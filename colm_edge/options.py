@@ -35,6 +35,7 @@ class Option:
     request: Literal["body", "colm"] | None
     request_limits: Mapping[str, Any]
     words: Mapping[str, float]
+    meaning: str
 
     def value_of(self, value: Any) -> Any:
         """Return what a word stands for; any other value as it is."""
@@ -77,7 +78,8 @@ class Option:
             what = "a whole number" if whole else "a number"
             words = "".join(f", or {word!r}" for word in self.words)
             expected = f"{what} from {low:g}" + (f" to {high:g}" if high < math.inf else "") + words
-            raise ColmError(f"{self.name} is {value!r}; expected {expected}")
+            meaning = f", {self.meaning}" if self.meaning else ""
+            raise ColmError(f"{self.name} is {value!r}; expected {expected}{meaning}")
 
 
 def option(
@@ -89,6 +91,7 @@ def option(
     request: Literal["body", "colm"] | None = None,
     request_limits: Mapping[str, Any] | None = None,
     words: Mapping[str, float] = {},
+    meaning: str = "",
 ) -> T:
     """Declare a field of `Options`.
 
@@ -101,6 +104,7 @@ def option(
     Fields that a request gives in another form (max_tokens, seed, stop) are in serve/requests.py.
     request_limits: of requests, where they differ, by pydantic's names: ge, gt, le, lt.
     words: names for some values, which may be given instead.
+    meaning: what its numbers are, told where one is refused.
     """
     if request_limits is None:
         request_limits = dict(zip(("ge", "le"), limits, strict=True)) if limits else {}
@@ -112,6 +116,7 @@ def option(
         "request": request,
         "request_limits": MappingProxyType(request_limits),
         "words": MappingProxyType(words),
+        "meaning": meaning,
     }
     return field(default=default, metadata=declared)
 
@@ -143,6 +148,7 @@ class Options:
         limits=(0, 1),
         request="colm",
         help="Share of tokens to defer; a switch without a calibration is held to it.",
+        meaning="a share of the tokens: 0.2 is 20 %",
     )
     strategy: Literal["defer", "compose"] = option(
         "defer",

@@ -16,7 +16,7 @@ from colm_edge.decode.loop import Decoder
 from colm_edge.decode.parts import picker_of, policy_of, schedule_of, timelines_of
 from colm_edge.decode.policy import expected_rate, review_of, threshold_of
 from colm_edge.decode.timeline import Expert, Timeline
-from colm_edge.errors import ColmError, ContextError, ModelError, PromptError
+from colm_edge.errors import ColmError, ContextError, PromptError
 from colm_edge.llama import chat_template
 from colm_edge.llama.chat_template import ChatTemplate, Message
 from colm_edge.llama.context import ContextOptions
@@ -24,14 +24,14 @@ from colm_edge.llama.costs import CostTable, slower
 from colm_edge.llama.grammar import Grammars
 from colm_edge.llama.measure import kept_table, refine
 from colm_edge.llama.model import Model
-from colm_edge.llama.owners import HomeLock
+from colm_edge.llama.owners import HomeLock, close_each
 from colm_edge.llama.prompt_cache import load_prompts, save_prompts
 from colm_edge.llama.session import Session
 from colm_edge.options import EXPERT_TIMEOUT, Options
-from colm_edge.references import Experts, choose_pair, is_this_machine, is_url, named
+from colm_edge.references import Experts, check_offline, choose_pair, is_url, named
 from colm_edge.remote.client import RemoteExpert
 from colm_edge.stream import Answer, AsyncStream, Stream
-from colm_edge.switch.load import in_order, load_switch, warnings_of
+from colm_edge.switch.load import check_rule, in_order, load_switch, warnings_of
 from colm_edge.switch.reading import AnySwitch
 from colm_edge.switch.rules import DEFER_TOKEN, DeferRow, Only
 from colm_edge.team import Guest, Member, Progress, Room, bets_on, trained_context, why_unread
@@ -89,6 +89,7 @@ class Pair:
         context = replace(context, n_ctx=self.n_ctx)
         self.base_session = Session(base, context, hidden=switch.needs_hidden)
         self.base_session.progress = _share(progress, "base prompt")
+        self._most_shared = base.n_vocab
         self.members = [
             Member(
                 name, model, self.base_session, context, bridge=bridge, overlap=overlap,
@@ -113,15 +114,20 @@ class Pair:
         if not self._lock.home.is_here:
             return  # they are the parent's
         with self._lock:
-            for member in self.members:
-                member.close()
-            self.base_session.close()
-            self.base.close()
+            close_each(*(member.close for member in self.members), self._close_base)
+
+    def _close_base(self) -> None:
+        self.base_session.close()
+        self.base.close()
 
     @property
     def n_shared(self) -> int:
         """Token ids below this are in the vocabulary of all models."""
-        return min(member.n_shared for member in self.members)
+        return min(self._most_shared, *(member.n_shared for member in self.members))
+
+    def limit_shared(self, n: int) -> None:
+        """Share no more than the first n token ids: those of a team that is not all open."""
+        self._most_shared = n
 
     @property
     def expert(self) -> Expert:
@@ -150,8 +156,8 @@ class Pair:
     def unload_expert(self) -> None:
         """Free the memory of the experts in this process; the next token of each loads it again."""
         with self._lock:
-            for member in [m for m in self.members if m.here is not None] or self.members:
-                member.unload()
+            here = [member for member in self.members if member.here is not None]
+            close_each(*(member.unload for member in here or self.members))
 
     def check_one_expert(self, what: str) -> None:
         """Raise ColmError for what works with one expert, where there are several."""
@@ -273,12 +279,11 @@ class Pair:
                 "shorten it or raise -c"
             )
         n = self.n_shared if threshold < 1 else self.base.n_vocab  # alone the base reads all
-        out_of_range = next((t for t in tokens if not 0 <= t < n), None)
-        if out_of_range is not None:
-            raise PromptError(
-                f"token {out_of_range} of the prompt is not in the vocabulary of both models "
-                f"({n} shared tokens)"
-            )
+        outside = next((t for t in tokens if not 0 <= t < n), None)
+        if outside is not None:
+            whose = "all models" if threshold < 1 else "the base"
+            expected = f"expected ids below {n}"
+            raise PromptError(f"token {outside} is not in the vocabulary of {whose}; {expected}")
 
     def check_options(self, options: Options) -> None:
         """Raise ColmError for what this pair cannot do."""
@@ -453,38 +458,33 @@ def load(
         raise ColmError("n_ctx, n_threads, n_ubatch must not be negative; 0 lets colm-edge choose")
     refs = [None if ref is None else os.fspath(ref) for ref in (model, switch)]
     told = note or log.info
-    for server in rpc if offline else ():
-        if not is_this_machine(server.rpartition(":")[0]):
-            raise ModelError(
-                f"{server}: not asked with --offline; leave that out, or leave out rpc"
-            )
-    files = choose_pair(refs[0], named(expert), refs[1], pair, offline=offline, note=told)
+    check_offline(rpc if offline else ())
+    experts_given = named(expert)
+    if pair is None:
+        check_rule(refs[1], experts_given)
+    files = choose_pair(refs[0], experts_given, refs[1], pair, offline=offline, note=told)
     if max_memory and len(files.experts) == 1:
         raise ColmError("--max-memory is shared by several experts, and one is given; leave it out")
     head = load_switch(files.switch)
+    in_order(head, files.experts)  # refused now, not after seconds of reading
     with ExitStack() as opened:  # closed again if something does not fit
         base = Model(files.base, n_gpu_layers, lora, _share(progress, "base"))
         opened.callback(base.close)
-        layers = n_gpu_layers if not rpc else -1
-        if n_gpu_layers_expert is not None:
-            layers = n_gpu_layers_expert
+        layers = n_gpu_layers_expert
+        if layers is None:
+            layers = -1 if rpc else n_gpu_layers
         experts: dict[str, Model | RemoteExpert] = {}
         for name, file in files.experts.items():
             if is_url(file) and rpc:
                 raise ColmError("an expert on a server cannot be spread over RPC servers as well")
             what = f"expert {name}" if name else "expert"
-            experts[name] = (
-                RemoteExpert(
-                    file,
-                    base,
-                    required=expert_required,
-                    timeout=expert_timeout,
-                    note=note,
+            if is_url(file):
+                experts[name] = RemoteExpert(
+                    file, base, required=expert_required, timeout=expert_timeout, note=note,
                     bridge=bridge,
-                )
-                if is_url(file)
-                else Model(file, layers, progress=_share(progress, what), rpc=rpc)
-            )
+                )  # fmt: skip
+            else:
+                experts[name] = Model(file, layers, progress=_share(progress, what), rpc=rpc)
             opened.callback(experts[name].close)
         context = ContextOptions(
             n_ctx=n_ctx, n_threads=n_threads, n_ubatch=n_ubatch, flash_attn=flash_attn,

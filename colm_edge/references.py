@@ -85,19 +85,35 @@ def find_pair(name: str, *, offline: bool = False, note: Note = lambda text: Non
 
     Raises ModelError when models.txt has no pair of that name, and what `resolve` raises.
     """
+    base, experts = listed_pair(name)
+    switch = _switch_of(name, offline=offline, note=note)
+    files = {expert: resolve(ref, offline=offline, note=note) for expert, ref in experts.items()}
+    base = resolve(base, offline=offline, note=note)
+    return PairFiles(base, files, switch, is_demo=name == DEMO_PAIR)
+
+
+def listed_pair(name: str) -> tuple[str, dict[str, str]]:
+    """Return the references of a pair in models.txt: its base's, and its experts' by their names.
+
+    Raises ModelError when models.txt has no pair of that name.
+    """
     pairs = known_pairs()
     roles = pairs.get(name, {})
     experts = _experts_in(roles)
     if "base" not in roles or not experts:
         complete = sorted(n for n, r in pairs.items() if "base" in r and _experts_in(r))
         raise ModelError(f"no pair named {name!r} in {_models_txt()}; known: {', '.join(complete)}")
+    references = {expert: roles[role].reference for expert, role in experts.items()}
+    return roles["base"].reference, references
 
-    def file_of(role: str) -> str:
-        return resolve(roles[role].reference, offline=offline, note=note)
 
-    switch = _switch_of(name, offline=offline, note=note)
-    files = {expert: file_of(role) for expert, role in experts.items()}
-    return PairFiles(file_of("base"), files, switch, is_demo=name == DEMO_PAIR)
+def check_offline(servers: Iterable[str]) -> None:
+    """Raise ModelError for a server, HOST:PORT, that is not on this machine."""
+    for server in servers:
+        if not is_this_machine(server.rpartition(":")[0]):
+            raise ModelError(
+                f"{server}: not asked with --offline; leave that out, or leave out rpc"
+            )
 
 
 def _experts_in(roles: Iterable[str]) -> dict[str, str]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import threading
 from array import array
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -24,7 +24,8 @@ from colm_edge.decode.timeline import Around, Floats, Timeline
 from colm_edge.errors import ColmError, PromptError
 from colm_edge.llama.context import SMALL_BATCH
 from colm_edge.llama.held import Held
-from colm_edge.llama.session import Session
+from colm_edge.llama.owners import close_each
+from colm_edge.llama.session import Session, check_outputs
 from colm_edge.remote.client import RemoteSession
 
 if TYPE_CHECKING:
@@ -196,6 +197,7 @@ class SharedTimeline:
             raise PromptError(f"{len(tokens)} tokens do not fit the context of {self.n_ctx}")
         tokens = tokens if isinstance(tokens, array) else array("i", tokens)
         outputs = tuple(outputs) or (len(tokens) - 1,)
+        check_outputs(len(tokens) - outputs[0], self._shared.n_batch)
         account = self._shared.context.account
         seconds, loading = account.seconds, account.load_seconds
         request = _Request(self._slot, tokens, outputs, cancel, self._prompt)
@@ -278,7 +280,7 @@ class Slots:
     def take(self, tokens: Sequence[int]) -> Iterator[tuple[Timeline, ...] | None]:
         """Take a free slot, the one that holds most of these tokens, and give its timelines of the
         base and of each expert. None stands for the pair's own sessions."""
-        wanted = array("i", tokens)
+        wanted = self._held_as(array("i", tokens))
         with self._changed:
             free = [slot for slot in range(self.n_slots) if slot not in self._taken]
             if self._closed or not free:
@@ -300,12 +302,20 @@ class Slots:
     def _timeline(self, shared: SharedContext, member: Member, slot: int) -> Timeline:
         return member.across(SharedTimeline(self, shared, slot))
 
-    def _worth(self, slot: int, wanted: array[int]) -> tuple[int, int]:
-        """Rank a free slot for a prompt: by the length of the common prefix, if that is at least
+    def _held_as(self, tokens: array[int]) -> dict[SharedContext, array[int]]:
+        """Return tokens of the base's as each shared context would hold them."""
+        found = {shared: member.own(tokens) for shared, member in self.experts.items()}
+        return found if self.base is None else {self.base: tokens} | found
+
+    def _worth(self, slot: int, wanted: Mapping[SharedContext, array[int]]) -> tuple[float, int]:
+        """Rank a free slot for a prompt: by the share of it that is known, if that is at least
         half; otherwise the slot with the shortest cache is best, since it loses least."""
-        held = [shared.held[slot] for shared in self._waiting]  # an expert alone has it all
-        known = max((one.n_known(wanted) for one in held), default=0)
-        return known if 2 * known >= len(wanted) else 0, -sum(len(one.tokens) for one in held)
+        known = max(  # an expert alone has it all
+            (shared.held[slot].n_known(own) / max(1, len(own)) for shared, own in wanted.items()),
+            default=0.0,
+        )
+        n_held = sum(len(shared.held[slot].tokens) for shared in wanted)
+        return known if known >= 0.5 else 0.0, -n_held
 
     def wait_for(self, context: SharedContext, request: _Request) -> None:
         context.context.home.check()  # a child of fork has no worker
@@ -361,14 +371,8 @@ class Slots:
     def _make_room(self, context: SharedContext) -> None:
         """Free other experts, if that is needed. Every answer waits now, and reads none of them."""
         member, room = self.experts.get(context), self.pair.room
-        if member is None or room is None:
-            return
-
-        def free() -> None:
-            context.close()
-            member.unload()
-
-        room.enter(member, free)
+        if member is not None and room is not None:
+            room.enter(member, partial(_free, context, member))
 
     @contextmanager
     def away(self) -> Iterator[None]:
@@ -400,9 +404,9 @@ class Slots:
         with self._changed:
             if self._taken or not self.expert_loaded:
                 return
-            for shared in self.experts:
-                shared.close()
-            self.pair.unload_expert()
+            if self.base is None:
+                self.pair.unload_expert()
+            close_each(*(partial(_free, *expert) for expert in self.experts.items()))
 
     def close(self) -> None:
         """End the worker, and free the contexts once no answer reads them. Answers in shared
@@ -419,10 +423,16 @@ class Slots:
         with self._changed:
             while self._taken:
                 self._changed.wait()
-        for context in self._waiting:
-            context.close()
+        closers: list[Callable[[], None]] = [context.close for context in self._waiting]
         if self.base is not None and self.pair.room is not None:
-            self.pair.room.share(1)
+            closers.append(partial(self.pair.room.share, 1))
+        close_each(*closers)
+
+
+def _free(context: SharedContext, member: Member) -> None:
+    """Give back the memory of an expert and its shared context."""
+    context.close()
+    member.unload()
 
 
 class Writer:

@@ -17,8 +17,8 @@ from colm_edge.errors import ColmError, ModelError
 from colm_edge.llama.context import ContextOptions
 from colm_edge.llama.costs import CostTable
 from colm_edge.llama.measure import cost_table
-from colm_edge.llama.memory import cache_bytes
 from colm_edge.llama.model import Model
+from colm_edge.llama.owners import close_each
 from colm_edge.llama.session import Session
 from colm_edge.llama.vocabulary import Vocabulary, shared_vocab
 from colm_edge.options import Options
@@ -57,7 +57,7 @@ class Member:
         self.name = name
         self._base, self._note, self._weighed = base, note, weighed
         self.source = f"expert:{name}" if name else "expert"
-        self.model, self._n_ctx = model, context.n_ctx
+        self.model, self._context = model, context
         self.here: Session | None = None
         self.costs: CostTable | None = None  # once the fast schedule needs them
         self.n_contexts = 1  # as many answers at once
@@ -110,6 +110,14 @@ class Member:
             return BridgeAway(RowsSession(timeline.expert), self.crossing)
         return Bridge(timeline, self.crossing)
 
+    def own(self, tokens: array[int]) -> array[int]:
+        """Return the base's tokens as this expert holds them."""
+        if self.crossing is None:
+            return tokens
+        spelling = Spelling(self.crossing)
+        spelling.turn_to(tokens)
+        return spelling.ids
+
     @property
     def end_tokens(self) -> frozenset[int]:
         """The tokens of the base's vocabulary that end a generation for it."""
@@ -124,7 +132,7 @@ class Member:
             self._text = self._text or Spelling(self.crossing)
             self._text.turn_to(tokens)
             row = self._text.place(len(tokens) - 1).row
-            if 0 < row <= self._n_ctx:
+            if 0 < row <= self.timeline.n_ctx:
                 self.timeline.follow(self._text.ids[:row])
 
     @property
@@ -158,14 +166,18 @@ class Member:
         if self.here is None:
             return 0
         model = self.here.model
-        cache = cache_bytes(model, self._n_ctx * self.n_contexts)
+        cache = self._context.cache_bytes(model, self._context.n_ctx * self.n_contexts)
         return sum(file.stat().st_size for file in model.files) + cache
 
     def unload(self) -> None:
-        """Free its memory in this process; its next token loads it again."""
-        session = self.session
-        session.close()
-        session.model.unload()
+        """Free its memory in this process; its next token loads it again. Raises what a catch-up
+        raised that nobody waited for; its memory is freed then too."""
+        close_each(lambda: self.session, self._free)
+
+    def _free(self) -> None:
+        if self.here is not None:
+            self.here.close()
+            self.here.model.unload()
 
     def cost_tables(
         self, *, hasty: bool, cancel: Cancel | None = None

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
@@ -11,9 +13,11 @@ from lib.random_model import SHAPES, shape_of
 from colm_edge.bench import tune as tune_module
 from colm_edge.bench.tune import tune
 from colm_edge.cli import main
+from colm_edge.gguf_header import _Reader
 from colm_edge.info import as_text
 from colm_edge.llama.costs import CostTable, seconds_per_token, team_seconds_per_token
 from colm_edge.llama.model import Model
+from colm_edge.llama.quantize import quantize
 
 
 def info(*args: str):
@@ -154,6 +158,42 @@ def test_of_a_base_and_several_experts_it_predicts_what_they_do_together(tiny):
     assert "called equally often, together" in as_text(facts)
     foreign = CliRunner().invoke(main, ["info", *models, tiny["foreign"]])
     assert foreign.exit_code == 1
+
+
+def test_experts_of_one_file_name_are_told_apart(tiny, tmp_path):
+    """By their folders."""
+    names = [str(tmp_path / folder / "expert.gguf") for folder in "ab"]
+    for name, file in zip(names, (tiny["expert"], tiny["template"]), strict=True):
+        Path(name).parent.mkdir()
+        shutil.copy(file, name)
+    facts = info(tiny["base"], *names, "--costs", "-t", "1")
+    assert list(facts[-1]["experts_tokens_per_second"]) == names
+    assert facts[-1]["team"] == f"base.gguf with {', '.join(names)}"
+    pair = info(names[0], names[1])[-1]
+    assert pair["pair"] == " with ".join(names)
+
+
+def test_what_is_in_the_fastest_type_already_is_not_advised_to_become_so(tiny, tmp_path):
+    files = [str(tmp_path / f"{name}.gguf") for name in ("base", "expert")]
+    for name, file in zip(("base", "expert"), files, strict=True):
+        quantize(tiny[name], file, "Q4_0", n_threads=1)
+    for models, advised in ((files, False), ([files[0], tiny["expert"]], True)):
+        facts = info(*models, "--costs", "-t", "1")
+        assert facts[0]["quantisation"] == "Q4_0"
+        for limit in (0, 0.3):
+            text = as_text([facts[-1] | {"break_even": limit}])
+            assert ("Q4_0" in text) is advised
+            assert "a smaller base" in text
+
+
+def test_a_vocabulary_is_read_once_and_compared_as_a_whole(tiny, monkeypatch):
+    """It may have hundreds of thousands of tokens."""
+    headers, header = [], _Reader.header
+    monkeypatch.setattr(_Reader, "header", lambda self: headers.append(1) or header(self))
+    monkeypatch.setattr(Model, "token_text", None)
+    facts = info(tiny["base"], tiny["expert"])
+    assert facts[-1]["can_collaborate"] == "yes, over 400 shared tokens"
+    assert len(headers) == 2
 
 
 def test_equal_experts_cost_what_one_costs_at_more_calls():

@@ -42,6 +42,15 @@ def test_options_say_what_is_wrong(change, words):
         Options().with_changes(**change)
 
 
+@pytest.mark.parametrize("given", ["20", "20%", "-1"])
+def test_a_rate_in_per_cent_is_told_what_a_share_is(given):
+    ran = CliRunner().invoke(main, ["run", "hi", "--defer-rate", given])
+    assert ran.exit_code == 2
+    assert "expected a share of the tokens: 0.2 is 20 %" in ran.stderr
+    with pytest.raises(ColmError, match=r"from 0 to 1, a share of the tokens: 0\.2 is 20 %"):
+        Options(defer_rate=20.0)
+
+
 def test_the_later_of_two_exclusive_options_counts():
     options = Options(threshold=0.5).with_changes(defer_rate=0.2)
     assert (options.threshold, options.defer_rate) == (None, 0.2)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import threading
 from array import array
+from dataclasses import replace
 
 import pytest
+from lib.random_model import SHAPES, write_model
 
 from colm_edge.errors import ColmError
 from colm_edge.llama.context import Context
@@ -127,6 +129,37 @@ def test_a_slot_keeps_its_prefix_for_the_next_request(pair):
     assert again.base_tokens < n
     assert again.expert_tokens < n
     slots.close()
+
+
+def test_more_outputs_than_a_batch_are_refused_as_by_one_session(pair):
+    slots = Slots(pair, 2)
+    tokens = array("i", [1 + i % 200 for i in range(120)])
+    slots.base.n_batch = 64  # smaller than a context, as it is with longer ones
+    with slots.take(tokens) as (base, _):
+        with pytest.raises(ValueError, match="65 outputs, but a batch of at most 64"):
+            base.sync(tokens, range(55, 120))
+        assert base.sync(tokens, range(56, 120)) == 120
+        for i in (56, 119):
+            assert len(base.state(i)[0]) == pair.base.n_vocab
+    slots.close()
+
+
+def test_a_prompt_goes_to_the_slot_whose_expert_holds_it_behind_a_bridge(tiny, tmp_path):
+    """Its tokens are its own: by the base's, chance would choose. At a threshold of 0 nobody else
+    holds the prompt."""
+    other = tmp_path / "other.gguf"
+    write_model(other, replace(SHAPES["tiny"], n_vocab=268), seed=7, gain=20.0)
+    options = Options(temperature=0.0, max_tokens=2, threshold=0.0)
+    prompts = ["a long and winding beginning", "quite another story, and more of it"]
+    with load(
+        tiny["base"], str(other), "margin", n_threads=1, n_ctx=128, n_ubatch=8, bridge=True
+    ) as pair:
+        slots = Slots(pair, 2)
+        together(pair, slots, prompts, options)
+        for prompt in (prompts[1], prompts[0]):
+            known = answer(pair, slots, prompt + " and so on", options)[1].expert_tokens
+            assert known < len(prompt)  # it has a token for each letter
+        slots.close()
 
 
 def test_prompts_evaluated_side_by_side_share_their_beginning_later(pair):

@@ -161,7 +161,7 @@ EVALUATION = (
         "n_ctx",
         type=click.IntRange(0, INT_MAX),
         default=0,
-        help="Context size in tokens; 0: what both models were trained for, at most 4096.",
+        help="Context size in tokens; 0: what the models were trained for, at most 4096.",
     ),
     THREADS,
     click.option(
@@ -330,7 +330,8 @@ def _click_option(option: Option, default: Any) -> Any:
     elif option.kind is int:
         type = click.IntRange(low, high)
     elif option.kind is float:
-        type = float if low is high is None else Number(low, high, option.words)
+        is_plain = low is high is None
+        type = float if is_plain else Number(low, high, option.words, option.meaning)
     return click.option(
         *option.flags,
         option.name,
@@ -344,14 +345,28 @@ def _click_option(option: Option, default: Any) -> Any:
 
 
 class Number(click.FloatRange):
-    """A number in a range, or a word that stands for one."""
+    """A number in a range, or a word that stands for one. meaning: told where one is refused."""
 
-    def __init__(self, low: float | None, high: float | None, words: Mapping[str, float]) -> None:
+    def __init__(
+        self,
+        low: float | None,
+        high: float | None,
+        words: Mapping[str, float],
+        meaning: str = "",
+    ) -> None:
         super().__init__(low, None if high == math.inf else high)
-        self._words = words
+        self._words, self._meaning = words, meaning
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        return self._words[value] if value in self._words else super().convert(value, param, ctx)
+        if value in self._words:
+            return self._words[value]
+        try:
+            return super().convert(value, param, ctx)
+        except click.BadParameter as e:
+            if not self._meaning:
+                raise
+            what = e.message.replace("float range", "number").removesuffix(".")
+            return self.fail(f"{what}; expected {self._meaning}", param, ctx)
 
 
 def _is_given(value: Any) -> bool:

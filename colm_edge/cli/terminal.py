@@ -6,6 +6,7 @@ import math
 import os
 import re
 import shutil
+import stat
 import sys
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -163,6 +164,8 @@ def summary(stats: Stats) -> str:
 
 def say_end(answer: Answer, max_tokens: int) -> None:
     """Print what is below an answer: its statistics, and what cut it, if something did."""
+    if _is_read_beside():
+        say("")
     if answer.stats.experts:
         say(legend(answer.stats))
     line = summary(answer.stats)
@@ -170,6 +173,14 @@ def say_end(answer: Answer, max_tokens: int) -> None:
         by_limit = answer.stats.n_generated == max_tokens
         line += "; cut: " + ("the limit of tokens (-n)" if by_limit else "the context is full (-c)")
     say(line)
+
+
+def _is_read_beside() -> bool:
+    """Return whether another program reads the answer while stderr is a terminal: it may show the
+    end of the answer there late, and what is said meanwhile would stand in the same line."""
+    with suppress(OSError, ValueError):
+        return sys.stderr.isatty() and stat.S_ISFIFO(os.fstat(sys.stdout.fileno()).st_mode)
+    return False
 
 
 def shown_threshold(pair: Pair) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -193,8 +194,8 @@ def train(
     from colm_edge.train.report import check_report
 
     data, scores = text.get("data"), _files_of(**scored)
-    _check_choice(text, threshold_by, bool(scores), models)
-    if isinstance(models.get("expert"), tuple):
+    models = _spelt_out(_check_choice(text, threshold_by, bool(scores), models))
+    if isinstance(models.get("expert"), Mapping | tuple):
         unfit = threshold_by.get("metric"), carried, update, report_dir, scores
         return _train_team(text, outfile, fitting, work_dir, raw, models, unfit)
     check_writable(outfile, data, text.get("prompts"), *_read_files(models), *scores)
@@ -227,6 +228,19 @@ def train(
         _save(fit, pair, outfile, report_dir)
     say(_in_words(fit.report))
     click.echo(json.dumps({**fit.report, **_n_answers(recorded)}))
+
+
+def _spelt_out(models: dict[str, Any]) -> dict[str, Any]:
+    """Return the models with those that a pair of several experts stands for, by their names."""
+    from colm_edge.references import listed_pair
+
+    if "pair" not in models or models.keys() & {"model", "expert"}:
+        return models
+    base, experts = listed_pair(models["pair"])
+    if len(experts) == 1:
+        return models
+    others = {key: value for key, value in models.items() if key != "pair"}
+    return others | {"model": base, "expert": experts}
 
 
 def kept_beside(outfile: str) -> str:
@@ -270,7 +284,6 @@ def _train_team(
     rows = list(read_rows(file))
 
     def open_pair(name: str) -> Pair:
-        say(f"expert {name}")
         alone = {"expert": experts[name], "expert_required": True}
         return load(**models | alone, switch="margin")
 
@@ -302,8 +315,9 @@ def _check_choice(
     threshold_by: dict[str, Any],
     is_scored: bool,
     models: dict[str, Any],
-) -> None:
-    """Refuse options that contradict each other; with scores from elsewhere -m is enough."""
+) -> dict[str, Any]:
+    """Refuse options that contradict each other; return the models. With scores from elsewhere -m
+    is enough."""
     if ("data" in text) is ("prompts" in text):
         raise click.UsageError("give --data, texts to fit to, or --prompts, questions to answer")
     if "prompts" in text and ("metric" in threshold_by or is_scored):
@@ -316,6 +330,7 @@ def _check_choice(
         raise click.UsageError("--threshold-by needs the expert itself (-me) to answer prompts")
     if is_scored and "model" in models:
         models.setdefault("expert", models["model"])  # it is never evaluated
+    return models
 
 
 def _read_files(models: dict[str, Any]) -> list[str | None]:
@@ -455,7 +470,7 @@ def score_command(
 
     if update and work_dir is None:
         raise click.UsageError("--update needs --work-dir")
-    if isinstance(models.get("expert"), tuple):
+    if isinstance(_spelt_out(models).get("expert"), Mapping | tuple):
         raise click.UsageError("score works with one expert; give -me once")
     check_writable(outfile, data, *_read_files(models))
     work = Path(work_dir) if work_dir else None

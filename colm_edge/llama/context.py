@@ -20,7 +20,7 @@ from colm_edge.cancel import Cancel
 from colm_edge.errors import ColmError, ModelError
 from colm_edge.llama.backend import last_errors, supports_gpu
 from colm_edge.llama.interrupts import interrupts_noted
-from colm_edge.llama.memory import check_room
+from colm_edge.llama.memory import cache_bytes, check_room
 from colm_edge.llama.model import Model
 from colm_edge.llama.owners import Alone, Home
 from colm_edge.llama.threads import Cores, cores, n_cores
@@ -118,6 +118,11 @@ class ContextOptions:
         another program uses the cores too, waiting at every layer costs hundreds of times the work.
         """
         return self.n_threads or (1 if is_small(model) else n_cores())
+
+    def cache_bytes(self, model: Model, n_ctx: int) -> int:
+        """Return the size of a model's KV cache of n_ctx tokens."""
+        bits = CACHE_BITS[self.cache_type_k], CACHE_BITS[self.cache_type_v]
+        return cache_bytes(model, n_ctx, *bits)
 
     @property
     def adapts_threads(self) -> bool:
@@ -250,8 +255,7 @@ class Context:
         if self._n_threads > 1 and is_on_cpu(self.model):
             self._cores = cores()
         if is_on_cpu(self.model):
-            bits = (CACHE_BITS[self.options.cache_type_k], CACHE_BITS[self.options.cache_type_v])
-            check_room(self.model, self.n_ctx, *bits)
+            check_room(self.model, self.n_ctx, self.options.cache_bytes(self.model, self.n_ctx))
         model = self.model.load(None if cancel is None else cancel.check)
         last_errors.clear()
         handle: Any = None
@@ -289,6 +293,7 @@ class Context:
         params.flash_attn_type = _FLASH[options.flash_attn_of(model, self.n_sequences)]
         params.type_k = CACHE_TYPES[options.cache_type_k]
         params.type_v = CACHE_TYPES[options.cache_type_v]
+        params.swa_full = True  # of layers with a window too; else they could not be rolled back
         params.no_perf = True
         return params
 

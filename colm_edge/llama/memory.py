@@ -12,25 +12,32 @@ from colm_edge.llama.model import Model
 
 MEMORY_FACTS = Path("/proc/meminfo")
 F16_BITS = 16
+CELLS = 256  # llama.cpp rounds a context up to a multiple of so many tokens
 
 
 def cache_bytes(
     model: Model, n_ctx: int, key_bits: float = F16_BITS, value_bits: float = F16_BITS
 ) -> int:
-    """Return the size of a KV cache of n_ctx tokens, 0 where the model's layers differ, or do not
-    look back at all tokens.
+    """Return the size of a KV cache of n_ctx tokens.
 
-    key_bits, value_bits: of a number.
+    Layers that look back at a window of tokens alone hold all of them too (`swa_full`): a cache
+    that forgot some could not be rolled back. key_bits, value_bits: of a number.
     """
-    kind = model.metadata("general.architecture")
-    listed = model.metadata(f"{kind}.attention.head_count_kv") or ""
-    if model.number("attention.sliding_window") or (listed and not listed.isdecimal()):
-        return 0
-    n_head = model.number("attention.head_count")
-    n_head_kv = model.number("attention.head_count_kv") or n_head
-    width = model.number("attention.key_length") or model.n_embd // max(1, n_head)
-    numbers = model.number("block_count") * n_head_kv * width * n_ctx
-    return int(numbers * (key_bits + value_bits) / 8)
+    of_queries = _by_layer(model, "attention.head_count") or [0]
+    heads = _by_layer(model, "attention.head_count_kv") or of_queries  # of each layer, or of all
+    n_heads = sum(heads) if len(heads) > 1 else heads[0] * model.number("block_count")
+    width = model.n_embd // max(1, of_queries[0])
+    bits = key_bits * (model.number("attention.key_length") or width)
+    bits += value_bits * (model.number("attention.value_length") or width)
+    return int(-(-n_ctx // CELLS) * CELLS * n_heads * bits / 8)
+
+
+def _by_layer(model: Model, key: str) -> list[int]:
+    """Return the whole numbers that a model's header has of each layer, or the one of all."""
+    found = model.metadata(f"{model.metadata('general.architecture')}.{key}") or ""
+    numbers = [part.strip() for part in found.strip("[]").split(",")]
+    known = all(number.isdecimal() and len(number) < 20 for number in numbers)
+    return [int(number) for number in numbers] if known else []
 
 
 def available_bytes() -> int | None:
@@ -43,9 +50,12 @@ def available_bytes() -> int | None:
         return None
 
 
-def check_room(model: Model, n_ctx: int, key_bits: float, value_bits: float) -> None:
-    """Raise ModelError where a context of n_ctx tokens takes more memory than there is."""
-    needed, there = cache_bytes(model, n_ctx, key_bits, value_bits), available_bytes()
+def check_room(model: Model, n_ctx: int, needed: int) -> None:
+    """Raise ModelError where a context of n_ctx tokens takes more memory than there is.
+
+    needed: bytes that it takes.
+    """
+    there = available_bytes()
     if there is not None and needed > there:
         raise ModelError(
             f"{model.path}: a context of {n_ctx:,} tokens takes {needed / 1e9:,.1f} GB, and "

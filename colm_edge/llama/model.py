@@ -6,6 +6,7 @@ The vocabulary is read at once, the weights at the first evaluation.
 from __future__ import annotations
 
 import ctypes
+import hashlib
 import os
 import re
 import threading
@@ -28,8 +29,6 @@ from colm_edge.llama.owners import HomeLock
 from colm_edge.llama.rpc import check_servers, device_list
 from colm_edge.llama.threads import cores
 
-# llama.cpp's limit: two vocabularies may differ in size by this many rows.
-MAX_VOCAB_DIFFERENCE = 128
 PARTED = "\ufdd0"  # no character of Unicode, and never will be one
 # Pre-tokenizers that llama.cpp has code of its own for; other texts are cut here.
 OWN_SPLITS = ("gpt-2", "llama-bpe", "olmo", "qwen2", "smollm")
@@ -347,6 +346,12 @@ class Model:
         with self._lock:
             text = llama.llama_vocab_get_text(self._vocab, token)
         return (text or b"").decode("utf-8", "replace")
+
+    @cached_property
+    def vocabulary_hash(self) -> str:
+        """A hash that models share whose vocabularies have the same texts."""
+        texts = [text or b"" for text in self.each_token(llama.llama_vocab_get_text)]
+        return hashlib.sha256(b"\0".join(texts)).hexdigest()
 
     def tokenize(self, text: str, *, special: bool = True, bos: bool = True) -> list[int]:
         """Return the token ids of a text.

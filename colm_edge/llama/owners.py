@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import threading
+from collections.abc import Callable
 from types import TracebackType
 
 from colm_edge.errors import ModelError
@@ -43,6 +44,19 @@ class Home:
                 "the models were loaded before this process was forked, and cannot be used in it; "
                 "load them in the child, or start it with the method spawn"
             )
+
+
+def close_each(*closers: Callable[[], object]) -> None:
+    """Call each, also where those before it fail, and then raise the first error. An interrupt ends
+    it at once: what it came in may still be in use."""
+    first: Exception | None = None
+    for close in closers:
+        try:
+            close()
+        except Exception as e:
+            first = first or e
+    if first is not None:
+        raise first
 
 
 class HomeLock:

@@ -31,6 +31,12 @@ class Snapshot(NamedTuple):
     state: Bytes
 
 
+def check_outputs(n_outputs: int, n_batch: int) -> None:
+    """Raise ValueError for more outputs than a batch has tokens: their states are read together."""
+    if n_outputs > n_batch:
+        raise ValueError(f"{n_outputs} outputs, but a batch of at most {n_batch}")
+
+
 class Piece(NamedTuple):
     """Tokens start to end of a prefix, evaluated in one batch that is padded to `size`."""
 
@@ -276,8 +282,7 @@ class Session:
         """Cut the tokens from start to n into batches, with all outputs in the last one."""
         most = self.n_batch // self.block * self.block
         n_outputs = n - first_output
-        if n_outputs > self.n_batch:
-            raise ValueError(f"{n_outputs} outputs, but a batch of at most {self.n_batch}")
+        check_outputs(n_outputs, self.n_batch)
         # With embeddings on, every token is an output; the others go first, without embeddings.
         ends = [first_output, n] if self.wants_hidden else [n]
         for end in ends:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator
 from functools import cached_property
 
 import llama_cpp as llama
 
 from colm_edge.errors import MismatchError
-from colm_edge.llama.model import MAX_VOCAB_DIFFERENCE, Model
+from colm_edge.llama.model import Model
 
+# llama.cpp's limit: two vocabularies may differ in size by this many rows.
+MAX_VOCAB_DIFFERENCE = 128
 # Lower ids are special tokens, which models of one vocabulary may name differently.
 FIRST_COMPARED_TOKEN = 5
 
@@ -26,20 +27,21 @@ class Vocabulary:
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Vocabulary):
             return NotImplemented  # another kind may know
-        if self.n_vocab != other.n_vocab:
-            return False
-        return self._model.path == other._model.path or self._digest == other._digest
+        one, two = self._model, other._model
+        return one.path == two.path or (
+            one.n_vocab == two.n_vocab
+            and one.vocab_kind() == two.vocab_kind()
+            and one.vocabulary_hash == two.vocabulary_hash
+            and self._kinds == other._kinds
+        )
 
     def __hash__(self) -> int:
         return hash(self.n_vocab)
 
     @cached_property
-    def _digest(self) -> bytes:
-        """A hash of all that says how tokens are spelt."""
-        model = self._model
-        kinds = model.each_token(llama.llama_vocab_get_attr)
-        told = repr((model.vocab_kind(), self.end, kinds)).encode()
-        return hashlib.sha256(told + b"\0".join(spelt(model))).digest()
+    def _kinds(self) -> list[int]:
+        """Of each token, whether it is a control token and the like."""
+        return self._model.each_token(llama.llama_vocab_get_attr)
 
     @cached_property
     def begin(self) -> int | None:
@@ -125,11 +127,6 @@ def runs_of(raw: bytes) -> Iterator[tuple[bytes, str | None]]:
             at += e.end
 
 
-def spelt(model: Model) -> list[bytes]:
-    """Return how a vocabulary spells its tokens, special ones included."""
-    return [text or b"" for text in model.each_token(llama.llama_vocab_get_text)]
-
-
 def shared_vocab(base: Model, expert: Model) -> int:
     """Return how many ids two models share; higher ids belong to one of them only.
 
@@ -150,13 +147,12 @@ def shared_vocab(base: Model, expert: Model) -> int:
             "use two of one family, or --bridge"
         )
     n = min(base.n_vocab, expert.n_vocab)
-    if base.path == expert.path:
+    if base.path == expert.path or base.vocabulary_hash == expert.vocabulary_hash:
         return n
-    pairs = enumerate(zip(spelt(base), spelt(expert), strict=False))
-    differ = (i for i, (ours, theirs) in pairs if ours != theirs and i >= FIRST_COMPARED_TOKEN)
-    if (i := next(differ, None)) is not None:
-        raise MismatchError(
-            f"the vocabularies of {names} differ: token {i} is {base.token_text(i)!r} in the "
-            f"base, {expert.token_text(i)!r} in the expert; use two of one family, or --bridge"
-        )
+    for i in range(FIRST_COMPARED_TOKEN, n):
+        if base.token_text(i) != expert.token_text(i):
+            raise MismatchError(
+                f"the vocabularies of {names} differ: token {i} is {base.token_text(i)!r} in the "
+                f"base, {expert.token_text(i)!r} in the expert; use two of one family, or --bridge"
+            )
     return n

@@ -10,7 +10,8 @@ from typing import Any
 
 from colm_edge.errors import ModelError
 from colm_edge.llama.held import common_prefix
-from colm_edge.llama.model import MAX_VOCAB_DIFFERENCE, Model
+from colm_edge.llama.model import Model
+from colm_edge.llama.vocabulary import MAX_VOCAB_DIFFERENCE
 from colm_edge.remote import colm_edge, llama_cpp, vllm
 from colm_edge.remote.dialect import Dialect
 from colm_edge.remote.http import TOLD, RequestError, Server

@@ -56,6 +56,13 @@ def in_order(switch: AnySwitch, experts: Mapping[str, E]) -> dict[str, E]:
     return {name: experts[name] for name in known} if known else dict(experts)
 
 
+def check_rule(ref: str | None, experts: Mapping[str, object] | None) -> None:
+    """Raise MismatchError, before any model is read, where a rule is to choose among several
+    experts. ref: of a switch; None stands for margin."""
+    if ref is None or ref in NAMED:
+        in_order(NAMED[ref or "margin"], experts or {})
+
+
 def warnings_of(switch: AnySwitch, base: object, experts: Mapping[str, object]) -> Iterator[str]:
     """Yield a line for each model that a trained switch was not fitted for. Servers do not tell
     their files."""

@@ -8,10 +8,12 @@ stopped.
     token.int32, line.int64   of every scored token, in the documents' order
     base-<fingerprint>/       columns logprob, likeliest, hidden, features (see FolderStore)
     expert-<fingerprint>/     columns logprob, right, best, choice
+    base-<fingerprint>-<n>/   the same where models share only the first n token ids
 """
 
 from __future__ import annotations
 
+import re
 from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
@@ -473,7 +475,8 @@ def _model_folder(work: Path, name: str, pair: Pair, update: bool, which: int) -
     """Return the folder of a model's columns. Raises DataError if there is another model's.
 
     Each model has its own, by its fingerprint, so that no two are ever mixed; after an update the
-    former expert's folder stays, and is used again if that expert comes back.
+    former expert's folder stays, and is used again if that expert comes back. What each finds
+    likeliest depends on the ids to choose from, so they are part of the name if they are not all.
     """
     with disk_errors(work):
         work.mkdir(parents=True, exist_ok=True)
@@ -481,8 +484,12 @@ def _model_folder(work: Path, name: str, pair: Pair, update: bool, which: int) -
     expert = pair.members[which].timeline
     model = str(pair.base.path) if is_base else expert.name
     mark = pair.base.fingerprint if is_base else expert.fingerprint
-    folder = work / f"{name}-{mark[:8]}"
-    others = [p for p in work.glob(f"{name}-" + "[0-9a-f]" * 8) if p != folder]
+    own, n = f"{name}-{mark[:8]}", pair.n_shared
+    folder = work / (own if n == pair.base.n_vocab else f"{own}-{n}")
+    others = [
+        p for p in work.iterdir()
+        if re.fullmatch(rf"{name}-[0-9a-f]{{8}}(-\d+)?", p.name) and not p.name.startswith(own)
+    ]  # fmt: skip
     if folder.exists() or not others or (update and not is_base):
         return folder
     cure = "or remove this one" if is_base else "remove this one, or have it updated (--update)"

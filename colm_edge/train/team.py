@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -19,7 +19,7 @@ import numpy.typing as npt
 
 from colm_edge.errors import DataError
 from colm_edge.switch.file import FEATURE_SETS, Switch
-from colm_edge.switch.reading import log_shares, sigmoids
+from colm_edge.switch.reading import HIDDEN, log_shares, sigmoids
 from colm_edge.switch.rules import DEFAULT_RATE
 from colm_edge.train.fit import (
     FIT_BYTES,
@@ -30,7 +30,7 @@ from colm_edge.train.fit import (
     feature_columns,
     sample,
 )
-from colm_edge.train.heads import Array, Columns, Head, Standardised, minimize
+from colm_edge.train.heads import CHUNK_ROWS, Array, Columns, Head, Standardised, minimize
 from colm_edge.train.objectives import DEFER_RATES, REGRET_RATES, REJECTED, Rows
 from colm_edge.train.scoring import Scores
 
@@ -44,8 +44,9 @@ class TeamScores:
     """What base and experts said of every scored token, a row each.
 
     scores: with each expert, in the switch's order; their base's columns are the same. Of documents
-    that the experts wrote themselves there is one, of all rows, and `told` is false: what the other
-    experts think of them is not known.
+    that the experts wrote themselves `told` is false: each has the rows of its own alone, one after
+    the other's, since what the other experts think of them is not known. They may be mapped, and
+    are never joined: the columns of features may be larger than memory.
     writer: the expert of each row's document, (n,): the one that wrote it, or finds it likeliest.
     """
 
@@ -53,21 +54,55 @@ class TeamScores:
     writer: npt.NDArray[np.int64]
     told: bool
 
+    @cached_property
+    def line(self) -> npt.NDArray[np.int64]:
+        """The line of each row, (n,)."""
+        return self.scores[0].line if self.told else np.concatenate([s.line for s in self.scores])
+
     @property
-    def base(self) -> Scores:
-        """The scores whose columns are the base's."""
-        return self.scores[0]
+    def n_embd(self) -> int:
+        """The width of the base's hidden state."""
+        return int(self.scores[0].hidden.shape[1])
+
+    @property
+    def tells_regret(self) -> bool:
+        """Whether the regret is known: a server's expert does not tell it."""
+        return all(scores.tells_regret for scores in self.scores)
+
+    def features(self, rows: Rows, names: tuple[str, ...]) -> Columns:
+        """Return the features of some rows, (n, k): a copy, also of scores that are mapped."""
+        if self.told:
+            return feature_columns(self.scores[0], rows, names)
+        width = sum(self.n_embd if name == HIDDEN else 1 for name in names)
+        found = np.empty((len(rows), width), np.float32)
+        for at, scores, own in self._by_writer(rows):
+            for start in range(0, len(own), CHUNK_ROWS):
+                some = slice(start, start + CHUNK_ROWS)
+                found[at[some]] = feature_columns(scores, own[some], names)
+        return found
 
     def gold(self, rows: Rows) -> Array:
-        """Return the log-probabilities of the gold tokens, (n, 1 + K): the base's first."""
-        return np.column_stack([self.base.base[rows], *(s.expert[rows] for s in self.scores)])
+        """Return the log-probabilities of the gold tokens, (n, 1 + K): the base's first. Only where
+        every expert has told them."""
+        base = self.scores[0].base[rows]
+        return np.column_stack([base, *(scores.expert[rows] for scores in self.scores)])
 
     def regret(self, rows: Rows) -> Array:
         """Return the nats by which the document's expert prefers its own choice to the base's."""
-        if not self.told:
-            return self.base.regret(rows)
-        all_of = np.stack([scores.regret(rows) for scores in self.scores])
-        return np.asarray(np.take_along_axis(all_of, self.writer[rows][None], axis=0)[0])
+        found = np.empty(len(rows))
+        for at, scores, own in self._by_writer(rows):
+            found[at] = scores.regret(own)
+        return found
+
+    def _by_writer(self, rows: Rows) -> list[tuple[Rows, Scores, Rows]]:
+        """Return for each expert: which of these rows are of its documents, the scores with it, and
+        these rows' places in them."""
+        found, first = [], 0
+        for k, scores in enumerate(self.scores):
+            at = np.flatnonzero(self.writer[rows] == k)
+            found.append((at, scores, rows[at] - first))
+            first += 0 if self.told else len(scores.line)
+        return found
 
 
 def likeliest_writers(scores: Sequence[Scores]) -> npt.NDArray[np.int64]:
@@ -161,18 +196,23 @@ def fit_team(
     """
     objective = ("marginal" if team.told else "regret") if objective == "best" else objective
     _check(objective, team)
-    is_valid = np.isin(team.base.line, list(held_back))
+    is_valid = np.isin(team.line, list(held_back))
     train, valid = np.flatnonzero(~is_valid), np.flatnonzero(is_valid)
-    columns = partial(feature_columns, team.base, names=FEATURE_SETS[features])
+    columns = partial(team.features, names=FEATURE_SETS[features])
     heads, l2 = _search(team, objective, len(names), train, valid, columns)
-    d = d_of(heads, columns(valid))
+    d = np.concatenate(
+        [
+            d_of(heads, columns(valid[at : at + CHUNK_ROWS]))
+            for at in range(0, len(valid), CHUNK_ROWS)
+        ]
+    )
     switch = _switch(heads, d, team, valid, objective, features, info)
     report = {
         "features": features,
         "objective": objective,
         "l2": l2,
         **_figures(team, valid, d, switch.threshold, names),
-        "n_train": len(np.unique(team.base.line)) - len(held_back),
+        "n_train": len(np.unique(team.line)) - len(held_back),
         "n_valid": len(held_back),
         "n_train_tokens": len(train),
         "n_valid_tokens": len(valid),
@@ -189,20 +229,22 @@ def _search(
     columns: Callable[[Rows], Columns],
 ) -> tuple[Sequence[Head], float]:
     """Return the heads with the l2 of the grid that is judged the best, and that l2. With much data
-    it is searched on a part; the heads are then fitted on all, or on as much as FIT_BYTES hold."""
+    it is searched and judged on parts; the heads are then fitted on all, or on as much as FIT_BYTES
+    hold."""
 
     def loss_on(rows: Rows) -> TeamLoss:
         if objective == "marginal":
             return partial(marginal_loss, team.gold(rows))
         return partial(regret_loss, team.regret(rows), team.writer[rows])
 
-    held_back = columns(valid)
+    judges = sample(valid, SEARCH_TOKENS)
+    held_back = columns(judges)
 
     def judged(heads: Sequence[Head]) -> float:
         d = d_of(heads, held_back)
         if objective == "marginal":
-            return marginal_loss(team.gold(valid), d)[0]
-        return regret_left(team.regret(valid), team.writer[valid], d)
+            return marginal_loss(team.gold(judges), d)[0]
+        return regret_left(team.regret(judges), team.writer[judges], d)
 
     searched = sample(train, SEARCH_TOKENS)
     block = Standardised(columns(searched))
@@ -234,7 +276,7 @@ def _check(objective: str, team: TeamScores) -> None:
             "the objective marginal needs what every expert thinks of every text; give --data, or "
             "--objective regret"
         )
-    if objective == "regret" and not all(scores.tells_regret for scores in team.scores):
+    if objective == "regret" and not team.tells_regret:
         raise DataError(
             "the objective regret needs the experts' view of the base's choices, which a server "
             "does not tell; give them as GGUF files, or --objective marginal"
@@ -261,7 +303,7 @@ def _switch(
         features=FEATURE_SETS[features],
         weight=np.stack([head.weight for head in heads]).astype(np.float32),
         bias=np.array([head.bias for head in heads], np.float32),
-        n_embd=team.base.hidden.shape[1],
+        n_embd=team.n_embd,
         threshold=threshold,
         defer_rates=rates,
         thresholds=thresholds,
@@ -291,7 +333,7 @@ def _figures(
             for k, name in enumerate(names)
         },
     }
-    if all(scores.tells_regret for scores in team.scores):
+    if team.tells_regret:
         figures["regret_removed"] = 1 - regret_left(team.regret(valid), writer, d)
     if not team.told:
         return figures

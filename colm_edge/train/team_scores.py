@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,6 +23,28 @@ if TYPE_CHECKING:
 
 # An expert's name -> its pair with the base, open inside the `with` block.
 OpenPair = Callable[[str], AbstractContextManager["Pair"]]
+
+
+def as_one_team(open_pair: OpenPair, names: Sequence[str]) -> OpenPair:
+    """Return what opens the same pairs, each with the token ids that the base shares with all the
+    experts: it chooses among these when they answer together."""
+    shared = []
+    for name in names:
+        with open_pair(name) as pair:
+            shared.append(pair.n_shared)
+
+    @contextmanager
+    def opened(name: str) -> Iterator[Pair]:
+        with open_pair(name) as pair:
+            pair.limit_shared(min(shared))
+            yield pair
+
+    return opened
+
+
+def of_expert(name: str, progress: MakeProgress) -> MakeProgress:
+    """Return what makes progress bars that name an expert."""
+    return lambda what, total: progress(f"{name}: {what}", total)
 
 
 @dataclass(frozen=True)
@@ -50,10 +72,11 @@ def score_texts(
     """Score every text with the base and each expert. work: as in `score`; seed: of a fit."""
     found, info = list[Scores](), {"expert_names": " ".join(names)}
     documents: Documents | None = None
+    opened = as_one_team(open_pair, names)
     for name in names:
-        with open_pair(name) as pair:
-            documents = tokenized(rows, pair, raw=raw, work=work)
-            found.append(score(pair, documents, progress, work=work, update=True))
+        with opened(name) as pair:
+            documents, bar = tokenized(rows, pair, raw=raw, work=work), of_expert(name, progress)
+            found.append(score(pair, documents, bar, work=work, update=True))
             info |= _named(identities(pair, None, elsewhere=False), name)
     assert documents is not None, "there are experts"
     held_back = held_back_lines(documents, seed)
@@ -81,16 +104,17 @@ def score_answers(
     """
     found, writers, held_back = list[Scores](), list[int](), set[int]()
     info, n_cut, n_answers = {"expert_names": " ".join(names)}, 0, 0
-    by_name = by_expert(rows, names)
+    by_name, opened = by_expert(rows, names), as_one_team(open_pair, names)
     for k, name in enumerate(names):
-        with open_pair(name) as pair:
+        with opened(name) as pair:
+            bar = of_expert(name, progress)
             answered = answer_prompts(
-                pair, by_name[name], progress, max_tokens=max_tokens, n_slots=n_slots, raw=raw,
+                pair, by_name[name], bar, max_tokens=max_tokens, n_slots=n_slots, raw=raw,
                 work=work / name,
             )  # fmt: skip
             documents = answered.documents
             scores = score(
-                pair, documents, progress, work=work / name, update=True,
+                pair, documents, bar, work=work / name, update=True,
                 recorded=answered.recorded,
             )  # fmt: skip
             info |= _named(identities(pair, None, elsewhere=False), name)
@@ -98,7 +122,7 @@ def score_answers(
         writers += [k] * len(scores.base)
         held_back |= held_back_lines(documents, seed)
         n_cut, n_answers = n_cut + answered.n_cut, n_answers + len(answered.entries)
-    team = TeamScores([_joined(found)], np.array(writers, np.int64), told=False)
+    team = TeamScores(found, np.array(writers, np.int64), told=False)
     return TeamData(team, held_back, info, n_cut, n_answers)
 
 
@@ -120,14 +144,6 @@ def by_expert(rows: Iterable[Row], names: Sequence[str]) -> dict[str, list[Row]]
         if not own:
             raise DataError(f"no prompt names the expert {name}; give it some, or leave it out")
     return found
-
-
-def _joined(parts: Sequence[Scores]) -> Scores:
-    columns = {
-        field.name: np.concatenate([getattr(part, field.name) for part in parts])
-        for field in fields(Scores)
-    }
-    return Scores(**columns)
 
 
 def _named(info: dict[str, str], name: str) -> dict[str, str]:

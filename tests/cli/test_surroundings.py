@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -31,6 +32,24 @@ def test_a_full_output_is_one_line(args):
     assert done.returncode == 1
     assert done.stderr.splitlines()[-1] == "Error: standard output: No space left on device"
     assert "Traceback" not in done.stderr
+
+
+@posix
+def test_statistics_do_not_go_on_in_the_line_of_an_answer_that_another_program_shows():
+    """`colm-edge run … | cat`: it may show the end of the answer after them."""
+    import pty
+
+    shown, terminal = pty.openpty()
+    ran = subprocess.run(command(*RUN), stdout=subprocess.PIPE, stderr=terminal, check=True)
+    os.close(terminal)
+    said = os.read(shown, 1 << 16).decode().replace("\r", "")
+    os.close(shown)
+    assert ran.stdout.endswith(b"\n")
+    assert re.search(r"\n\n3 tokens, .*\n$", said)
+    both = subprocess.run(
+        command(*RUN), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=True
+    )  # here nothing can come out of order
+    assert re.search(r"[^\n]\n3 tokens, .*\n$", both.stdout)
 
 
 @posix

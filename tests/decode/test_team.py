@@ -29,6 +29,7 @@ from colm_edge.decode.policy import Policy
 from colm_edge.decode.review import ByRule, Review, Tolerance
 from colm_edge.decode.step import ExpertStats, Stats
 from colm_edge.errors import ColmError, MismatchError, ModelError
+from colm_edge.llama.memory import cache_bytes
 from colm_edge.options import Options
 from colm_edge.pair import load
 from colm_edge.readout import FEATURES
@@ -245,6 +246,25 @@ def test_the_order_and_the_names_come_from_the_switch(models, tiny):
         load(**refs, switch="margin", n_threads=1)
 
 
+@pytest.mark.parametrize("switch", [None, "margin", "router"])
+def test_what_cannot_choose_among_experts_is_refused_before_a_model_is_read(
+    tiny, models, switch, monkeypatch
+):
+    """Nor is anything downloaded for it."""
+
+    def read(*args, **more):
+        raise AssertionError("a model is read")
+
+    monkeypatch.setattr("colm_edge.pair.Model", read)
+    experts, words = ["x=a/b:c.gguf", "y=a/b:d.gguf"], "and not to which of 2 experts"
+    if switch == "router":  # which knows others
+        switch, experts, words = models[1], [tiny["expert"], tiny["base"]], "experts named a, b"
+    else:
+        monkeypatch.setattr("colm_edge.references.fetch", read)
+    with pytest.raises(MismatchError, match=words):
+        load(tiny["base"], experts, switch)
+
+
 def test_slots_write_what_one_answer_alone_writes(models):
     prompts = ["hello", "a long and winding beginning", "x", "hello there, you"]
     options = Options(temperature=0.0, max_tokens=20)
@@ -296,6 +316,17 @@ def test_each_answer_at_once_takes_its_context_out_of_the_limit(models):
         with pytest.raises(ColmError, match=r"with 3 answer\(s\) at once; allow more"):
             Slots(pair, 3)
         Slots(pair, 1).close()
+
+
+def test_an_expert_takes_what_its_context_really_does(models):
+    """By the same arithmetic as what a context is refused by, and so by its cache's types."""
+    with opened(models, cache_type_k="f32", cache_type_v="q8_0", flash_attn="on") as pair:
+        pair.room.share(3)
+        for member in pair.members:
+            session, model = member.here, member.here.model
+            cache = session.options.cache_bytes(model, 3 * pair.n_ctx)
+            assert cache == cache_bytes(model, 3 * pair.n_ctx, 32, 8.5)
+            assert member.n_bytes == model.path.stat().st_size + cache
 
 
 def test_scoring_and_measuring_keep_to_the_limit(models, tmp_path):

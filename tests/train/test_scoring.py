@@ -195,6 +195,25 @@ def test_an_update_with_more_documents_appends_to_the_files(pair, tmp_path):
     assert_same(updated, score(pair, new, no_bar), 2e-2)
 
 
+def test_scores_belong_to_the_ids_that_were_chosen_from(pair, tmp_path):
+    """An expert that shares fewer of them has other choices of the base to judge."""
+    documents = tokenized(enumerate(ROWS), pair)
+    before = score(pair, documents, no_bar, work=tmp_path)
+    n = int(np.median(before.likeliest))
+    evaluated = Evaluated(pair)
+    pair.limit_shared(n)
+    fewer = score(pair, documents, no_bar, work=tmp_path)
+    assert evaluated() == (cost(documents), cost(documents))
+    assert (before.likeliest >= n).any()
+    assert (fewer.likeliest < n).all()
+    assert_same(fewer, score(pair, documents, no_bar))
+    evaluated()
+    assert_same(fewer, score(pair, documents, no_bar, work=tmp_path))
+    pair.limit_shared(pair.base.n_vocab)
+    assert_same(before, score(pair, documents, no_bar, work=tmp_path))
+    assert evaluated() == (0, 0)
+
+
 def test_a_copy_that_was_stopped_loses_nothing(pair, tmp_path, monkeypatch):
     old, new = (tokenized(enumerate(ROWS[i:]), pair) for i in (0, 3))
     score(pair, old, no_bar, work=tmp_path)

@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import json
+from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
 import pytest
 from click.testing import CliRunner
+from conftest import no_bar
 from hypothesis import given
 from hypothesis import strategies as st
 
 from colm_edge.cli import main
 from colm_edge.errors import DataError
 from colm_edge.pair import load
-from colm_edge.switch.file import Switch
+from colm_edge.switch.file import FEATURE_SETS, Switch
 from colm_edge.switch.rules import Only
 from colm_edge.train import objectives, team
-from colm_edge.train.scoring import Scores
+from colm_edge.train.documents import tokenized
+from colm_edge.train.fit import feature_columns
+from colm_edge.train.scoring import Scores, score
+from colm_edge.train.team_scores import score_answers, score_texts
 
 
 def drawn(seed: int, n: int = 40, n_experts: int = 3):
@@ -101,7 +106,7 @@ def made(n_lines: int = 200, per_line: int = 20, seed: int = 0) -> team.TeamScor
 @pytest.mark.parametrize("objective", ["best", "regret"])
 def test_each_expert_is_called_for_what_it_knows(objective):
     scores = made()
-    assert np.array_equal(scores.writer, scores.base.line % 2)
+    assert np.array_equal(scores.writer, scores.line % 2)
     switch, report = team.fit_team(
         scores, set(range(0, 200, 5)), ["a", "b"], objective=objective, info={}
     )
@@ -121,6 +126,70 @@ def test_each_expert_is_called_for_what_it_knows(objective):
             for one in scores.scores
         ]  # fmt: skip
         assert report["nll_joint"] < min(alone)
+
+
+@given(seed=st.integers(0, 10_000), n=st.lists(st.integers(1, 30), min_size=1, max_size=4))
+def test_documents_of_each_expert_are_read_as_if_they_were_joined(seed, n):
+    rng = np.random.default_rng(seed)
+    parts = [made(1, rows, seed + rows).scores[0] for rows in n]
+    for k, part in enumerate(parts):
+        part.line[:] = 100 * k + rng.integers(0, 3, len(part.line))
+        part.best[:] = -rng.exponential(1, len(part.best))
+        part.logit_features[:] = rng.normal(0, 1, part.logit_features.shape)
+    names = [field.name for field in fields(Scores)]
+    joined = Scores(**{f: np.concatenate([getattr(p, f) for p in parts]) for f in names})
+    writer = np.repeat(np.arange(len(n)), n)
+    apart = team.TeamScores(parts, writer, told=False)
+    rows = rng.permutation(len(writer))[: rng.integers(1, len(writer) + 1)]
+    assert np.array_equal(apart.line, joined.line)
+    assert np.array_equal(apart.regret(rows), joined.regret(rows))
+    for names in FEATURE_SETS.values():
+        assert np.array_equal(apart.features(rows, names), feature_columns(joined, rows, names))
+
+
+def test_mapped_scores_of_a_team_stay_mapped(tiny, tmp_path):
+    """A work folder may be larger than memory."""
+    rows = [(i, {"prompt": f"say {i}", "expert": "ab"[i % 2]}) for i in range(12)]
+    how = {"raw": False, "seed": 0}
+    found = score_answers(
+        opener(tiny["base"], {"a": tiny["expert"], "b": tiny["base"]}), ["a", "b"], rows, no_bar,
+        work=tmp_path / "answers", max_tokens=8, n_slots=2, **how,
+    )  # fmt: skip
+    texts = score_texts(
+        opener(tiny["base"], {"a": tiny["expert"], "b": tiny["base"]}), ["a", "b"],
+        [(i, {"text": f"it is {i}"}) for i in range(8)], no_bar, work=tmp_path / "texts", **how,
+    )  # fmt: skip
+    for scores in (*found.team.scores, *texts.team.scores):
+        for name in ("hidden", "logit_features", "base", "likeliest", "token", "line"):
+            assert isinstance(getattr(scores, name), np.memmap), name
+
+
+def test_a_team_shares_the_ids_that_all_of_them_have(tiny, tmp_path, monkeypatch):
+    """The base never chooses an id that one of the experts lacks, whichever of them is open."""
+    files = {"a": tiny["expert"], "b": tiny["base"]}
+    rows = [(i, {"text": f"it is {i * 7} or so"}) for i in range(8)]
+    with load(tiny["base"], tiny["expert"], "margin", n_threads=1, n_ctx=128) as pair:
+        documents = tokenized(rows, pair)
+        free = score(pair, documents, no_bar)
+        n = int(documents.tokens.max()) + 1
+        pair.limit_shared(n)
+        expected = score(pair, documents, no_bar)
+    assert (free.likeliest >= n).any()
+    monkeypatch.setattr(
+        "colm_edge.team.shared_vocab",
+        lambda base, expert: n if str(expert.path) == files["b"] else base.n_vocab,
+    )
+    for names in ("ab", "ba"):
+        found = score_texts(
+            opener(tiny["base"], files), [*names], rows, no_bar, raw=False, work=tmp_path, seed=0
+        )
+        scores = found.team.scores[names.index("a")]
+        assert np.array_equal(scores.likeliest, expected.likeliest)
+        assert np.array_equal(scores.choice, expected.choice)
+
+
+def opener(base: str, files: dict[str, str]):
+    return lambda name: load(base, files[name], "margin", n_threads=1, n_ctx=128)
 
 
 def test_objectives_that_the_scores_do_not_tell_are_refused():
@@ -195,6 +264,25 @@ def test_train_makes_a_switch_that_both_experts_answer_with(tiny, tmp_path):
         main, ["eval", "--data", data, *models, "-sw", str(out), "--methods", "margin"]
     )
     assert "the method margin names no expert" in refused.stderr
+
+
+def test_a_listed_pair_of_several_experts_is_trained_as_one_team(tiny, tmp_path, monkeypatch):
+    listing = tmp_path / "models.txt"
+    listing.write_text(
+        f"team base {tiny['base']} MIT\nteam expert:a {tiny['expert']} MIT\n"
+        f"team expert:b {tiny['base']} MIT\n"
+    )
+    monkeypatch.setattr("colm_edge.references._models_txt", lambda: listing)
+    rows = [{"prompt": f"say {i}", "completion": f"it is {i * 7}"} for i in range(8)]
+    data, out = lines(tmp_path / "d.jsonl", rows), tmp_path / "team.gguf"
+    how = ["--pair", "team", "--data", data, "-t", "1", "-c", "128"]
+    ran = CliRunner().invoke(main, ["train", *how, "--outfile", str(out)])
+    assert ran.exit_code == 0, ran.output
+    assert Switch.load(out).expert_names == ("a", "b")
+    ran = CliRunner().invoke(main, ["score", *how, "--outfile", str(tmp_path / "s.npz")])
+    assert "score works with one expert" in ran.stderr
+    ran = CliRunner().invoke(main, ["run", "hi", "--pair", "team"])
+    assert "margin says when to defer, and not to which of 2 experts" in ran.stderr
 
 
 def test_train_from_prompts_each_with_its_expert(tiny, tmp_path):
