@@ -70,7 +70,7 @@ class Member:
             if model.words is not None:
                 self.crossing = Crossing(Vocabulary(base.model), model.words)
             self._n_shared = model.n_shared
-            self.timeline = self._elsewhere(model)
+            self.timeline = model.session() if self.crossing is None else RowsSession(model)
             # A server on this machine may use the same cores.
             beside = not model.is_local
         else:
@@ -83,9 +83,7 @@ class Member:
             if progress is not None:
                 self.here.progress = partial(progress, f"{self._called} prompt")
             beside = can_overlap(base, self.here)
-        # Across a bridge one call of a server is several requests.
-        is_one_call = not isinstance(self.timeline, RowsSession)
-        self.overlaps = is_one_call and (beside if overlap is None else overlap)
+        self.overlaps = beside if overlap is None else overlap
         if self.here is not None and self.overlaps:
             self.timeline = Background(self.here)
         self.planner = Planner(self._weigh)
@@ -99,20 +97,17 @@ class Member:
     def _called(self) -> str:
         return f"expert {self.name}" if self.name else "expert"
 
-    def _elsewhere(self, model: RemoteExpert) -> RemoteSession:
-        return model.session() if self.crossing is None else RowsSession(model)
-
     def another(self) -> Timeline:
         """Return another timeline of an expert on a server, by the base's tokens."""
         assert isinstance(self.model, RemoteExpert)
-        return self.across(self._elsewhere(self.model))
+        return self.model.session() if self.crossing is None else self.across(self.timeline)
 
     def across(self, timeline: Timeline) -> Timeline:
         """Return a timeline of this expert by the base's tokens."""
         if self.crossing is None:
             return timeline
-        if isinstance(timeline, RowsSession):
-            return BridgeAway(timeline, self.crossing)
+        if isinstance(timeline, RowsSession):  # each answer asks on its own
+            return BridgeAway(RowsSession(timeline.expert), self.crossing)
         return Bridge(timeline, self.crossing)
 
     def own(self, tokens: array[int]) -> array[int]:

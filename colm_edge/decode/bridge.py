@@ -25,6 +25,7 @@ from array import array
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -60,7 +61,6 @@ class Bridge(Around):
     def __init__(self, inner: Timeline, crossing: Crossing) -> None:
         super().__init__(inner)
         self._crossing = crossing
-        self._spelling = Spelling(crossing)
         self._places: dict[int, Place] = {}  # of the outputs, by the base's positions
         self._told: dict[int, Floats] = {}  # of them, what was read already
         self._ids = array("i")  # the expert's tokens at the last `sync`
@@ -68,6 +68,10 @@ class Bridge(Around):
         self._last, self._kept = range(0), dict[int, Floats]()
         self._totals: dict[int, float] = {}  # of the rows that were read
         self._features = np.empty(len(readout.FEATURES), np.float32)
+
+    @cached_property
+    def _spelling(self) -> Spelling:
+        return Spelling(self._crossing)  # asks what the expert's vocabulary is
 
     def turn_to(self, prompt: array[int]) -> None:
         self._spelling.turn_to(prompt)

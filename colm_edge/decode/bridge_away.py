@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import threading
 from array import array
 from collections.abc import Sequence
+from concurrent.futures import Future
 from time import perf_counter
 
 import numpy as np
@@ -22,9 +24,11 @@ class BridgeAway(Bridge):
     """
 
     def __init__(self, session: RowsSession, crossing: Crossing) -> None:
+        """session: this bridge's own."""
         super().__init__(session, crossing)
         self._session = session
         self._spelling_seconds = 0.0  # seconds
+        self._begun: tuple[array[int], Future[int]] | None = None
 
     @property
     def seconds(self) -> float:
@@ -33,9 +37,35 @@ class BridgeAway(Bridge):
     def turn_to(self, prompt: array[int]) -> None:
         """Do nothing: what a server keeps of earlier prompts is its own affair."""
 
+    def begin(
+        self, tokens: Sequence[int], outputs: Sequence[int] = (), cancel: Cancel | None = None
+    ) -> Future[int]:
+        """Begin what `sync` does, several requests, and return at once; `sync` of the same tokens
+        waits for it."""
+        wanted, done = array("i", tokens), Future[int]()
+
+        def work() -> None:
+            try:
+                done.set_result(self._sync(wanted, outputs, cancel))
+            except BaseException as e:
+                done.set_exception(e)
+
+        self._begun = wanted, done
+        # Not a pool's thread: the process may end while a server does not answer.
+        threading.Thread(target=work, name="colm-edge-ask", daemon=True).start()
+        return done
+
     def sync(
         self, tokens: Sequence[int], outputs: Sequence[int] = (), cancel: Cancel | None = None
     ) -> int:
+        begun, self._begun = self._begun, None
+        if begun is not None:
+            begun[1].exception()  # waits: it uses what this would use
+            if begun[0] == array("i", tokens):
+                return begun[1].result()
+        return self._sync(tokens, outputs, cancel)
+
+    def _sync(self, tokens: Sequence[int], outputs: Sequence[int], cancel: Cancel | None) -> int:
         begun, asking = perf_counter(), self._session.seconds
         try:
             return super().sync(tokens, outputs, cancel)

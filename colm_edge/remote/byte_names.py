@@ -27,11 +27,13 @@ BYTES = _byte_characters()
 def spelt_by(names: Sequence[str], text: str) -> list[bytes]:
     """Return the bytes of each token of a text. A name that is none of either kind stands for
     itself, as those of control tokens do."""
-    raw, level = text.encode(), [_byte_level(name) for name in names]
+    raw = text.encode()
+    level, pieces = list(map(_byte_level, names)), list(map(_sentence_piece, names))
     if b"".join(level) == raw:
         return level
-    pieces = [_sentence_piece(name) for name in names]
-    # Otherwise the names of control tokens are among them; a tokenizer of bytes has no ▁.
+    if b"".join(pieces) in (raw, b" " + raw):
+        return pieces
+    # Names of control tokens are among them; a tokenizer of bytes has no ▁.
     return pieces if any(SPACE in name or BYTE.fullmatch(name) for name in names) else level
 
 

@@ -127,9 +127,11 @@ class RemoteExpert:
             if dialect.rows is None:
                 return [self._ask(tokens[: at + 1], dialect.n_probs) for at in places]
             self._check_length(tokens)
-            read = dialect.rows.read
-            body = dialect.rows.ask(self.model, tokens, places, dialect.n_probs)
-            return self.read(dialect, body, lambda told: [*map(self._checked, read(told, places))])
+            read, n = dialect.rows.read, dialect.n_probs
+            body = dialect.rows.ask(self.model, tokens, places, n)
+            return self.read(
+                dialect, body, lambda told: [self._checked(one, n) for one in read(told, places)]
+            )
 
         return self.with_retries(work)
 
@@ -137,14 +139,16 @@ class RemoteExpert:
         dialect = self.connected()
         self._check_length(tokens)
         body = dialect.ask(self.model, tokens, n_probs)
-        return self.read(dialect, body, lambda answer: self._checked(dialect.read(answer)))
+        return self.read(dialect, body, lambda told: self._checked(dialect.read(told), n_probs))
 
-    def _checked(self, reply: Reply) -> Reply:
+    def _checked(self, reply: Reply, n_probs: int) -> Reply:
         """Return what a server told without tokens that there are not, and learn what it spells.
         Raises ValueError for what cannot be."""
         n = reply.n_evaluated
         if n is not None and not 0 <= n < 2**31:
             raise ValueError(f"{n} tokens evaluated")
+        if len(reply.top) > n_probs + 1:  # with the token that is there, or was picked
+            raise ValueError(f"{len(reply.top)} likely tokens, and {n_probs} were asked for")
         if self.words is not None and not self.is_same:
             self.words.learn(reply.pieces.items())
         return reply._replace(top=likely(reply.top, self._n_ids))

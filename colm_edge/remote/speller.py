@@ -34,6 +34,7 @@ class Speller:
 
     def __init__(self, line: Line) -> None:
         self._line = line
+        self._keeps_names: bool | None = None
 
     def is_same(self) -> bool:
         """Return whether the server has the base's own vocabulary."""
@@ -43,7 +44,9 @@ class Speller:
 
     def keeps_names(self) -> bool:
         """Return whether names of control tokens in a text can stay text there."""
-        return self._tried(self._line.connected).spelling.keeps_names
+        if self._keeps_names is None:
+            self._keeps_names = self._tried(self._line.connected).spelling.keeps_names
+        return self._keeps_names
 
     def end_name(self) -> str:
         """Return the name of the token that ends the server's texts, "" if it does not tell."""
@@ -77,7 +80,7 @@ class Speller:
 
             def read(answer: Any) -> Spelt:
                 spelt = dialect.spelling.read(answer, text)
-                if len(spelt) > len(text.encode()) + 8:
+                if not 0 < len(spelt) <= len(text.encode()) + 8:
                     raise ValueError(f"{len(spelt)} tokens of {len(text)} characters")
                 for token, piece in spelt:
                     check_piece(token, piece)

@@ -66,7 +66,6 @@ class RemoteVocabulary:
         self._n_bytes = 0
         self._names: dict[str, int | None] = {}
         self._control_ids = set[int]()
-        self._keeps_names = True  # in a text
         self._marker = ""
         self._lock = threading.Lock()
         self._texts = OrderedDict[bytes, list[int]]()
@@ -110,9 +109,8 @@ class RemoteVocabulary:
         names = dict.fromkeys((*ENDS, *map(self._ours.name, sorted(self._ours.ends))))
         names = dict.fromkeys((self._asked.end_name(), *names))
         names.pop("", None)
-        self._keeps_names = self._asked.keeps_names()
         found = self._find(list(names))
-        if not self._keeps_names and any(name.startswith("<|") for name in found):
+        if not self._asked.keeps_names() and any(name.startswith("<|") for name in found):
             # Such a vocabulary may have "</s>" as a word.
             found = {name: token for name, token in found.items() if name[1] in "|｜"}
         if not found:
@@ -126,7 +124,7 @@ class RemoteVocabulary:
         text = "\n".join(names)
         spelt = self._asked.spelt(text, special=True)
         found = {piece.decode("utf-8", "replace"): token for token, piece in spelt}
-        if self._keeps_names:
+        if self._asked.keeps_names():
             plain = {token for token, _ in self._asked.spelt(text)}
             found = {name: token for name, token in found.items() if token not in plain}
         self._control_ids |= {found[name] for name in names if name in found}
@@ -174,7 +172,7 @@ class RemoteVocabulary:
             if before is None:
                 self._n_bytes += len(piece)
                 known[token] = piece
-                if not self._keeps_names and SURELY_A_NAME.fullmatch(piece):
+                if not self._asked.keeps_names() and SURELY_A_NAME.fullmatch(piece):
                     self._control_ids.add(token)
             elif before != piece:
                 raise ValueError(f"token {token} is {before[:40]!r} and {piece[:40]!r}")
@@ -235,7 +233,7 @@ class RemoteVocabulary:
     def _parted(self, spelt: Spelt, text: str) -> list[str]:
         """Return a text in parts where the server has read names in it as control tokens: each is
         cut behind its first character."""
-        if self._keeps_names:
+        if self._asked.keeps_names():
             return []
         pieces = {
             piece.decode("utf-8", "replace").strip()
