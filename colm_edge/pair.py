@@ -348,14 +348,14 @@ class Pair:
         self, options: Options, threshold: float, *, goes_back: bool
     ) -> tuple[Timeline, ...]:
         """Return the pair's own timelines for an answer: of the base and of each expert."""
-        overlaps = {m.timeline: m.overlaps and m.crossing is None for m in self.members}
+        overlaps = {member.timeline: member.overlaps for member in self.members}
         base, experts = timelines_of(
-            self.base_session, overlaps, options, threshold, goes_back=goes_back
-        )
-        pairs = list(zip(experts, self.members, strict=True))
+            self.base_session, overlaps, options, threshold, goes_back=goes_back,
+            across=[member.across for member in self.members],
+        )  # fmt: skip
         if self.room is not None:
-            pairs = [(Guest(timeline, member), member) for timeline, member in pairs]
-        return base, *(member.across(timeline) for timeline, member in pairs)
+            experts = list(map(Guest, experts, self.members))
+        return base, *experts
 
     def _prepare(self, expert: int) -> None:
         """Begin to read an expert's weights, unless that would take the room of others."""
@@ -429,7 +429,7 @@ def load(
     switch: a file, "margin" (the default beside two models), "entropy", or "defer-row".
     pair: a name in models.txt instead.
     lora: a LoRA adapter for the base, a GGUF file.
-    bridge: let the experts' vocabularies be others than the base's; their files must be here.
+    bridge: let the experts' vocabularies be others than the base's.
     n_ctx: tokens the contexts hold; 0 takes what both models were trained for, at most 4096.
     n_threads: 0 takes every core that other programs leave, or one for a very small model.
     threads_auto: use fewer than n_threads too while other programs use the cores.
@@ -478,13 +478,13 @@ def load(
             if is_url(file) and rpc:
                 raise ColmError("an expert on a server cannot be spread over RPC servers as well")
             what = f"expert {name}" if name else "expert"
-            experts[name] = (
-                RemoteExpert(
-                    file, base, required=expert_required, timeout=expert_timeout, note=note
-                )
-                if is_url(file)
-                else Model(file, layers, progress=_share(progress, what), rpc=rpc)
-            )
+            if is_url(file):
+                experts[name] = RemoteExpert(
+                    file, base, required=expert_required, timeout=expert_timeout, note=note,
+                    bridge=bridge,
+                )  # fmt: skip
+            else:
+                experts[name] = Model(file, layers, progress=_share(progress, what), rpc=rpc)
             opened.callback(experts[name].close)
         context = ContextOptions(
             n_ctx=n_ctx, n_threads=n_threads, n_ubatch=n_ubatch, flash_attn=flash_attn,

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from colm_edge.cancel import Cancel, CancelledError
-from colm_edge.decode.timeline import Floats, Timeline
+from colm_edge.decode.timeline import Around, Floats, Timeline
 from colm_edge.errors import ColmError, ModelError, PromptError
 from colm_edge.llama.context import MANY_SEQUENCES, SMALL_BATCH, is_small
 from colm_edge.llama.costs import CostTable
@@ -28,7 +28,7 @@ from colm_edge.llama.held import Held
 from colm_edge.llama.measure import cost_table
 from colm_edge.llama.owners import close_each
 from colm_edge.llama.session import Session, check_outputs
-from colm_edge.remote.client import RemoteExpert, RemoteSession
+from colm_edge.remote.client import RemoteSession
 
 if TYPE_CHECKING:
     from colm_edge.options import Options
@@ -243,18 +243,21 @@ class SharedTimeline:
         return logits.copy(), hidden.copy()
 
 
-class AwayTimeline(RemoteSession):
+class AwayTimeline(Around):
     """A slot's timeline of an expert on a server; the other slots go on while it waits."""
 
-    def __init__(self, slots: Slots, expert: RemoteExpert) -> None:
-        super().__init__(expert)
+    def __init__(self, slots: Slots, inner: Timeline) -> None:
+        super().__init__(inner)
         self._slots = slots
 
     def sync(
         self, tokens: Sequence[int], outputs: Sequence[int] = (), cancel: Cancel | None = None
     ) -> int:
         with self._slots.away():
-            return super().sync(tokens, outputs, cancel)
+            return self._inner.sync(tokens, outputs, cancel)
+
+    def state(self, i: int) -> tuple[Floats, Floats]:
+        return self._inner.state(i)
 
 
 class Slots:
@@ -286,7 +289,7 @@ class Slots:
         self._made: list[Callable[[int], Timeline]] = []  # of each expert, from a slot's number
         for member in pair.members:
             if isinstance(member.timeline, RemoteSession):
-                away = [AwayTimeline(self, member.timeline.expert) for _ in range(n_slots)]
+                away = [AwayTimeline(self, member.another()) for _ in range(n_slots)]
                 self._made.append(away.__getitem__)
             else:
                 shared = SharedContext(member.session, n_slots)

@@ -101,17 +101,19 @@ class Stream:
         """Why the answer ended; also "stop" when the reader ended it."""
         return self._finish or self._decoder.finish_reason or "stop"
 
-    def read_prompt(self) -> list[Step]:
-        """Return a step for each token of the prompt after the first, as if it had been written:
-        which model would have written it, and how likely it was. Call it before the first step.
+    def read_prompt(self, first: int = 1) -> list[Step]:
+        """Return a step for each token of the prompt from number `first` on, as if it had been
+        written: which model would have written it, and how likely it was. Call it before the first
+        step. first: at least 1.
 
         Raises ColmError if the expert is on a server, which gives only the last token's state.
         """
         if self._unreadable:
             raise ColmError(self._unreadable)
-        steps = self._decoder.read_prompt()
+        steps = self._decoder.read_prompt(first)
         utf8 = codecs.getincrementaldecoder("utf-8")("replace")
-        utf8.decode(self._model.piece(self.prompt_tokens[0]))
+        for token in self.prompt_tokens[:first]:
+            utf8.decode(self._model.piece(token))
         for step in steps:
             step.text = utf8.decode(self._model.piece(step.token), final=step is steps[-1])
         return steps

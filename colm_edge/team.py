@@ -8,8 +8,10 @@ from functools import partial
 
 from colm_edge.cancel import Cancel
 from colm_edge.decode.background import Background, can_overlap
-from colm_edge.decode.bridge import Bridge, Crossing, spell
+from colm_edge.decode.bridge import Bridge
+from colm_edge.decode.bridge_away import BridgeAway
 from colm_edge.decode.planner import Planner
+from colm_edge.decode.spelling import Crossing, Spelling
 from colm_edge.decode.timeline import Around, Expert, Floats, Timeline
 from colm_edge.errors import ColmError, ModelError
 from colm_edge.llama.context import ContextOptions
@@ -21,6 +23,7 @@ from colm_edge.llama.session import Session
 from colm_edge.llama.vocabulary import Vocabulary, shared_vocab
 from colm_edge.options import Options
 from colm_edge.remote.client import RemoteExpert, RemoteSession
+from colm_edge.remote.rows import RowsSession
 
 Progress = Callable[[str, float], None]
 NOT_HERE = "this needs the expert's weights here, and they are at"
@@ -49,8 +52,7 @@ class Member:
         """bridge: let its vocabulary be another. weighed: called when the cost tables of base and
         expert are there.
 
-        Raises MismatchError when its vocabulary is not the base's and need be, ColmError for a
-        bridge to a server.
+        Raises MismatchError when its vocabulary is not the base's and need be.
         """
         self.name = name
         self._base, self._note, self._weighed = base, note, weighed
@@ -62,15 +64,13 @@ class Member:
         # Called before its weights are read, where several experts share a room.
         self.make_room: Callable[[], None] = lambda: None
         self.crossing: Crossing | None = None  # of both vocabularies, where there is a bridge
+        self._text: Spelling | None = None  # the base's text in its tokens, to follow it
         self.timeline: Expert
         if isinstance(model, RemoteExpert):
-            if bridge:
-                raise ColmError(
-                    f"--bridge needs the expert's file here, and it is at {model.url}; give a GGUF "
-                    "file"
-                )
+            if model.words is not None:
+                self.crossing = Crossing(Vocabulary(base.model), model.words)
             self._n_shared = model.n_shared
-            self.timeline = model.session()
+            self.timeline = model.session() if self.crossing is None else RowsSession(model)
             # A server on this machine may use the same cores.
             beside = not model.is_local
         else:
@@ -97,13 +97,26 @@ class Member:
     def _called(self) -> str:
         return f"expert {self.name}" if self.name else "expert"
 
+    def another(self) -> Timeline:
+        """Return another timeline of an expert on a server, by the base's tokens."""
+        assert isinstance(self.model, RemoteExpert)
+        return self.model.session() if self.crossing is None else self.across(self.timeline)
+
     def across(self, timeline: Timeline) -> Timeline:
         """Return a timeline of this expert by the base's tokens."""
-        return timeline if self.crossing is None else Bridge(timeline, self.crossing)
+        if self.crossing is None:
+            return timeline
+        if isinstance(timeline, RowsSession):  # each answer asks on its own
+            return BridgeAway(RowsSession(timeline.expert), self.crossing)
+        return Bridge(timeline, self.crossing)
 
     def own(self, tokens: array[int]) -> array[int]:
         """Return the base's tokens as this expert holds them."""
-        return tokens if self.crossing is None else spell(self.crossing, tokens, [])[0]
+        if self.crossing is None:
+            return tokens
+        spelling = Spelling(self.crossing)
+        spelling.turn_to(tokens)
+        return spelling.ids
 
     @property
     def end_tokens(self) -> frozenset[int]:
@@ -114,6 +127,13 @@ class Member:
         """Let it catch up with the base's tokens in the background, if it can."""
         if self.crossing is None:
             self.timeline.follow(tokens)
+        elif self.is_loaded and isinstance(self.timeline, Background):
+            # What stands before the place that the next deferral asks at.
+            self._text = self._text or Spelling(self.crossing)
+            self._text.turn_to(tokens)
+            row = self._text.place(len(tokens) - 1).row
+            if 0 < row <= self.timeline.n_ctx:
+                self.timeline.follow(self._text.ids[:row])
 
     @property
     def n_shared(self) -> int:
@@ -272,14 +292,13 @@ def trained_context(model: Model | RemoteExpert) -> int:
 
 def bets_on(members: Sequence[Member], options: Options, threshold: float) -> list[Planner | None]:
     """Return what places the fast schedule's bets on each expert, nothing where there are none: a
-    bet needs the costs of decodes, which a server does not report, and a bridge hides."""
+    bet needs the costs of decodes, which a server does not report."""
     bets = options.schedule == "fast" and 0 < threshold < 1
     planners: list[Planner | None] = []
     for member in members:
-        known = member.here is not None and member.crossing is None
         if member.here is not None:
-            member.here.costs = member.costs if bets and known else None
-        planners.append(member.planner if known else None)
+            member.here.costs = member.costs if bets else None
+        planners.append(None if member.here is None else member.planner)
     return planners if bets and any(planners) else []
 
 

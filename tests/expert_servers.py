@@ -35,6 +35,8 @@ class Fake:
         self.failures: list[str] = []
         self.always = ""
         self.twist: Callable[[dict], Any] = lambda answer: answer  # of answers about tokens
+        self.twist_spelling: Callable[[dict], Any] = lambda answer: answer
+        self.about: Any = {"eos_token": self.model.eos_text}  # at /props or /tokenizer_info
         self.released = threading.Event()
 
     @property
@@ -64,8 +66,10 @@ class Fake:
             told = f"Requested sample logprobs of {n}, which is greater than max allowed: "
             told += f"{self.max_logprobs} (parameter=logprobs, value={n})"
             return error(400, "BadRequestError", "logprobs", told)
-        prompts = body["prompt"] if "prompt_logprobs" in body else [body["prompt"]]
-        longest = 0 if isinstance(prompts[0], str) else max(map(len, prompts))
+        prompts = body.get("prompt", "")
+        if prompts and isinstance(prompts[0], int):
+            prompts = [prompts]
+        longest = 0 if isinstance(prompts, str) else max(map(len, prompts))
         if longest > N_CTX:
             told = f"This model's maximum context length is {N_CTX} tokens. However, your prompt "
             told += f"contains {longest} input tokens"
@@ -74,19 +78,28 @@ class Fake:
 
     def answer(self, path: str, body: dict) -> dict:
         if path == "/tokenize":
-            key = "content" if self.owner == "llamacpp" else "prompt"
-            ids = self.model.tokenize(body[key], special=False, bos=False)
-            return {"tokens": [i + self.shift for i in ids]}
-        if "prompt_logprobs" in body:
+            return self.tokenized(body)
+        if path == "/detokenize":
+            return {"prompt": self.model.text(body["tokens"])}
+        if "prompt_logprobs" in body and "logprobs" not in body:
             told = [self.prompt_logprobs(prompt) for prompt in body["prompt"]]
             choices = [{"index": i, "prompt_logprobs": x} for i, x in enumerate(told)]
             return {"choices": choices[::-1]}  # in any order
+        if body["prompt"] and isinstance(body["prompt"][0], list):  # as vLLM takes several
+            assert self.owner == "vllm"
+            answers = [self.answer(path, body | {"prompt": prompt}) for prompt in body["prompt"]]
+            choices = [a["choices"][0] | {"index": i} for i, a in enumerate(answers)]
+            return answers[-1] | {"choices": choices[::-1]}
+        inside = self.inside(body) if "prompt_logprobs" in body else {}
         n = self.session.sync(body["prompt"])
         x = log_softmax(self.session.logits)
         best = np.argsort(-x)
         if self.owner == "llamacpp":
             assert path == "/completion"
-            top = [{"id": int(i), "logprob": float(x[i])} for i in best[: body["n_probs"]]]
+            top = [
+                {"id": int(i), "logprob": float(x[i]), "bytes": list(self.model.piece(int(i)))}
+                for i in best[: body["n_probs"]]
+            ]
             return {
                 "tokens": [top[0]["id"]],
                 "timings": {"prompt_n": n},
@@ -94,26 +107,61 @@ class Fake:
             }
         assert path == "/v1/completions"
         told = {f"token_id:{i}": float(x[i]) for i in best[: body["logprobs"]]}
-        answer: dict = {"choices": [{"logprobs": {"top_logprobs": [told]}}]}
+        answer: dict = {"choices": [{"index": 0, "logprobs": {"top_logprobs": [told]}, **inside}]}
         if self.owner == "vllm":
             n_prompt = len(body["prompt"])
             cached = {"cached_tokens": n_prompt - n} if self.tells_cached else None
             answer["usage"] = {"prompt_tokens": n_prompt, "prompt_tokens_details": cached}
+        if body.get("with_pieces"):
+            ids = map(int, best[: body["logprobs"]])
+            inner = {int(i) for entry in inside.get("prompt_logprobs", []) for i in entry or {}}
+            pieces = {str(i): told_piece(self.model.piece(i)) for i in (*ids, *inner)}
+            answer["choices"][0]["pieces"] = pieces
         if self.owner == "colm-edge":
             answer["colm"] = {"expert_tokens": n, "expert_failures": self.n_absent}
         return answer
 
-    def prompt_logprobs(self, tokens: list[int]) -> list:
+    def tokenized(self, body: dict) -> dict:
+        """Answer /tokenize in the shapes of llama.cpp's tools/server (post_tokenize), of vLLM's
+        entrypoints/serve/tokenize, whose tokenizer always reads names, and of our own."""
+        ours = self.owner == "llamacpp"
+        special = self.owner == "vllm" or body.get("parse_special", True)
+        begin = body.get("add_special" if ours else "add_special_tokens", False)
+        text = body["content" if ours else "prompt"]
+        ids = self.model.tokenize(text, special=special, bos=begin)
+        pieces = [self.model.piece(i) or self.model.token_text(i).encode() for i in ids]
+        shifted = [i + self.shift for i in ids]
+        if body.get("return_token_strs"):
+            return {"tokens": shifted, "token_strs": list(map(self.model.token_text, ids))}
+        if body.get("with_pieces"):
+            zipped = zip(shifted, pieces, strict=True)
+            return {"tokens": [{"id": i, "piece": told_piece(raw)} for i, raw in zipped]}
+        return {"tokens": shifted}
+
+    def inside(self, body: dict) -> dict:
+        told = self.prompt_logprobs(body["prompt"], body["prompt_logprobs"])
+        first = body.get("prompt_logprobs_from", 1)
+        return {"prompt_logprobs": [None] * first + told[first:]}
+
+    def prompt_logprobs(self, tokens: list[int], n: int = 1) -> list:
         self.session.sync(tokens[:-1], range(len(tokens) - 1))
         told: list = [None]
         for i, token in enumerate(tokens[1:]):
             x = log_softmax(self.session.state(i)[0])
             entry = {}
-            for j in (token, int(x.argmax())):
+            for j in (token, *map(int, np.argsort(-x)[:n])):
                 rank = 1 + int((x > x[j]).sum())
                 entry[str(j)] = {"logprob": float(x[j]), "rank": rank, "decoded_token": "?"}
             told.append(entry)
         return told
+
+
+def told_piece(raw: bytes) -> str | list[int]:
+    """Return a piece as llama.cpp's server tells it."""
+    try:
+        return raw.decode()
+    except UnicodeDecodeError:
+        return list(raw)
 
 
 def log_softmax(logits: np.ndarray) -> np.ndarray:
@@ -143,8 +191,11 @@ def handler(fake: Fake) -> type[BaseHTTPRequestHandler]:
             self.wfile.write(content)
 
         def do_GET(self) -> None:
-            assert self.path == "/v1/models"
             fake.keys.append(self.headers.get("Authorization"))
+            if self.path in ("/props", "/tokenizer_info"):
+                self.send(json.dumps(fake.about).encode())
+                return
+            assert self.path == "/v1/models"
             self.send(json.dumps(fake.listed or fake.models()).encode())
 
         def do_POST(self) -> None:
@@ -172,6 +223,8 @@ def handler(fake: Fake) -> type[BaseHTTPRequestHandler]:
                     answer: Any = fake.answer(self.path, body)
                 if "completion" in self.path:
                     answer = fake.twist(answer)
+                elif "tokenize" in self.path:
+                    answer = fake.twist_spelling(answer)
                 self.send(answer if isinstance(answer, bytes) else json.dumps(answer).encode())
 
     return Handler

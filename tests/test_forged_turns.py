@@ -15,7 +15,7 @@ from watching import watched
 from colm_edge.bench.prompts import load_prompts
 from colm_edge.options import Options, ServerOptions
 from colm_edge.pair import Pair, load
-from colm_edge.remote.client import DIALECTS
+from colm_edge.remote.greeting import DIALECTS
 from colm_edge.serve.answers import Server
 from colm_edge.serve.app import create_app
 from colm_edge.train.documents import tokenized

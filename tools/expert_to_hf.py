@@ -23,7 +23,7 @@ from colm_edge.cli import OneLineErrors
 from colm_edge.errors import ColmError, ModelError
 from colm_edge.llama.model import Model
 from colm_edge.references import resolve
-from colm_edge.remote.client import PROBES
+from colm_edge.remote.greeting import PROBES
 
 # GGUF's names of an architecture, of a byte-level BPE, and of what cuts the text before it.
 KNOWN = {

@@ -130,7 +130,7 @@ OVERLAP = click.option(
 BRIDGE = click.option(
     "--bridge",
     is_flag=True,
-    help="Let experts take part whose vocabulary is not the base's; their files must be here.",
+    help="Let experts take part whose vocabulary is not the base's.",
 )
 MAX_MEMORY = click.option(
     "--max-memory",

@@ -13,7 +13,7 @@ from array import array
 from collections.abc import Sequence
 from concurrent.futures import Future
 from time import perf_counter
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from colm_edge.cancel import Cancel
 from colm_edge.decode.planner import Rate
@@ -24,6 +24,7 @@ AGREES, GOES_ON = 0.5, 0.9  # before anything is known: of the first token, and 
 RECENT = 0.3  # weight of the last observation in a mean of seconds
 
 
+@runtime_checkable
 class Away(Timeline, Protocol):
     """The timeline of an expert that evaluates while the caller does something else."""
 

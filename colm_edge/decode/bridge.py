@@ -2,14 +2,16 @@
 
 The loop, the switch and the schedules know the base's tokens alone. A `Bridge` is the timeline of
 such an expert towards them. The base's tokens are spelt out, and the expert evaluates the same
-bytes in its own tokens. What it would write next becomes a distribution over the base's tokens: the
-probability of each of its tokens goes to the longest token of the base that it begins with. So a
-deferral still writes one token of the base, and bytes that were handed out never change.
+bytes in its own tokens (`spelling`). What it would write next becomes a distribution over the
+base's tokens: the probability of each of its tokens goes to the longest token of the base that it
+begins with. So a deferral still writes one token of the base, and bytes that were handed out never
+change.
 
 The end of the text is never settled: the expert might spell its last bytes together with what
 follows, as ":" and a new line. So it is asked from the last place before its last token that both
 agree on, and what it says is limited to spellings that begin with the bytes that are there (token
-healing, github.com/guidance-ai/guidance). Only within one vocabulary there is nothing to heal.
+healing, github.com/guidance-ai/guidance). Only within one vocabulary there is nothing to heal, nor
+behind a token that no other one goes on from.
 
 Its likelihoods are approximate: of all spellings of the unsettled bytes, those count that follow
 the expert's own tokens and then go on with one that is longer. Tokens more than NEAR nats below the
@@ -20,131 +22,37 @@ from __future__ import annotations
 
 import math
 from array import array
-from bisect import bisect_left, bisect_right
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
+from dataclasses import replace
 from functools import cached_property
-from typing import Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
+from colm_edge import readout
 from colm_edge.cancel import Cancel
+from colm_edge.decode.ahead import Away
+from colm_edge.decode.spelling import Crossing, Ids, Place, Spelling
 from colm_edge.decode.timeline import Around, Floats, Timeline
-from colm_edge.errors import AbsentExpertError
+from colm_edge.errors import AbsentExpertError, ModelError
+from colm_edge.llama.held import common_prefix
 
 NEAR, MOST = 18.0, 2048  # nats, and tokens, of what an expert says that is looked at
 MOST_ROWS = 512  # of its states at once: as many as a batch has tokens
+MOST_KEPT = 8  # of its states, each as large as its vocabulary
+Doubles = npt.NDArray[np.float64]
 NO_STATE = np.empty(0, np.float32)  # nobody reads an expert's hidden state
 
 
-class Words(Protocol):
-    """A vocabulary, its tokens spelt in bytes."""
+class Said(NamedTuple):
+    """Tokens of the expert that begin with bytes that are there and go on, (n,), their
+    log-probabilities, and how many bytes are there."""
 
-    @property
-    def n_vocab(self) -> int: ...
-    @property
-    def begin(self) -> int | None:
-        """The token that every text begins with, if the vocabulary has one."""
-
-    @property
-    def ends(self) -> frozenset[int]:
-        """Every token that ends a generation."""
-
-    @property
-    def end(self) -> int:
-        """The one of them that ends a turn."""
-
-    def piece(self, token: int) -> bytes:
-        """Return a token's bytes; a control token has none."""
-
-    def name(self, token: int) -> str:
-        """Return how the vocabulary spells a token."""
-
-    def control(self, name: str) -> int | None:
-        """Return the control token of a name."""
-
-    def encode(self, raw: bytes) -> list[int]:
-        """Return tokens whose bytes are these, whatever they are."""
-
-    def first(self, raw: bytes) -> int | None:
-        """Return the longest token that these bytes begin with."""
-
-
-class Crossing:
-    """Two vocabularies, and what is known of how they meet: the base's and an expert's."""
-
-    def __init__(self, ours: Words, theirs: Words) -> None:
-        self.ours, self.theirs = ours, theirs
-        self._targets: dict[tuple[int, int], int] = {}
-        self._controls: dict[int, tuple[int, ...]] = {}
-
-    @cached_property
-    def is_same(self) -> bool:
-        """Whether the two are one vocabulary: the expert then holds the base's own tokens."""
-        ours, theirs = self.ours, self.theirs
-        return ours.n_vocab == theirs.n_vocab and all(
-            ours.piece(token) == theirs.piece(token) and ours.name(token) == theirs.name(token)
-            for token in range(ours.n_vocab)
-        )
-
-    def encode(self, raw: bytes, tokens: Sequence[int]) -> Sequence[int]:
-        """Return the expert's tokens of some bytes, which the base spells as `tokens`."""
-        return tokens if self.is_same else self.theirs.encode(raw)
-
-    def target(self, token: int, n_skipped: int) -> int:
-        """Return the base's token for one of the expert's whose first bytes are there already; -1
-        for none."""
-        key = token, n_skipped
-        if key not in self._targets:
-            found: int | None = None
-            if token in self.theirs.ends:
-                found = None if n_skipped else self.ours.end
-            elif rest := self.theirs.piece(token)[n_skipped:]:
-                found = self.ours.first(rest)
-            self._targets[key] = -1 if found is None else found
-        return self._targets[key]
-
-    def controls(self, token: int) -> tuple[int, ...]:
-        """Return the expert's tokens for a control token of the base: that of the same name; its
-        own end for an end; for others their name as text."""
-        if token == self.ours.begin:  # the expert has its own, or none
-            return ()
-        if token not in self._controls:
-            ours, theirs = self.ours, self.theirs
-            same = theirs.control(ours.name(token))
-            if same is None and token in ours.ends:
-                same = theirs.end
-            spelt = theirs.encode(ours.name(token).encode()) if same is None else [same]
-            self._controls[token] = tuple(spelt)
-        return self._controls[token]
-
-
-@dataclass(slots=True)
-class Part:
-    """Text between control tokens, in the tokens of both.
-
-    n_before: the expert's tokens before it. tokens: the base's. ours, theirs: where their tokens
-    end in it, rising.
-    """
-
-    n_before: int
-    raw: bytearray = field(default_factory=bytearray)
-    tokens: list[int] = field(default_factory=list)
-    ours: list[int] = field(default_factory=list)
-    theirs: list[int] = field(default_factory=list)
-
-
-@dataclass(frozen=True, slots=True)
-class Place:
-    """Where the expert is asked what follows a token of the base.
-
-    row: of the expert's tokens, the one whose state is read; -1 for none. given: bytes after it
-    that are there already. path: the expert's own tokens of these, if they end there.
-    """
-
-    row: int
-    given: bytes = b""
-    path: tuple[int, ...] | None = None
+    tokens: Ids
+    logprobs: Doubles
+    n_skipped: int
 
 
 class Bridge(Around):
@@ -155,156 +63,159 @@ class Bridge(Around):
         self._crossing = crossing
         self._places: dict[int, Place] = {}  # of the outputs, by the base's positions
         self._told: dict[int, Floats] = {}  # of them, what was read already
-        self._ids = array("i")
+        self._ids = array("i")  # the expert's tokens at the last `sync`
+        # Of the rows of the last output, the logits: what is asked right behind it needs them.
+        self._last, self._kept = range(0), dict[int, Floats]()
+        self._totals: dict[int, float] = {}  # of the rows that were read
+        self._features = np.empty(len(readout.FEATURES), np.float32)
+
+    @cached_property
+    def _spelling(self) -> Spelling:
+        return Spelling(self._crossing)  # asks what the expert's vocabulary is
 
     def turn_to(self, prompt: array[int]) -> None:
-        ids, _ = spell(self._crossing, prompt, [])
-        self._inner.turn_to(ids)
+        self._spelling.turn_to(prompt)
+        self._inner.turn_to(self._spelling.ids[:])
+
+    def keeps(self, tokens: Sequence[int], n: int) -> bool:
+        spelling = self._spelling
+        return spelling.keeps(tokens, n) and len(spelling.ids) <= self.n_ctx
 
     def sync(
         self, tokens: Sequence[int], outputs: Sequence[int] = (), cancel: Cancel | None = None
     ) -> int:
         """Evaluate the text of these tokens. Raises AbsentExpertError where it is longer than the
         expert's context in its own tokens, and where it is nothing in these."""
-        wanted = list(outputs) or [len(tokens) - 1]
-        self._ids, places = spell(self._crossing, tokens, wanted)
-        self._places, self._told = dict(zip(wanted, places, strict=True)), {}
-        if not self._ids:  # a begin token alone, which the expert's vocabulary lacks
+        rows = self._spell(tokens, outputs)
+        if len(rows) > MOST_ROWS:
+            return sum(self._read(i, cancel) for i in self._places)
+        return self._inner.sync(self._ids, _unless_last(rows), cancel) if rows else 0
+
+    def begin(
+        self, tokens: Sequence[int], outputs: Sequence[int] = (), cancel: Cancel | None = None
+    ) -> Future[Any]:
+        """Begin what `sync` does, where the expert is `Away`; raises what that raises."""
+        rows = self._spell(tokens, outputs)
+        if 0 < len(rows) <= MOST_ROWS:
+            assert isinstance(self._inner, Away)
+            return self._inner.begin(self._ids, _unless_last(rows), cancel)
+        done = Future[Any]()  # there is nothing to wait for, or `sync` has to ask in parts
+        done.set_result(None)
+        return done
+
+    def _spell(self, tokens: Sequence[int], outputs: Sequence[int]) -> range:
+        """Spell a text; return the rows that the outputs need, from the first on that is not
+        known."""
+        wanted, spelling = outputs or (len(tokens) - 1,), self._spelling
+        spelling.turn_to(tokens)
+        same, n = common_prefix(self._ids, spelling.ids), len(spelling.ids)
+        self._ids = spelling.ids[:]
+        self._places, self._told = {i: spelling.place(i) for i in wanted}, {}
+        self._totals.clear()
+        last = self._places[wanted[-1]].rows
+        self._last = last if len(last) <= MOST_KEPT else range(0)
+        self._kept = {i: one for i, one in self._kept.items() if i < same and i in self._last}
+        if not n:  # a begin token alone, which the expert's vocabulary lacks
             raise AbsentExpertError("the text is empty in the expert's tokens")
-        if len(self._ids) > self._inner.n_ctx:
+        if n > self.n_ctx:
             raise AbsentExpertError(
-                f"the text has {len(self._ids)} of the expert's tokens, its context holds "
-                f"{self._inner.n_ctx}"
+                f"the text has {n} of the expert's tokens, its context holds {self.n_ctx}"
             )
-        first = min((place.row for place in places if place.row >= 0), default=len(self._ids) - 1)
-        if len(self._ids) - first > MOST_ROWS:
-            return sum(self._read(i, cancel) for i in wanted)
-        return self._inner.sync(self._ids, range(first, len(self._ids)), cancel)
+        needed = {row for place in self._places.values() for row in place.rows}
+        return range(min(needed - self._kept.keys(), default=n), n)
 
     def _read(self, i: int, cancel: Cancel | None) -> int:
         """Evaluate the text up to one output and keep what the expert says there; a token of the
         base may be very many of its own."""
         place, n = self._places[i], 0
-        if place.path is not None and len(place.path) >= MOST_ROWS:
+        if len(place.rows) > MOST_ROWS:
             place = self._places[i] = replace(place, path=None)
-        if place.row >= 0:
-            end = place.row + 1 + len(place.path or ())
-            n = self._inner.sync(self._ids[:end], range(place.row, end), cancel)
+        if rows := place.rows:
+            n = self._inner.sync(self._ids[: rows.stop], _unless_last(rows), cancel)
         self._told[i] = self._say(i)
         return n
 
     def state(self, i: int) -> tuple[Floats, Floats]:
-        """Return what the expert says follows a token of the base, as logits over the base's
-        vocabulary, (n_vocab,), and an empty array.
+        """Return what the expert says follows a token of the base, as log-probabilities over the
+        base's vocabulary, (n_vocab,), and an empty array.
 
         Raises AbsentExpertError where the base has no word for what the expert would write there:
-        a control token of its own, or nothing that begins with the bytes that are there.
+        a control token of its own, or nothing that begins with the bytes that are there; and
+        ModelError for NaN and the like.
         """
-        logits = self._told[i] if i in self._told else self._say(i)
-        if not len(logits):
+        if i not in self._told:
+            self._told[i] = self._say(i)
+        if not len(self._told[i]):
             raise AbsentExpertError("the base has no token for what the expert would write")
-        return logits, NO_STATE
+        return self._told[i], NO_STATE
 
     def _say(self, i: int) -> Floats:
-        """Return the logits of `state`, (n_vocab,), or (0,) where it raises."""
-        place, n = self._places[i], self._crossing.ours.n_vocab
-        p = np.zeros(n)
-        if place.row >= 0:
-            row, spelt, given = place.row, 0.0, place.given
-            for token in place.path or ():
-                self._add(p, row, spelt, given)
+        """Return the log-probabilities of `state`, (n_vocab,), or (0,) where it raises."""
+        said = list(self._says(self._places[i]))
+        best = max((float(one.logprobs.max()) for one in said), default=-math.inf)
+        targets, shares = [np.empty(0, np.int32)], [np.empty(0)]
+        for one in said:
+            near = one.logprobs > best - NEAR
+            targets.append(self._crossing.targets(one.tokens[near], one.n_skipped))
+            shares.append(np.exp(one.logprobs[near] - best))
+        found, p = np.concatenate(targets), np.concatenate(shares)
+        known = found >= 0
+        if not known.any():
+            return NO_STATE
+        ids, at = np.unique(found[known], return_inverse=True)
+        total = np.bincount(at, p[known])
+        logprobs = np.full(self._crossing.ours.n_vocab, -np.inf, np.float32)
+        logprobs[ids] = np.log(total / total.sum())
+        return logprobs
+
+    def _says(self, place: Place) -> Iterator[Said]:
+        """Yield what the expert says at each row of a place."""
+        row, spelt, given = place.row, 0.0, place.given
+        for token in (*(place.path or ()), None) if row >= 0 else ():
+            ids, logprobs = self._goes_on(row, given)
+            if len(ids):
+                yield Said(ids, logprobs + spelt, len(given))
+            if token is not None:
                 spelt += self._logprob(row, token)
                 row, given = row + 1, given[len(self._crossing.theirs.piece(token)) :]
-            self._add(p, row, spelt, given)
-        if not p.any():
-            return NO_STATE
-        with np.errstate(divide="ignore"):
-            return np.log(p).astype(np.float32)
 
-    def _add(self, p: np.ndarray, row: int, log_weight: float, given: bytes) -> None:
-        """Add what the expert says after one of its tokens, of tokens that begin with what is
-        given and are longer."""
-        logits, _ = self._inner.state(row)
-        best = float(logits.max())
-        near = np.flatnonzero(logits > best - NEAR)
-        if given:
-            piece = self._crossing.theirs.piece
-            near = np.array([t for t in near.tolist() if piece(t).startswith(given)], np.int64)
+    def _goes_on(self, row: int, given: bytes) -> tuple[Ids, Doubles]:
+        """Return the likeliest tokens after one of the expert's that begin with what is given and
+        go on, and their log-probabilities."""
+        logits = self._logits(row)
+        ids = self._crossing.longer(given) if given else None
+        told = logits if ids is None else logits[ids]
+        near = np.flatnonzero(told > logits.max() - NEAR)
         if len(near) > MOST:
-            near = near[np.argpartition(-logits[near], MOST)[:MOST]]
-        if not len(near):
-            return
-        total = best + math.log(float(np.exp(logits - best, dtype=np.float64).sum()))
-        target = self._crossing.target
-        targets = np.array([target(t, len(given)) for t in near.tolist()], np.int64)
-        shares = np.exp(logits[near].astype(np.float64) - total + log_weight)
-        known = targets >= 0
-        np.add.at(p, targets[known], shares[known])
+            near = near[np.argpartition(-told[near], MOST)[:MOST]]
+        logprobs = told[near].astype(np.float64) - self._total(row)
+        return near if ids is None else ids[near], logprobs
 
     def _logprob(self, row: int, token: int) -> float:
-        logits = self._inner.state(row)[0].astype(np.float64)
-        best = logits.max()
-        return float(logits[token] - best - math.log(np.exp(logits - best).sum()))
+        """Return how likely a token is after one of the expert's."""
+        return float(self._logits(row)[token]) - self._total(row)
+
+    def _total(self, row: int) -> float:
+        """Return the log-sum-exp of what the expert says after one of its tokens."""
+        if row not in self._totals:
+            logits, out = self._logits(row), self._features
+            try:
+                _, total = readout.read(logits, None, None, None, None, out, len(logits), -1)
+            except ValueError as e:
+                raise ModelError(f"the expert is broken: {e}; use another file") from e
+            self._totals[row] = total
+        return self._totals[row]
+
+    def _logits(self, row: int) -> Floats:
+        """Return what the expert says after one of its tokens."""
+        if row not in self._kept:
+            logits, _ = self._inner.state(row)
+            if row not in self._last:
+                return logits
+            self._kept[row] = logits.copy()
+        return self._kept[row]
 
 
-def spell(
-    crossing: Crossing, tokens: Sequence[int], wanted: Sequence[int]
-) -> tuple[array[int], list[Place]]:
-    """Return the expert's tokens of the base's, and the places of the wanted positions."""
-    ours, theirs = crossing.ours, crossing.theirs
-    ids = array("i", () if theirs.begin is None else (theirs.begin,))
-    parts: list[tuple[Part, int] | Place] = []  # of each token of the base
-    part: Part | None = None
-
-    def close() -> None:
-        nonlocal part
-        if part is not None:
-            spelt, end = crossing.encode(bytes(part.raw), part.tokens), 0
-            for token in spelt:
-                end += len(theirs.piece(token))
-                part.theirs.append(end)
-            ids.extend(spelt)
-            part = None
-
-    for token in tokens:
-        if raw := ours.piece(token):
-            part = part or Part(len(ids))
-            part.raw += raw
-            part.tokens.append(token)
-            part.ours.append(len(part.raw))
-            parts.append((part, len(part.raw)))
-        else:
-            close()
-            ids.extend(crossing.controls(token))
-            parts.append(Place(len(ids) - 1))
-    close()
-    return ids, [_place(parts[i], ids, crossing) for i in wanted]
-
-
-def _place(found: tuple[Part, int] | Place, ids: array[int], crossing: Crossing) -> Place:
-    """Return where the expert is asked for what follows so many bytes of a part."""
-    if isinstance(found, Place):
-        return found
-    part, end = found
-    ends_there = _has(part.theirs, end)
-    if ends_there and crossing.is_same:
-        return Place(_row(part, end))
-    before = bisect_left(part.theirs, end)
-    last = part.theirs[before - 1] if before else 0  # where the expert's last token begins
-    starts = part.ours[: bisect_left(part.ours, end)]
-    agreed = next((at for at in reversed(starts) if at <= last and _has(part.theirs, at)), 0)
-    row, given = _row(part, agreed), bytes(part.raw[agreed:end])
-    path = tuple(ids[row + 1 : _row(part, end) + 1]) if ends_there else None
-    if row < 0 and path:  # there is nothing before it: its first token is as it is
-        return Place(0, given[len(crossing.theirs.piece(path[0])) :], path[1:])
-    return Place(row, given, path)
-
-
-def _has(ends: Sequence[int], end: int) -> bool:
-    at = bisect_left(ends, end)
-    return at < len(ends) and ends[at] == end
-
-
-def _row(part: Part, end: int) -> int:
-    """Return the row of the expert's last token before an end of one, or the part's beginning."""
-    return part.n_before + bisect_right(part.theirs, end) - 1
+def _unless_last(rows: range) -> Sequence[int]:
+    """Return rows as `sync` takes them most quickly: none stands for the last one."""
+    return rows if len(rows) > 1 else ()

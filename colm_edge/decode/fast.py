@@ -13,6 +13,7 @@ the expert writes another token (docs/speed.md).
 from __future__ import annotations
 
 import math
+from array import array
 from collections.abc import Sequence
 from time import perf_counter
 
@@ -57,16 +58,18 @@ class Bets:
                 planner.saw_deferral(writer == expert, self._last == expert)
         self._last = writer
 
-    def placed(self, loop: Decoder, writer: int, guess: Step, at: int) -> bool:
-        """Return whether to bet on `guess`, where position `at` is an expert's."""
-        planner = self._planners[writer]
+    def placed(self, loop: Decoder, writer: int, guess: Step, tokens: array[int]) -> bool:
+        """Return whether to bet on `guess`, where the token behind these is an expert's."""
+        planner, at = self._planners[writer], len(tokens)
         if planner is None:
             return False
         if len(self._planners) > 1:
             self._prepared(loop, planner)
-        may_go_on = at + 1 < loop.end and guess.token not in loop.end_tokens
+        if at + 1 >= loop.end or guess.token in loop.end_tokens:
+            return False
         agrees = planner.agrees(math.exp(guess.logprob))
-        return may_go_on and planner.saves(agrees, at - self._expert_at[writer]) > 0
+        pays = planner.saves(agrees, at - self._expert_at[writer]) > 0
+        return pays and loop.keeps(writer, tokens + array("i", (guess.token,)), at)
 
     def settle(self, writer: int, guess: Step, step: Step, at: int, placed: bool) -> bool:
         """Learn from an expert's token for position `at`; return whether a bet was won."""
@@ -119,7 +122,7 @@ class Fast:
         if writer == BASE:
             return guess
         picker.rollback(before)
-        bets = self._bets.placed(loop, writer, guess, at)
+        bets = self._bets.placed(loop, writer, guess, tokens)
         step = deferred(loop, reading, logits, (guess.token,) if bets else ())
         if step.by_expert:
             self._bets.settle(writer, guess, step, at, bets)

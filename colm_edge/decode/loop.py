@@ -18,7 +18,7 @@ from colm_edge.cancel import Cancel, CancelledError
 from colm_edge.decode.picker import Picker
 from colm_edge.decode.policy import BASE, Policy, Reading
 from colm_edge.decode.step import Event, ExpertStats, Source, Stats, Step, Undone
-from colm_edge.decode.timeline import Floats, Timeline
+from colm_edge.decode.timeline import Floats, Timeline, keeps
 from colm_edge.errors import AbsentExpertError
 from colm_edge.llama.owners import HomeLock
 
@@ -82,10 +82,10 @@ class ExpertAlone:
     """One expert writes every token; the base is evaluated only where it is absent."""
 
     def __init__(self, writer: int = 0) -> None:
-        self._writer, self._together = writer, Sequential()
+        self.writer, self._together = writer, Sequential()
 
     def next(self, loop: Decoder) -> Step:
-        writer = self._writer
+        writer = self.writer
         try:
             loop.evaluate_expert(writer, loop.tokens)
             told = loop.read_expert(writer, len(loop.tokens))
@@ -248,6 +248,11 @@ class Decoder:
             )
             stats.count(done, self.sources[writer])
 
+    def keeps(self, writer: int, tokens: Sequence[int], n: int) -> bool:
+        """Return whether an expert that evaluates these tokens says the same after the first n of
+        them as without the others."""
+        return keeps(self._experts[writer], tokens, n)
+
     def read_expert(
         self, writer: int, at: int, base: Floats | None = None, p_defer: float = 1.0
     ) -> tuple[Floats, int, float]:
@@ -263,9 +268,10 @@ class Decoder:
 
     # Reading a prompt back.
 
-    def read_prompt(self) -> list[Step]:
-        """Return a step for each token of the prompt after the first: which model would have
-        written it, and how likely it was there. The expert must be in this process.
+    def read_prompt(self, first: int = 1) -> list[Step]:
+        """Return a step for each token of the prompt from number `first` on, at least 1: which
+        model would have written it, and how likely it was there. The expert must be in this
+        process.
 
         Returns fewer steps if the answer is cancelled meanwhile.
         """
@@ -274,7 +280,7 @@ class Decoder:
         try:
             with self._lock:
                 self._turn()
-                for start in range(0, last, PROMPT_OUTPUTS):
+                for start in range(first - 1, last, PROMPT_OUTPUTS):
                     steps += self._read_tokens(start, min(start + PROMPT_OUTPUTS, last))
         except CancelledError:
             pass  # the next step ends the answer
@@ -283,6 +289,11 @@ class Decoder:
 
     def _read_tokens(self, start: int, end: int) -> list[Step]:
         """Return the steps of the tokens after positions start to end."""
+        if isinstance(self._schedule, ExpertAlone):
+            try:
+                return self._read_by(self._schedule.writer, start, end)
+            except AbsentExpertError:
+                pass  # counted where it is asked again
         prefix, picker, steps = self.tokens[:end], self.picker, list[Step]()
         deferred: dict[int, dict[int, Floats]] = {}  # by writer and position, the base's logits
         self.evaluate_base(prefix, range(start, end))
@@ -309,4 +320,13 @@ class Decoder:
                 token = self.tokens[i + 1]
                 source = self.sources[writer]
                 steps[i - start] = picker.tell(token, source, p_defer, theirs, logsumexp)
+        return steps
+
+    def _read_by(self, writer: int, start: int, end: int) -> list[Step]:
+        """Return the same steps where one expert writes every token."""
+        picker, source, steps = self.picker, self.sources[writer], list[Step]()
+        self.evaluate_expert(writer, self.tokens[:end], range(start, end))
+        for i in range(start, end):
+            logits, _, logsumexp = self.read_expert(writer, i + 1)
+            steps.append(picker.tell(self.tokens[i + 1], source, 1.0, logits, logsumexp))
         return steps

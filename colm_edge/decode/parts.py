@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from random import Random
 
-from colm_edge.decode.ahead import Ahead, Awaited
+from colm_edge.decode.ahead import Ahead, Awaited, Away
 from colm_edge.decode.background import Background
 from colm_edge.decode.doubt import Doubt
 from colm_edge.decode.fast import Fast
@@ -75,19 +75,23 @@ def timelines_of(
     threshold: float,
     *,
     goes_back: bool,
+    across: Sequence[Callable[[Timeline], Timeline]],
 ) -> tuple[Timeline, list[Timeline]]:
     """Return a pair's timelines for one answer; under the fast schedule they evaluate guesses.
 
     experts: each with whether the base may go on while it evaluates. goes_back: as for `picker_of`.
+    across: of each, what makes its timeline one by the base's tokens.
     """
-    guessing, others = with_guesses(base, list(experts), options, threshold)
+    guessing, theirs = with_guesses(base, list(experts), options, threshold)
+    others = [bridged(timeline) for bridged, timeline in zip(across, theirs, strict=True)]
     if options.schedule != "fast" or not 0 < threshold < 1 or goes_back:
         return guessing, others
     ahead: Ahead | None = None
     for i, (expert, overlaps) in enumerate(experts.items()):
-        if overlaps and isinstance(expert, Background | RemoteSession):
+        away = others[i]
+        if overlaps and isinstance(expert, Background | RemoteSession) and isinstance(away, Away):
             ahead = ahead or Ahead(guessing, base.end_tokens)
-            others[i] = Awaited(expert, ahead)
+            others[i] = Awaited(away, ahead)
     return ahead or guessing, others
 
 

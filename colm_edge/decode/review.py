@@ -248,9 +248,11 @@ class Review:
         self._known = None
         written: list[Event] = [draft.step for draft in drafts]
         start, at = len(loop.tokens), len(loop.tokens) + len(drafts)
+        if known is not None and not loop.keeps(writer, tokens, start):
+            known = None
         placed = False
         if deferral is not None and bets is not None:
-            placed = bets.placed(loop, writer, deferral.guess, at)
+            placed = bets.placed(loop, writer, deferral.guess, tokens)
         if deferral is not None and placed:
             tokens.append(deferral.guess.token)
         if outputs := range(start - (known is None), len(tokens)):

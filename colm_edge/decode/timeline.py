@@ -68,6 +68,16 @@ class Around:
     def turn_to(self, prompt: array[int]) -> None:
         self._inner.turn_to(prompt)
 
+    def keeps(self, tokens: Sequence[int], n: int) -> bool:
+        """Return whether these tokens can be evaluated, and what is told after the first n of them
+        is then what is told without the others. It is, unless a `Bridge` spells both anew."""
+        return keeps(self._inner, tokens, n)
+
+
+def keeps(timeline: Timeline, tokens: Sequence[int], n: int) -> bool:
+    """Return what `Around.keeps` does."""
+    return not isinstance(timeline, Around) or timeline.keeps(tokens, n)
+
 
 class Expert(Timeline, Protocol):
     """The timeline of an expert: in this process, on a thread of its own, or on a server."""

@@ -1,9 +1,11 @@
-"""A model's vocabulary, spelt in bytes."""
+"""A model's vocabulary, spelt in bytes, and whether two models share one."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import cached_property
+
+import llama_cpp as llama
 
 from colm_edge.errors import MismatchError
 from colm_edge.llama.model import Model
@@ -21,6 +23,25 @@ class Vocabulary:
         self._model = model
         self.n_vocab, self.ends, self.end = model.n_vocab, model.end_tokens, model.end_token
         self.piece, self.name = model.piece, model.token_text
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Vocabulary):
+            return NotImplemented  # another kind may know
+        one, two = self._model, other._model
+        return one.path == two.path or (
+            one.n_vocab == two.n_vocab
+            and one.vocab_kind() == two.vocab_kind()
+            and one.vocabulary_hash == two.vocabulary_hash
+            and self._kinds == other._kinds
+        )
+
+    def __hash__(self) -> int:
+        return hash(self.n_vocab)
+
+    @cached_property
+    def _kinds(self) -> list[int]:
+        """Of each token, whether it is a control token and the like."""
+        return self._model.each_token(llama.llama_vocab_get_attr)
 
     @cached_property
     def begin(self) -> int | None:
@@ -49,14 +70,16 @@ class Vocabulary:
 
     def first(self, raw: bytes) -> int | None:
         ids = self._ids
-        ends = range(min(len(raw), self._longest), 0, -1)
-        return next((ids[raw[:end]] for end in ends if raw[:end] in ids), None)
+        for end in range(min(len(raw), self._longest), 0, -1):
+            if (found := ids.get(raw[:end])) is not None:
+                return found
+        return None
 
     def encode(self, raw: bytes) -> list[int]:
         """Return tokens whose bytes are these: the tokenizer's, and where it would not give the
         same bytes back, the longest that fit. Raises MismatchError for a byte without a token."""
         tokens = list[int]()
-        for part, text in _parts(raw):
+        for part, text in runs_of(raw):
             tokens += self._tokens(part, text) or self._spelt(part)
         return tokens
 
@@ -90,7 +113,7 @@ class Vocabulary:
             at += len(self.piece(token))
 
 
-def _parts(raw: bytes) -> Iterator[tuple[bytes, str | None]]:
+def runs_of(raw: bytes) -> Iterator[tuple[bytes, str | None]]:
     """Yield bytes in runs, with their text; None for those that are no UTF-8."""
     at = 0
     while at < len(raw):

@@ -24,18 +24,15 @@ import numpy.typing as npt
 
 from colm_edge.cancel import Cancel
 from colm_edge.errors import AbsentExpertError, ColmError, MismatchError, ModelError, PromptError
-from colm_edge.llama.held import common_prefix
 from colm_edge.llama.model import Model
-from colm_edge.llama.vocabulary import MAX_VOCAB_DIFFERENCE
+from colm_edge.llama.vocabulary import Vocabulary
 from colm_edge.options import EXPERT_TIMEOUT
-from colm_edge.remote import colm_edge, llama_cpp, vllm
 from colm_edge.remote.dialect import Body, Dialect, Reply, Scored
-from colm_edge.remote.http import TOLD, RequestError, Server
+from colm_edge.remote.greeting import MALFORMED, MOST_TOKENS, greet, shown
+from colm_edge.remote.http import RequestError, Server
 from colm_edge.remote.logprobs import Floats, check_logprobs, likely, logits_of
-
-DIALECTS = {
-    dialect.owner: dialect for dialect in (llama_cpp.DIALECT, vllm.DIALECT, colm_edge.DIALECT)
-}
+from colm_edge.remote.speller import Speller
+from colm_edge.remote.vocabulary import RemoteVocabulary
 
 T = TypeVar("T")
 log = logging.getLogger("colm_edge")
@@ -44,15 +41,6 @@ BACK_OFF = 0.2  # seconds before the second try, twice as many before the third
 PAUSE = 30.0  # seconds that an expert which failed is left alone
 LONG = 3.0  # seconds after which the user is told what the first answer waits for
 SCORE_TOGETHER = 8  # documents in one request of a scoring pass
-# Texts that both sides tokenize, besides words of the base's vocabulary.
-PROBES = (
-    "The quick brown fox jumps over the lazy dog.",
-    "In 1969, 3.14159 and 1,000,000; (a+b)^2 = a^2 + 2ab + b^2!",
-    "def f(x):\n    return [i ** 2 for i in range(x)]\n\n\tprint(f(10))",
-    "Größe, señor, déjà vu — naïve “quotes” … 中文 русский العربية 😀",
-)
-# What is raised by reading an answer of another shape.
-_MALFORMED = (KeyError, IndexError, TypeError, ValueError, AttributeError, OverflowError)
 
 
 class RemoteExpert:
@@ -63,10 +51,11 @@ class RemoteExpert:
     required: raise ModelError when the server fails. Otherwise AbsentExpertError is raised, and
         the base goes on alone, after a warning to `note` (the log, if None) for each cause.
     timeout: seconds that an answer may take. pause: seconds without requests after a failure.
+    bridge: let its vocabulary be another than the base's; `words` is what is known of it then.
 
     Raises ModelError for a server of an unknown kind or without the model, and MismatchError for
-    another vocabulary: when it is created, and at the first request that is answered after the
-    server was away.
+    another vocabulary, with a bridge for another one than before: when it is created, and at the
+    first request that is answered after the server was away.
     """
 
     def __init__(
@@ -78,6 +67,7 @@ class RemoteExpert:
         note: Callable[[str], None] | None = None,
         timeout: float = EXPERT_TIMEOUT,
         pause: float = PAUSE,
+        bridge: bool = False,
     ) -> None:
         self._server = Server(url, timeout)
         self.url, self.is_local = self._server.name, self._server.is_local
@@ -85,12 +75,16 @@ class RemoteExpert:
         self.n_ctx, self.n_shared = 2**31 - 1, base.n_vocab  # until the server tells its own
         self._note, self._pause = note or log.warning, pause
         self._dialect: Dialect | None = None
-        self._model = ""
+        self.model = ""
+        self.words = RemoteVocabulary(Speller(self), Vocabulary(base)) if bridge else None
+        self._n_ids = base.n_vocab  # ids of tokens are below this
+        self.is_same: bool | None = None  # whether it has the base's vocabulary; not known yet
+        self._probed: tuple[tuple[int, ...], ...] = ()  # which vocabulary it was
         self._lock = threading.RLock()  # held where the dialect or the next two are set
         self._absent_until, self._warned = -math.inf, set[str]()
         self._is_told = False  # whether the first answer is there, or said to be waited for
         try:
-            self._with_retries(self._connected)
+            self.with_retries(self.connected)
         except AbsentExpertError:
             pass  # the user was warned; it may come up later
         except BaseException:
@@ -104,8 +98,8 @@ class RemoteExpert:
     @property
     def fingerprint(self) -> str:
         """A hash that identifies the model: of its server's address and its name there."""
-        self._with_retries(self._connected, required=True)
-        return hashlib.sha256(f"{self._server.address} {self._model}".encode()).hexdigest()
+        self.with_retries(self.connected, required=True)
+        return hashlib.sha256(f"{self._server.address} {self.model}".encode()).hexdigest()
 
     def close(self) -> None:
         """Close the connections."""
@@ -119,30 +113,56 @@ class RemoteExpert:
         """
 
         def work() -> tuple[Floats, int | None]:
-            top, n_evaluated = self._ask(tokens, self._connected().n_probs)
-            return logits_of(top, self.base.n_vocab), n_evaluated
+            reply = self._ask(tokens, self.connected().n_probs)
+            return logits_of(reply.top, self.base.n_vocab), reply.n_evaluated
 
-        return self._with_retries(work)
+        return self.with_retries(work)
+
+    def ask_rows(self, tokens: list[int], places: Sequence[int]) -> list[Reply]:
+        """Return what follows several of a text's tokens, at rising places, the last of which is
+        the last token. Raises what `ask` raises."""
+
+        def work() -> list[Reply]:
+            dialect = self.connected()
+            if dialect.rows is None:
+                return [self._ask(tokens[: at + 1], dialect.n_probs) for at in places]
+            self._check_length(tokens)
+            read, n = dialect.rows.read, dialect.n_probs
+            body = dialect.rows.ask(self.model, tokens, places, n)
+            return self.read(
+                dialect, body, lambda told: [self._checked(one, n) for one in read(told, places)]
+            )
+
+        return self.with_retries(work)
 
     def _ask(self, tokens: list[int], n_probs: int) -> Reply:
-        dialect = self._connected()
+        dialect = self.connected()
         self._check_length(tokens)
+        body = dialect.ask(self.model, tokens, n_probs)
+        return self.read(dialect, body, lambda told: self._checked(dialect.read(told), n_probs))
 
-        def read(answer: Any) -> Reply:
-            top, n_evaluated = dialect.read(answer)
-            if n_evaluated is not None and not 0 <= n_evaluated < 2**31:
-                raise ValueError(f"{n_evaluated} tokens evaluated")
-            return likely(top, self.base.n_vocab), n_evaluated
+    def _checked(self, reply: Reply, n_probs: int) -> Reply:
+        """Return what a server told without tokens that there are not, and learn what it spells.
+        Raises ValueError for what cannot be."""
+        n = reply.n_evaluated
+        if n is not None and not 0 <= n < 2**31:
+            raise ValueError(f"{n} tokens evaluated")
+        if len(reply.top) > n_probs + 1:  # with the token that is there, or was picked
+            raise ValueError(f"{len(reply.top)} likely tokens, and {n_probs} were asked for")
+        if self.words is not None and not self.is_same:
+            self.words.learn(reply.pieces.items())
+        return reply._replace(top=likely(reply.top, self._n_ids))
 
-        return self._read(dialect, dialect.ask(self._model, tokens, n_probs), read)
-
-    def _read(self, dialect: Dialect, body: Body, read: Callable[[Any], T]) -> T:
-        """Return what `read` makes of the answer to a request."""
-        answer = self._server.request(dialect.path, body)
+    def read(
+        self, dialect: Dialect, body: Body | None, read: Callable[[Any], T], path: str = ""
+    ) -> T:
+        """Return what `read` makes of the answer to a request, a GET if there is no body. path: if
+        not the dialect's. Raises RequestError."""
+        answer = self._server.request(path or dialect.path, body)
         try:
             done = read(answer)
-        except _MALFORMED as e:
-            told = f"its answer is not {dialect.name}'s ({_shown(e)})"
+        except MALFORMED as e:
+            told = f"its answer is not {dialect.name}'s ({shown(e)})"
             raise RequestError(told, "malformed") from e
         self._is_told = True
         return done
@@ -154,7 +174,7 @@ class RemoteExpert:
 
         starts: at least 1 each. Raises ModelError when the server fails.
         """
-        dialect = self._with_retries(self._connected, required=True)
+        dialect = self.with_retries(self.connected, required=True)
         spans = [document.tolist() for document in documents]
         if dialect.scoring is None:
             for span, start in zip(spans, starts, strict=True):
@@ -162,16 +182,16 @@ class RemoteExpert:
             return
         for i in range(0, len(spans), SCORE_TOGETHER):
             some = slice(i, i + SCORE_TOGETHER)
-            yield from self._with_retries(
+            yield from self.with_retries(
                 partial(self._score, spans[some], starts[some]), required=True
             )
 
     def _score(self, documents: list[list[int]], starts: Sequence[int]) -> list[Scored]:
-        dialect = self._connected()
+        dialect = self.connected()
         assert dialect.scoring is not None
         for document in documents:
             self._check_length(document)
-        body, read = dialect.scoring.ask(self._model, documents), dialect.scoring.read
+        body, read = dialect.scoring.ask(self.model, documents), dialect.scoring.read
 
         def read_checked(answer: Any) -> list[Scored]:
             scored = read(answer, documents, starts)
@@ -179,7 +199,7 @@ class RemoteExpert:
                 check_logprobs(logprobs)
             return scored
 
-        return self._read(dialect, body, read_checked)
+        return self.read(dialect, body, read_checked)
 
     def _score_by_token(self, document: list[int], start: int, few: int) -> Scored:
         """Ask what follows every prefix; the server's cache makes that one token each."""
@@ -188,7 +208,7 @@ class RemoteExpert:
             token, prefix = document[at], document[:at]
             for n_probs in (few, self.n_shared):  # all, if the few likeliest lack the token
                 ask = partial(self._ask, prefix, n_probs)
-                top, _ = self._with_retries(ask, required=True)
+                top = self.with_retries(ask, required=True).top
                 if token in top:
                     break
             logprobs.append(top.get(token, -math.inf))
@@ -200,80 +220,34 @@ class RemoteExpert:
             told = f"{len(tokens)} tokens do not fit its {self.n_ctx}"
             raise RequestError(told, "length", final=True)
 
-    def _connected(self) -> Dialect:
+    def connected(self) -> Dialect:
         """Return the server's dialect, learnt at the first request that it answers, and again
         after it was away: it may have come back with another model."""
         with self._lock:
             return self._dialect or self._connect()
 
     def _connect(self) -> Dialect:
-        """Find out the server's dialect, and check that it has the base's vocabulary."""
-        listed = self._server.request("/v1/models")
-        try:
-            entry = self._chosen({str(entry["id"]): entry for entry in listed["data"]})
-            owner, model = str(entry.get("owned_by")), str(entry["id"])
-            meta = entry.get("meta") or {}
-            n_vocab = int(meta.get("n_vocab") or self.base.n_vocab)
-            n_ctx = int(entry.get("max_model_len") or meta.get("n_ctx") or self.n_ctx)
-            if n_ctx <= 0:
-                raise ValueError(f"a context of {n_ctx} tokens")
-        except _MALFORMED as e:
-            told = f"its list of models is malformed ({_shown(e)})"
-            raise RequestError(told, "malformed") from e
-        dialect = DIALECTS.get(owner)
-        if dialect is None:
-            raise ModelError(
-                f"{self.url}: an unknown kind of server, {owner!r}; expected one of "
-                f"{', '.join(DIALECTS)}"
-            )
-        self._model = model
-        difference = self._difference(dialect, n_vocab)
-        if difference:
-            raise MismatchError(
-                f"the vocabularies of {self.base.path.name} and {self.url} differ: {difference}; "
-                "the two must come from one model family"
-            )
-        self.n_shared = min(n_vocab, self.base.n_vocab)
-        self.n_ctx = n_ctx - dialect.n_answer
-        self._dialect = dialect
-        return dialect
+        """Find out the server's dialect, and whether it has the base's vocabulary."""
+        told = greet(self._server, self.base)
+        what = f"the vocabularies of {self.base.path.name} and {self.url} differ: "
+        if told.difference and self.words is None:
+            raise MismatchError(f"{what}{told.difference}; use two of one family, or --bridge")
+        if self._probed and told.probed != self._probed:
+            raise MismatchError(f"{self.url} came back with another vocabulary; start again")
+        self.is_same, self._probed = not told.difference, told.probed
+        n_vocab = self.base.n_vocab
+        self.n_shared = min(told.n_vocab or n_vocab, n_vocab) if self.is_same else n_vocab
+        self._n_ids = n_vocab if self.is_same else told.n_vocab or MOST_TOKENS
+        self.n_ctx = (told.n_ctx or 2**31 - 1) - told.dialect.n_answer
+        self.model, self._dialect = told.model, told.dialect
+        return told.dialect
 
-    def _chosen(self, models: dict[str, Any]) -> Any:
-        """Return the model that the address names, or the only one."""
-        named, names = self._server.model, ", ".join(models)
-        if named in models:
-            return models[named]
-        if named:
-            raise ModelError(f"{self.url}: the server has no such model; it has {names}")
-        if len(models) > 1:
-            raise ModelError(
-                f"{self.url}: the server has several models; add # and the name of one: {names}"
-            )
-        return next(iter(models.values()), None)
-
-    def _difference(self, dialect: Dialect, n_vocab: int) -> str:
-        """Return where the two vocabularies differ, "" if they do not."""
-        base = self.base
-        if abs(base.n_vocab - n_vocab) > MAX_VOCAB_DIFFERENCE:
-            most = f"at most {MAX_VOCAB_DIFFERENCE} more or fewer"
-            return f"{base.n_vocab} tokens in the base, {n_vocab} in the expert ({most})"
-        for text in (*PROBES, probe_words(base)):
-            ours = base.tokenize(text, special=False, bos=False)
-            answer = self._server.request("/tokenize", dialect.tokenize(self._model, text))
-            try:
-                theirs = [int(token) for token in answer["tokens"]]
-            except _MALFORMED as e:
-                told = f"its answer to /tokenize is malformed ({_shown(e)})"
-                raise RequestError(told, "malformed") from e
-            if ours != theirs:
-                at = common_prefix(array("i", ours), array("i", theirs))
-                cut = text if len(text) < 60 else text[:57] + "…"
-                one, other = (str(*ids[at : at + 1]) or "missing" for ids in (ours, theirs))
-                return f"token {at} of {cut!r} is {one} in the base, {other} in the expert"
-        return ""
-
-    def _with_retries(self, work: Callable[[], T], *, required: bool = False) -> T:
+    def with_retries(
+        self, work: Callable[[], T], *, required: bool = False, settles: bool = True
+    ) -> T:
         """Return the result of `work`, tried again after a pause where that may help.
+
+        settles: whether it shows that the expert is well again, so that warnings may come again.
 
         Raises what `ask` raises; after AbsentExpertError the server is left alone for a while.
         """
@@ -289,7 +263,8 @@ class RemoteExpert:
                         raise self._failed(e, required) from e
                     time.sleep(BACK_OFF * 2 ** (n - 1))
                 else:
-                    self._warned = set()
+                    if settles:
+                        self._warned = set()
                     return done
         raise AssertionError
 
@@ -463,15 +438,3 @@ class RemoteSession:
         """Return (logits, nothing) after token i of the last `sync`, its last one."""
         assert i == len(self._held) - 1
         return self._logits, np.empty(0, np.float32)
-
-
-def _shown(e: Exception) -> str:
-    """Return an error as text, which may hold what the server sent: megabytes of it."""
-    return repr(e)[:TOLD]
-
-
-def probe_words(base: Model) -> str:
-    """Return plain words from all over the base's vocabulary; other vocabularies lack some."""
-    tokens = range(0, base.n_vocab, max(1, base.n_vocab // 1000))
-    pieces = [base.piece(token).decode("utf-8", "replace").strip() for token in tokens]
-    return " ".join(piece for piece in pieces if piece.isascii() and piece.isalpha())

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 from colm_edge.remote import vllm
-from colm_edge.remote.dialect import Body, Reply, Scoring
+from colm_edge.remote.dialect import Body, Reply, Rows, Scoring, Spelling
+from colm_edge.remote.llama_cpp import piece_of, read_spelt
 
 # The expert's own probabilities, whatever the server's defaults are.
 _EXPERT_ALONE: Body = {
@@ -17,15 +19,41 @@ _EXPERT_ALONE: Body = {
 }
 
 
+def _tokenize(
+    model: str, text: str, *, special: bool = False, begin: bool = False, pieces: bool = False
+) -> Body:
+    body: Body = {"model": model, "prompt": text, "add_special_tokens": begin}
+    return body | {"parse_special": special} | ({"with_pieces": True} if pieces else {})
+
+
 def _ask(model: str, tokens: list[int], n_probs: int) -> Body:
     return vllm.ask(model, tokens, n_probs) | _EXPERT_ALONE
 
 
 def _read(answer: Any) -> Reply:
+    return Reply(vllm.read_top(answer["choices"][0]), _n_evaluated(answer))
+
+
+def _n_evaluated(answer: Any) -> int | None:
     if answer["colm"]["expert_failures"]:
         raise ValueError("its own expert is absent")
-    n_evaluated = answer["colm"]["expert_tokens"]
-    return vllm.read_top(answer), None if n_evaluated is None else int(n_evaluated)
+    n = answer["colm"]["expert_tokens"]
+    return None if n is None else int(n)
+
+
+def _ask_rows(model: str, tokens: list[int], places: Sequence[int], n_probs: int) -> Body:
+    """Ask for all in one evaluation: what follows the prompt, and of its own tokens those behind
+    the first place."""
+    inside = {"prompt_logprobs": n_probs, "prompt_logprobs_from": places[0] + 1}
+    asked = _ask(model, tokens, n_probs) | {"with_pieces": True}
+    return asked | (inside if len(places) > 1 else {})
+
+
+def _read_rows(answer: Any, places: Sequence[int]) -> list[Reply]:
+    choice, last = answer["choices"][0], _read(answer)
+    inside = vllm.read_inside(choice, places)[:-1] if len(places) > 1 else []
+    pieces = {int(token): piece_of(told) for token, told in choice["pieces"].items()}
+    return [*inside, last._replace(pieces=pieces)]
 
 
 def _ask_scores(model: str, documents: list[list[int]]) -> Body:
@@ -36,8 +64,11 @@ DIALECT = replace(
     vllm.DIALECT,
     name="colm-edge",
     owner="colm-edge",
+    tokenize=_tokenize,
     ask=_ask,
     read=_read,
     n_answer=0,
+    spelling=Spelling(read_spelt, about="/tokenizer_info"),
     scoring=Scoring(_ask_scores, vllm.read_scores),
+    rows=Rows(_ask_rows, _read_rows),
 )

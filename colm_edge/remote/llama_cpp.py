@@ -4,11 +4,27 @@ from __future__ import annotations
 
 from typing import Any
 
-from colm_edge.remote.dialect import Body, Dialect, Reply
+from colm_edge.remote.dialect import Body, Dialect, Reply, Spelling, Spelt
 
 
-def _tokenize(model: str, text: str) -> Body:
-    return {"model": model, "content": text, "add_special": False, "parse_special": False}
+def _tokenize(
+    model: str, text: str, *, special: bool = False, begin: bool = False, pieces: bool = False
+) -> Body:
+    body: Body = {"model": model, "content": text, "add_special": begin, "parse_special": special}
+    return body | ({"with_pieces": True} if pieces else {})
+
+
+def piece_of(told: Any) -> bytes:
+    """Return the bytes of a token, which are told as a text or, where they are none, as numbers."""
+    if isinstance(told, str):
+        return told.encode()
+    if not all(isinstance(byte, int) for byte in told):
+        raise TypeError("a piece that is neither a text nor bytes")
+    return bytes(told)
+
+
+def read_spelt(answer: Any, text: str) -> Spelt:
+    return [(int(token["id"]), piece_of(token["piece"])) for token in answer["tokens"]]
 
 
 def _ask(model: str, tokens: list[int], n_probs: int) -> Body:
@@ -27,7 +43,8 @@ def _ask(model: str, tokens: list[int], n_probs: int) -> Body:
 def _read(answer: Any) -> Reply:
     items = answer["completion_probabilities"][0]["top_logprobs"]
     top = {int(item["id"]): float(item["logprob"]) for item in items}
-    return top, int(answer["timings"]["prompt_n"])
+    pieces = {int(item["id"]): piece_of(item["bytes"]) for item in items if "bytes" in item}
+    return Reply(top, int(answer["timings"]["prompt_n"]), pieces)
 
 
 DIALECT = Dialect(
@@ -38,4 +55,5 @@ DIALECT = Dialect(
     ask=_ask,
     read=_read,
     n_probs=64,  # sampling usually reads the 40 likeliest (top_k)
+    spelling=Spelling(read_spelt, about="/props"),
 )

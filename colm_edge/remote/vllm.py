@@ -5,10 +5,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from colm_edge.remote.dialect import Body, Dialect, Reply, Scored, Scoring
+from colm_edge.remote.byte_names import spelt_by
+from colm_edge.remote.dialect import (
+    Body,
+    Dialect,
+    Reply,
+    Rows,
+    Scored,
+    Scoring,
+    Spelling,
+    Spelt,
+    Top,
+)
+
+FEW = 16  # prompts of one request; more states of a text are asked for as those of a document
 
 # Else a generation_config.json in the model's folder would say, and a server may tell what its
 # samplers make of the probabilities (--logprobs-mode).
@@ -22,8 +35,31 @@ _NEUTRAL: Body = {
 }
 
 
-def tokenize(model: str, text: str) -> Body:
-    return {"model": model, "prompt": text, "add_special_tokens": False}
+def _tokenize(
+    model: str, text: str, *, special: bool = False, begin: bool = False, pieces: bool = False
+) -> Body:
+    body: Body = {"model": model, "prompt": text, "add_special_tokens": begin}
+    return body | ({"return_token_strs": True} if pieces else {})
+
+
+def _read_spelt(answer: Any, text: str) -> Spelt:
+    tokens, names = answer["tokens"], answer["token_strs"]
+    return list(zip(map(int, tokens), spelt_by(names, text), strict=True))
+
+
+def _ask_pieces(model: str, tokens: Sequence[int], parting: tuple[str, int]) -> Body:
+    """Ask for all tokens at once, parted by a control token: its name is in no other's text, and
+    some tokenizers drop a space at the beginning."""
+    spread = [parting[1], *(one for token in tokens for one in (token, parting[1]))]
+    return {"model": model, "tokens": spread}
+
+
+def _read_pieces(answer: Any, tokens: Sequence[int], parting: str) -> Mapping[int, bytes]:
+    before, *texts, after = answer["prompt"].split(parting)
+    if (before.strip(), len(texts), after.strip()) != ("", len(tokens), ""):
+        raise ValueError(f"{len(texts)} texts of {len(tokens)} tokens")
+    found = zip(tokens, texts, strict=True)
+    return {token: text.encode() for token, text in found if "\ufffd" not in text}
 
 
 def ask(model: str, tokens: list[int], n_probs: int) -> Body:
@@ -42,13 +78,40 @@ def _ask(model: str, tokens: list[int], n_probs: int) -> Body:
     return ask(model, tokens, n_probs) | _NEUTRAL
 
 
-def read_top(answer: Any) -> dict[int, float]:
-    top = answer["choices"][0]["logprobs"]["top_logprobs"][0]
+def read_top(choice: Any) -> Top:
+    top = choice["logprobs"]["top_logprobs"][0]
     return {int(name.removeprefix("token_id:")): float(x) for name, x in top.items()}
 
 
 def _read(answer: Any) -> Reply:
-    return read_top(answer), _n_evaluated(answer.get("usage") or {})
+    return Reply(read_top(answer["choices"][0]), _n_evaluated(answer.get("usage") or {}))
+
+
+def _ask_rows(model: str, tokens: list[int], places: Sequence[int], n_probs: int) -> Body:
+    """Ask for a few as prompts of their own, which share the server's prefix cache. What it tells
+    of a prompt's own tokens it evaluates anew."""
+    if len(places) > FEW:
+        return _ask(model, tokens, n_probs) | {"prompt_logprobs": n_probs}
+    return _ask(model, tokens, n_probs) | {"prompt": [tokens[: at + 1] for at in places]}
+
+
+def _read_rows(answer: Any, places: Sequence[int]) -> list[Reply]:
+    """Read what is told of several; how many tokens were evaluated is told of the last alone."""
+    choices = {int(choice["index"]): choice for choice in answer["choices"]}
+    if len(places) > FEW:
+        return read_inside(choices[0], places)
+    return [Reply(read_top(choices[i]), None) for i in range(len(places))]
+
+
+def read_inside(choice: Any, places: Sequence[int]) -> list[Reply]:
+    """Read what follows tokens of a prompt: the entry of the next one tells it, and behind the last
+    one the answer."""
+    *inside, last = places
+    told = [choice["prompt_logprobs"][at + 1] for at in inside]
+    if len(choice["prompt_logprobs"]) != last + 1:
+        raise ValueError(f"{len(choice['prompt_logprobs'])} entries of {last + 1} tokens")
+    tops = [{int(token): float(x["logprob"]) for token, x in entry.items()} for entry in told]
+    return [Reply(top, None) for top in (*tops, read_top(choice))]
 
 
 def _n_evaluated(usage: Any) -> int | None:
@@ -96,9 +159,17 @@ DIALECT = Dialect(
     name="vLLM",
     owner="vllm",
     path="/v1/completions",
-    tokenize=tokenize,
+    tokenize=_tokenize,
     ask=_ask,
     read=_read,
     n_probs=20,  # the most that it allows by default (--max-logprobs)
+    spelling=Spelling(
+        _read_spelt,
+        keeps_names=False,
+        pieces=_ask_pieces,
+        read_pieces=_read_pieces,
+        is_exact=False,  # some tokenizers tidy up spaces before a full stop
+    ),
     scoring=Scoring(_ask_scores, read_scores),
+    rows=Rows(_ask_rows, _read_rows),
 )

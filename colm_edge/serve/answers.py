@@ -39,7 +39,7 @@ class Job:
 
     tokens: list[int]  # of the prompt
     options: Options
-    reads_prompt: bool = False  # whether Began reports a step for each token of the prompt
+    reads_from: int = 0  # the prompt's first token that Began reports a step for, from 1 on
     provisional: bool = False  # whether drafts and what is undone are events
 
 
@@ -264,7 +264,7 @@ class Server:
         since, metrics = time.monotonic(), self.metrics
         with writer.stream() as stream:
             try:
-                prompt_steps = stream.read_prompt() if job.reads_prompt else []
+                prompt_steps = stream.read_prompt(job.reads_from) if job.reads_from else []
                 began = Began(job.tokens, prompt_steps, since)
                 put(began)
                 for event in stream.events() if job.provisional else stream:

@@ -72,7 +72,7 @@ def jobs_of(server: Server, body: Sampling, prompts: Sequence[Prompt]) -> list[J
             server.pair.check_options(options)
             server.pair.check_prompt(prompt.tokens, server.pair.threshold(options))
             provisional = body.stream and body.colm.provisional
-            jobs.append(Job(prompt.tokens, options, body.tells_prompt, provisional))
+            jobs.append(Job(prompt.tokens, options, body.reads_from, provisional))
     return jobs
 
 

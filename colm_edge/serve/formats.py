@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from operator import itemgetter
 from typing import Any, Protocol
 
 from colm_edge.decode.step import Step
@@ -18,6 +19,7 @@ from colm_edge.serve.requests import CompletionRequest
 
 Json = dict[str, Any]
 Piece = Callable[[int], bytes]  # the bytes of a token
+first = itemgetter(0)
 OF_EXPERTS = ("n_deferred", "calls", "tokens")
 SUMMED = ("expert_calls", "expert_tokens", "expert_failures")  # stats in the side object
 
@@ -139,8 +141,12 @@ class CompletionFormat:
         }
         if self._body.prompt_logprobs is not None:
             choice["prompt_logprobs"] = self._prompt_logprobs(
-                ended.began.prompt_steps, self._body.prompt_logprobs
+                ended.began, self._body.prompt_logprobs
             )
+        if self._body.with_pieces:
+            told = [*ended.began.prompt_steps, *steps]
+            tokens = {token for step in told for token in (step.token, *map(first, step.top))}
+            choice["pieces"] = {str(t): told_piece(self._piece(t)) for t in sorted(tokens)}
         return choice
 
     def delta(self, i: int, event: Event) -> Json | None:
@@ -197,19 +203,22 @@ class CompletionFormat:
         row = (self._name(first), None, None, 0)
         return {name: [x, *columns[name]] for name, x in zip(columns, row, strict=True)}
 
-    def _prompt_logprobs(self, steps: Sequence[Step], n: int) -> list[Json | None]:
+    def _prompt_logprobs(self, began: Began, n: int) -> list[Json | None]:
         """Return a prompt's log-probabilities in vLLM's form: by token id, the n likeliest and the
         prompt's own token, which has no rank unless it is one of them."""
+        steps = began.prompt_steps
 
         def entry(token: int, logprob: float, rank: int | None) -> Json:
             return {"logprob": logprob, "rank": rank, "decoded_token": self._text(token)}
 
-        tokens: list[Json | None] = [None]  # the first has no probability
+        # The first has no probability.
+        tokens: list[Json | None] = [None] * (len(began.prompt_tokens) - len(steps))
         for step in steps:
             own = {str(step.token): entry(step.token, step.logprob, None)}
             top = {str(t): entry(t, x, rank) for rank, (t, x) in enumerate(step.top[:n], 1)}
             tokens.append(own | top)
-        return tokens
+        first = self._body.prompt_logprobs_from
+        return [None] * min(first, len(tokens)) + tokens[first:]
 
     def _name(self, token: int, text: str | None = None) -> str:
         """Return what stands for a token: its text, or its id where the request asks for ids."""
@@ -219,6 +228,14 @@ class CompletionFormat:
 
     def _text(self, token: int) -> str:
         return self._piece(token).decode("utf-8", "replace")
+
+
+def told_piece(raw: bytes) -> str | list[int]:
+    """Return what a token spells as llama.cpp's server tells it: a text, or bytes that are none."""
+    try:
+        return raw.decode()
+    except UnicodeDecodeError:
+        return list(raw)
 
 
 def usage_of(n_prompt: int, ended: Sequence[Ended]) -> dict[str, int]:

@@ -164,20 +164,22 @@ class Sampling(BodyOptions):
         return 0
 
     @property
-    def tells_prompt(self) -> bool:
-        """Whether to report the prompt's tokens too."""
-        return False
+    def reads_from(self) -> int:
+        """The first of the prompt's tokens that is reported too, from 1 on; 0 for none."""
+        return 0
 
 
 class CompletionRequest(Sampling):
     prompt: str | list[int] | list[str] | list[list[int]]
     logprobs: int | None = Field(default=None, ge=0, le=MAX_LOGPROBS)
     prompt_logprobs: int | None = Field(default=None, ge=0, le=MAX_LOGPROBS)  # vLLM's
+    prompt_logprobs_from: int = Field(default=1, ge=1)  # of the tokens from this one on
     echo: bool = False
     best_of: Literal[1] | None = None
     suffix: Literal[""] | None = None
     return_tokens_as_token_ids: bool = False  # vLLM's: token_id:7 instead of a text
     special: bool = False  # whether names of control tokens in a text stand for these
+    with_pieces: bool = False  # tell what each token spells that has a log-probability
 
     def options(
         self, defaults: Options, choice: int, limit: int, grammar: str | None = None
@@ -190,8 +192,10 @@ class CompletionRequest(Sampling):
         return max(self.logprobs or 0, self.prompt_logprobs or 0)
 
     @property
-    def tells_prompt(self) -> bool:
-        return self.prompt_logprobs is not None or (self.echo and self.logprobs is not None)
+    def reads_from(self) -> int:
+        if self.echo and self.logprobs is not None:
+            return 1
+        return 0 if self.prompt_logprobs is None else self.prompt_logprobs_from
 
     def prompts(self, pair: Pair) -> list[Prompt]:
         """Return what to go on from; a list of numbers is one prompt.
@@ -215,6 +219,8 @@ class TokenizeRequest(Body):
 
     prompt: str
     add_special_tokens: bool = True
+    parse_special: bool = True  # llama.cpp's: whether names of control tokens stand for these
+    with_pieces: bool = False  # llama.cpp's: tell what each token spells
 
 
 class DetokenizeRequest(Body):

@@ -14,7 +14,7 @@ from colm_edge.serve.chat import ChatRequest, TemplateRequest
 from colm_edge.serve.completions import respond
 from colm_edge.serve.dialogue import Dialogue
 from colm_edge.serve.errors import REFUSALS, RefusalError
-from colm_edge.serve.formats import ChatFormat, CompletionFormat
+from colm_edge.serve.formats import ChatFormat, CompletionFormat, told_piece
 from colm_edge.serve.guard import TheServer
 from colm_edge.serve.requests import CompletionRequest, DetokenizeRequest, TokenizeRequest
 
@@ -86,14 +86,24 @@ async def completions(body: CompletionRequest, server: TheServer, request: Reque
             "with logprobs",
             param="prompt_logprobs",
         )
+    if body.stream and body.with_pieces:
+        raise RefusalError(
+            400, "with_pieces cannot be streamed; leave one out", param="with_pieces"
+        )
     form = CompletionFormat(body, server.pair.base.piece)
     return await respond(server, form, body, body.prompts(server.pair), request)
 
 
 @router.post("/tokenize")
 def tokenize(body: TokenizeRequest, server: TheServer) -> dict[str, Any]:
-    tokens = server.pair.base.tokenize(body.prompt, bos=body.add_special_tokens)
-    return {"tokens": tokens, "count": len(tokens), "max_model_len": server.pair.n_ctx}
+    base = server.pair.base
+    tokens = base.tokenize(body.prompt, special=body.parse_special, bos=body.add_special_tokens)
+    told: list[Any] = tokens
+    if body.with_pieces:
+        # A control token has no bytes; as llama.cpp's server does, its name is told.
+        pieces = [base.piece(token) or base.token_text(token).encode() for token in tokens]
+        told = [{"id": t, "piece": told_piece(raw)} for t, raw in zip(tokens, pieces, strict=True)]
+    return {"tokens": told, "count": len(tokens), "max_model_len": server.pair.n_ctx}
 
 
 @router.post("/detokenize")

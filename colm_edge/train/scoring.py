@@ -304,11 +304,11 @@ def score_model(
         if name == "expert":
             pair.members[which].make_room()
         for group in _groups(documents, store.to_do):
-            if name == "expert" and isinstance(expert, RemoteSession):
-                columns = _score_remotely(expert.expert, documents, group)
-            elif name == "expert" and pair.members[which].crossing is not None:
+            if name == "expert" and pair.members[which].crossing is not None:
                 assert choices is not None
                 columns = _score_across(pair.members[which], documents, group, choices)
+            elif name == "expert" and isinstance(expert, RemoteSession):
+                columns = _score_remotely(expert.expert, documents, group)
             else:
                 scorer = scorer or stack.enter_context(_scorer(pair, name, which))
                 columns = _score_locally(scorer, documents, group, pair.n_shared, choices)
@@ -379,7 +379,8 @@ def _score_across(
     Raises DataError for a line that is longer than the expert's context in its own tokens.
     """
     assert member.crossing is not None
-    timeline, n_vocab = member.across(member.session), member.crossing.ours.n_vocab
+    timeline = member.another() if member.here is None else member.across(member.session)
+    n_vocab = member.crossing.ours.n_vocab
     columns: dict[str, list[Any]] = {name: [] for name in ("logprob", "right", "best", "choice")}
     for i in group:
         span, start = documents.span(i).tolist(), int(documents.starts[i])

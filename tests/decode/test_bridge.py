@@ -19,13 +19,14 @@ from test_loop import reader
 
 from colm_edge.cli import main
 from colm_edge.decode import bridge as bridge_module
-from colm_edge.decode.bridge import Bridge, Crossing, spell
+from colm_edge.decode.bridge import Bridge
 from colm_edge.decode.doubt import Doubt
 from colm_edge.decode.loop import Decoder
 from colm_edge.decode.picker import Picker
 from colm_edge.decode.policy import Policy
 from colm_edge.decode.review import ByRule, Review, Tolerance
-from colm_edge.errors import AbsentExpertError, ColmError, MismatchError
+from colm_edge.decode.spelling import Crossing, Spelling
+from colm_edge.errors import AbsentExpertError, MismatchError, ModelError
 from colm_edge.evaluate.proxy_tuning import Proxy
 from colm_edge.llama.model import Model
 from colm_edge.llama.vocabulary import Vocabulary
@@ -107,6 +108,13 @@ class Speaker:
         logits = draw.normal(0, 3, self.words.n_vocab).astype(np.float32)
         logits[:3] = -30.0  # control tokens are rare
         return logits
+
+
+def spell(crossing, tokens, wanted):
+    """Return the expert's tokens of the base's, and the places of the wanted positions."""
+    spelling = Spelling(crossing)
+    spelling.turn_to(tokens)
+    return spelling.ids, [spelling.place(i) for i in wanted]
 
 
 def text(words, tokens) -> bytes:
@@ -200,6 +208,25 @@ def test_what_the_expert_says_is_a_distribution_over_what_follows(seed, n_ours, 
     assert np.exp(logits) == pytest.approx(expected, abs=1e-5)
 
 
+@settings(max_examples=100, deadline=None)
+@given(seed=st.integers(0, 10_000), n_ours=st.integers(0, 30), n_theirs=st.integers(0, 30))
+def test_how_unlikely_the_bytes_are_that_are_there_does_not_count(seed, n_ours, n_theirs):
+    """What is said of the next token sums to 1, however the expert came to its place."""
+    draw = random.Random(seed)
+    ours, theirs = vocabulary(draw, n_ours), vocabulary(draw, n_theirs)
+    bridge = Bridge(Speaker(theirs, seed), Crossing(ours, theirs))
+    tokens = [ours.control(MARK), *(draw.randrange(2, ours.n_vocab) for _ in range(30))]
+    bridge.sync(tokens, range(len(tokens)))
+    sums = []
+    for i in range(len(tokens)):
+        try:
+            sums.append(np.exp(bridge.state(i)[0].astype(float)).sum())
+        except AbsentExpertError:
+            continue
+    assert sums == pytest.approx([1.0] * len(sums), abs=1e-5)
+    assert sums
+
+
 def test_an_unsettled_end_is_spelt_again_with_what_follows():
     """The base has written half of a word that the expert knows as a whole."""
     ours = Spellings([b"c", b"a", b"t", b"s", b"ca", b"ts"])
@@ -213,10 +240,24 @@ def test_an_unsettled_end_is_spelt_again_with_what_follows():
     c, a = ours.first(b"c"), ours.first(b"a")
     ids, (place,) = spell(crossing, [mark, c, a, ts], [3])
     assert theirs.piece(ids[1]) == b"cat"
+    # None of its tokens goes on from "cats", nor from the "s": it can be asked behind them.
+    assert (place.row, place.given, place.path) == (2, b"", ())
+    crossing = Crossing(ours, Spellings([b"c", b"a", b"t", b"s", b"cat", b"at", b"catsup"]))
+    ids, (place,) = spell(crossing, [mark, c, a, ts], [3])
     assert (place.row, place.given, len(place.path)) == (0, b"cats", 2)
     bridge = Bridge(Speaker(theirs, 1), crossing)
     bridge.sync([mark, c, a], [2])
-    assert np.exp(bridge.state(2)[0]).sum() <= 1 + 1e-6
+    assert np.exp(bridge.state(2)[0]).sum() == pytest.approx(1, abs=1e-5)
+
+
+def test_a_broken_expert_is_an_error():
+    ours, theirs = Spellings([b"a", b"b"]), Spellings([b"b", b"a"])
+    expert = Speaker(theirs, 1)
+    expert.logits = lambda prefix: np.full(theirs.n_vocab, np.nan, np.float32)
+    bridge = Bridge(expert, Crossing(ours, theirs))
+    bridge.sync([ours.control(MARK)])
+    with pytest.raises(ModelError, match="the expert is broken"):
+        bridge.state(0)
 
 
 def test_an_end_that_looks_settled_is_healed_too():
@@ -372,8 +413,6 @@ def test_real_models_of_two_vocabularies(tiny, other):
         tasks = [Task(i, plain.prompt_tokens, Options(**GREEDY, threshold=0.3)) for i in range(3)]
         for done in answer_together(pair, tasks, 3):
             assert done.answer.text == plain.text
-    with pytest.raises(ColmError, match="--bridge needs the expert's file here"):
-        opened(tiny, "http://127.0.0.1:9")
 
 
 def test_what_reads_the_experts_own_tokens_refuses_a_bridge(tiny, other):

@@ -9,13 +9,14 @@ import pytest
 from test_bridge import MARK, SCHEDULES, Speaker, Spellings, vocabulary
 from test_loop import reader
 
-from colm_edge.decode.bridge import Bridge, Crossing
+from colm_edge.decode.bridge import Bridge
 from colm_edge.decode.fast import Fast
 from colm_edge.decode.loop import Decoder, ExpertAlone
 from colm_edge.decode.picker import Picker
 from colm_edge.decode.planner import Planner
 from colm_edge.decode.policy import Policy
 from colm_edge.decode.review import ByRule, Review, Tolerance
+from colm_edge.decode.spelling import Crossing
 from colm_edge.errors import AbsentExpertError
 
 

@@ -20,7 +20,7 @@ from expert_servers import faking
 from colm_edge.errors import LONGEST, ColmError
 from colm_edge.pair import Pair, load
 from colm_edge.remote import client, http
-from colm_edge.remote.client import DIALECTS
+from colm_edge.remote.greeting import DIALECTS
 from colm_edge.remote.http import RequestError, Server
 
 Answer = Callable[[BaseHTTPRequestHandler], None]

@@ -34,6 +34,7 @@ from colm_edge.options import Options
 from colm_edge.pair import Pair, load
 from colm_edge.remote import client as remote
 from colm_edge.remote.client import RemoteExpert
+from colm_edge.remote.greeting import DIALECTS as KNOWN
 from colm_edge.remote.http import KEY_VARIABLE
 from colm_edge.remote.logprobs import logits_of
 from colm_edge.slots import Slots
@@ -134,8 +135,10 @@ def test_what_each_dialect_asks(tiny, owner):
                 assert set(body) == {"model", "content", "add_special", "parse_special"}
                 assert not body["add_special"] and not body["parse_special"]  # noqa: PT018
             else:
-                assert set(body) == {"model", "prompt", "add_special_tokens"}
+                own = {"parse_special"} if owner == "colm-edge" else set()
+                assert set(body) == {"model", "prompt", "add_special_tokens"} | own
                 assert body["add_special_tokens"] is False
+                assert not body.get("parse_special")
         tokens = pair.base.tokenize(PROMPT)
         assert expert.sync(tokens) == len(tokens)
         assert fake.asked == [{"prompt": tokens, **BODIES[owner]}]
@@ -531,8 +534,8 @@ def npz(path) -> dict:
 
 @pytest.mark.parametrize("owner", DIALECTS)
 def test_a_remote_expert_is_scored_as_a_local_one(tiny, tmp_path, data, owner, monkeypatch):
-    few = replace(remote.DIALECTS[owner], n_probs=2)  # most tokens are not among them
-    monkeypatch.setitem(remote.DIALECTS, owner, few)
+    few = replace(KNOWN[owner], n_probs=2)  # most tokens are not among them
+    monkeypatch.setitem(KNOWN, owner, few)
     score = ["score", "--data", data, "-m", tiny["base"], "--outfile"]
     assert run(*score, str(tmp_path / "here.npz"), "-me", tiny["expert"]).exit_code == 0
     with faking(owner, tiny["expert"]) as (url, fake):

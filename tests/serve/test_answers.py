@@ -73,7 +73,7 @@ async def read(server: Server, jobs: list[Job]) -> list[tuple[int, object]]:
 
 
 def test_each_answer_begins_takes_steps_and_ends(server):
-    jobs = [job(server, "hello"), job(server, "other", 8, reads_prompt=True), job(server, "x", 3)]
+    jobs = [job(server, "hello"), job(server, "other", 8, reads_from=1), job(server, "x", 3)]
     events = asyncio.run(read(server, jobs))
     for i, expected in enumerate(jobs):
         began, *steps, ended = [event for j, event in events if j == i]

@@ -62,11 +62,13 @@ PATHS: dict[str, tuple[Any, dict[str, Any], dict[str, tuple[Any, dict[str, Any]]
         "prompt": ("other words", {}),
         "logprobs": (2, {}),
         "prompt_logprobs": (1, {}),
+        "prompt_logprobs_from": (3, {"prompt_logprobs": 1}),
         "echo": (True, {}),
         "best_of": (2, {}),
         "suffix": ("!", {}),
         "return_tokens_as_token_ids": (True, {"logprobs": 1}),
         "special": (True, {"prompt": "<|end|>"}),
+        "with_pieces": (True, {"logprobs": 1}),
     }),
     "/v1/messages": (messages.MessagesRequest, {"messages": USER, "max_tokens": 5}, {
         **SAMPLED, **THE_CHAT,

@@ -122,11 +122,13 @@ def write_model(
     architecture: str = "llama",
     gain: float = 1.0,
     endless: bool = False,
+    of_text: bool = False,
 ) -> None:
     """Write one model.
 
     extra_tokens follow the vocabulary; gain scales the output rows; an endless model gives its end
-    token the logit 0, which others always exceed (in float32 only).
+    token the logit 0, which others always exceed (in float32 only). So does one of text with bytes
+    that no text has.
     """
     rng = np.random.default_rng(seed)
     tokens, merges = vocabulary(shape.n_vocab)
@@ -142,6 +144,8 @@ def write_model(
                 data *= np.float32(gain)
                 if endless:
                     data[0] = 0
+                if of_text:
+                    data[[1 + byte for byte in (0xC0, 0xC1, *range(0xF5, 0x100))]] = 0
             writer.add_tensor(f"{name}.weight", data, raw_dtype=kind)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()

@@ -1,0 +1,86 @@
+"""A bridge to an expert on a server, which names the likeliest of its tokens and no others."""
+
+from __future__ import annotations
+
+import threading
+from array import array
+from collections.abc import Sequence
+from concurrent.futures import Future
+from time import perf_counter
+
+import numpy as np
+
+from colm_edge.cancel import Cancel
+from colm_edge.decode.bridge import NEAR, Bridge, Doubles
+from colm_edge.decode.spelling import Crossing, Ids
+from colm_edge.remote.rows import RowsSession
+
+
+class BridgeAway(Bridge):
+    """As `Bridge`. What the expert did not name is left out, but for its own spelling of what is
+    written: that shares the rest of the probability.
+
+    Its `sync` raises AbsentExpertError too where the server cannot spell the text.
+    """
+
+    def __init__(self, session: RowsSession, crossing: Crossing) -> None:
+        """session: this bridge's own."""
+        super().__init__(session, crossing)
+        self._session = session
+        self._spelling_seconds = 0.0  # seconds
+        self._begun: tuple[array[int], Future[int]] | None = None
+
+    @property
+    def seconds(self) -> float:
+        return self._session.seconds + self._spelling_seconds
+
+    def turn_to(self, prompt: array[int]) -> None:
+        """Do nothing: what a server keeps of earlier prompts is its own affair."""
+
+    def begin(
+        self, tokens: Sequence[int], outputs: Sequence[int] = (), cancel: Cancel | None = None
+    ) -> Future[int]:
+        """Begin what `sync` does, several requests, and return at once; `sync` of the same tokens
+        waits for it."""
+        wanted, done = array("i", tokens), Future[int]()
+
+        def work() -> None:
+            try:
+                done.set_result(self._sync(wanted, outputs, cancel))
+            except BaseException as e:
+                done.set_exception(e)
+
+        self._begun = wanted, done
+        # Not a pool's thread: the process may end while a server does not answer.
+        threading.Thread(target=work, name="colm-edge-ask", daemon=True).start()
+        return done
+
+    def sync(
+        self, tokens: Sequence[int], outputs: Sequence[int] = (), cancel: Cancel | None = None
+    ) -> int:
+        begun, self._begun = self._begun, None
+        if begun is not None:
+            begun[1].exception()  # waits: it uses what this would use
+            if begun[0] == array("i", tokens):
+                return begun[1].result()
+        return self._sync(tokens, outputs, cancel)
+
+    def _sync(self, tokens: Sequence[int], outputs: Sequence[int], cancel: Cancel | None) -> int:
+        begun, asking = perf_counter(), self._session.seconds
+        try:
+            return super().sync(tokens, outputs, cancel)
+        finally:
+            self._spelling_seconds += perf_counter() - begun - (self._session.seconds - asking)
+
+    def _goes_on(self, row: int, given: bytes) -> tuple[Ids, Doubles]:
+        told, piece = self._session.told(row), self._crossing.theirs.piece
+        least = max(told.values()) - NEAR
+        near = {
+            token: logprob
+            for token, logprob in told.items()
+            if logprob >= least and (not given or piece(token).startswith(given))
+        }
+        return np.array(list(near), np.int64), np.array(list(near.values()))
+
+    def _logprob(self, row: int, token: int) -> float:
+        return self._session.logprob(row, token)
