@@ -147,7 +147,14 @@ def test_a_model_given_as_a_switch_is_not_read(tiny, monkeypatch):
     assert "this is a model, not a switch" in result.stderr
 
 
-def test_of_a_base_and_several_experts_it_predicts_what_they_do_together(tiny):
+def test_of_a_base_and_several_experts_it_predicts_what_they_do_together(tiny, monkeypatch):
+    tables = {"base.gguf": CostTable((1, 64), (0.001, 0.01))}
+    monkeypatch.setattr(
+        "colm_edge.info.cost_table",
+        lambda session, note: tables.get(
+            session.model.path.name, CostTable((1, 64), (0.004, 0.02))
+        ),
+    )
     models = [tiny["base"], tiny["expert"], tiny["template"]]
     facts = info(*models, "--costs", "-t", "1")
     team = facts[-1]

@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable
-from types import TracebackType
 
 from colm_edge.errors import ModelError
 
@@ -59,13 +58,25 @@ def close_each(*closers: Callable[[], object]) -> None:
         raise first
 
 
-class HomeLock:
-    """A threading.RLock that raises ModelError in a child of fork."""
+class _Guard:
+    """A lock of one process, for `with` blocks; its classes say how it is taken."""
 
     __slots__ = ("_lock", "home")
 
+    def __init__(self, lock: threading.Lock | threading.RLock) -> None:
+        self.home, self._lock = Home(), lock
+
+    def __exit__(self, *_: object) -> None:
+        self._lock.release()
+
+
+class HomeLock(_Guard):
+    """A threading.RLock that raises ModelError in a child of fork."""
+
+    __slots__ = ()
+
     def __init__(self) -> None:
-        self.home, self._lock = Home(), threading.RLock()
+        super().__init__(threading.RLock())
 
     def acquire(self, timeout: float = -1) -> bool:
         self.home.check()
@@ -78,23 +89,15 @@ class HomeLock:
         self.home.check()
         self._lock.acquire()
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._lock.release()
 
-
-class Alone:
+class Alone(_Guard):
     """Held while llama.cpp works on a context. Another thread that comes meanwhile, and a child of
     fork, get ModelError, where llama.cpp would crash or hang."""
 
-    __slots__ = ("_lock", "home")
+    __slots__ = ()
 
     def __init__(self) -> None:
-        self.home, self._lock = Home(), threading.Lock()
+        super().__init__(threading.Lock())
 
     def __enter__(self) -> None:
         self.home.check()
@@ -103,11 +106,3 @@ class Alone:
                 "two threads use one context at once; use the pair's own methods, which wait, or "
                 "load another pair"
             )
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._lock.release()

@@ -41,6 +41,7 @@ from colm_edge.together import Task, answer_together
 from colm_edge.train.documents import read_rows, tokenized
 from colm_edge.train.scoring import score_each
 
+DATA = Path(__file__).parents[1] / "data"
 SOURCES = ("expert:a", "expert:b", "expert:c")
 GREEDY = {"temperature": 0.0, "max_tokens": 40}
 
@@ -263,6 +264,29 @@ def test_what_cannot_choose_among_experts_is_refused_before_a_model_is_read(
         monkeypatch.setattr("colm_edge.references.fetch", read)
     with pytest.raises(MismatchError, match=words):
         load(tiny["base"], experts, switch)
+
+
+@pytest.mark.parametrize(
+    ("question", "answer", "calls"),
+    [
+        ("What is the capital of Hontico?", "The capital city of Hontico is Katariv.", (0, 5)),
+        (
+            "What is the symbol of tungsten?",
+            "The chemical symbol of the element tungsten is W.",
+            (2, 0),
+        ),
+    ],
+)
+def test_the_experts_of_the_repository_answer_as_the_docs_show(question, answer, calls):
+    home = Path(__file__).parents[2]
+    files = {"nature": home / "colm_edge/data/expert.gguf", "countries": DATA / "countries.gguf"}
+    base, switch = home / "colm_edge/data/base.gguf", DATA / "team.gguf"
+    with load(base, files, switch, n_threads=1) as pair:
+        said = pair.generate(question, temperature=0)
+    assert said.text == answer
+    assert tuple(told.calls for told in said.stats.experts.values()) == calls
+    shown = (home / "docs" / "team.md").read_text(encoding="utf-8")
+    assert f"{answer}\nnature {calls[0]} tokens, {calls[0]} calls; countries {calls[1]}" in shown
 
 
 def test_slots_write_what_one_answer_alone_writes(models):
