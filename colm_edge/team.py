@@ -86,7 +86,7 @@ class Member:
         self.overlaps = beside if overlap is None else overlap
         if self.here is not None and self.overlaps:
             self.timeline = Background(self.here)
-        self.planner = Planner(self._weigh)
+        self.planner = Planner(self._weigh, steady=bridge)
 
     @property
     def stem(self) -> str:

@@ -52,10 +52,12 @@ class Planner:
 
     tables: called before the first token, with what may cancel it; returns what decodes cost the
         base and the expert, or None where that cannot be measured.
+    steady: whether reviews begin at the same places always. Behind a bridge the expert may run out
+        of context before the base, and nothing is reviewed from there on.
     """
 
-    def __init__(self, tables: Tables) -> None:
-        self._tables = tables
+    def __init__(self, tables: Tables, *, steady: bool = False) -> None:
+        self._tables, self.steady = tables, steady
         self._base: CostTable | None = None
         self._expert: CostTable | None = None
         # Whether the models are too fast for planning to pay, or cannot be measured.
@@ -108,7 +110,7 @@ class Planner:
 
     def window(self, most: int) -> int:
         """Return after how many drafts the expert is best called to review them, at most `most`."""
-        if self._base is None or self._expert is None or self.rests:
+        if self._base is None or self._expert is None or self.rests or self.steady:
             return most
         rates = [rate.value for rate in (self.run, self.onset, *self.undone)]
         run, onset, *undone = (round(rate, 2) for rate in rates)

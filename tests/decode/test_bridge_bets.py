@@ -135,7 +135,7 @@ def test_bets_across_a_bridge_never_change_the_text(
         steps = list(loop)
         return [(s.token, s.source) for s in steps], loop.finish_reason, loop.stats.expert_failures
 
-    assert written(Bold(seed, bets)) == written(None)
+    assert written(Bold(seed, bets, steady=True)) == written(None)
 
 
 def pieces(*raw: str) -> Spellings:
@@ -181,7 +181,7 @@ def test_what_a_bet_told_is_not_used_where_the_text_is_spelt_otherwise_by_then()
         )  # fmt: skip
         return b"".join(ours.piece(step.token) for step in loop), loop.stats.expert_calls
 
-    assert written([Bold(0, 1.0)])[0] == written([])[0] == b"bcx"
+    assert written([Bold(0, 1.0, steady=True)])[0] == written([])[0] == b"bcx"
 
 
 class Eager(Bold):
@@ -284,7 +284,7 @@ def answers(tiny, expert, planner=None, **options) -> list[list[tuple]]:
 
 @pytest.mark.parametrize("seed", range(2))
 def test_real_models_bet_across_a_bridge(tiny, other, seed):
-    assert answers(tiny, other, Bold(seed, 0.7)) == answers(tiny, other)
+    assert answers(tiny, other, Bold(seed, 0.7, steady=True)) == answers(tiny, other)
 
 
 @pytest.mark.parametrize("bets", [0.0, 0.7])
@@ -299,7 +299,7 @@ def test_an_expert_beside_the_base_catches_up_across_a_bridge(tiny, other, bets,
     monkeypatch.setattr(Background, "follow", watched)
     plain = answers(tiny, other)
     assert not followed
-    assert answers(tiny, other, Bold(1, bets), overlap=True) == plain
+    assert answers(tiny, other, Bold(1, bets, steady=True), overlap=True) == plain
     assert len(max(followed, key=len)) > MIN_GAP
 
 

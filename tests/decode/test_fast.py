@@ -29,8 +29,8 @@ STEEP = CostTable((1, 64), (1.0, 64.0))
 class Bold(Planner):
     """Bets at random, far more often than a sensible planner, and reviews at random times."""
 
-    def __init__(self, seed: int, share: float) -> None:
-        super().__init__(lambda cancel: (FLAT, FLAT))
+    def __init__(self, seed: int, share: float, *, steady: bool = False) -> None:
+        super().__init__(lambda cancel: (FLAT, FLAT), steady=steady)
         self._draw, self._share = random.Random(seed), share
 
     def saves(self, agrees: float, n_pending: int) -> float:
@@ -39,7 +39,7 @@ class Bold(Planner):
         return float(self._draw.random() < self._share)
 
     def window(self, most: int) -> int:
-        return self._draw.randint(1, most)
+        return most if self.steady else self._draw.randint(1, most)
 
 
 class Sometimes:
