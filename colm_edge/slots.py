@@ -22,7 +22,7 @@ import numpy as np
 from colm_edge.cancel import Cancel, CancelledError
 from colm_edge.decode.timeline import Around, Floats, Timeline
 from colm_edge.errors import ColmError, ModelError, PromptError
-from colm_edge.llama.context import MANY_SEQUENCES, SMALL_BATCH, is_small
+from colm_edge.llama.context import SMALL_BATCH, is_small
 from colm_edge.llama.costs import CostTable
 from colm_edge.llama.held import Held
 from colm_edge.llama.measure import cost_table
@@ -108,7 +108,7 @@ class SharedContext:
 
     def _measured(self) -> CostTable | None:
         try:
-            return cost_table(self._session, hasty=len(self.held) < MANY_SEQUENCES)
+            return cost_table(self._session, hasty=True)
         except ModelError:  # for example, no memory for another context
             return None
 
@@ -163,7 +163,7 @@ class SharedContext:
             for i in part.request.outputs if part.is_last else ():
                 batch.output[first + i - start] = 1
                 self._rows[slot, i] = first + i - start
-        size = self._padded(row)
+        size = self._padded(row, all_states=hidden)
         if size > row:  # with the last token, once more and again
             token, after = part.request.tokens[end - 1 : end], np.arange(end, end + size - row)
             batch.put(row, token * (size - row), after.astype(np.int32), slot)
@@ -182,13 +182,13 @@ class SharedContext:
             part.request.n_evaluated += part.end - part.start
             held.evaluated_beside_others(part.end)
 
-    def _padded(self, n: int) -> int:
+    def _padded(self, n: int, *, all_states: bool) -> int:
         """Return the cheapest size of a batch of n tokens that there is room for."""
         if self.costs is None:
             return n
         n_held = sum(len(held.tokens) for held in self.held)
         room = min(self.n_batch, self.n_ctx * len(self.held) - n_held)
-        return self.costs.pieces(n, room, whole=True)[0][1]
+        return self.costs.padded(n, room, all_states=all_states)
 
     def state(self, slot: int, i: int) -> tuple[Floats, Floats]:
         return self.context.state(self._rows[slot, i], hidden=self._wants_hidden)

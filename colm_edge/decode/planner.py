@@ -17,6 +17,7 @@ HORIZON = 64  # tokens within which the next deferral is expected
 DECAY = 0.99
 CAUTION = 0.7  # standard errors
 ROUGH = 0.04  # of the rates that savings are kept for
+FINE, MOST_WINDOWS = 0.02, 1000  # the same of windows, and how many are kept
 Tables = Callable[[Cancel | None], tuple[CostTable, CostTable] | None]
 # An expert agrees more often where the base is sure of itself.
 CONFIDENCE = (0.25, 0.5, 0.75)
@@ -113,9 +114,11 @@ class Planner:
         if self._base is None or self._expert is None or self.rests or self.steady:
             return most
         rates = [rate.value for rate in (self.run, self.onset, *self.undone)]
-        run, onset, *undone = (round(rate, 2) for rate in rates)
+        run, onset, *undone = (round(rate / FINE) * FINE for rate in rates)
         key = most, run, onset, *undone
         if key not in self._windows:
+            if len(self._windows) == MOST_WINDOWS:
+                self._windows.clear()
             self._windows[key] = best_window(
                 self._base,
                 self._expert,

@@ -32,7 +32,12 @@ class Reading(NamedTuple):
 
 
 class Policy:
-    """Defer to the likeliest expert where p_defer is above a threshold; at 0 it always does."""
+    """Defer to the likeliest expert where p_defer is above a threshold; at 0 it always does.
+
+    remembers: whether its decisions depend on all that it has read before, undone drafts too.
+    """
+
+    remembers = False
 
     def __init__(self, read: Reader, threshold: float) -> None:
         self._read, self.threshold = read, threshold
@@ -61,6 +66,8 @@ class RatePolicy(Policy):
 
     It belongs to one answer, so that an answer depends on its prompt alone.
     """
+
+    remembers = True
 
     def __init__(self, read: Reader, rate: float) -> None:
         super().__init__(read, 1 - rate)

@@ -67,7 +67,8 @@ class Tolerance:
 @dataclass(frozen=True)
 class Loose:
     """Let a token pass, although it is not the expert's, where the expert is unsure itself and the
-    next tokens are all its own choices: FLy's rule (arXiv 2511.22972).
+    next tokens are all its own choices: FLy's rule (arXiv 2511.22972). As it looks at later drafts,
+    its text depends on when reviews begin: give `Review` no planners.
 
     entropy: in nats, of the expert's three likeliest tokens; it is unsure from this on. n_next: how
     many tokens must follow its choices, of those that are there.
@@ -215,8 +216,11 @@ class Review:
         if drafts:
             may_end = tokens[-1] in loop.end_tokens or len(tokens) >= loop.end
             most = self._window
-            if bets is not None and not isinstance(picker.sampler, Fresh):
-                # A sample's random number is used once, so more drafts would change later ones.
+            # More drafts would change later ones where a sample's random number is used once, and
+            # where the policy remembers what was undone.
+            if bets is not None and not (
+                isinstance(picker.sampler, Fresh) or loop.policy.remembers
+            ):
                 most = bets.window(self._expert, most)
             if may_end or len(drafts) >= most:
                 return self._call(loop, tokens[:-1], bets, None)

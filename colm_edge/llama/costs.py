@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import statistics
 from bisect import bisect_left
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
+from itertools import accumulate
 
 OUTPUTS = (4, 16)  # of the decodes that measure what more than one costs
 # llama.cpp's kernels for CPUs multiply four rows of a batch together, and each of the rest alone.
@@ -29,7 +30,8 @@ class CostTable:
     def __init__(
         self, sizes: tuple[int, ...], seconds: tuple[float, ...], more: tuple[float, ...] = ()
     ) -> None:
-        self.sizes, self.seconds, self.more = sizes, seconds, more
+        self.sizes, self.seconds = sizes, seconds
+        self.more = tuple(accumulate(more, max))  # measured, so they may fall by chance
 
     def __call__(self, n: int) -> float:
         """Return the seconds of a decode of n tokens. Between measured sizes they are interpolated,
@@ -106,23 +108,27 @@ class CostTable:
         if n >= len(plan):
             return [(n, n)]
         if whole:
-            return [(n, self._filled(n, room))]
+            return [(n, self.padded(n, room))]
         found = []
         while n:
             piece = plan[n][1]
-            found.append((piece, self._filled(piece, room)))
+            found.append((piece, self.padded(piece, room)))
             n, room = n - piece, room - piece
         return found
 
-    def _filled(self, n: int, room: int) -> int:
-        """Return the cheapest size to pad a batch of n tokens to, at most room."""
+    def padded(self, n: int, room: int, *, all_states: bool = False) -> int:
+        """Return the cheapest size to pad a batch of n tokens to, at most room.
+
+        all_states: whether each token's state is computed, those that pad it too.
+        """
+        cost = self.all_states if all_states else self
         larger = [m for m in self.sizes if n < m <= room]
-        best = min(larger, key=self, default=n)
-        return best if self(best) < (1 - MARGIN) * self(n) else n
+        best = min(larger, key=cost, default=n)
+        return best if cost(best) < (1 - MARGIN) * cost(n) else n
 
     @cached_property
     def _filled_up(self) -> list[float]:
-        return [0.0] + [self(self._filled(n, n + n)) for n in range(1, self.sizes[-1] + 1)]
+        return [0.0] + [self(self.padded(n, n + n)) for n in range(1, self.sizes[-1] + 1)]
 
     @cached_property
     def _plan(self) -> list[tuple[float, int]]:
@@ -187,8 +193,17 @@ def best_window(
             alive = drafting * kept
         return tokens / seconds
 
-    best = max(range(1, most + 1), key=speed)
+    best = max(_windows(most), key=speed)
     return best if speed(best) > (1 + MARGIN) * speed(most) else most
+
+
+def _windows(most: int) -> Iterator[int]:
+    """Yield the windows that are looked at: whole blocks, about a quarter more each time."""
+    yield from (n for n in (1, 2, most) if n <= most)
+    n = BLOCK
+    while n < most:
+        yield n
+        n += max(1, n // 4 // BLOCK) * BLOCK
 
 
 def _calls_per_token(expert: CostTable, defer_rate: float) -> float:

@@ -85,6 +85,7 @@ def greet(server: Server, base: Model) -> Greeting:
         return theirs
 
     difference = _difference(base, n_vocab, tokenized)
+    probed.append((n_vocab or 0,))
     return Greeting(dialect, model, n_vocab, n_ctx, difference, tuple(probed))
 
 
@@ -114,8 +115,7 @@ def _difference(base: Model, n_vocab: int | None, tokenized: Callable[[str], lis
             at = common_prefix(array("i", ours), array("i", theirs))
             cut = text if len(text) < 60 else text[:57] + "…"
             one, other = (str(*ids[at : at + 1]) or "missing" for ids in (ours, theirs))
-            found = f"token {at} of {cut!r} is {one} in the base, {other} in the expert"
-            break
+            found = found or f"token {at} of {cut!r} is {one} in the base, {other} in the expert"
     if n_vocab is not None and abs(base.n_vocab - n_vocab) > MAX_VOCAB_DIFFERENCE:
         most = f"at most {MAX_VOCAB_DIFFERENCE} more or fewer"
         return f"{base.n_vocab} tokens in the base, {n_vocab} in the expert ({most})"

@@ -32,6 +32,7 @@ LIKE_A_NAME = re.compile(rb"<\S+>|\[\S+\]")
 SURELY_A_NAME = re.compile(rb"<\|\S*\|>|<\xef\xbd\x9c\S*\xef\xbd\x9c>|</?s>")
 MARKER = "\n"  # before a text, for tokenizers that put a space before its beginning
 MOST_KEPT = 8 << 20  # bytes of texts and their tokens that are kept
+MOST_PARTS = 256  # of a text, each a request, where names in it are not to be read as such
 MOST_PIECES = 64 << 20  # bytes of all tokens that were learnt
 # Characters that hardly a tokenizer has a token for, so that it spells them in bytes; and some that
 # it may spell in parts.
@@ -218,12 +219,17 @@ class RemoteVocabulary:
                 self._n_kept -= _size(*self._texts.popitem(last=False))
         return spelling
 
-    def _asked_for(self, raw: bytes, text: str) -> list[int]:
-        """Return the server's tokens of a text if they spell it."""
+    def _asked_for(self, raw: bytes, text: str, most: int = MOST_PARTS) -> list[int]:
+        """Return the server's tokens of a text if they spell it, in at most so many parts."""
         for marker in dict.fromkeys((self._marker, MARKER)):
             spelt = self._asked.spelt(marker + text, self.learn)
             if parts := self._parted(spelt, text):
-                return [one for part in parts for one in self._asked_for(part.encode(), part)]
+                different = dict.fromkeys(parts)
+                if len(different) > most:
+                    break
+                most //= len(different)  # which ends it, however the server goes on
+                found = {part: self._asked_for(part.encode(), part, most) for part in different}
+                return [one for part in parts for one in found[part]]
             for i in range(len(marker) + 2 if marker else 1):
                 if b"".join(piece for _, piece in spelt[i:]) == raw:
                     self._marker = marker

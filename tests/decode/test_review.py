@@ -128,6 +128,15 @@ def test_bets_never_change_a_reviewed_text(bets, **given):
     assert betting.finish_reason == plain.finish_reason
 
 
+@settings(max_examples=200)
+@given(**parts, bets=st.floats(0, 1))
+def test_reviews_stay_where_they_are_if_the_policy_remembers_what_was_undone(bets, **given):
+    plain, betting = reviewed(**given), reviewed(**given, planners=[Bold(given["seed"], bets)])
+    betting.policy.remembers = True
+    assert list(betting) == list(plain)
+    assert betting.undone == plain.undone
+
+
 @given(**parts)
 def test_a_rejected_token_is_undone_once_a_position(**given):
     run = reviewed(**given)
@@ -195,7 +204,7 @@ def test_reviews_begin_where_batches_are_cheapest_by_the_token(expert, undone, w
     assert best_window(BASE, expert, lambda at: 0.05, undone, 16) == window
 
 
-@pytest.mark.parametrize("window", [1, 3, 8])
+@pytest.mark.parametrize("window", [3, 8])
 def test_the_best_window_is_that_of_many_drawn_answers(window):
     """Tokens and seconds of one window, drawn: at a limit of one less, another is the best only if
     it is slower."""

@@ -39,6 +39,21 @@ def test_a_size_that_was_not_measured_costs_its_blocks_and_its_single_tokens():
     assert table.pieces(15, 15, whole=True) == [(15, 15)]  # no room left
 
 
+def test_more_outputs_never_cost_less():
+    """Both were measured, and the larger batch happened to seem cheaper."""
+    table = CostTable((1, 4, 16), (1.0, 2.0, 5.0), (0.02, 0.0))
+    costs = [table.outputs(n) for n in range(1, 200)]
+    assert costs == sorted(costs)
+    assert costs[0] == 0.0
+    assert costs[-1] == 0.02
+
+
+def test_padding_is_weighed_with_its_outputs_where_they_are_computed_too():
+    table = CostTable((1, 2, 3, 4), (1.0, 1.7, 2.4, 1.63), (3.0,))
+    assert table.padded(3, 8) == 4
+    assert table.padded(3, 8, all_states=True) == 3
+
+
 def test_a_batch_is_padded_if_a_larger_one_costs_less():
     assert FOURS.pieces(3, 100) == [(3, 4)]
     assert FOURS.pieces(3, 3) == [(3, 3)]  # no room left

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,7 +21,8 @@ from colm_edge.errors import LONGEST, AbsentExpertError, MismatchError, ModelErr
 from colm_edge.options import Options
 from colm_edge.pair import Pair, load
 from colm_edge.remote import client
-from colm_edge.remote.greeting import DIALECTS
+from colm_edge.remote.greeting import DIALECTS, PROBES
+from colm_edge.remote.vocabulary import RemoteVocabulary
 from colm_edge.together import Task, answer_together
 
 GREEDY = Options(temperature=0.0, max_tokens=30, threshold=0.3)
@@ -103,7 +105,8 @@ def test_it_writes_what_the_same_expert_here_writes(base, other, all_told, owner
 def test_how_many_requests_a_deferral_takes(base, other, all_told, owner):
     """One for the tokens of what is new, and one or a few for what follows them."""
     with served(owner, other) as (url, fake), opened(base, url) as pair:
-        assert [path for path, _ in fake.requests] == ["/tokenize"]  # one text is enough to differ
+        # One text is enough to differ, but all of them tell which vocabulary it is.
+        assert [path for path, _ in fake.requests] == ["/tokenize"] * (len(PROBES) + 1)
         for prompt in ("hello world", "another one"):
             before = len(fake.requests)
             answer = pair.generate(prompt)
@@ -407,3 +410,41 @@ def test_the_switch_is_trained_across(base, other, tmp_path, all_told, owner):
         fake.always = "500"
         ran = CliRunner().invoke(main, ["eval", *models, *how])
         assert ran.exit_code == 1
+
+
+class OneNameMore:
+    """A server's tokenizer that reads another name in a text as a token each time it is asked."""
+
+    def __init__(self) -> None:
+        self.n_asked = 0
+
+    def keeps_names(self) -> bool:
+        return False
+
+    def spelt(self, text: str, learn: Any = None, **_: Any) -> list[tuple[int, bytes]]:
+        self.n_asked += 1
+        name = re.search(r"<\w+>", text)
+        if name is None:
+            return [(i, bytes([byte])) for i, byte in enumerate(text.encode())]
+        before, behind = text[: name.start()], text[name.end() :]
+        parts = [(1, before.encode()), (2, name[0].encode()), (3, behind.encode())]
+        return [(token, piece) for token, piece in parts if piece]
+
+    def refuse(self, why: str) -> None:
+        raise AbsentExpertError(why)
+
+
+@pytest.mark.parametrize(
+    ("text", "is_spelt"),
+    [("".join(f"<a{i}>" for i in range(1200)), False), ("x<td>" * 2000, True), ("<a><b>", True)],
+)
+def test_names_in_a_text_take_a_bounded_number_of_requests(text, is_spelt):
+    asked = OneNameMore()
+    vocabulary = RemoteVocabulary(asked, None)
+    if is_spelt:
+        pieces = vocabulary.encode(text.encode())
+        assert len(pieces) == len(text)
+    else:
+        with pytest.raises(AbsentExpertError, match="do not spell"):
+            vocabulary.encode(text.encode())
+    assert asked.n_asked < 30
