@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext, suppress
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -110,6 +111,14 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     for path in folder.iterdir():
         paths[path.stem] = str(path)
     return paths
+
+
+@pytest.fixture(scope="session")
+def other(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A seeded random model of a smaller vocabulary than `tiny`'s."""
+    path = tmp_path_factory.mktemp("other") / "other.gguf"
+    write_model(path, replace(SHAPES["tiny"], n_vocab=268), seed=7, gain=20.0)
+    return str(path)
 
 
 @pytest.fixture

@@ -6,7 +6,6 @@ import json
 import math
 import random
 from array import array
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +13,6 @@ import pytest
 from click.testing import CliRunner
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from lib.random_model import SHAPES, write_model
 from test_loop import reader
 
 from colm_edge.cli import main
@@ -367,14 +365,6 @@ def test_control_tokens_cross_by_their_names():
 
 
 GREEDY = {"temperature": 0.0, "max_tokens": 30}
-
-
-@pytest.fixture(scope="module")
-def other(tmp_path_factory) -> str:
-    """A model of a smaller vocabulary."""
-    path = tmp_path_factory.mktemp("bridge") / "other.gguf"
-    write_model(path, replace(SHAPES["tiny"], n_vocab=268), seed=7, gain=20.0)
-    return str(path)
 
 
 def opened(tiny, expert, **more):

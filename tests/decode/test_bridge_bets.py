@@ -5,13 +5,11 @@ from __future__ import annotations
 import random
 from array import array
 from concurrent.futures import Future
-from dataclasses import replace
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from lib.random_model import SHAPES, write_model
 from test_bridge import ALPHABET, MARK, Speaker, Spellings, vocabulary
 from test_fast import Bold, Sometimes
 from test_loop import reader
@@ -255,13 +253,6 @@ def test_what_the_expert_said_behind_its_last_token_is_not_asked_again():
 
 
 GREEDY = {"temperature": 0.0, "max_tokens": 60}
-
-
-@pytest.fixture(scope="module")
-def other(tmp_path_factory) -> str:
-    path = tmp_path_factory.mktemp("bets") / "other.gguf"
-    write_model(path, replace(SHAPES["tiny"], n_vocab=268), seed=7, gain=20.0)
-    return str(path)
 
 
 def answers(tiny, expert, planner=None, **options) -> list[list[tuple]]:
