@@ -169,14 +169,14 @@ class RemoteVocabulary:
         for token, piece in told:
             check_piece(token, piece)
             known = self._pieces if is_exact else self._guesses
-            before = known.get(token)
-            if before is None:
+            is_new = token not in known
+            before = known.setdefault(token, piece)  # whichever thread learns it first
+            if before != piece:
+                raise ValueError(f"token {token} is {before[:40]!r} and {piece[:40]!r}")
+            if is_new:
                 self._n_bytes += len(piece)
-                known[token] = piece
                 if not self._asked.keeps_names() and SURELY_A_NAME.fullmatch(piece):
                     self._control_ids.add(token)
-            elif before != piece:
-                raise ValueError(f"token {token} is {before[:40]!r} and {piece[:40]!r}")
             if self._n_bytes > MOST_PIECES:
                 raise ValueError(f"more than {MOST_PIECES >> 20} MB of tokens")
 
