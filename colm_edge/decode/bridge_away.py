@@ -73,12 +73,17 @@ class BridgeAway(Bridge):
             self._spelling_seconds += perf_counter() - begun - (self._session.seconds - asking)
 
     def _goes_on(self, row: int, given: bytes) -> tuple[Ids, Doubles]:
-        told, piece = self._session.told(row), self._crossing.theirs.piece
+        told = self._session.told(row)
         least = max(told.values()) - NEAR
+
+        def goes_on(token: int) -> bool:
+            piece = self._crossing.theirs.piece(token)
+            return piece.startswith(given) and piece != given
+
         near = {
             token: logprob
             for token, logprob in told.items()
-            if logprob >= least and (not given or piece(token).startswith(given))
+            if logprob >= least and (not given or goes_on(token))
         }
         return np.array(list(near), np.int64), np.array(list(near.values()))
 
