@@ -14,7 +14,7 @@ from colm_edge.decode.step import Source, Step
 from colm_edge.decode.timeline import Floats
 from colm_edge.errors import ModelError
 
-NEAR = 8.0  # nats
+COLUMNS = 2048  # in which `likeliest` lays out logits
 
 
 class Sampler(Protocol):
@@ -99,9 +99,15 @@ class Picker:
 def likeliest(logits: Floats, logsumexp: float, n: int) -> tuple[tuple[int, float], ...]:
     """Return the n likeliest ids, best first, and their log-probabilities; none that is -inf."""
     n = min(n, len(logits))
-    # A few hundred of 150,000 are near the best one, and quicker to sort.
-    best = np.flatnonzero(logits > logits.max() - NEAR)
-    if len(best) < n:
+    if n < COLUMNS < len(logits):
+        # Laid out in rows, the n largest are in the n columns whose largest are. Of 150,000 that
+        # takes 50 us, and 3 ms to part them all.
+        n_rows = len(logits) // COLUMNS
+        highest = logits[: n_rows * COLUMNS].reshape(n_rows, COLUMNS).max(axis=0)
+        columns = np.argpartition(-highest, n - 1)[:n]
+        inside = (columns + COLUMNS * np.arange(n_rows)[:, None]).ravel()
+        best = np.concatenate([inside, np.arange(n_rows * COLUMNS, len(logits))])
+    else:
         best = np.arange(len(logits))
     best = best[np.argpartition(-logits[best], n - 1)[:n]] if len(best) > n else best
     best = best[np.lexsort((best, -logits[best]))]

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from unittest.mock import patch
 
 import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
+from colm_edge.decode import picker
 from colm_edge.decode.picker import likeliest
 
 
@@ -17,14 +19,16 @@ from colm_edge.decode.picker import likeliest
     spread=st.sampled_from([0.0, 0.1, 1.0, 5.0, 30.0]),
     n=st.integers(1, 12),
     holes=st.integers(0, 60),
+    columns=st.sampled_from([4, 7, 2048]),
 )
-def test_the_likeliest_are_those_of_a_plain_sort(seed, size, spread, n, holes):
+def test_the_likeliest_are_those_of_a_plain_sort(seed, size, spread, n, holes, columns):
     rng = np.random.default_rng(seed)
     logits = (spread * rng.normal(size=size)).round(1).astype(np.float32)
     logits[: min(holes, size - 1)] = -np.inf
     order = sorted(range(size), key=lambda i: (-logits[i], i))
     expected = [(i, float(logits[i]) - 0.5) for i in order[:n] if logits[i] > -math.inf]
-    found = likeliest(logits, 0.5, n)
+    with patch.object(picker, "COLUMNS", columns):
+        found = likeliest(logits, 0.5, n)
     assert [logprob for _, logprob in found] == [logprob for _, logprob in expected]
     if len(set(logits.tolist())) == size:  # of equal ones any may be the last
         assert [i for i, _ in found] == [i for i, _ in expected]
