@@ -30,7 +30,8 @@ from colm_edge.switch.rules import Only, Untrained
 from colm_edge.tables import Table
 from colm_edge.train.documents import Documents, Row, read_rows, tokenized
 from colm_edge.train.prompts import answer_prompts
-from colm_edge.train.scoring import MakeProgress, Recorded, Scores, score, score_each
+from colm_edge.train.scores import Scores
+from colm_edge.train.scoring import MakeProgress, Recorded, score, score_each
 from colm_edge.train.team import of_chosen
 
 if TYPE_CHECKING:

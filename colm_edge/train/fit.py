@@ -40,7 +40,8 @@ from colm_edge.train.objectives import (
     weak_label,
 )
 from colm_edge.train.score_files import scored_by
-from colm_edge.train.scoring import MakeProgress, Recorded, Scores, score
+from colm_edge.train.scores import Scores
+from colm_edge.train.scoring import MakeProgress, Recorded, score
 
 if TYPE_CHECKING:
     from colm_edge.pair import Pair

@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from colm_edge.switch.reading import sigmoids
 from colm_edge.train.heads import Array, Loss
-from colm_edge.train.scoring import Scores
+from colm_edge.train.scores import Scores
 
 Rows = npt.NDArray[np.int64]
 WEAK_POSITIVE_WEIGHT = 8.0  # of a weak label 1, as in the authors' script
@@ -137,8 +137,8 @@ def hard_loss(scores: Scores, rows: Rows, d: Array) -> float:
 
 
 def regret_left(scores: Scores, rows: Rows, d: Array) -> float:
-    """Return the mean share of the regret that is left at REGRET_RATES."""
-    return 1.0 - float(regret_removed(d, scores.regret(rows)).mean())
+    """Return the mean share of what matters of the regret that is left at REGRET_RATES."""
+    return 1.0 - float(regret_removed(d, scores.weighed_regret(rows)).mean())
 
 
 def weak_label(scores: Scores, rows: Rows) -> Array:
@@ -191,7 +191,7 @@ OBJECTIVES = {
     ),
     # Whether the expert would reject the base's choice.
     "regret": Objective(
-        loss=lambda scores, rows: partial(regret_loss, scores.regret(rows)),
+        loss=lambda scores, rows: partial(regret_loss, scores.weighed_regret(rows)),
         judge=regret_left,
         by_margin=True,
         needs_regret=True,

@@ -5,7 +5,8 @@ files in it, mapped into memory once they are complete; a run that was killed go
 stopped.
 
     tokens.int32                token ids of all documents
-    token.int32, line.int64   of every scored token, in the documents' order
+    token.int32, line.int64, importance.float64
+                              of every scored token, in the documents' order
     base-<fingerprint>/       columns logprob, likeliest, hidden, features (see FolderStore)
     expert-<fingerprint>/     columns logprob, right, best, choice
     base-<fingerprint>-<n>/   the same where models share only the first n token ids
@@ -17,7 +18,8 @@ import re
 from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
@@ -30,7 +32,9 @@ from colm_edge.errors import AbsentExpertError, ColmError, DataError
 from colm_edge.remote.client import RemoteSession
 from colm_edge.train.columns import Columns, check_columns
 from colm_edge.train.documents import Documents, Ints
+from colm_edge.train.importance import importance
 from colm_edge.train.score_files import read_scores, write_scores
+from colm_edge.train.scores import Scores
 from colm_edge.train.store import (
     COPY_ROWS,
     FolderStore,
@@ -62,41 +66,12 @@ class Progress(Protocol):
 
 
 MakeProgress = Callable[[str, int], AbstractContextManager[Progress]]
+# (first, last + 1) of some documents -> a column of their scored tokens
+Rows = Callable[[int, int], npt.NDArray[Any]]
 Shard = tuple[int, int]  # (k, n): the k-th of n parts
 # What an expert told while it wrote documents, by their keys: of each of the tokens, its likeliest
 # ones, best first, (n, k), and their log-probabilities.
 Recorded = Mapping[int, tuple[npt.NDArray[np.int32], Array]]
-
-
-@dataclass
-class Scores:
-    """What both models said of every scored token, one row each."""
-
-    hidden: npt.NDArray[np.float32]  # (n, n_embd)
-    logit_features: npt.NDArray[np.float32]  # (n, 8)
-    base: Array  # log-probability of the gold token, nats
-    expert: Array
-    best: Array  # log-probability of the expert's own likeliest token, by the expert
-    choice: Array  # of the base's likeliest token, by the expert; NaN where a server does not tell
-    likeliest: npt.NDArray[np.int32]  # the base's token
-    expert_right: npt.NDArray[np.bool_]  # the gold token is the expert's likeliest
-    token: npt.NDArray[np.int32]  # the gold token
-    line: npt.NDArray[np.int64]
-
-    @property
-    def tells_regret(self) -> bool:
-        """Whether the regret is known: a server's expert does not tell it."""
-        return len(self.choice) > 0 and not np.isnan(self.choice[0])
-
-    @property
-    def base_right(self) -> npt.NDArray[np.bool_]:
-        """Whether the gold token is the base's likeliest, (n,)."""
-        return np.asarray(self.likeliest == self.token, np.bool_)
-
-    def regret(self, rows: npt.NDArray[np.int64]) -> Array:
-        """Return the nats by which the expert prefers its likeliest token to the base's, 0 or more,
-        (n,)."""
-        return np.maximum(self.best[rows] - self.choice[rows], 0.0)
 
 
 def score(
@@ -129,14 +104,14 @@ def score(
         expert = elsewhere or score_model(
             pair, "expert", documents, progress, work=work, update=update, choices=likeliest
         )
-    told = _tokens_and_lines(documents, work)
+    weigh = partial(importance, documents, likeliest, pair.base.piece, pair.base.end_tokens)
     return Scores(
         hidden=base["hidden"],
         logit_features=base["features"],
         base=base["logprob"],
         likeliest=likeliest,
         **_by_expert(expert),
-        **told,
+        **_by_document(documents, weigh, work),
     )
 
 
@@ -193,12 +168,14 @@ def _rows_of(
     return ids[:n], logprobs[:n]
 
 
-def _tokens_and_lines(documents: Documents, work: Path | None) -> Columns:
-    """Return token and line of every row, (n,) each; with a work folder from files in it."""
+def _by_document(documents: Documents, weigh: Rows, work: Path | None) -> Columns:
+    """Return token, line and importance of every row, (n,) each; with a work folder from its files.
+    weigh: gives the importance."""
     columns: Columns = {}
     for name, kind, rows in (
         ("token", np.dtype(np.int32), documents.scored),
         ("line", np.dtype(np.int64), documents.scored_lines),
+        ("importance", np.dtype(np.float64), weigh),
     ):
         if work is None:
             columns[name] = rows(0, len(documents))

@@ -4,7 +4,8 @@ As for one expert the models stay frozen. Two objectives have a form for several
 
 - marginal: the likelihood of the mixture, −log Σ_j share_j · P_j(token), j over base and experts.
 - regret: a classification of every token. Where the expert of its document would reject the base's
-  choice it is that expert's, and weighs the nats that it regrets; all else is the base's.
+  choice it is that expert's, and weighs the nats that it regrets, times their importance; all else
+  is the base's.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from colm_edge.train.fit import (
 )
 from colm_edge.train.heads import CHUNK_ROWS, Array, Columns, Head, Standardised, minimize
 from colm_edge.train.objectives import DEFER_RATES, REGRET_RATES, REJECTED, Rows
-from colm_edge.train.scoring import Scores
+from colm_edge.train.scores import Scores
 
 TEAM_OBJECTIVES = ("marginal", "regret")
 # d of every expert, (n, K) -> the loss and its gradient
@@ -87,11 +88,12 @@ class TeamScores:
         base = self.scores[0].base[rows]
         return np.column_stack([base, *(scores.expert[rows] for scores in self.scores)])
 
-    def regret(self, rows: Rows) -> Array:
-        """Return the nats by which the document's expert prefers its own choice to the base's."""
+    def regret(self, rows: Rows, *, weighed: bool = False) -> Array:
+        """Return the nats by which the document's expert prefers its own choice to the base's;
+        weighed: times their importance."""
         found = np.empty(len(rows))
         for at, scores, own in self._by_writer(rows):
-            found[at] = scores.regret(own)
+            found[at] = scores.weighed_regret(own) if weighed else scores.regret(own)
         return found
 
     def _by_writer(self, rows: Rows) -> list[tuple[Rows, Scores, Rows]]:
@@ -235,7 +237,7 @@ def _search(
     def loss_on(rows: Rows) -> TeamLoss:
         if objective == "marginal":
             return partial(marginal_loss, team.gold(rows))
-        return partial(regret_loss, team.regret(rows), team.writer[rows])
+        return partial(regret_loss, team.regret(rows, weighed=True), team.writer[rows])
 
     judges = sample(valid, SEARCH_TOKENS)
     held_back = columns(judges)
@@ -244,7 +246,7 @@ def _search(
         d = d_of(heads, held_back)
         if objective == "marginal":
             return marginal_loss(team.gold(judges), d)[0]
-        return regret_left(team.regret(judges), team.writer[judges], d)
+        return regret_left(team.regret(judges, weighed=True), team.writer[judges], d)
 
     searched = sample(train, SEARCH_TOKENS)
     block = Standardised(columns(searched))

@@ -15,7 +15,8 @@ from colm_edge.switch.file import role_of
 from colm_edge.train.documents import Documents, Row, tokenized
 from colm_edge.train.fit import held_back_lines, identities
 from colm_edge.train.prompts import answer_prompts
-from colm_edge.train.scoring import MakeProgress, Scores, score
+from colm_edge.train.scores import Scores
+from colm_edge.train.scoring import MakeProgress, score
 from colm_edge.train.team import TeamScores, likeliest_writers
 
 if TYPE_CHECKING:

@@ -181,7 +181,7 @@ def test_an_update_scores_only_what_is_new(pair, tmp_path):
     assert_same(updated, score(pair, new, no_bar, work=tmp_path))  # no update is needed now
     assert evaluated() == (0, 0)
     names = {p.name.split("-")[0] for p in tmp_path.iterdir()}
-    assert names == {"base", "expert", "token.int32", "line.int64"}
+    assert names == {"base", "expert", "token.int32", "line.int64", "importance.float64"}
 
 
 def test_an_update_with_more_documents_appends_to_the_files(pair, tmp_path):

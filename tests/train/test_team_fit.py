@@ -21,7 +21,8 @@ from colm_edge.switch.rules import Only
 from colm_edge.train import objectives, team
 from colm_edge.train.documents import tokenized
 from colm_edge.train.fit import feature_columns
-from colm_edge.train.scoring import Scores, score
+from colm_edge.train.scores import Scores
+from colm_edge.train.scoring import score
 from colm_edge.train.team_scores import score_answers, score_texts
 
 
@@ -98,6 +99,7 @@ def made(n_lines: int = 200, per_line: int = 20, seed: int = 0) -> team.TeamScor
                 expert_right=knows,
                 token=np.ones(n, np.int32),
                 line=line,
+                importance=np.where(np.arange(n) % 3, 1.0, 10.0),
             )
         )
     return team.TeamScores(scores, team.likeliest_writers(scores), told=True)
@@ -143,6 +145,7 @@ def test_documents_of_each_expert_are_read_as_if_they_were_joined(seed, n):
     rows = rng.permutation(len(writer))[: rng.integers(1, len(writer) + 1)]
     assert np.array_equal(apart.line, joined.line)
     assert np.array_equal(apart.regret(rows), joined.regret(rows))
+    assert np.array_equal(apart.regret(rows, weighed=True), joined.weighed_regret(rows))
     for names in FEATURE_SETS.values():
         assert np.array_equal(apart.features(rows, names), feature_columns(joined, rows, names))
 

@@ -18,7 +18,7 @@ from colm_edge.bench.methods import cpu_name
 from colm_edge.readout import FEATURES
 from colm_edge.train.fit import Split, fit_head
 from colm_edge.train.objectives import OBJECTIVES
-from colm_edge.train.scoring import Scores
+from colm_edge.train.scores import Scores
 
 
 def planted(n: int, width: int, rng: np.random.Generator) -> tuple[Scores, np.ndarray]:
@@ -34,7 +34,7 @@ def planted(n: int, width: int, rng: np.random.Generator) -> tuple[Scores, np.nd
     token, line = np.zeros(n, np.int32), np.arange(n)
     likely = np.maximum(base, expert)
     columns = (hidden, features, base, expert, likely, base, token - by_expert, by_expert)
-    return Scores(*columns, token, line), weight
+    return Scores(*columns, token, line, np.ones(n)), weight
 
 
 def main() -> None:

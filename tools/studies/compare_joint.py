@@ -31,7 +31,8 @@ from colm_edge.train.documents import Row, read_rows, tokenized
 from colm_edge.train.fit import FitOptions, fit_switch
 from colm_edge.train.heads import Array
 from colm_edge.train.objectives import DEFER_RATES
-from colm_edge.train.scoring import Scores, score, score_expert
+from colm_edge.train.scores import Scores
+from colm_edge.train.scoring import score, score_expert
 
 ROOT = Path(__file__).parents[2]
 SHIPPED = ROOT / "colm_edge" / "data"

@@ -33,7 +33,8 @@ from colm_edge.train.objectives import (
     marginal_loss,
     weak_loss,
 )
-from colm_edge.train.scoring import Scores, score
+from colm_edge.train.scores import Scores
+from colm_edge.train.scoring import score
 
 HIDDEN_UNITS = 64
 LATEST = 3  # tokens whose gain a context feature looks at

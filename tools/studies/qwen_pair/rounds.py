@@ -37,7 +37,8 @@ from colm_edge.train.fit import feature_columns
 from colm_edge.train.heads import Head, Standardised
 from colm_edge.train.objectives import regret_loss, regret_removed
 from colm_edge.train.prompts import answer_prompts
-from colm_edge.train.scoring import Scores, score
+from colm_edge.train.scores import Scores
+from colm_edge.train.scoring import score
 
 RATES = (0.03, 0.1, 0.2, 0.4)  # of round 2, drawn for each answer
 ENTROPY, N_NEXT = 0.3, 5  # rule W
