@@ -19,8 +19,11 @@ with suppress(ImportError):
     import torch  # noqa: F401
 
 from lib.random_model import SHAPES, write_model
+from remote_pairs import GREEDY
 
 from colm_edge.pair import Pair, load
+from colm_edge.remote import client as remote
+from colm_edge.remote.http import KEY_VARIABLE
 from colm_edge.switch.file import Switch
 
 pytest_plugins = ["pages"]
@@ -200,3 +203,18 @@ def models(tiny: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Te
         len(mean), info={"expert_names": "a b"},
     ).save(path)  # fmt: skip
     return {"model": tiny["base"], "expert": {"a": tiny["expert"], "b": tiny["base"]}}, path
+
+
+@pytest.fixture
+def no_back_off(monkeypatch):
+    """Ask an expert's server again at once, and send it no key."""
+    monkeypatch.setattr(remote, "BACK_OFF", 0.0)
+    monkeypatch.delenv(KEY_VARIABLE, raising=False)
+
+
+@pytest.fixture
+def local(tiny) -> Iterator[Pair]:
+    """The pair that one with its expert on a server is compared with."""
+    options = {"n_threads": 1, "n_ctx": 256, "defaults": GREEDY}
+    with load(tiny["base"], tiny["expert"], "margin", **options) as pair:
+        yield pair

@@ -19,9 +19,11 @@ from expert_servers import faking
 
 from colm_edge.errors import LONGEST, ColmError
 from colm_edge.pair import Pair, load
-from colm_edge.remote import client, http
+from colm_edge.remote import http
 from colm_edge.remote.greeting import DIALECTS
 from colm_edge.remote.http import RequestError, Server
+
+pytestmark = pytest.mark.usefixtures("no_back_off")
 
 Answer = Callable[[BaseHTTPRequestHandler], None]
 
@@ -151,11 +153,6 @@ def test_a_proxy_is_not_asked_for_this_machine(monkeypatch):
         server = Server(url, 30.0)
         assert server.request("/v1/models") == {"data": []}
         server.close()
-
-
-@pytest.fixture(autouse=True)
-def no_back_off(monkeypatch):
-    monkeypatch.setattr(client, "BACK_OFF", 0.0)
 
 
 @pytest.fixture

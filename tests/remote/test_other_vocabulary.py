@@ -20,18 +20,14 @@ from colm_edge.cli import main
 from colm_edge.errors import LONGEST, AbsentExpertError, MismatchError, ModelError
 from colm_edge.options import Options
 from colm_edge.pair import Pair, load
-from colm_edge.remote import client
 from colm_edge.remote.greeting import DIALECTS, PROBES
 from colm_edge.remote.vocabulary import RemoteVocabulary
 from colm_edge.together import Task, answer_together
 
+pytestmark = pytest.mark.usefixtures("no_back_off")
+
 GREEDY = Options(temperature=0.0, max_tokens=30, threshold=0.3)
 START = "<|im_start|>"
-
-
-@pytest.fixture(autouse=True)
-def no_back_off(monkeypatch):
-    monkeypatch.setattr(client, "BACK_OFF", 0.0)
 
 
 @pytest.fixture(scope="module")

@@ -15,6 +15,8 @@ from colm_edge.pair import load
 from colm_edge.remote import client as remote
 from colm_edge.slots import Slots
 
+pytestmark = pytest.mark.usefixtures("no_back_off")
+
 FAILURES = ("500", "garbage", "other JSON", "dies", "slow")
 
 

@@ -19,6 +19,8 @@ from colm_edge.errors import ModelError
 from colm_edge.options import Options
 from colm_edge.pair import load
 
+pytestmark = pytest.mark.usefixtures("no_back_off")
+
 
 def test_our_own_server_is_an_expert(tiny, local):
     pytest.importorskip("schemathesis")

@@ -19,6 +19,8 @@ from colm_edge.pair import load
 from colm_edge.remote.http import KEY_VARIABLE
 from colm_edge.remote.logprobs import logits_of
 
+pytestmark = pytest.mark.usefixtures("no_back_off")
+
 
 @pytest.mark.parametrize("owner", DIALECTS)
 def test_a_remote_expert_writes_what_a_local_one_writes(tiny, local, owner):

@@ -15,6 +15,8 @@ from colm_edge.cli import main
 from colm_edge.remote import client as remote
 from colm_edge.remote.greeting import DIALECTS as KNOWN
 
+pytestmark = pytest.mark.usefixtures("no_back_off")
+
 TEXTS = ["one two three", "what is this about", "hello world " * 20, "a", "and so it goes on"] * 3
 
 
