@@ -22,7 +22,7 @@ from colm_edge.serve.errors import OLLAMA_REFUSALS, RefusalError
 from colm_edge.serve.formats import colm_of
 from colm_edge.serve.guard import TheServer
 from colm_edge.serve.parts import Reply, Text, Thought
-from colm_edge.serve.requests import Body, BodyOptions, ColmFields, Sampling, Stop
+from colm_edge.serve.requests import Body, BodyOptions, ColmFields, Sampling, Seed, Stop
 from colm_edge.serve.streaming import EventStream, while_connected
 from colm_edge.serve.tools import THINK_END, use_of
 
@@ -38,7 +38,7 @@ class SamplingOptions(BodyOptions):
     """Ollama's `options`. Others, such as num_ctx, were settled when the server was started."""
 
     num_predict: int | None = Field(default=None, ge=-2)  # -1, -2: as much as there is room for
-    seed: int | None = None
+    seed: Seed | None = None
     stop: Stop | list[Stop] | None = None
 
 

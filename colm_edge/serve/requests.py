@@ -87,6 +87,7 @@ class StreamOptions(Body):
 
 
 Stop = Annotated[str, Field(min_length=1, max_length=200)]
+Seed = Annotated[int, Field(ge=-(2**63), le=2**63 - 1)]
 
 
 class Sampling(BodyOptions):
@@ -98,7 +99,7 @@ class Sampling(BodyOptions):
     model: str | None = None
     # -1 is llama.cpp's: no limit but the server's.
     max_tokens: int | None = Field(default=None, ge=-1)
-    seed: int | None = Field(default=None, ge=-(2**63), le=2**63 - 1)
+    seed: Seed | None = None
     stop: Stop | list[Stop] | None = Field(default=None)
     n: int = Field(default=1, ge=1, le=MAX_CHOICES)
     stream: bool = False

@@ -103,3 +103,10 @@ def test_errors_are_one_text(url, body, words):
     refused = httpx.post(f"{url}/api/chat", json=body, timeout=60)
     assert refused.status_code == 400
     assert words in refused.json()["error"]
+
+
+def test_a_seed_that_does_not_fit_is_refused(url):
+    """Found by the test of the server's OpenAPI document: it was an error of the server's."""
+    for seed, status in ((2**63 - 1, 200), (2**63, 400), (-(2**63) - 1, 400)):
+        asked = {"prompt": "hi", "options": {"num_predict": 1, "seed": seed}, "stream": False}
+        assert httpx.post(f"{url}/api/generate", json=asked, timeout=60).status_code == status
