@@ -36,7 +36,8 @@ def importance(
     the tokens that end an answer.
     """
     chosen = likeliest[documents.rows[first] : documents.rows[last]]
-    at_edge = np.isin(chosen, list(ends)) | np.isin(documents.scored(first, last), list(ends))
+    marks = list(ends)
+    at_edge = np.isin(chosen, marks) | np.isin(documents.scored(first, last), marks)
     at_edge[documents.rows[first:last] - documents.rows[first]] = True
     inside = in_code(documents, piece, first, last)
     return np.where(at_edge, EDGE, np.where(inside, CODE, PROSE))

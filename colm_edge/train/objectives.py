@@ -137,7 +137,7 @@ def hard_loss(scores: Scores, rows: Rows, d: Array) -> float:
 
 
 def regret_left(scores: Scores, rows: Rows, d: Array) -> float:
-    """Return the mean share of what matters of the regret that is left at REGRET_RATES."""
+    """Return the mean share of the weighed regret that is left at REGRET_RATES."""
     return 1.0 - float(regret_removed(d, scores.weighed_regret(rows)).mean())
 
 

@@ -66,8 +66,6 @@ class Progress(Protocol):
 
 
 MakeProgress = Callable[[str, int], AbstractContextManager[Progress]]
-# (first, last + 1) of some documents -> a column of their scored tokens
-Rows = Callable[[int, int], npt.NDArray[Any]]
 Shard = tuple[int, int]  # (k, n): the k-th of n parts
 # What an expert told while it wrote documents, by their keys: of each of the tokens, its likeliest
 # ones, best first, (n, k), and their log-probabilities.
@@ -104,7 +102,8 @@ def score(
         expert = elsewhere or score_model(
             pair, "expert", documents, progress, work=work, update=update, choices=likeliest
         )
-    weigh = partial(importance, documents, likeliest, pair.base.piece, pair.base.end_tokens)
+    ends = pair.base.end_tokens.union(*(member.end_tokens for member in pair.members))
+    weigh = partial(importance, documents, likeliest, pair.base.piece, ends)
     return Scores(
         hidden=base["hidden"],
         logit_features=base["features"],
@@ -168,9 +167,11 @@ def _rows_of(
     return ids[:n], logprobs[:n]
 
 
-def _by_document(documents: Documents, weigh: Rows, work: Path | None) -> Columns:
+def _by_document(
+    documents: Documents, weigh: Callable[[int, int], Array], work: Path | None
+) -> Columns:
     """Return token, line and importance of every row, (n,) each; with a work folder from its files.
-    weigh: gives the importance."""
+    weigh: gives the importance in the documents from one to before another."""
     columns: Columns = {}
     for name, kind, rows in (
         ("token", np.dtype(np.int32), documents.scored),

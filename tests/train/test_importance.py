@@ -29,11 +29,7 @@ def documents_of(texts: list[tuple[list[int], int]]) -> Documents:
 
 def plainly(tokens: list[int]) -> list[bool]:
     """Read byte by byte; a run of three backticks or more is a fence, once it has ended."""
-    text, owner = b"", list[int]()
-    for i, token in enumerate(tokens):
-        text += PIECES[token]
-        owner += [i] * len(PIECES[token])
-    fences = 0
+    text, fences = b"".join(PIECES[token] for token in tokens), 0
     at_byte, run = list[int](), 0  # fences that end before or at each byte
     for i, byte in enumerate(text):
         at_byte.append(fences)
