@@ -8,8 +8,9 @@ Each drawn request is first written by itself, sequentially, by models that hold
 answers that differ from that are looked into: what stands before the first other token is evaluated
 again, cut into batches in 8 ways, and in 8 ways beside other answers in shared batches. It is a
 near-tie if the two tokens' logits, or p_defer and the threshold in logits, lie no farther apart
-than twice the range in which these 16 move that distance. All other differences are faults, and
-the command then fails. Sampled answers are compared by their texts alone.
+than twice the range in which these 16 move that distance. What they do not explain is looked at
+in four times as many ways before it is called a fault; then the command fails. Sampled answers are
+compared by their texts alone.
 """
 
 from __future__ import annotations
@@ -34,7 +35,9 @@ from colm_edge.slots import Slots
 from colm_edge.stream import Stream
 from colm_edge.together import Task, answer_together
 
-CUTS = 8  # ways to cut the same tokens into batches, and as many beside other answers
+# Ways to cut the same tokens into batches, and as many beside other answers: at first, and before
+# a fault is told. In 3 of 200 runs 16 ways missed how far batches move a p_defer (0.87 to 0.95).
+CUTS = (8, 32)
 N_SLOTS = 4
 REACH = 2.0  # times their range: what is nearer than that is a near-tie
 QUESTIONS = (
@@ -164,18 +167,25 @@ class Judge:
         prefix = array("i", request.tokens + one.tokens[:at])
         a, b = one.steps[at], other.steps[at]
         by_switch = a.source != b.source
-        states = self._states(prefix, len(request.tokens), base=by_switch or a.source == "base")
-        if by_switch:
-            values = [logit(self._read(logits, hidden)[0]) for logits, hidden in states]
-            return near(values, logit(self._pair.threshold(request.options)))
-        return near([float(x[a.token]) - float(x[b.token]) for x, _ in states], 0.0)
+        for cuts in CUTS:
+            states = self._states(
+                prefix, len(request.tokens), cuts, base=by_switch or a.source == "base"
+            )
+            if by_switch:
+                values = [logit(self._read(logits, hidden)[0]) for logits, hidden in states]
+                bound = logit(self._pair.threshold(request.options))
+            else:
+                values, bound = [float(x[a.token]) - float(x[b.token]) for x, _ in states], 0.0
+            if near(values, bound):
+                return True
+        return False
 
-    def _states(self, prefix: array[int], n_prompt: int, *, base: bool) -> list[State]:
-        """Return the states of a model after the tokens, in each way to evaluate them."""
+    def _states(self, prefix: array[int], n_prompt: int, cuts: int, *, base: bool) -> list[State]:
+        """Return the states of a model after the tokens, in twice so many ways to evaluate them."""
         session = self._pair.base_session if base else self._pair.expert_session
         n = len(prefix)
         ways = [[n], [*range(n_prompt, n), n], [n - 1, n] if n > 1 else [n]]
-        while len(ways) < CUTS:
+        while len(ways) < cuts:
             ways.append(self._cut(n))
         states = []
         for ends in ways:
