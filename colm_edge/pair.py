@@ -34,7 +34,7 @@ from colm_edge.stream import Answer, AsyncStream, Stream
 from colm_edge.switch.load import check_rule, in_order, load_switch, warnings_of
 from colm_edge.switch.reading import AnySwitch
 from colm_edge.switch.rules import DEFER_TOKEN, DeferRow, Only
-from colm_edge.team import Guest, Member, Progress, Room, bets_on, trained_context, why_unread
+from colm_edge.team import Member, Progress, Room, bets_on, ends_of, trained_context, why_unread
 
 log = logging.getLogger("colm_edge")
 
@@ -325,7 +325,7 @@ class Pair:
             policy_of(switch or self.switch, self.base, options, threshold, n_choose),
             picker,
             tokens,
-            end_tokens=self.base.end_tokens.union(*(m.end_tokens for m in self.members)),
+            end_tokens=ends_of(self.base, self.members),
             max_tokens=options.max_tokens,
             schedule=schedule_of(
                 options,
@@ -354,7 +354,7 @@ class Pair:
             across=[member.across for member in self.members],
         )  # fmt: skip
         if self.room is not None:
-            experts = list(map(Guest, experts, self.members))
+            experts = self.room.guests(experts)
         return base, *experts
 
     def _prepare(self, expert: int) -> None:

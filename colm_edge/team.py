@@ -262,6 +262,10 @@ class Room:
             )
             self._told = True
 
+    def guests(self, timelines: Sequence[Timeline]) -> list[Timeline]:
+        """Return the timelines of the experts, in their order, with room made before they work."""
+        return list(map(Guest, timelines, self._members))
+
     def follow(self, tokens: array[int]) -> None:
         """Let the expert that worked last catch up in the background, if it can."""
         if self.last is not None:
@@ -288,6 +292,11 @@ class Guest(Around):
 def trained_context(model: Model | RemoteExpert) -> int:
     """Return the tokens of the longest context that an expert takes, 0 if it does not tell."""
     return model.n_ctx if isinstance(model, RemoteExpert) else model.n_ctx_train
+
+
+def ends_of(base: Model, members: Sequence[Member]) -> frozenset[int]:
+    """Return every token with which the base or an expert ends an answer."""
+    return base.end_tokens.union(*(member.end_tokens for member in members))
 
 
 def bets_on(members: Sequence[Member], options: Options, threshold: float) -> list[Planner | None]:

@@ -30,6 +30,7 @@ from colm_edge import readout
 from colm_edge.decode.bridge import NEAR
 from colm_edge.errors import AbsentExpertError, ColmError, DataError
 from colm_edge.remote.client import RemoteSession
+from colm_edge.team import ends_of
 from colm_edge.train.columns import Columns, check_columns
 from colm_edge.train.documents import Documents, Ints
 from colm_edge.train.importance import importance
@@ -102,7 +103,7 @@ def score(
         expert = elsewhere or score_model(
             pair, "expert", documents, progress, work=work, update=update, choices=likeliest
         )
-    ends = pair.base.end_tokens.union(*(member.end_tokens for member in pair.members))
+    ends = ends_of(pair.base, pair.members)
     weigh = partial(importance, documents, likeliest, pair.base.piece, ends)
     return Scores(
         hidden=base["hidden"],
