@@ -33,10 +33,11 @@ def models_command(output: str) -> None:
     if output == "json":
         click.echo(json.dumps(rows))
         return
+    width = max(len(row["alias"]) for row in rows)
     for row in rows:
         mark = "*" if row["here"] else " "
-        click.echo(f"{mark} {row['alias']:13}{row['role']:7} {row['reference']}")
-        click.echo(f"  {'':20} {row['licence']}; {row['note']}")
+        click.echo(f"{mark} {row['alias']:{width}} {row['role']:7} {row['reference']}")
+        click.echo(f"  {'':{width}} {'':7} {row['licence']}; {row['note']}")
     say("* is already here. To download others: colm-edge pull ALIAS, or run --pair ALIAS.")
 
 
