@@ -30,7 +30,7 @@ from lib.co_llm import open_checkpoint, read_bare, read_row, write_base
 from colm_edge import readout
 from colm_edge.cli import OneLineErrors
 from colm_edge.errors import ColmError, ModelError, SwitchError
-from colm_edge.files import replacing
+from colm_edge.files import check_writable, replacing
 from colm_edge.switch.file import Switch
 from colm_edge.switch.onnx import load_onnx
 from colm_edge.switch.reading import Floats
@@ -176,6 +176,9 @@ def main(
             f"{checkpoint}: no such file or folder; expected a Co-LLM folder, a gperp_init.bin or "
             "a file with the switch's row"
         )
+    check_writable(outfile or os.devnull, checkpoint)
+    if onnx is not None:
+        check_writable(onnx, checkpoint, outfile)
     found = None
     if checkpoint.is_dir():
         found = open_checkpoint(checkpoint)

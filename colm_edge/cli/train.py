@@ -33,10 +33,11 @@ from colm_edge.errors import ColmError, ModelError
 from colm_edge.evaluate.metrics import METRICS
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
 
     from colm_edge.pair import Pair
-    from colm_edge.train.documents import Documents
+    from colm_edge.switch.file import Switch
+    from colm_edge.train.documents import Documents, Row
     from colm_edge.train.fit import ChooseThreshold, Fit
     from colm_edge.train.scoring import Recorded
 
@@ -94,7 +95,8 @@ threshold_options = gathered(
         "metric",
         type=click.Choice([*METRICS]),
         help="Choose the default threshold by the answers to held-back prompts, generated at "
-        "defer rates of 0, 0.1 … 1.  [default: by the likelihood of hard decisions]",
+        "defer rates of 0, 0.1 … 1.  [default: by the likelihood of hard decisions; a rate of 0.2 "
+        "for the objective regret]",
     ),
     click.option(
         "--threshold-lines",
@@ -204,12 +206,12 @@ def train(
     if report_dir is not None:
         check_report(report_dir)
     with load(**models | {"expert_required": True}, switch="margin") as pair:
-        if old is not None:
-            old.reader(pair.base, pair.n_shared)  # checks its width
+        _check_update(old, pair)
         here = pair.expert_is_here and not scores
         if carried == "best" and not here:
             raise ColmError("--review best needs both models here; give a number of nats, or off")
-        documents, recorded = _text(text, pair, raw, work)
+        rows = _rows(text, twice="metric" in threshold_by)
+        documents, recorded = _text(text, rows, pair, raw, work)
         fit = fit_switch(
             pair,
             documents,
@@ -217,7 +219,7 @@ def train(
                 **fitting,
                 update=old,
                 compare=report_dir is not None,
-                choose=_chooser(pair, data, raw, **threshold_by) if data else None,
+                choose=_chooser(pair, rows, raw, **threshold_by),
             ),
             progress=progress,
             work=work,
@@ -337,16 +339,32 @@ def _read_files(models: dict[str, Any]) -> list[str | None]:
     return [models.get(name) for name in ("model", "expert", "lora")]
 
 
+def _check_update(old: Switch | None, pair: Pair) -> None:
+    """Raise ColmError for a switch that cannot be where a fit for this pair starts."""
+    if old is None:
+        return
+    old.reader(pair.base, pair.n_shared)  # checks its width
+    if len(old.weight) > 1:
+        raise ColmError(f"{old.name}: a switch for several experts; --update takes one of one")
+
+
+def _rows(text: dict[str, Any], *, twice: bool = False) -> Iterable[Row]:
+    """Return the lines of the data or the prompts. twice: as a list; a pipe gives them once."""
+    from colm_edge.train.documents import read_rows
+
+    rows = read_rows(text.get("data") or text["prompts"])
+    return list(rows) if twice else rows
+
+
 def _text(
-    text: dict[str, Any], pair: Pair, raw: bool, work: Path | None
+    text: dict[str, Any], rows: Iterable[Row], pair: Pair, raw: bool, work: Path | None
 ) -> tuple[Documents, Recorded | None]:
     """Return what the switch is fitted to: the data's documents, or the expert's own answers."""
-    from colm_edge.train.documents import read_rows
     from colm_edge.train.prompts import answer_prompts
 
     if "data" in text:
-        return _documents(text["data"], pair, raw, work), None
-    rows, how = read_rows(text["prompts"]), {name: text[name] for name in ("max_tokens", "n_slots")}
+        return _documents(rows, pair, raw, work), None
+    how = {name: text[name] for name in ("max_tokens", "n_slots")}
     answered = answer_prompts(pair, rows, progress, raw=raw, work=work, **how)
     if answered.n_cut:
         say(f"{answered.n_cut} answers were cut at {text['max_tokens']} tokens (-n), or by -c")
@@ -357,30 +375,29 @@ def _n_answers(recorded: Recorded | None) -> dict[str, int]:
     return {} if recorded is None else {"n_answers": len(recorded)}
 
 
-def _documents(data: str, pair: Pair, raw: bool, work: Path | None) -> Documents:
+def _documents(rows: Iterable[Row], pair: Pair, raw: bool, work: Path | None) -> Documents:
     """Tokenize the data, and say on stderr which documents did not fit the context."""
-    from colm_edge.train.documents import read_rows, tokenized
+    from colm_edge.train.documents import tokenized
 
-    documents = tokenized(read_rows(data), pair, raw=raw, work=work)
+    documents = tokenized(rows, pair, raw=raw, work=work)
     if documents.cut_note:
         say(documents.cut_note)
     return documents
 
 
 def _chooser(
-    pair: Pair, data: str, raw: bool, *, n_lines: int, metric: str | None = None
+    pair: Pair, rows: Iterable[Row], raw: bool, *, n_lines: int, metric: str | None = None
 ) -> ChooseThreshold | None:
     """Return what chooses a threshold by generated answers, if a metric is given."""
     from colm_edge.evaluate import metrics
     from colm_edge.evaluate.threshold import choose_by_answers
     from colm_edge.options import Options
-    from colm_edge.train.documents import read_rows
 
     if metric is None:
         return None
-    metrics.check_rows(read_rows(data), metrics.METRICS[metric])
+    metrics.check_rows(rows, metrics.METRICS[metric])
     options = Options(temperature=0.0, raw=raw, schedule="sequential")
-    return partial(choose_by_answers, pair, read_rows(data), metric, n_lines, options, progress)
+    return partial(choose_by_answers, pair, rows, metric, n_lines, options, progress)
 
 
 def _with_review(fit: Fit, pair: Pair | None, carried: Any) -> Fit:
@@ -475,7 +492,7 @@ def score_command(
     check_writable(outfile, data, *_read_files(models))
     work = Path(work_dir) if work_dir else None
     with load(**models | {"expert_required": True}, switch="margin") as pair:
-        documents = _documents(data, pair, raw, work)
+        documents = _documents(_rows({"data": data}), pair, raw, work)
         result = score_expert(
             pair, documents, Path(outfile), progress, shard=shard, work=work, update=update
         )

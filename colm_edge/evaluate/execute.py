@@ -32,15 +32,16 @@ REFUSED = tuple('''
     os.rmdir os.mkdir os.link os.symlink os.truncate os.chmod os.chown os.kill os.putenv shutil.
     ctypes. pty. urllib. ftplib. smtplib. http. sqlite3. winreg. webbrowser.
 '''.split())
-LIBRARY = (sys.prefix, sys.base_prefix)
+import os
+LIBRARY = tuple(os.path.join(os.path.realpath(path), "") for path in (sys.prefix, sys.base_prefix))
 def guard(event, args):
     if event.startswith(REFUSED):
         raise PermissionError(event + " is not allowed here")
     if event == "open":
         path, writes = str(args[0]), isinstance(args[2], int) and args[2] & 3
-        if writes or not path.startswith(LIBRARY):
-            raise PermissionError("only the standard library's files may be read here")
-import os, types
+        if writes or not os.path.realpath(path).startswith(LIBRARY):
+            raise PermissionError("only Python's own files may be read here")
+import types
 status, code = sys.stdin.read().split("\\n", 1)
 module = sys.modules["answer"] = types.ModuleType("answer")  # where dataclasses look for it
 sys.stdin = None

@@ -19,6 +19,7 @@ from colm_edge.journal import MOST_SECONDS, Journal, is_count, is_number, key_of
 from colm_edge.switch.file import Switch
 from colm_edge.switch.reading import N_LOGIT, AnySwitch, Base, Floats, Reader
 from colm_edge.together import Done, Task, answer_together
+from colm_edge.train.scoring import identity
 
 if TYPE_CHECKING:
     from colm_edge.options import Options
@@ -104,8 +105,9 @@ def answers(
 
         what: list[Any] = []
         if journal is not None:
-            models = [pair.base.fingerprint, *(m.timeline.fingerprint for m in pair.members)]
-            what = [*models, pair.n_ctx, _switch_key(switch), options.changed]
+            models = identity(pair, pair.members)
+            # Their number belongs to the key because the speed does: it is kept with the answers.
+            what = [*models, pair.n_ctx, n_slots, _switch_key(switch), options.changed]
         return judged(write, rows, metric, progress, label=label, journal=journal, what=what)
 
 

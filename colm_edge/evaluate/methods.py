@@ -253,7 +253,7 @@ def _answers(
     if method.review is not None:
         chosen = chosen.with_changes(review=method.review)
         rate += f" {method.review:g}"
-    elif options.review is None and pair.review(chosen) < math.inf:
+    elif options.review is None and pair.review(chosen, method.switch) < math.inf:
         chosen = chosen.with_changes(review=math.inf)  # deferral alone, whatever the switch says
     return answers(
         pair, method.switch, chosen, rows, judge, progress,
@@ -273,10 +273,17 @@ def _check(pair: Pair, rows: list[Row], options: Options, comparison: Comparison
     """Raise now what would be raised in the middle of the work."""
     if len(pair.members) > 1:
         comparison.check_team()
-    if comparison.proxy is not None and pair.members[0].crossing is not None:
-        raise ColmError("Proxy Tuning adds logits of one vocabulary; leave out --bridge")
+    if comparison.proxy is not None:
+        if pair.members[0].crossing is not None:
+            raise ColmError("Proxy Tuning adds logits of one vocabulary; leave out --bridge")
+        if options.grammar:
+            raise ColmError("Proxy Tuning is compared without a grammar; leave it out")
+        if not pair.expert_is_here:
+            raise ColmError("Proxy Tuning adds logits; give the expert as a GGUF file (-me)")
     for nats in comparison.reviews:
         pair.check_options(options.with_changes(review=nats))
+    if "compose" in comparison.names and comparison.judge is not None:
+        options.with_changes(strategy="compose")
     pair.check_options(options)
     if set(comparison.names) & set(SWITCHED):
         _scorable(pair.switch)

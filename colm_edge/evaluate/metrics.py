@@ -61,11 +61,14 @@ def python(text: str, row: dict[str, Any]) -> float:
     tests = row.get("tests")
     if not isinstance(tests, list) or not all(isinstance(test, str) for test in tests) or not tests:
         raise DataError("the metric python needs tests, a list of statements")
+    setup = row.get("test_setup") or ""
+    if not isinstance(setup, str):
+        raise DataError("the metric python needs test_setup, if there is one, as a text")
     if not text:  # asked only whether the line can be judged
         return 0.0
     from colm_edge.evaluate.execute import passes
 
-    return float(passes("\n".join([code_of(text), row.get("test_setup") or "", *tests])))
+    return float(passes("\n".join([code_of(text), setup, *tests])))
 
 
 def code_of(text: str) -> str:

@@ -49,7 +49,7 @@ if TYPE_CHECKING:
 Floats = npt.NDArray[np.float32]
 NAME = "proxy"
 # Options of who writes, which the method does not have.
-NO_EFFECT = ("threshold", "defer_rate", "strategy", "review", "review_window", "doubt")
+NO_EFFECT = ("threshold", "defer_rate", "strategy", "schedule", "review", "review_window", "doubt")
 
 
 class Contrast:
@@ -142,7 +142,8 @@ class Proxy:
         """
         what = self._key() if journal is not None else []
         sessions = (self.pair.base_session, self.pair.expert_session, self.session)
-        n_cells = max(len(d.tokens) for d in documents)
+        # No smaller than in use: some models scale their positions by the context's size.
+        n_cells = self.pair.n_ctx
         scorers: list[Scorer] = []
         logprobs: list[float] = []
         with ExitStack() as stack:

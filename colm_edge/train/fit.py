@@ -75,7 +75,7 @@ class FitOptions:
     from which `budget` starts, begins with it.
     compare: fit the other feature sets as well and report how they do.
     choose: chooses the default threshold, given the calibrated switch and the held-back lines;
-    `choose_threshold` does by default.
+    by default `choose_threshold` does, and for "regret" it is that of DEFAULT_RATE.
     """
 
     features: str | None = None
@@ -418,8 +418,9 @@ def _before(update: Switch, split: Split) -> tuple[Array, dict[str, float]]:
 def _feature_sets(features: str, trial: Trial, split: Split) -> dict[str, dict[str, float]]:
     """Return the figures of each feature set, by the same objective."""
     figures = {features: trial.figures}
-    for name in FEATURE_SETS.keys() - {features}:
-        figures[name] = fit_head(split, FEATURE_SETS[name], trial.objective)[0].figures
+    for name, names in FEATURE_SETS.items():
+        if name != features:
+            figures[name] = fit_head(split, names, trial.objective)[0].figures
     return figures
 
 

@@ -15,7 +15,9 @@ Array = npt.NDArray[np.float64]
 Columns = npt.NDArray[np.float32]
 # A point -> the loss there and its gradient.
 Loss = Callable[[Array], tuple[float, Array]]
+Bounds = list[tuple[float | None, float | None]]
 CHUNK_ROWS = 1 << 16
+LEAST_SLOPE = 1e-3  # of a head that is rescaled
 
 
 def check_fit() -> None:
@@ -31,15 +33,15 @@ def check_fit() -> None:
 # As fast as the L-BFGS of our own that stood here: 200,000 tokens of 1,024 features took 13.4 s
 # (117 evaluations of a loss) and 13.5 s (135), one thread of an AMD EPYC, the median of three
 # interleaved runs of tools/bench/fit.py, 2026-11-27.
-def minimize(loss: Loss, x: Array, *, steps: int = 200) -> Array:
-    """Return the minimum of a smooth function from x on, by L-BFGS.
+def minimize(loss: Loss, x: Array, *, steps: int = 200, bounds: Bounds | None = None) -> Array:
+    """Return the minimum of a smooth function from x on, by L-BFGS. bounds: of each number.
 
     Stops where a step no longer lowers the loss by a relative 1e-9. Nothing to tune.
     """
     from scipy import optimize
 
     options = {"maxiter": steps, "ftol": 1e-9, "gtol": 0.0}
-    found = optimize.minimize(loss, x, jac=True, method="L-BFGS-B", options=options)
+    found = optimize.minimize(loss, x, jac=True, method="L-BFGS-B", bounds=bounds, options=options)
     return np.asarray(found.x, np.float64)
 
 
@@ -106,7 +108,8 @@ class Standardised:
         return d + head.bias + float(self.mean @ head.weight)
 
     def rescaled(self, head: Head, loss_of_d: Loss, l2: float) -> Head:
-        """Return the head with the lowest loss that ranks these tokens as `head` does.
+        """Return the head with the lowest loss that ranks these tokens as `head` does: its slope
+        stays above 0, though the likeliest mixture may not rise with what decides well.
 
         Platt scaling (1999) by any loss of d (n,), regularised as in `fit`.
         """
@@ -118,5 +121,5 @@ class Standardised:
             gradient = np.array([by_d @ d + 2 * penalty * x[0], by_d.sum()])
             return value + penalty * x[0] ** 2, gradient
 
-        line = minimize(loss, np.array([1.0, 0.0]))
+        line = minimize(loss, np.array([1.0, 0.0]), bounds=[(LEAST_SLOPE, None), (None, None)])
         return Head(head.weight * line[0], head.bias * line[0] + line[1])

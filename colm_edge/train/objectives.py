@@ -22,7 +22,7 @@ Rows = npt.NDArray[np.int64]
 WEAK_POSITIVE_WEIGHT = 8.0  # of a weak label 1, as in the authors' script
 DEFER_RATES = (0.1, 0.2, 0.3)  # that people use: what the budget loss and the reports look at
 NEWTON_STEPS = 50  # 3 to 6 are usual
-# The expert rejects the base's choice if it finds it less likely than its own by so many nats.
+# The expert rejects the base's choice if it regrets it by more than so many nats, weighed.
 REJECTED = 2.0
 REGRET_RATES = (0.05, 0.1, 0.2)  # at which heads are judged by the regret that they remove
 
@@ -46,11 +46,14 @@ def weak_loss(label: Array, d: Array) -> tuple[float, Array]:
     return float(loss.sum()), weight * (sigmoids(d) - label)
 
 
-def regret_loss(regret: Array, d: Array) -> tuple[float, Array]:
+def regret_loss(weighed: Array, d: Array) -> tuple[float, Array]:
     """Return the binary cross-entropy of whether the expert rejects the base's choice, and its
-    gradient in d. What it rejects weighs as much as it regrets it, all else as one nat."""
-    label = regret > REJECTED
-    weight = np.where(label, regret, 1.0) / len(d)
+    gradient in d. What it rejects weighs as much as it regrets it, all else as one nat.
+
+    weighed: the regret of each token times its importance, (n,).
+    """
+    label = weighed > REJECTED
+    weight = np.where(label, weighed, 1.0) / len(d)
     loss = weight * (np.logaddexp(0, d) - label * d)
     return float(loss.sum()), weight * (sigmoids(d) - label)
 

@@ -15,13 +15,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from colm_edge.decode.bridge import NEAR
 from colm_edge.errors import DataError, PromptError
 from colm_edge.journal import MOST_SECONDS, Journal, is_count, is_number, key_of
 from colm_edge.options import Options
 from colm_edge.together import Done, Task, answer_together
 from colm_edge.train.columns import LEAST_NATS, ROUNDING
 from colm_edge.train.documents import Document, Documents, Row, gathered
-from colm_edge.train.scoring import MakeProgress, Recorded
+from colm_edge.train.scoring import MakeProgress, Recorded, identity
 
 if TYPE_CHECKING:
     from colm_edge.decode.step import Step
@@ -63,9 +64,13 @@ def answer_prompts(
     Raises DataError with the number of a line that has no prompt, or one that does not fit.
     """
     prompts = list(read_prompts(rows, pair, raw))
+    if not prompts:
+        raise DataError("the data has no prompts; expected one JSON object a line")
     journal = Journal(work / ANSWERS_FILE) if work is not None else None
     options = Options(temperature=0.0, threshold=0.0, max_tokens=max_tokens, n_probs=N_KEPT)
-    keys = [key_of(pair.expert.fingerprint, pair.n_ctx, max_tokens, p.tokens) for p in prompts]
+    # The base says how an answer is spelt, and where it may end.
+    what = [*identity(pair, pair.members[:1]), pair.n_shared, pair.n_ctx, max_tokens]
+    keys = [key_of(what, p.tokens) for p in prompts]
     entries: dict[int, dict[str, Any]] = {}
     is_kept = partial(_is_kept, n_vocab=pair.n_shared)
     for i, key in enumerate(keys):
@@ -153,5 +158,6 @@ def _is_kept(entry: dict[str, Any], n_vocab: int) -> bool:
 
 
 def _top(step: Step) -> tuple[tuple[int, float], ...]:
-    """Return the likeliest tokens, padded where fewer are known, as from some servers."""
-    return step.top + ((-1, step.top[-1][1]),) * (N_KEPT - len(step.top))
+    """Return the likeliest tokens, padded where fewer are known, as behind a bridge: what it leaves
+    out is less likely than all that it looks at."""
+    return step.top + ((-1, min(step.top[-1][1], -NEAR)),) * (N_KEPT - len(step.top))

@@ -23,7 +23,7 @@ MADE_BY = "`colm-edge score`"
 KINDS = {
     "tokens": np.int32, "lengths": np.int64, "starts": np.int64, "part": np.int64,
     "logprob": np.float64, "right": np.bool_, "best": np.float64, "choice": np.float64,
-    "model": str,
+    "model": str, "base": str,
 }  # fmt: skip
 OPTIONAL = {"part", "model"}
 
@@ -39,15 +39,16 @@ class Part:
 
 
 def write_scores(
-    path: Path, part: Documents, first: int, n: int, columns: Columns, model: str
+    path: Path, part: Documents, first: int, n: int, columns: Columns, model: str, base: str
 ) -> None:
     """Write the expert's columns of some documents, the first of which has the number `first` among
     all n.
 
     The file is numpy's .npz: tokens int32, those of all its documents one after the other; lengths,
     starts and lines int64, one for each document; logprob, best and choice float64 in nats and
-    right bool, one for each scored token; model, the expert's file; part int64, the numbers of its
-    first document and of the one after its last, and n.
+    right bool, one for each scored token; model, the expert's file; base, the fingerprint of the
+    base whose choices the expert was asked about; part int64, the numbers of its first document and
+    of the one after its last, and n.
 
     Raises WriteError when it cannot be written.
     """
@@ -63,6 +64,7 @@ def write_scores(
             best=columns["best"],
             choice=columns["choice"],
             model=np.array(model),
+            base=np.array(base),
             part=np.array([first, first + len(part), n], np.int64),
         )
 
@@ -84,13 +86,13 @@ def read_file(path: Path, *names: str) -> dict[str, Any]:
     return found
 
 
-def read_scores(paths: Sequence[Path], documents: Documents) -> Columns:
-    """Return the expert's columns of all documents.
+def read_scores(paths: Sequence[Path], documents: Documents, base: str) -> Columns:
+    """Return the expert's columns of all documents. base: the fingerprint of their base.
 
-    Raises DataError for scores of other documents or of several experts, and for documents that no
-    file or more than one has.
+    Raises DataError for scores of other documents, beside another base or of several experts, and
+    for documents that no file or more than one has.
     """
-    parts = sorted((_read(path, documents) for path in paths), key=lambda part: part.first)
+    parts = sorted((_read(path, documents, base) for path in paths), key=lambda part: part.first)
     _check_cover(parts, documents)
     scored_by(paths)
     return {name: np.concatenate([part.columns[name] for part in parts]) for name in EXPERT_COLUMNS}
@@ -113,7 +115,7 @@ def scored_by(paths: Sequence[Path]) -> str | None:
     return next((model for _, model in named.values()), None)
 
 
-def _read(path: Path, documents: Documents) -> Part:
+def _read(path: Path, documents: Documents, base: str) -> Part:
     file, n = read_file(path, *KINDS), len(documents)
     columns: Columns = {name: file[name] for name in EXPERT_COLUMNS}
     part = file.get("part", np.array([0, n, n]))
@@ -123,6 +125,11 @@ def _read(path: Path, documents: Documents) -> Part:
         raise DataError(
             f"{path}: holds scores of other data, or of prompts in another base's chat template; "
             "score this data with this base"
+        )
+    if file["base"] != base:
+        raise DataError(
+            f"{path}: the expert was asked about the choices of another base; score this data with "
+            "this base"
         )
     n_scored = int(documents.rows[last] - documents.rows[first])
     if any(column.shape != (n_scored,) for column in columns.values()):

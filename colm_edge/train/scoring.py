@@ -7,9 +7,9 @@ stopped.
     tokens.int32                token ids of all documents
     token.int32, line.int64, importance.float64
                               of every scored token, in the documents' order
-    base-<fingerprint>/       columns logprob, likeliest, hidden, features (see FolderStore)
-    expert-<fingerprint>/     columns logprob, right, best, choice
-    base-<fingerprint>-<n>/   the same where models share only the first n token ids
+    base-<hash>/              columns logprob, likeliest, hidden, features (see FolderStore)
+    expert-<hash>/            columns logprob, right, best, choice
+    base-<hash>-<n>/          the same where models share only the first n token ids
 """
 
 from __future__ import annotations
@@ -28,7 +28,9 @@ import numpy.typing as npt
 
 from colm_edge import readout
 from colm_edge.decode.bridge import NEAR
+from colm_edge.decode.step import ZERO_PROBABILITY
 from colm_edge.errors import AbsentExpertError, ColmError, DataError
+from colm_edge.journal import key_of
 from colm_edge.remote.client import RemoteSession
 from colm_edge.team import ends_of
 from colm_edge.train.columns import Columns, check_columns
@@ -54,9 +56,6 @@ if TYPE_CHECKING:
 Array = npt.NDArray[np.float64]
 BRIDGE_OUTPUTS = 64  # of an expert of another vocabulary, at once; each takes n_vocab floats
 PACK_TOKENS = 1024  # of short documents, evaluated together
-# A remote expert's log-probability is above this; vLLM gives it for a probability of zero, and
-# llama.cpp one below it.
-ZERO_PROBABILITY = -9999.0
 LEAST_LOGPROB = -1e4  # stands for minus infinity, of what the expert never writes
 
 
@@ -94,7 +93,9 @@ def score(
     Raises DataError for scores that do not belong to these documents and for a full disk,
     ColmError for a model that gives NaN.
     """
-    elsewhere = read_scores(expert_scores, documents) if expert_scores else None
+    elsewhere = None
+    if expert_scores:
+        elsewhere = read_scores(expert_scores, documents, pair.base.fingerprint)
     base = score_model(pair, "base", documents, progress, work=work, update=update)
     likeliest = base["likeliest"]
     if recorded is not None:
@@ -211,7 +212,8 @@ def score_expert(
     columns = score_model(
         pair, "expert", part, progress, work=work, update=update, choices=base["likeliest"]
     )
-    write_scores(path, part, first, len(documents), columns, pair.expert.name)
+    names = pair.expert.name, pair.base.fingerprint
+    write_scores(path, part, first, len(documents), columns, *names)
     return {
         "model": pair.expert.name,
         "n_documents": len(part),
@@ -450,19 +452,28 @@ def _read_outputs(
     return columns
 
 
+def identity(pair: Pair, members: Sequence[Member]) -> list[str]:
+    """Return what identifies the evaluations of a pair's base and of these experts, beside what is
+    evaluated: the files, and how the context is kept."""
+    options = pair.base_session.options
+    models = [pair.base.fingerprint, *(member.timeline.fingerprint for member in members)]
+    return [*models, options.cache_type_k, options.cache_type_v]
+
+
 def _model_folder(work: Path, name: str, pair: Pair, update: bool, which: int) -> Path:
     """Return the folder of a model's columns. Raises DataError if there is another model's.
 
-    Each model has its own, by its fingerprint, so that no two are ever mixed; after an update the
-    former expert's folder stays, and is used again if that expert comes back. What each finds
-    likeliest depends on the ids to choose from, so they are part of the name if they are not all.
+    Each model has its own, so that no two are ever mixed, and an expert one for each base whose
+    choices it was asked about; after an update the former expert's folder stays, and is used again
+    if that expert comes back. What each finds likeliest depends on the ids to choose from, so they
+    are part of the name if they are not all.
     """
     with disk_errors(work):
         work.mkdir(parents=True, exist_ok=True)
     is_base = name != "expert"
-    expert = pair.members[which].timeline
-    model = str(pair.base.path) if is_base else expert.name
-    mark = pair.base.fingerprint if is_base else expert.fingerprint
+    member = pair.members[which]
+    model = str(pair.base.path) if is_base else member.timeline.name
+    mark = key_of(*identity(pair, () if is_base else (member,)))
     own, n = f"{name}-{mark[:8]}", pair.n_shared
     folder = work / (own if n == pair.base.n_vocab else f"{own}-{n}")
     others = [
@@ -473,5 +484,6 @@ def _model_folder(work: Path, name: str, pair: Pair, update: bool, which: int) -
         return folder
     cure = "or remove this one" if is_base else "remove this one, or have it updated (--update)"
     raise DataError(
-        f"{others[0]}: holds scores of another model than {model}; name another work folder, {cure}"
+        f"{others[0]}: holds scores of another model than {model}, or by another cache type; name "
+        f"another work folder, {cure}"
     )

@@ -4,8 +4,8 @@ As for one expert the models stay frozen. Two objectives have a form for several
 
 - marginal: the likelihood of the mixture, −log Σ_j share_j · P_j(token), j over base and experts.
 - regret: a classification of every token. Where the expert of its document would reject the base's
-  choice it is that expert's, and weighs the nats that it regrets, times their importance; all else
-  is the base's.
+  choice it is that expert's, and weighs the nats that it regrets; all else is the base's. In both,
+  nats count as often as the token is important.
 """
 
 from __future__ import annotations

@@ -468,3 +468,29 @@ def test_a_threshold_next_to_one_is_not_printed_as_one():
     row = {"method": "colm", "threshold": 0.9999996, "nll": 1.0}
     assert "0.9999996" in tables.render([row], "md")
     assert "| 1 |" in tables.render([{**row, "threshold": 1.0}], "md")
+
+
+def test_a_weak_switch_defers_alone_whatever_tolerance_it_carries(demo):
+    plain = Comparison(metric="contains", limit=4, methods=["weak"], weak=demo.switch)
+    reviewing = replace(plain, weak=replace(demo.switch, review=0.0))
+    rows = [ev.evaluate(demo, HELD_OUT, WHOLE, c, progress=no_bar) for c in (plain, reviewing)]
+    assert timeless(rows[0]) == timeless(rows[1])
+
+
+def test_answers_are_kept_by_how_many_are_written_at_once(tiny_pair, data, tmp_path):
+    """What is kept says how long it took."""
+    wanted = Comparison(metric="contains", limit=2, methods=["base"])
+    for n_slots, n_kept in (1, 2), (2, 4), (1, 4):
+        at_once = replace(wanted, n_slots=n_slots)
+        ev.evaluate(tiny_pair, data, GREEDY, at_once, progress=no_bar, work=tmp_path)
+        assert len((tmp_path / "answers.jsonl").read_text().splitlines()) == n_kept
+
+
+def test_scores_by_another_cache_type_are_refused(tiny, tiny_pair, data, tmp_path):
+    wanted = Comparison(limit=2, methods=["base"])
+    ev.evaluate(tiny_pair, data, GREEDY, wanted, progress=no_bar, work=tmp_path)
+    with (
+        load(tiny["base"], tiny["expert"], "margin", n_ctx=256, cache_type_k="q8_0") as pair,
+        pytest.raises(DataError, match="by another cache type; name another work folder"),
+    ):
+        ev.evaluate(pair, data, GREEDY, wanted, progress=no_bar, work=tmp_path)

@@ -1,4 +1,5 @@
-"""The metric `steps` finds what a plain pattern finds, in time that grows with the text alone."""
+"""The metric `steps` finds what a plain pattern finds, in time that grows with the text alone; and
+what the metric `python` asks of a line."""
 
 from __future__ import annotations
 
@@ -10,7 +11,8 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from colm_edge.evaluate.metrics import steps
+from colm_edge.errors import DataError
+from colm_edge.evaluate.metrics import METRICS, check_rows, steps
 
 PLAIN = re.compile(r"<<[^<>]*=([^<>]*)>>")
 ROW = {"completion": "<<1+1=2>> <<2=>> <<=a=b>>"}
@@ -37,3 +39,9 @@ def test_a_long_text_takes_little_processor_time(piece):
         f"assert steps('<<' + {piece!r} * 500_000, {{'completion': '<<1=1>>'}}) == 0\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_setup_that_is_no_text_is_refused_before_the_work():
+    row = {"prompt": "p", "tests": ["assert True"], "test_setup": ["import math"]}
+    with pytest.raises(DataError, match="line 1: the metric python needs test_setup, "):
+        check_rows([(1, row)], METRICS["python"])

@@ -59,3 +59,10 @@ def test_reviews_without_answers_are_refused(tiny, data):
         "1",
     ]
     assert "--reviews needs a --metric" in CliRunner().invoke(main, args).output
+
+
+def test_what_compose_cannot_do_is_told_before_the_work(tiny_pair, data):
+    wanted = Comparison(metric="contains", methods=["base", "compose"])
+    with pytest.raises(ColmError, match="compose"):
+        ev.evaluate(tiny_pair, data, GREEDY.with_changes(review=0.0), wanted, progress=no_bar)
+    assert not tiny_pair.expert_session.created

@@ -422,5 +422,16 @@ def test_wrong_usage_is_told(tmp_path):
     assert "no such file or folder; expected a Co-LLM folder" in result.stderr
     result = convert(tmp_path / "row.npy", "--outfile", tmp_path / "absent" / "s.gguf")
     assert result.exit_code == 1
-    assert "cannot write: No such file" in result.stderr
+    assert "no such folder; make it first" in result.stderr
     assert "--strip-to DIR" in convert("-h").stdout
+
+
+def test_it_does_not_replace_what_it_reads(tmp_path):
+    row = tmp_path / "row.npy"
+    np.save(row, np.zeros(8, np.float32))
+    before = row.read_bytes()
+    for flags in (["--outfile", row], ["--outfile", tmp_path / "s.gguf", "--onnx", row]):
+        result = convert(row, *flags)
+        assert result.exit_code == 1
+        assert "is read by this command" in result.stderr
+    assert row.read_bytes() == before

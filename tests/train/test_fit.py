@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 from functools import partial
 
@@ -84,6 +85,18 @@ def test_a_planted_switch_is_recovered():
     cosine = head.weight @ found.weight / np.linalg.norm(head.weight) / np.linalg.norm(found.weight)
     assert cosine > 0.99
     assert found.bias == pytest.approx(head.bias, abs=0.15)
+
+
+def test_a_head_that_is_rescaled_keeps_its_order():
+    """Where the likeliest mixture falls with what decides well: often right by much, or always by
+    little."""
+    rng = np.random.default_rng(0)
+    n, often = 20_000, rng.random(20_000) < 0.2
+    gain = np.where(often, np.where(rng.random(n) < 0.6, 3.4, -2.0), 0.2)
+    block = Standardised(often.astype(np.float32)[:, None])
+    head = Head(np.array([10.0]), 5.0)
+    found = block.rescaled(head, lambda d: marginal_loss(np.full(n, -4.0), gain - 4.0, d), 1e-6)
+    assert found.weight[0] > 0
 
 
 def test_the_fit_matches_an_independent_optimiser():
@@ -336,6 +349,11 @@ def test_a_threshold_chosen_by_answers_is_the_best_of_those_tried(tiny, tmp_path
     highest = max(trial["threshold"] for trial in trials if trial["exact"] == best)
     assert Switch.load(out).threshold == np.float32(highest)
     assert report["threshold"] == highest
+    # A pipe gives its lines once, and they are read for the answers, too.
+    piped = "".join(f"{arg} " if arg != str(path) else f"<(cat {path}) " for arg in [*args, *by])
+    shell = ["bash", "-c", f"{sys.executable} -m colm_edge {piped}"]
+    again = subprocess.run(shell, capture_output=True, text=True, check=True)
+    assert json.loads(again.stdout.splitlines()[-1])["threshold_by"] == report["threshold_by"]
     result = CliRunner().invoke(main, [*args[:7], *by, "--expert-scores", "x.npz"])
     assert result.exit_code == 2
     assert "needs the expert itself" in result.output

@@ -50,7 +50,9 @@ def shards(pair, documents, tmp_path) -> list[Path]:
 
 def test_shards_give_the_same_switch_as_one_file(pair, documents, shards, tmp_path):
     whole = write(pair, documents, tmp_path / "whole.npz")
-    one, other = (read_scores(files, documents) for files in ([whole], shards[::-1]))
+    one, other = (
+        read_scores(files, documents, pair.base.fingerprint) for files in ([whole], shards[::-1])
+    )
     for name in EXPERT_COLUMNS:
         assert np.array_equal(one[name], other[name], equal_nan=name != "right"), name
     fits = [
@@ -97,7 +99,7 @@ def test_lines_that_are_missing_or_there_twice_are_named(pair, documents, shards
     ]
     for files, words in cases:
         with pytest.raises(DataError) as told:
-            read_scores(files, documents)
+            read_scores(files, documents, pair.base.fingerprint)
         assert words in str(told.value)
         assert "\n" not in str(told.value)
 
@@ -106,15 +108,17 @@ def test_shards_of_other_data_or_of_several_experts_are_refused(pair, documents,
     others = tokenized(enumerate([*ROWS[1:], ROWS[0]], 1), pair)
     for data in (others, documents[:-1]):
         with pytest.raises(DataError, match="holds scores of other data"):
-            read_scores(shards, data)
+            read_scores(shards, data, pair.base.fingerprint)
+    with pytest.raises(DataError, match="choices of another base; score this data with this base"):
+        read_scores(shards, documents, "another")
     with np.load(shards[0]) as file:
         arrays = {name: file[name] for name in file.files}
     np.savez(shards[0], **arrays | {"model": np.array("/elsewhere/other.gguf")})
     with pytest.raises(DataError, match=r"several experts: .*1.npz by /elsewhere/other.gguf, "):
-        read_scores(shards, documents)
+        read_scores(shards, documents, pair.base.fingerprint)
     np.savez(shards[0], **arrays | {"part": np.array([5, 3, len(documents)])})
     with pytest.raises(DataError, match="holds scores of other data"):
-        read_scores(shards, documents)
+        read_scores(shards, documents, pair.base.fingerprint)
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, 0.5])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import shutil
 import subprocess
 import sys
 import tracemalloc
@@ -155,6 +156,17 @@ def test_on_disk_and_in_memory_are_the_same(pair, tmp_path):
     for name, values in vars(disk).items():
         assert isinstance(values, np.memmap), name
         assert values.dtype == getattr(memory, name).dtype
+
+
+def test_an_expert_is_asked_again_about_another_base(pair, tmp_path, monkeypatch):
+    documents = tokenized(enumerate(ROWS), pair)
+    score(pair, documents, no_bar, work=tmp_path)
+    monkeypatch.setitem(vars(pair.base), "fingerprint", "f" * 64)
+    (folder,) = tmp_path.glob("base-*")
+    shutil.rmtree(folder)
+    evaluated = Evaluated(pair)
+    score(pair, documents, no_bar, work=tmp_path, update=True)
+    assert all(evaluated())
 
 
 @pytest.mark.usefixtures("small_groups")
@@ -374,7 +386,7 @@ def test_a_score_file_replaces_the_expert(pair, tiny, tmp_path):
         assert np.array_equal(file["right"], scores.expert_right)
         counts = file["lengths"] - file["starts"]
         assert np.array_equal(np.repeat(file["lines"], counts), scores.line)
-    assert {k: v for k, v in kinds.items() if k != "model"} == {
+    assert {k: v for k, v in kinds.items() if k not in ("model", "base")} == {
         "tokens": "int32",
         "lengths": "int64",
         "starts": "int64",
@@ -402,6 +414,7 @@ def test_broken_score_files_are_refused(pair, tmp_path):
         score(pair, documents, no_bar, expert_scores=[tmp_path / "text.npz"])
     path = tmp_path / "short.npz"
     arrays = {"tokens": documents.tokens, "lengths": documents.lengths, "starts": documents.starts}
+    arrays["base"] = np.array(pair.base.fingerprint)
     columns = {name: np.zeros(3) for name in ("logprob", "best", "choice")}
     columns["right"] = np.zeros(3, np.bool_)
     np.savez(path, **arrays, **columns)

@@ -98,8 +98,8 @@ def _scores(needs: Path) -> Sequence[Files]:
 
 def _read_scores(needs: Path) -> Read:
     with open_pair(needs) as pair:
-        documents = _documents(needs, pair)
-    return lambda folder: read_scores([folder / "s.npz"], documents)
+        documents, base = _documents(needs, pair), pair.base.fingerprint
+    return lambda folder: read_scores([folder / "s.npz"], documents, base)
 
 
 def _work(needs: Path) -> Sequence[Files]:

@@ -16,8 +16,7 @@ from typing import Any
 import click
 from matplotlib.figure import Figure
 
-from colm_edge.evaluate.plot import check_plot
-from colm_edge.files import replacing
+from colm_edge.files import check_writable, replacing
 
 REVIEWED = "the pair, with review"
 STYLES = {
@@ -41,7 +40,7 @@ def place_of(row: dict[str, str]) -> tuple[float, float, float, float, str]:
 @click.argument("picture", type=click.Path(dir_okay=False, path_type=Path))
 def main(figures: Path, picture: Path) -> None:
     """Draw accuracy against speed for a real pair."""
-    check_plot(picture)
+    check_writable(picture, figures)
     with figures.open(newline="") as file:
         rows = list(csv.DictReader(file))
     figure = Figure(figsize=(7.5, 4.6), layout="constrained")

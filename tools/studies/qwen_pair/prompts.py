@@ -3,8 +3,9 @@
     python tools/studies/qwen_pair/prompts.py --gsm8k gsm8k/train.jsonl --mbpp mbpp/train.jsonl \\
         --outfile prompts.jsonl
 
-Lines are {"prompt": …}. Two of GSM8K's training questions to one of MBPP's training problems, drawn
-with seed 0, and then the general prompts beside this file, which were written for this.
+Lines are {"prompt": …}, in those files too. Two of GSM8K's training questions to one of MBPP's
+training problems, drawn with seed 0, and then the general prompts beside this file, which were
+written for this.
 """
 
 from __future__ import annotations

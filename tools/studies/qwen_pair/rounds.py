@@ -38,7 +38,7 @@ from colm_edge.train.heads import Head, Standardised
 from colm_edge.train.objectives import regret_loss, regret_removed
 from colm_edge.train.prompts import answer_prompts
 from colm_edge.train.scores import Scores
-from colm_edge.train.scoring import score
+from colm_edge.train.scoring import identity, score
 
 RATES = (0.03, 0.1, 0.2, 0.4)  # of round 2, drawn for each answer
 ENTROPY, N_NEXT = 0.3, 5  # rule W
@@ -96,7 +96,8 @@ def own_answers(pair: Pair, prompts: list[tuple[int, str]], work: Path) -> Docum
     for line, prompt in prompts:
         tokens = pair.prompt_tokens([{"role": "user", "content": prompt}])
         options = Options(temperature=0.0, defer_rate=float(draw.choice(RATES)), max_tokens=400)
-        keys[line] = key_of(options.changed, tokens)
+        models = *identity(pair, pair.members), pair.switch.name
+        keys[line] = key_of(models, options.changed, tokens)
         tasks.append(Task(line, tokens, options))
     todo = [task for task in tasks if journal.get(keys[task.key], _is_kept) is None]
     with bar("own answers", len(tasks)) as shown:
@@ -204,7 +205,7 @@ def main(
 ) -> None:
     """Compare a head fitted on the expert's answers with one fitted on the pair's own as well."""
     rows = list(read_rows(prompts))
-    chosen = rows[:: len(rows) // n_own][:n_own]
+    chosen = rows[:: max(1, len(rows) // n_own)][:n_own]
     with load(base, expert, switch, n_ctx=2048, n_gpu_layers=n_gpu_layers) as pair:
         asked = [(number, row["prompt"]) for number, row in chosen]
         own = own_answers(pair, asked, work / "own")
@@ -213,7 +214,8 @@ def main(
             score(pair, told.documents, bar, work=work, update=True, recorded=told.recorded)
         )
         scores = score(pair, own, bar, work=work / "own", update=True)
-        kept = work / "own" / "unsure.npy"
+        key = key_of(identity(pair, pair.members), own.keys.tolist())
+        kept = work / "own" / f"unsure-{key[:8]}.npy"
         if not kept.exists():
             np.save(kept, unsure(pair, own))
         second = of_scores(scores, by_rule_w(scores, np.load(kept)))
