@@ -51,7 +51,7 @@ def create_app(server: Server) -> FastAPI:
             CORSMiddleware,
             allow_origins=list(server.settings.cors),
             allow_methods=["GET", "POST"],
-            allow_headers=["authorization", "content-type", "x-api-key", "anthropic-version"],
+            allow_headers=["*"],  # clients in a browser send many of their own
         )
     return app
 

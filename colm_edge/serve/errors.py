@@ -47,6 +47,9 @@ class RefusalError(Exception):
         return JSONResponse(body, self.status, self.headers)
 
 
+INTERNAL = RefusalError(500, "the server failed; its log says why", "server_error")
+
+
 def anthropic(e: RefusalError) -> dict[str, Any]:
     """Return a refusal as Anthropic's API words it."""
     kind = "api_error" if e.status >= 500 else e.kind
@@ -107,8 +110,21 @@ async def _failed(request: Request, e: ColmError) -> JSONResponse:
     return refusal.response(request.url.path)
 
 
+async def _half_a_character(request: Request, _: UnicodeEncodeError) -> JSONResponse:
+    message = "a text holds half a character (a lone surrogate, such as \\ud83d); send whole ones"
+    return RefusalError(400, message).response(request.url.path)
+
+
+async def _broken(request: Request, _: Exception) -> JSONResponse:
+    return INTERNAL.response(request.url.path)
+
+
 async def _invalid(request: Request, e: RequestValidationError) -> JSONResponse:
-    message, param = explain(e.errors()[0], request.headers.get("content-type", ""))
+    # Of a value that may be of several types there is an error for each: the one that lies deepest
+    # in the body is of the type that was meant.
+    error = max(e.errors(), key=lambda error: len(_place(error, e.body)))
+    content_type = request.headers.get("content-type", "")
+    message, param = explain(error, content_type, _place(error, e.body))
     return RefusalError(400, message, param=param).response(request.url.path)
 
 
@@ -126,14 +142,35 @@ HANDLERS: dict[int | type[Exception], Any] = {
     ColmError: _failed,
     RequestValidationError: _invalid,
     HTTPException: _other,
+    UnicodeEncodeError: _half_a_character,
+    Exception: _broken,  # which the server logs
 }
 
 UNSUPPORTED = ("logit_bias", "best_of", "suffix")
 
 
-def explain(error: Mapping[str, Any], content_type: str) -> tuple[str, str | None]:
-    """Say in one sentence what pydantic found wrong with a body; return also the field's name."""
-    where = ".".join(str(part) for part in error["loc"][1:])
+def _place(error: Mapping[str, Any], body: Any) -> tuple[str | int, ...]:
+    """Return where in the body an error is, without pydantic's own names of types."""
+    found: list[str | int] = []
+    at, parts = body, error["loc"][1:]
+    for i, part in enumerate(parts):
+        inside = (
+            part in at if isinstance(at, dict) else isinstance(at, list) and part in range(len(at))
+        )
+        if inside:
+            at = at[part]
+            found.append(part)
+        elif i == len(parts) - 1 and error["type"] in ("missing", "extra_forbidden"):
+            found.append(part)
+    return tuple(found)
+
+
+def explain(
+    error: Mapping[str, Any], content_type: str, place: tuple[str | int, ...]
+) -> tuple[str, str | None]:
+    """Say in one sentence what pydantic found wrong with a body; return also the field's name.
+    place: of the error, as `_place` returns it."""
+    where = ".".join(map(str, place))
     field = str(error["loc"][1]) if len(error["loc"]) > 1 else ""
     if error["type"] == "json_invalid":
         return f"the body is not valid JSON: {error['ctx']['error']}", None
@@ -141,10 +178,9 @@ def explain(error: Mapping[str, Any], content_type: str) -> tuple[str, str | Non
         return "the body was not read as JSON; send Content-Type: application/json", None
     if field in UNSUPPORTED:
         return f"{field}: not supported by this server; leave it out", field
-    if field == "messages" and "content" in error["loc"]:
-        where = where[: where.index("content") + len("content")]  # without pydantic's own names
+    if field == "messages" and "content" in place:
+        where = where[: where.index("content") + len("content")]
         return f"{where}: expected a text, or parts of type text", where
     if field == "colm" and len(error["loc"]) > 3:  # one of two types
-        where = where[: where.index(str(error["loc"][2])) + len(str(error["loc"][2]))]
         return f"{where}: expected a number in its range, or one of its words", where
     return f"{where or 'the body'}: {error['msg'].removeprefix('Value error, ')}", where or None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import secrets
 from collections.abc import AsyncGenerator, Iterator
@@ -144,7 +145,7 @@ def count_tokens(body: CountRequest, server: TheServer) -> dict[str, int]:
 )
 async def messages(body: MessagesRequest, server: TheServer, request: Request) -> Response:
     server.check_queue()
-    dialogue = Dialogue(server.pair, body.conversation())
+    dialogue = await asyncio.to_thread(Dialogue, server.pair, body.conversation())
     (job,) = jobs_of(server, body, [dialogue.prompt])
     head = {
         "id": "msg_" + secrets.token_hex(12),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import time
 from collections.abc import AsyncGenerator, Callable
@@ -15,14 +16,22 @@ from fastapi.responses import JSONResponse, Response
 from pydantic import Field, model_validator
 
 from colm_edge.serve.answers import Ended, Events, Server
-from colm_edge.serve.chat import Function
+from colm_edge.serve.chat import FunctionTool
 from colm_edge.serve.completions import jobs_of
 from colm_edge.serve.dialogue import Conversation, Dialogue, arguments_of
 from colm_edge.serve.errors import OLLAMA_REFUSALS, RefusalError
 from colm_edge.serve.formats import colm_of
 from colm_edge.serve.guard import TheServer
 from colm_edge.serve.parts import Reply, Text, Thought
-from colm_edge.serve.requests import Body, BodyOptions, ColmFields, Sampling, Seed, Stop
+from colm_edge.serve.requests import (
+    Body,
+    BodyOptions,
+    ColmFields,
+    Sampling,
+    Seed,
+    Stop,
+    refuse_unsupported,
+)
 from colm_edge.serve.streaming import EventStream, while_connected
 from colm_edge.serve.tools import THINK_END, use_of
 
@@ -40,6 +49,14 @@ class SamplingOptions(BodyOptions):
     num_predict: int | None = Field(default=None, ge=-2)  # -1, -2: as much as there is room for
     seed: Seed | None = None
     stop: Stop | list[Stop] | None = None
+    repeat_last_n: Literal[64] | None = None  # what llama.cpp's penalties look at here
+
+    @model_validator(mode="before")
+    @classmethod
+    def is_known(cls, given: Any) -> Any:
+        if isinstance(given, dict):
+            refuse_unsupported(given)
+        return given
 
 
 class Asked(Body):
@@ -55,19 +72,19 @@ class Asked(Body):
     @model_validator(mode="before")
     @classmethod
     def is_supported(cls, given: Any) -> Any:
-        """Take null as not given, and refuse what would change the answer."""
+        """Refuse what would change the answer."""
         if not isinstance(given, dict):
             return given
         colm = given["colm"] if isinstance(given.get("colm"), dict) else {}
         for name in UNSUPPORTED:
             if given.get(name) or colm.get(name):
                 raise ValueError(f"{name} is not supported by this server; leave it out")
-        return {name: value for name, value in given.items() if value is not None}
+        return given
 
     @property
     def sampling(self) -> Sampling:
         """The options, under the names that they have in OpenAI's API."""
-        given = self.options.model_dump(exclude={"num_predict"}, exclude_none=True)
+        given = self.options.model_dump(exclude={"num_predict", "repeat_last_n"}, exclude_none=True)
         if (limit := self.options.num_predict) is not None:
             given["max_tokens"] = max(-1, limit)
         return Sampling.model_validate({**given, "stream": self.stream, "colm": self.colm})
@@ -98,30 +115,47 @@ class Message(Body):
     thinking: str | None = None
     tool_calls: list[ToolCall] = Field(default_factory=list)
     images: list[Any] = Field(default_factory=list, max_length=0)
+    tool_name: str | None = None  # whose result it is
 
     def as_dict(self) -> Json:
-        """Return it as chat templates read it."""
+        """Return it as chat templates read it, but for the ids of calls."""
         more: Json = {}
         if self.thinking:
             more["reasoning_content"] = self.thinking
+        if self.tool_name is not None:
+            more["name"] = self.tool_name
         if self.tool_calls:
             calls = [call.function.model_dump() for call in self.tool_calls]
             more["tool_calls"] = [{"id": "", "type": "function", "function": c} for c in calls]
         return {"role": self.role, "content": self.content, **more}
 
 
-class OfferedTool(Body):
-    type: Literal["function"] = "function"
-    function: Function
+def with_ids(messages: list[Json]) -> list[Json]:
+    """Return a conversation whose calls have ids, and results the id and name of their calls: of
+    the first one that waits, by its name where it is told."""
+    waiting: list[Json] = []
+    n_calls = 0
+    for message in messages:
+        for call in message.get("tool_calls", ()):
+            call["id"] = f"call_{n_calls}"
+            n_calls += 1
+            waiting.append(call)
+        if message["role"] == "tool":
+            name = message.get("name")
+            own = (c for c in waiting if name is None or c["function"]["name"] == name)
+            if (call := next(own, None)) is not None:
+                waiting.remove(call)
+                message |= {"tool_call_id": call["id"], "name": call["function"]["name"]}
+    return messages
 
 
 class ChatRequest(Asked):
     messages: list[Message] = Field(default_factory=list)
-    tools: list[OfferedTool] = Field(default_factory=list)
+    tools: list[FunctionTool] = Field(default_factory=list)
 
     def conversation(self) -> Conversation:
         """Return the conversation. Raises ColmError for tools that cannot be."""
-        messages = [message.as_dict() for message in self.messages]
+        messages = with_ids([message.as_dict() for message in self.messages])
         use = use_of([tool.function.as_tool() for tool in self.tools])
         return Conversation(messages, use, self.schema_wanted, self.variables)
 
@@ -209,7 +243,7 @@ async def _respond(
     body: Asked, conversation: Conversation, written: Written, server: Server, request: Request
 ) -> Response:
     server.check_queue()
-    dialogue = Dialogue(server.pair, conversation)
+    dialogue = await asyncio.to_thread(Dialogue, server.pair, conversation)
     (job,) = jobs_of(server, body.sampling, [dialogue.prompt])
     if body.stream:
         stream = server.stream([job], request.client)
@@ -260,7 +294,7 @@ def _end_of(ended: Ended) -> Json:
         "prompt_eval_count": len(ended.began.prompt_tokens),
         "prompt_eval_duration": 0,
         "eval_count": stats.n_generated,
-        "eval_duration": int(stats.total_seconds * 1e9),
+        "eval_duration": int((stats.total_seconds - stats.expert_load_seconds) * 1e9),
         "colm": colm_of([ended]),
     }
 

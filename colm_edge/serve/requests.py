@@ -34,7 +34,23 @@ REFUSED: dict[str, tuple[Any, ...]] = {
 
 
 class Body(BaseModel):
+    """An object in a request. Null is taken as not given, as OpenAI does."""
+
     model_config = ConfigDict(extra="ignore")
+
+    @model_validator(mode="before")
+    @classmethod
+    def without_nulls(cls, given: Any) -> Any:
+        if not isinstance(given, dict):
+            return given
+        return {name: value for name, value in given.items() if value is not None}
+
+
+def refuse_unsupported(given: dict[str, Any]) -> None:
+    """Raise ValueError for a field of REFUSED whose value would change the answer."""
+    for name, harmless in REFUSED.items():
+        if given.get(name) is not None and given[name] not in harmless:
+            raise ValueError(f"{name} is not supported by this server; leave it out")
 
 
 def options_in(place: Literal["body", "colm"]) -> dict[str, Any]:
@@ -112,18 +128,15 @@ class Sampling(BodyOptions):
     @model_validator(mode="before")
     @classmethod
     def is_known(cls, given: Any) -> Any:
-        """Take null as not given, as OpenAI does, and refuse what is not supported."""
+        """Refuse what is not supported."""
         if not isinstance(given, dict):
             return given
-        named = {name: value for name, value in given.items() if value is not None}
-        colm = named["colm"] if isinstance(named.get("colm"), dict) else {}
+        colm = given["colm"] if isinstance(given.get("colm"), dict) else {}
         for name in cls.elsewhere:
-            if name in named or colm.get(name):
+            if given.get(name) is not None or colm.get(name):
                 raise ValueError(f"{name} means nothing at this path; leave it out")
-        for name, harmless in REFUSED.items():
-            if name in named and named[name] not in harmless:
-                raise ValueError(f"{name} is not supported by this server; leave it out")
-        return named
+        refuse_unsupported(given)
+        return given
 
     def options(
         self, defaults: Options, choice: int, limit: int, grammar: str | None = None

@@ -5,6 +5,7 @@ Nothing is stored, so what refers to an earlier response is refused.
 
 from __future__ import annotations
 
+import asyncio
 import secrets
 import time
 from collections.abc import AsyncGenerator, Iterator
@@ -171,7 +172,7 @@ class ResponsesRequest(Sampling):
 )
 async def responses(body: ResponsesRequest, server: TheServer, request: Request) -> Response:
     server.check_queue()
-    dialogue = Dialogue(server.pair, body.conversation())
+    dialogue = await asyncio.to_thread(Dialogue, server.pair, body.conversation())
     (job,) = jobs_of(server, body, [dialogue.prompt])
     head = Head(server.name, body, len(job.tokens))
     if body.stream:

@@ -3,6 +3,7 @@ with a router of its own to ROUTERS in `app`."""
 
 from __future__ import annotations
 
+import asyncio
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +72,7 @@ def one_model(model: str, server: TheServer) -> dict[str, Any]:
 @router.post("/v1/chat/completions", responses=BODY_OR_STREAM)
 async def chat(body: ChatRequest, server: TheServer, request: Request) -> Response:
     server.check_queue()
-    dialogue = Dialogue(server.pair, body.conversation())
+    dialogue = await asyncio.to_thread(Dialogue, server.pair, body.conversation())
     form = ChatFormat(body, dialogue, server.pair.base.piece)
     return await respond(server, form, body, [dialogue.prompt], request)
 
@@ -91,7 +92,8 @@ async def completions(body: CompletionRequest, server: TheServer, request: Reque
             400, "with_pieces cannot be streamed; leave one out", param="with_pieces"
         )
     form = CompletionFormat(body, server.pair.base.piece)
-    return await respond(server, form, body, body.prompts(server.pair), request)
+    prompts = await asyncio.to_thread(body.prompts, server.pair)
+    return await respond(server, form, body, prompts, request)
 
 
 @router.post("/tokenize")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 from collections.abc import AsyncGenerator, Callable, Coroutine
 from contextlib import aclosing
 from typing import Any, TypeVar
@@ -13,8 +14,9 @@ from fastapi.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from colm_edge.errors import ColmError
-from colm_edge.serve.errors import RefusalError
+from colm_edge.serve.errors import INTERNAL, RefusalError
 
+log = logging.getLogger("colm_edge")
 T = TypeVar("T")
 DONE = "data: [DONE]\n\n"
 
@@ -55,13 +57,18 @@ class EventStream(StreamingResponse):
 
 async def _with_errors(
     pieces: AsyncGenerator[str, None], failed: Callable[[RefusalError], str]
-) -> AsyncGenerator[str, None]:
+) -> AsyncGenerator[bytes, None]:
     try:
         async with aclosing(pieces):
             async for text in pieces:
-                yield text
-    except (ColmError, RefusalError) as e:
-        yield failed(RefusalError(500, str(e), "server_error"))
+                yield text.encode(errors="replace")  # half a character, of a request's
+    except RefusalError as e:
+        yield failed(e).encode()
+    except ColmError as e:
+        yield failed(RefusalError(500, str(e), "server_error")).encode()
+    except Exception:  # the client is told, whatever it was
+        log.exception("a stream failed")
+        yield failed(INTERNAL).encode()
 
 
 async def while_connected(request: Request, work: Coroutine[Any, Any, T]) -> T | None:

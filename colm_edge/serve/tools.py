@@ -120,6 +120,7 @@ def told(messages: Sequence[dict[str, Any]], tools: Sequence[Tool]) -> list[dict
     returned are told in plain messages."""
     found = list[dict[str, Any]]()
     names = dict[str, str]()
+    before = ""
     for message in messages:
         calls = [call["function"] for call in message.get("tool_calls", ())]
         names |= {c["id"]: c["function"]["name"] for c in message.get("tool_calls", ())}
@@ -130,7 +131,11 @@ def told(messages: Sequence[dict[str, Any]], tools: Sequence[Tool]) -> list[dict
         elif message["role"] == "tool":
             name = names.get(message.get("tool_call_id", ""), "the function")
             plain = {"role": "user", "content": f"{name} returned: {message['content']}"}
+            if before == "tool":  # some templates want roles in turns
+                found[-1]["content"] += "\n" + plain["content"]
+                continue
         found.append(plain)
+        before = message["role"]
     if tools:
         offered = "\n".join(
             json.dumps(tool.as_dict()["function"], ensure_ascii=False) for tool in tools

@@ -8,6 +8,9 @@ import httpx
 import jsonschema
 import pytest
 
+from colm_edge.serve.ollama import ChatRequest
+from colm_edge.serve.tools import told
+
 CHAT = [{"role": "user", "content": "hello"}]
 OPTIONS = {"num_predict": 12, "temperature": 0, "num_ctx": 4096}
 SCHEMA = {"type": "object", "properties": {"n": {"enum": [1, 2]}}, "required": ["n"]}
@@ -81,6 +84,37 @@ def test_tools_are_told_and_their_history_too(roomy):
     shorter = post(roomy, "/api/chat", messages=CHAT, **asked)
     longer = post(roomy, "/api/chat", messages=messages, **asked)
     assert longer["prompt_eval_count"] > shorter["prompt_eval_count"] > 40
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_each_result_is_its_own_tools(named):
+    """Named by the tool, in another order than the calls; unnamed, in theirs."""
+    calls = [{"function": {"name": name, "arguments": {}}} for name in ("weather", "time")]
+    results = [("time", "12:00"), ("weather", "rain")] if named else [(None, "rain"), (None, "12")]
+    messages = [
+        *CHAT,
+        {"role": "assistant", "tool_calls": calls, "content": None},
+        *({"role": "tool", "content": text, "tool_name": name} for name, text in results),
+    ]
+    found = ChatRequest.model_validate({"messages": messages}).conversation().messages
+    names = {call["id"]: call["function"]["name"] for call in found[1]["tool_calls"]}
+    assert len(names) == 2
+    told_names = [(names[m["tool_call_id"]], m["name"]) for m in found[2:]]
+    order = ["time", "weather"] if named else ["weather", "time"]
+    assert told_names == [(name, name) for name in order]
+    # A template that knows no tools has roles in turns.
+    assert [m["role"] for m in told(found, ())] == ["user", "assistant", "user"]
+
+
+@pytest.mark.parametrize("options", [{"mirostat": 2}, {"typical_p": 0.2}, {"repeat_last_n": 8}])
+def test_options_that_would_change_the_answer_are_refused(url, options):
+    asked = {"prompt": "hi", "stream": False, "options": {**OPTIONS, **options}}
+    refused = httpx.post(f"{url}/api/generate", json=asked, timeout=60)
+    assert refused.status_code == 400
+    (name,) = options
+    assert name in refused.json()["error"]
+    asked["options"] |= {"mirostat": 0, "typical_p": 1, "repeat_last_n": 64}
+    assert httpx.post(f"{url}/api/generate", json=asked, timeout=60).status_code == 200
 
 
 def test_what_there_is(url):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import httpx
 import pytest
 from click.testing import CliRunner
@@ -51,6 +53,72 @@ def test_what_would_change_the_answer_is_refused(url, name):
 )
 def test_what_changes_nothing_is_accepted(url, name, harmless):
     assert ask(url, **{name: harmless}).json()["choices"] == ask(url).json()["choices"]
+
+
+HALF = chr(0xD83D)  # of an emoji
+
+
+@pytest.mark.parametrize(
+    ("path", "more"),
+    [
+        ("/v1/messages/count_tokens", {"system": None, "tools": None}),
+        (
+            "/v1/messages/count_tokens",
+            {"tools": [{"name": "f", "description": None, "input_schema": {}}]},
+        ),
+        ("/api/chat", {"messages": [*CHAT, {"role": "assistant", "content": None}]}),
+        ("/apply-template", {"tool_choice": None}),
+        ("/v1/chat/completions", {"stream_options": {"include_usage": None}}),
+    ],
+)
+def test_null_means_not_given_anywhere(url, path, more):
+    body = {"messages": CHAT, "max_tokens": 2, "stream": False, **more}
+    answer = httpx.post(f"{url}{path}", json=body, timeout=60)
+    # The tiny base has no template of its own to be applied.
+    assert answer.status_code == 200 or "no chat template" in answer.text, answer.text
+
+
+@pytest.mark.parametrize(
+    ("path", "more"),
+    [
+        ("/v1/responses", {"instructions": f"kind {HALF}"}),
+        ("/v1/chat/completions", {"json_schema": {"enum": [HALF]}}),
+        ("/v1/completions", {"grammar": f'root ::= "{HALF}"', "prompt": "x"}),
+    ],
+)
+@pytest.mark.parametrize("stream", [False, True])
+def test_half_a_character_is_no_failure_without_words(url, path, more, stream):
+    limit = "max_output_tokens" if "responses" in path else "max_tokens"
+    body = {"messages": CHAT, "input": "hi", limit: 2, "stream": stream, **more}
+    data = json.dumps(body)  # as \ud83d
+    headers = {"Content-Type": "application/json"}
+    answer = httpx.post(f"{url}{path}", content=data, headers=headers, timeout=60)
+    if answer.status_code == 200:  # the stream had begun
+        assert "kind ?" in answer.text
+        assert "response.incomplete" in answer.text  # by its limit
+    else:
+        assert answer.status_code == 400
+        assert "half a character" in answer.json()["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    ("path", "more", "param"),
+    [
+        ("/v1/chat/completions", {"stop": [""]}, "stop.0"),
+        ("/v1/chat/completions", {"tool_choice": "any"}, "tool_choice"),
+        ("/v1/responses", {"input": [{"role": "user", "content": [{"type": "x"}]}]}, "input.0."),
+        ("/v1/responses", {"input": [{"type": "function_call", "name": "f"}]}, "input.0."),
+        ("/v1/chat/completions", {"messages": [{"role": "user"}]}, "messages.0"),
+        ("/v1/chat/completions", {"colm": {"review": "much"}}, "colm.review"),
+    ],
+)
+def test_an_error_names_a_place_in_the_body(url, path, more, param):
+    body = {"messages": CHAT, **more}
+    refused = httpx.post(f"{url}{path}", json=body, timeout=60)
+    assert refused.status_code == 400
+    error = refused.json()["error"]
+    assert error["param"].startswith(param)
+    assert error["message"].startswith(error["param"])
 
 
 def options_of(defaults: Options, choice: int = 0, limit: int = 50, **given) -> Options:
