@@ -70,6 +70,9 @@ class Option:
         if self.choices and value not in self.choices:
             expected = " or ".join(map(repr, self.choices))
             raise ColmError(f"{self.name} is {value!r}; expected {expected}")
+        if self.kind in (str, bool) and not self.choices and not isinstance(value, self.kind):
+            expected = "a text" if self.kind is str else "True or False"
+            raise ColmError(f"{self.name} is {value!r}; expected {expected}")
         if self.limits is None:
             return
         low, high = self.limits

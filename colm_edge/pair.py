@@ -309,7 +309,7 @@ class Pair:
         """
         self.check_options(options)
         options = options.with_changes(review=self.review(options, switch))
-        threshold = self.threshold(options)
+        threshold = threshold_of(switch or self.switch, options)
         self.check_prompt(tokens, threshold)
         n_choose = self.n_shared if threshold < 1 else self.base.n_vocab  # alone it has all
         goes_back = (options.reviews or options.doubts) and 0 < threshold < 1

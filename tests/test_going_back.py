@@ -13,7 +13,7 @@ from decode.test_loop import END, decoder, reader
 from expert_servers import faking
 from serving import serving
 
-from colm_edge.cli.drafts import Drafts, columns
+from colm_edge.cli.drafts import Drafts, column_behind
 from colm_edge.decode.review import ByRule, Review, Tolerance
 from colm_edge.decode.step import Drafted, Step, Undone
 from colm_edge.errors import ColmError
@@ -226,7 +226,8 @@ def test_a_terminal_shows_drafts_that_fit_and_takes_them_back():
     screen.write(drafts.add("x" * 20))  # too wide for this line
     assert screen.line == "final AND "
     assert drafts.end() == ""
-    assert columns("aé日\u0301\u0941") == 4
+    assert column_behind("aé日\u0301\u0941") == 4
+    assert (column_behind("\t\t"), column_behind("ab\tc", 5)) == (16, 9)
 
 
 def test_slots_are_free_after_a_reviewed_answer_is_cancelled(tiny_pair):

@@ -102,3 +102,16 @@ def test_what_a_request_sets_reaches_the_options(name):
         assert getattr(request.options(Options(), choice=0, limit=9), name) == value
     unset = CompletionRequest(prompt="hello").options(Options(), choice=0, limit=9)
     assert getattr(unset, name) == option.default
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [
+        ("grammar", {"type": "object"}, "a text"),
+        ("grammar", 5, "a text"),
+        ("raw", "yes", "True or"),
+    ],
+)
+def test_a_value_of_another_type_is_one_line(name, value, words):
+    with pytest.raises(ColmError, match=f"{name} is .*; expected {words}"):
+        Options(**{name: value})

@@ -34,7 +34,7 @@ class Drafts:
         was = self._erased()
         del self._texts[:1]
         *before, last = text.split("\n")
-        self._column = ((0 if before else self._column) + columns(last)) % self._width
+        self._column = column_behind(last, 0 if before else self._column) % self._width
         return was + marked + self._shown()
 
     def end(self) -> str:
@@ -46,7 +46,7 @@ class Drafts:
     def _fitting(self) -> str:
         fitting, room = "", self._width - self._column - 1
         for text in self._texts:
-            if not text.isprintable() or columns(fitting + text) > room:
+            if not text.isprintable() or column_behind(fitting + text) > room:
                 break
             fitting += text
         return fitting
@@ -59,10 +59,11 @@ class Drafts:
         return ERASE if self._fitting() else ""
 
 
-def columns(text: str) -> int:
-    """Return about how many columns a terminal gives to a text."""
-    return sum(
-        0 if unicodedata.category(c) in ("Mn", "Me", "Cf")
-        else 2 if unicodedata.east_asian_width(c) in "WF" else 1
-        for c in text
-    )  # fmt: skip
+def column_behind(text: str, column: int = 0) -> int:
+    """Return about the column of a terminal behind a text that begins in one."""
+    for c in text:
+        if c == "\t":
+            column += 8 - column % 8
+        elif unicodedata.category(c) not in ("Mn", "Me", "Cf"):
+            column += 2 if unicodedata.east_asian_width(c) in "WF" else 1
+    return column

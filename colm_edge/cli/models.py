@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -18,7 +19,7 @@ def models_command(output: str) -> None:
     """List the models named in models.txt; * marks those already here."""
     from colm_edge.references import is_here, known_pairs
 
-    rows = [
+    rows: list[dict[str, Any]] = [
         {
             "alias": alias,
             "role": role,

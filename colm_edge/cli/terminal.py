@@ -375,7 +375,10 @@ class Chat:
             kind = "whole number" if option.kind is int else "number"
             kind += "".join(f", or {word}" for word in option.words)
             raise ColmError(f"{name} is {text!r}; expected a {kind}") from e
-        self.pair.defaults = self.pair.defaults.with_changes(**{name: value})
+        changed = {name: value}
+        if not text and name in ("threshold", "defer_rate"):  # one of them took the other's place
+            changed = {both: getattr(self._at_start, both) for both in ("threshold", "defer_rate")}
+        self.pair.defaults = self.pair.defaults.with_changes(**changed)
         say(f"{name} {self._shown(name)}")
 
     def _shown(self, name: str) -> Any:

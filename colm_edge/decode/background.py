@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 
-from colm_edge.cancel import Cancel
+from colm_edge.cancel import Cancel, CancelledError
 from colm_edge.decode.timeline import Floats
 from colm_edge.llama.backend import supports_gpu
 from colm_edge.llama.context import is_small
@@ -88,15 +88,15 @@ class Background:
         return self._job
 
     def wait(self) -> None:
-        """Wait until no catch-up is running. Raises what the catch-up raised, and ModelError in a
-        child of fork."""
+        """Wait until no catch-up is running. Raises what the catch-up raised, unless it was
+        cancelled, with the answer that it was for; and ModelError in a child of fork."""
         self._home.check()
         if self._job is None:
             return
         # An interrupt here keeps the job, so that no other thread uses the context meanwhile.
         error = self._job.exception()
         self._job = None
-        if error is not None:
+        if error is not None and not isinstance(error, CancelledError):
             raise error
 
     def sync(

@@ -276,7 +276,8 @@ class Decoder:
         Returns fewer steps if the answer is cancelled meanwhile.
         """
         begun, steps = perf_counter(), list[Step]()
-        last = len(self.tokens) - 1
+        last, policy = len(self.tokens) - 1, self.policy
+        self.policy = policy.copy()  # what is read here must not change the answer
         try:
             with self._lock:
                 self._turn()
@@ -284,6 +285,8 @@ class Decoder:
                     steps += self._read_tokens(start, min(start + PROMPT_OUTPUTS, last))
         except CancelledError:
             pass  # the next step ends the answer
+        finally:
+            self.policy = policy
         self.stats.total_seconds += perf_counter() - begun
         return steps
 

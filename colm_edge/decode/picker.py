@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from colm_edge import readout
-from colm_edge.decode.step import Source, Step
+from colm_edge.decode.step import ZERO_PROBABILITY, Source, Step
 from colm_edge.decode.timeline import Floats
 from colm_edge.errors import ModelError
 
@@ -78,7 +78,8 @@ class Picker:
         self, token: int, source: Source, p_defer: float, logits: Floats, logsumexp: float
     ) -> Step:
         """Return the step of a given token."""
-        step = Step(token, source, p_defer, float(logits[token]) - logsumexp)
+        logprob = max(float(logits[token]) - logsumexp, ZERO_PROBABILITY)
+        step = Step(token, source, p_defer, logprob)
         if self._n_probs:
             n, row = self._n_probs, self._defer_row
             best = likeliest(logits[: self.n_choose], logsumexp, n + (row >= 0))

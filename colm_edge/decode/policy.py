@@ -42,6 +42,10 @@ class Policy:
     def __init__(self, read: Reader, threshold: float) -> None:
         self._read, self.threshold = read, threshold
 
+    def copy(self) -> Policy:
+        """Return one that decides as this one would, and leaves it as it is."""
+        return self
+
     def read(self, at: int, logits: Floats, hidden: Floats) -> Reading:
         """Read the switch for the token at position `at`. Raises ModelError for NaN and the like.
 
@@ -74,6 +78,11 @@ class RatePolicy(Policy):
         self._rate = rate
         self._seen = [(i + 0.5) / PRIOR for i in range(PRIOR)]  # p_defer so far, rising
         self._owed = 0.0  # deferrals that the rate asks for, minus those so far
+
+    def copy(self) -> RatePolicy:
+        other = RatePolicy(self._read, self._rate)
+        other._seen, other._owed, other.threshold = self._seen[:], self._owed, self.threshold
+        return other
 
     def defers(self, p_defer: float) -> bool:
         if not 0 < self._rate < 1:

@@ -27,7 +27,7 @@ from colm_edge.decode.loop import Decoder, Follow
 from colm_edge.decode.picker import Picker, Sampler, likeliest
 from colm_edge.decode.planner import Planner
 from colm_edge.decode.policy import BASE
-from colm_edge.decode.step import Drafted, Event, Source, Step
+from colm_edge.decode.step import ZERO_PROBABILITY, Drafted, Event, Source, Step
 from colm_edge.decode.timeline import Floats
 from colm_edge.errors import AbsentExpertError
 
@@ -42,8 +42,8 @@ class Verdict(NamedTuple):
 
     @property
     def regret(self) -> float:
-        """The nats by which the expert prefers its own likeliest token."""
-        return float(self.logits[self.choice] - self.logits[self.token])
+        """The nats by which the expert prefers its own likeliest token; finite."""
+        return min(float(self.logits[self.choice] - self.logits[self.token]), -ZERO_PROBABILITY)
 
 
 class Rule(Protocol):

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+# The log-probability of what cannot be: JSON has no infinity. vLLM tells the same.
+ZERO_PROBABILITY = -9999.0
 # Who wrote a token: "base"; "expert" where there is one, else "expert:NAME".
 Source = str
 

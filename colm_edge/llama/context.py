@@ -226,6 +226,8 @@ class Context:
         self._cores: Cores | None = None  # None where one thread, or a GPU, evaluates
         self._n_threads = self._most_threads = 0
         self.crowded = False  # whether other programs wanted the threads' cores at some decode
+        # Now: while another thread reads the weights, what the header says would wait for it.
+        self._n_bytes = options.cache_bytes(model, n_ctx)
 
     @property
     def handle(self) -> Any:
@@ -255,7 +257,7 @@ class Context:
         if self._n_threads > 1 and is_on_cpu(self.model):
             self._cores = cores()
         if is_on_cpu(self.model):
-            check_room(self.model, self.n_ctx, self.options.cache_bytes(self.model, self.n_ctx))
+            check_room(self.model, self.n_ctx, self._n_bytes)
         model = self.model.load(None if cancel is None else cancel.check)
         last_errors.clear()
         handle: Any = None

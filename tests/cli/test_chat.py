@@ -165,6 +165,14 @@ def test_a_long_chat_forgets_its_oldest_turns(tiny):
 
 
 @posix_only
+def test_a_setting_goes_back_to_what_it_was_at_the_start(tiny):
+    with terminal("chat", *endless_of(tiny), "--defer-rate", "0.3") as it:
+        it.expect(PROMPT)
+        assert "threshold 1.0" in it.say("/set threshold 1")
+        assert "threshold follows a defer rate of 0.3" in it.say("/set threshold")
+
+
+@posix_only
 def test_ctrl_c_stops_the_answer_and_not_the_program(tiny):
     with terminal("run", *endless_of(tiny)) as it:
         it.expect(PROMPT)

@@ -10,6 +10,7 @@ from array import array
 
 import pytest
 
+from colm_edge.cancel import Cancel, CancelledError
 from colm_edge.decode.background import MIN_GAP, Background
 from colm_edge.errors import ModelError
 from colm_edge.llama.context import ContextOptions
@@ -99,6 +100,15 @@ def test_an_error_on_its_thread_is_raised_at_the_next_sync(session, monkeypatch)
         expert.sync([1, 2])
     monkeypatch.undo()
     assert expert.sync([1, 2]) == 1
+    expert.close()
+
+
+def test_a_cancelled_answer_does_not_cancel_the_next(session):
+    expert, cancel = Background(session), Cancel()
+    cancel.request()
+    job = expert.begin(array("i", [1, 2]), (), cancel)
+    assert isinstance(job.exception(timeout=30), CancelledError)
+    assert expert.sync(array("i", [1, 2])) == 2
     expert.close()
 
 

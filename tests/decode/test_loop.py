@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from colm_edge.decode.loop import Decoder, ExpertAlone
 from colm_edge.decode.picker import Picker, mixture
 from colm_edge.decode.policy import Policy, RatePolicy
+from colm_edge.options import Options
 
 END = 0
 
@@ -228,6 +229,16 @@ def test_a_rate_is_held_whatever_p_defer_is_like(seed, rate, power, scale):
 def test_the_ends_of_a_rate_are_one_model_alone(rate, share):
     policy = RatePolicy(None, rate)
     assert {policy.defers(p) for p in (0.0, 0.5, 1.0)} == {bool(share)}
+
+
+def test_reading_a_prompt_back_leaves_a_followed_rate_as_it_is(tiny_pair):
+    tokens = tiny_pair.base.tokenize("hello there, and some more words to be read")
+    for rate in (0.1, 0.3, 0.6):
+        options = Options(temperature=0.0, defer_rate=rate, max_tokens=12)
+        read, plain = (tiny_pair.stream_tokens(tokens, options) for _ in range(2))
+        sources = {step.source for step in read.read_prompt()}
+        assert sources == {"base", "expert"}
+        assert [step.source for step in read] == [step.source for step in plain]
 
 
 def test_an_expert_alone_needs_no_base():

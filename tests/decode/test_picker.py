@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from colm_edge.decode import picker
-from colm_edge.decode.picker import likeliest
+from colm_edge.decode.picker import Picker, likeliest
+from colm_edge.decode.review import Verdict
 
 
 @given(
@@ -32,3 +33,11 @@ def test_the_likeliest_are_those_of_a_plain_sort(seed, size, spread, n, holes, c
     assert [logprob for _, logprob in found] == [logprob for _, logprob in expected]
     if len(set(logits.tolist())) == size:  # of equal ones any may be the last
         assert [i for i, _ in found] == [i for i, _ in expected]
+
+
+def test_what_cannot_be_is_told_in_numbers_that_json_has():
+    """A bridge leaves out what the expert has no word for."""
+    logits = np.array([0.0, -np.inf], np.float32)
+    step = Picker(2).tell(1, "expert", 0.5, logits, 0.0)
+    verdict = Verdict(1, logits, 0, 0.0)
+    assert (step.logprob, verdict.regret) == (-9999, 9999)

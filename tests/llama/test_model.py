@@ -7,9 +7,12 @@ import threading
 
 import pytest
 
+from colm_edge.cancel import Cancel, CancelledError
 from colm_edge.errors import ModelError
 from colm_edge.llama import threads
+from colm_edge.llama.context import ContextOptions
 from colm_edge.llama.model import Model
+from colm_edge.llama.session import Session
 
 
 def test_a_text_names_special_tokens(tiny_pair):
@@ -77,6 +80,17 @@ def test_a_check_ends_the_wait_for_another_thread(held):
 
     with pytest.raises(InterruptedError):
         held.load(stop)
+    assert not held.loaded
+
+
+def test_a_context_that_waits_for_the_weights_can_be_cancelled(held):
+    """Though the file's header, which says how large it will be, waits for them too."""
+    context, cancel = Session(held, ContextOptions(n_ctx=64)), Cancel()
+    held.prepare()
+    assert held.begun.wait(30)
+    threading.Timer(0.1, cancel.request).start()
+    with pytest.raises(CancelledError):
+        context.open(cancel)
     assert not held.loaded
 
 
