@@ -7,9 +7,9 @@ import json
 
 import pytest
 from click.testing import CliRunner
+from studies.qwen_pair.humaneval import main
 
 from colm_edge.evaluate.metrics import python
-from tools.studies.qwen_pair.humaneval import main
 
 PROBLEM = {
     "task_id": "HumanEval/x",
