@@ -459,7 +459,7 @@ def test_a_pair_is_pulled_by_name_and_run(server, tiny, tmp_path, monkeypatch):
     paths = result.stdout.split()
     assert [Path(path).name for path in paths] == ["base.gguf", "expert.gguf"]
     listed = CliRunner().invoke(main, ["models"]).stdout
-    assert "* mine         base    them/tiny:base.gguf" in listed
+    assert "* mine base    them/tiny:base.gguf" in listed
     n = len(server.requests)
     references_of_both = ["-m", "them/tiny:base.gguf", "-me", "them/tiny:expert.gguf"]
     for choice in (["--pair", "mine"], ["-m", "mine", "-me", "mine"], references_of_both):
