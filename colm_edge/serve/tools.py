@@ -145,10 +145,13 @@ def told(messages: Sequence[dict[str, Any]], tools: Sequence[Tool]) -> list[dict
             'To call one, answer with a JSON object {"name": its name, "arguments": {…}} and '
             "nothing else, several on a line each. Answer in words where no call is needed."
         )
-        if found[0]["role"] == "system":
-            found[0]["content"] += "\n\n" + text
+        first = found[0]
+        if first["role"] == "system":
+            first["content"] += "\n\n" + text
+        elif first["role"] == "user":  # some templates refuse a system message
+            first["content"] = text + "\n\n" + first["content"]
         else:
-            found.insert(0, {"role": "system", "content": text})
+            found.insert(0, {"role": "user", "content": text})
     return found
 
 

@@ -18,7 +18,7 @@ from colm_edge.errors import ColmError
 from colm_edge.llama.model import Model
 from colm_edge.pair import load
 from colm_edge.serve.call_grammar import grammar_for
-from colm_edge.serve.tools import GENERIC, HERMES, LLAMA, Tool, ToolUse, form_of, use_of
+from colm_edge.serve.tools import GENERIC, HERMES, LLAMA, Tool, ToolUse, form_of, told, use_of
 
 TURNS = r"{% for m in messages %}{{ m.role + ': ' + m.content + '\n' }}"
 HERMES_TEMPLATE = (
@@ -208,11 +208,29 @@ def test_earlier_calls_are_told_as_the_template_has_them(urls):
         "tool: sunny\nassistant:"
     )
     plain = prompt("plain", tools=TOOLS[:1])
-    assert plain.startswith("system: These functions can be called:\n{")
+    assert plain.startswith("user: These functions can be called:\n{")
+    assert "\n\nweather?\nassistant: " in plain
     assert plain.endswith(
         'assistant: {"name": "get_weather", "arguments": {"city": "Rome", "days": 1}}\n'
         "user: get_weather returned: sunny\nassistant:"
     )
+
+
+@pytest.mark.parametrize(
+    ("role", "content"),
+    [
+        ("system", "hello\n\n{}"),  # behind what the user wants of it anyway
+        ("user", "{}\n\nhello"),  # no system message is made up, as some templates refuse one
+        ("assistant", "{}"),
+    ],
+)
+def test_a_template_without_tools_has_them_in_the_first_message(role, content):
+    first, *rest = told([{"role": role, "content": "hello"}], [Tool("get_weather")])
+    offer = first["content"].removeprefix("hello\n\n").removesuffix("\n\nhello")
+    assert offer.startswith("These functions can be called:\n{")
+    assert first["content"] == content.format(offer)
+    assert first["role"] == ("user" if role == "assistant" else role)
+    assert rest == ([{"role": role, "content": "hello"}] if role == "assistant" else [])
 
 
 def test_tools_and_a_schema_go_together(urls):
