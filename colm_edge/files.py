@@ -55,6 +55,13 @@ def fingerprint(*paths: Path) -> str:
     return digest.hexdigest()
 
 
+def cache_folder() -> Path:
+    """Return the folder of what can be made again: what decodes cost, models quantised here. It may
+    not exist yet."""
+    home = os.environ.get("XDG_CACHE_HOME")
+    return Path(home) / "colm-edge" if home else Path.home() / ".cache" / "colm-edge"
+
+
 def sha256_of(path: AnyPath) -> str:
     """Return the SHA-256 of a file's bytes, in hexadecimal."""
     with open(path, "rb") as file:

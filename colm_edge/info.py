@@ -44,14 +44,14 @@ def describe_files(
     """Return the facts of each file, and why the models cannot collaborate ("" if they can): a base
     and an expert, or several.
 
-    costs: measure what decodes cost, if that is not known yet. note: told before that, and where it
-    cannot be kept.
+    costs: measure what decodes cost, if that is not known yet. note: told before that, before a
+    download, and where costs cannot be kept.
     Raises ModelError or SwitchError for a file that is neither.
     """
     facts, models, tables, obstacle = [], [], list[CostTable | None](), ""
     try:
         for ref in refs:
-            path = resolve(ref)
+            path = resolve(ref, note=note)
             switch = _as_switch(path)
             if switch is not None:
                 facts.append(_switch_facts(switch))

@@ -14,6 +14,8 @@ from colm_edge.errors import ModelError
 from colm_edge.hub import Note, fetch, find_cached, is_reference
 
 DEMO_PAIR = "demo"
+# A model to be quantised here: the reference it is made from, and its types.
+_QUANTISED = re.compile(r"(.+)@(\w+)(?:\+(\w+))?")
 _ADDRESS = re.compile(r"[\w.-]+:\d{1,5}")
 _PACKAGE = Path(__file__).parent
 _NAME = re.compile(r"\w[\w.-]*")  # of an expert; a folder may be named so
@@ -192,13 +194,16 @@ def resolve(
     """Return the path of a reference, downloaded if need be.
 
     It is a path, an alias in models.txt, or user/repo:FILE on the Hub, in this order; `package:`
-    stands for the files that ship with colm-edge. A server's address is returned as it is, and so
-    is anything else: opening it reports what is wrong.
+    stands for the files that ship with colm-edge. REF@TYPE is the model of a reference, quantised
+    to a type and kept in the cache; REF@TYPE+TYPE gives the output matrix a type of its own. A
+    server's address is returned as it is, and so is anything else: opening it reports what is
+    wrong.
 
     role: which of a pair's models an alias means. offline, note: as for `hub.fetch`; offline, a
         server must be on this machine.
 
-    Raises ModelError: an address that is incomplete or not allowed offline, a failed download.
+    Raises ModelError: an address that is incomplete or not allowed offline, a failed download, a
+    type that is unknown; WriteError for a full disk.
     """
     if is_url(reference):
         if offline and not is_this_machine(urlsplit(reference).hostname or ""):
@@ -209,6 +214,12 @@ def resolve(
         return reference
     if _ADDRESS.fullmatch(reference) and not os.path.exists(reference):
         raise ModelError(f"{reference}: no such file; write a server as http://{reference}")
+    quantised = _QUANTISED.fullmatch(reference)
+    if quantised is not None and not os.path.exists(reference):
+        from colm_edge.llama.quantize import Recipe
+
+        recipe = Recipe(quantised[2], quantised[3])  # an unknown type is told before a download
+        return recipe.made_from(resolve(quantised[1], role, offline=offline, note=note), note)
     if reference.startswith("package:"):
         return str(_PACKAGE / "data" / reference.removeprefix("package:"))
     try:
@@ -226,10 +237,18 @@ def resolve(
 
 
 def is_here(reference: str) -> bool:
-    """Return whether the file of a reference in models.txt is on this machine."""
-    if is_reference(reference):
-        return find_cached(reference) is not None
-    return os.path.exists(resolve(reference, offline=True))
+    """Return whether the file of a reference in models.txt is on this machine, or the one that it
+    is made from."""
+    source = source_of(reference)
+    if is_reference(source):
+        return find_cached(source) is not None
+    return os.path.exists(resolve(source, offline=True))
+
+
+def source_of(reference: str) -> str:
+    """Return the reference that a model is made from: REF of REF@TYPE, or the reference itself."""
+    quantised = _QUANTISED.fullmatch(reference)
+    return reference if quantised is None else quantised[1]
 
 
 def choose_pair(

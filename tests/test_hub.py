@@ -451,15 +451,18 @@ def test_a_pair_is_pulled_by_name_and_run(server, tiny, tmp_path, monkeypatch):
     }
     listing = tmp_path / "models.txt"
     listing.write_text(
-        "mine base them/tiny:base.gguf MIT small\nmine expert them/tiny:expert.gguf MIT large\n"
+        "mine base them/tiny:base.gguf@Q8_0 MIT small\n"
+        "mine expert them/tiny:expert.gguf MIT large\n"
     )
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(references, "_models_txt", lambda: listing)
     result = CliRunner().invoke(main, ["pull", "mine"])
     assert result.exit_code == 0, result.output
     paths = result.stdout.split()
-    assert [Path(path).name for path in paths] == ["base.gguf", "expert.gguf"]
+    assert [Path(path).name for path in paths] == ["base@Q8_0.gguf", "expert.gguf"]
+    assert "quantising base.gguf to Q8_0, once" in result.stderr
     listed = CliRunner().invoke(main, ["models"]).stdout
-    assert "* mine base    them/tiny:base.gguf" in listed
+    assert "* mine base    them/tiny:base.gguf@Q8_0" in listed
     n = len(server.requests)
     references_of_both = ["-m", "them/tiny:base.gguf", "-me", "them/tiny:expert.gguf"]
     for choice in (["--pair", "mine"], ["-m", "mine", "-me", "mine"], references_of_both):
@@ -477,7 +480,9 @@ def test_every_line_of_models_txt_is_a_valid_reference():
     for alias, roles in references.known_pairs().items():
         assert {"base", "expert"} <= set(roles), alias
         for known in roles.values():
-            assert known.reference.startswith("package:") or hub.is_reference(known.reference)
+            assert known.reference.startswith("package:") or hub.is_reference(
+                references.source_of(known.reference)
+            )
             assert known.licence
             assert known.note
 

@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 from fetch_models import MODELS
+from gguf import GGUFReader
 
 from colm_edge import references
-from colm_edge.errors import ModelError
+from colm_edge.errors import ModelError, WriteError
 from colm_edge.switch.file import Switch
 
 
@@ -123,3 +124,58 @@ def test_a_list_that_is_no_text_or_leads_to_itself_is_refused(tmp_path, monkeypa
 def test_a_name_that_no_file_can_have_is_returned_as_it_is():
     for name in ("x" * 5000, "a\0b"):
         assert references.resolve(name) == name
+
+
+def types_of(path: str) -> tuple[str, str]:
+    """Return the type of most of a model's weights, and that of its output matrix."""
+    tensors = {tensor.name: tensor.tensor_type.name for tensor in GGUFReader(path).tensors}
+    return tensors["blk.0.ffn_up.weight"], tensors["output.weight"]
+
+
+def test_a_model_is_quantised_once_and_kept(tiny):
+    said: list[str] = []
+    path = references.resolve(f"{tiny['base']}@q8_0", note=said.append)
+    assert types_of(path) == ("Q8_0", "Q8_0")
+    assert said == ["quantising base.gguf to Q8_0, once"]
+    made = Path(path).stat()
+    assert references.resolve(f"{tiny['base']}@Q8_0", note=said.append) == path
+    assert (Path(path).stat().st_mtime_ns, len(said)) == (made.st_mtime_ns, 1)
+    other = references.resolve(f"{tiny['base']}@Q8_0+F16")
+    assert types_of(other) == ("Q8_0", "F16")
+    again = references.resolve(f"{path}@Q4_0")  # that loses more, which the user asked for
+    assert types_of(again)[0] == "Q4_0"
+
+
+def test_another_file_of_the_same_name_is_quantised_for_itself(tiny, tmp_path):
+    model, found = tmp_path / "model.gguf", set[str]()
+    for name in ("base", "expert"):
+        model.write_bytes(Path(tiny[name]).read_bytes())
+        found.add(references.resolve(f"{model}@Q8_0"))
+    assert len(found) == 2
+
+
+def test_a_file_may_have_a_name_like_that(tiny, tmp_path):
+    model = tmp_path / "model.gguf@Q8_0"
+    model.write_bytes(Path(tiny["base"]).read_bytes())
+    assert references.resolve(str(model)) == str(model)
+
+
+@pytest.mark.parametrize(
+    ("reference", "words"),
+    [
+        ("them/model:m.gguf@Q9", "'Q9' is not a type"),  # nothing is downloaded for that
+        ("them/model:m.gguf@Q4_0+Q9", "'Q9' is not a type"),
+        ("nothing.gguf@Q4_0", "nothing.gguf: cannot be read"),
+        ("them/model:m.gguf@Q4_0", "not in the cache, and nothing is downloaded offline"),
+    ],
+)
+def test_what_cannot_be_quantised_is_told(reference, words):
+    with pytest.raises(ModelError, match=words):
+        references.resolve(reference, offline=True)
+
+
+def test_a_folder_that_cannot_be_written_is_told(tiny, tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    with pytest.raises(WriteError, match="quantized.*: cannot be made"):
+        references.resolve(f"{tiny['base']}@Q8_0")

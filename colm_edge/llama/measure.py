@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 import platform
 import random
 import statistics
@@ -21,7 +20,7 @@ from typing import TYPE_CHECKING
 
 from colm_edge.cancel import Cancel
 from colm_edge.errors import WriteError
-from colm_edge.files import fingerprint, replacing
+from colm_edge.files import cache_folder, fingerprint, replacing
 from colm_edge.llama.costs import OUTPUTS, CostTable
 
 if TYPE_CHECKING:
@@ -206,7 +205,6 @@ def _cache_file(session: Session) -> Path:
 
     from colm_edge.llama.backend import model_params
 
-    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     settings = (
         VERSION,
         platform.node(),
@@ -224,4 +222,4 @@ def _cache_file(session: Session) -> Path:
         session.options.cache_type_v,
     )
     key = hashlib.sha256(repr((session.model.fingerprint, settings)).encode()).hexdigest()
-    return Path(home) / "colm-edge" / "costs" / f"{key[:24]}.json"
+    return cache_folder() / "costs" / f"{key[:24]}.json"

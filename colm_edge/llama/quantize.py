@@ -6,13 +6,14 @@ import ctypes
 import os
 import threading
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import llama_cpp as llama
 
 from colm_edge.errors import ModelError, WriteError
-from colm_edge.files import check_writable, replacing
+from colm_edge.files import cache_folder, check_writable, fingerprint, parts_of, replacing
 from colm_edge.llama.backend import last_errors
 from colm_edge.llama.model import WAIT, Model
 from colm_edge.llama.threads import n_cores
@@ -85,6 +86,47 @@ def quantize(
             if "iostream" in reason:  # which says no more
                 raise WriteError(f"{target}: cannot be written to its end; make room on the disk")
             raise ModelError(f"{source}: cannot be quantised to {type_name.upper()}: {reason}")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a model is quantised before it is used. The types are those of `quantize`.
+
+    Raises ModelError for an unknown type.
+    """
+
+    type_name: str
+    output_type: str | None = None
+
+    def __post_init__(self) -> None:
+        _number(self.type_name, TYPES)
+        if self.output_type is not None:
+            _number(self.output_type, TENSOR_TYPES)
+
+    def made_from(self, source: str, note: Callable[[str], None]) -> str:
+        """Return the path of a model that is made so, from the cache, or written there now.
+
+        Raises ModelError where there is no such model, WriteError where it cannot be written.
+        """
+        parts = [Path(source).with_name(name) for name in parts_of(Path(source).name)]
+        try:
+            content = fingerprint(*parts)
+        except OSError as e:
+            raise ModelError(f"{source}: cannot be read ({e.strerror or e})") from e
+        types = "+".join(filter(None, (self.type_name, self.output_type))).upper()
+        name = f"{Path(source).stem}@{types}.gguf"
+        target = cache_folder() / "quantized" / content[:16] / name
+        if not target.exists():
+            note(f"quantising {Path(source).name} to {types}, once")
+            try:
+                target.parent.mkdir(parents=True, exist_ok=True)
+            except OSError as e:
+                raise WriteError(f"{target.parent}: cannot be made ({e.strerror or e})") from e
+            quantize(
+                source, target, self.type_name,
+                output_type=self.output_type, allow_requantize=True,
+            )  # fmt: skip
+        return str(target)
 
 
 def _without_signals(call: Callable[..., int], *args: Any) -> int:
