@@ -458,8 +458,7 @@ def test_a_pair_is_pulled_by_name_and_run(server, tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(references, "_models_txt", lambda: listing)
     result = CliRunner().invoke(main, ["pull", "mine"])
     assert result.exit_code == 0, result.output
-    paths = result.stdout.split()
-    assert [Path(path).name for path in paths] == ["base@Q8_0.gguf", "expert.gguf"]
+    assert [Path(path).name for path in result.stdout.split()] == ["base@Q8_0.gguf", "expert.gguf"]
     assert "quantising base.gguf to Q8_0, once" in result.stderr
     listed = CliRunner().invoke(main, ["models"]).stdout
     assert "* mine base    them/tiny:base.gguf@Q8_0" in listed
@@ -480,9 +479,8 @@ def test_every_line_of_models_txt_is_a_valid_reference():
     for alias, roles in references.known_pairs().items():
         assert {"base", "expert"} <= set(roles), alias
         for known in roles.values():
-            assert known.reference.startswith("package:") or hub.is_reference(
-                references.source_of(known.reference)
-            )
+            source = references.source_of(known.reference)
+            assert source.startswith("package:") or hub.is_reference(source)
             assert known.licence
             assert known.note
 

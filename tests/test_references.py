@@ -177,5 +177,5 @@ def test_what_cannot_be_quantised_is_told(reference, words):
 def test_a_folder_that_cannot_be_written_is_told(tiny, tmp_path, monkeypatch):
     (tmp_path / "file").touch()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    with pytest.raises(WriteError, match="quantized.*: cannot be made"):
+    with pytest.raises(WriteError, match=r"quantized.*: cannot be made"):
         references.resolve(f"{tiny['base']}@Q8_0")
