@@ -182,13 +182,14 @@ class Options:
         limits=(0, math.inf),
         words={"off": math.inf},
         request="colm",
-        help="Doubt a token of the expert's if the likeliest continuation soon costs both models "
-        "more than so many nats; the base's token stays instead if it goes on better.",
+        help="Undo an expert's token if within four tokens both models find even the likeliest "
+        "continuation less likely than this many nats, and the base's token continues better.",
     )
     schedule: Literal["fast", "sequential"] = option(
         "fast",
         "--schedule",
-        help="How the evaluations of one answer at a time are batched; does not change the text.",
+        help="How the evaluations of one answer at a time are batched; it changes the text at "
+        "near-ties only.",
     )
     temperature: float = option(
         0.8,

@@ -1,4 +1,4 @@
-"""The shipped pair: what it must be able to do, and that its test questions were not trained on."""
+"""The demo pair: what it must be able to do, and that its test questions were not trained on."""
 
 from __future__ import annotations
 

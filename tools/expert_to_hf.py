@@ -40,7 +40,7 @@ KNOWN = {
     "--model",
     metavar="FILE.gguf",
     default="package:expert.gguf",
-    help="A llama with a byte-level BPE.  [default: the expert of the shipped pair]",
+    help="A llama with a byte-level BPE.  [default: the expert of the demo pair]",
 )
 def main(out: Path, model: str) -> None:
     """Write a GGUF llama to OUT, a new folder in Hugging Face's layout."""

@@ -1,6 +1,6 @@
 """Kill commands at random moments, run them again, and compare with a run that was left alone.
 
-    python tools/kills.py                    # 20 kills of each command with the shipped pair
+    python tools/kills.py                    # 20 kills of each command with the demo pair
     python tools/kills.py score pull -k 5    # of these alone
 
 Each kill is a SIGKILL at a moment drawn evenly from the time that the command takes, in a folder of

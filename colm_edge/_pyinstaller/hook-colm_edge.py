@@ -10,7 +10,7 @@ from PyInstaller.utils.hooks import (
     get_package_paths,
 )
 
-# The shipped pair and models.txt, and the metadata, which has the version.
+# The demo pair and models.txt, and the metadata, which has the version.
 datas = collect_data_files("colm_edge") + copy_metadata("colm-edge")
 # llama-cpp-python opens its libraries by name, in a folder next to its code.
 binaries = collect_dynamic_libs("llama_cpp")

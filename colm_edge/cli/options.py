@@ -190,7 +190,8 @@ EVALUATION = (
         "-fa",
         "--flash-attn",
         type=click.Choice(["auto", "on", "off"]),
-        help="Flash attention; auto: only on a GPU.  [default: auto]",
+        help="Flash attention; auto: on a GPU, for very small models and for 8 answers at once.  "
+        "[default: auto]",
     ),
     click.option(
         "-ctk",

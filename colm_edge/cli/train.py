@@ -424,9 +424,9 @@ def _review_in_words(review: dict[str, Any]) -> str:
     if row is None:
         return "review: off is best here; no tolerance makes the text likelier at equal speed"
     return (
-        f"review: a tolerance of {best:g} nats is best here: {row['nll_hard']:.3f} nats a token at "
-        f"{row['tokens_per_second']:.3g} tokens a second, without {review['off']['nll_hard']:.3f} "
-        f"at {review['off']['tokens_per_second']:.3g}"
+        f"review: a tolerance of {best:g} nats is best here: {row['nll_hard']:.3f} nats per token "
+        f"at {row['tokens_per_second']:.3g} tokens per second, without "
+        f"{review['off']['nll_hard']:.3f} at {review['off']['tokens_per_second']:.3g}"
     )
 
 
@@ -442,7 +442,7 @@ def _save(fit: Fit, pair: Pair, outfile: str, report_dir: str | None) -> None:
 
 def _in_words(report: dict[str, Any]) -> str:
     return (
-        f"nats a token on held-back lines: base {report['nll_base']:.3f}, expert "
+        f"nats per token on held-back lines: base {report['nll_base']:.3f}, expert "
         f"{report['nll_expert']:.3f}, together {report['nll_hard']:.3f} at a threshold of "
         f"{report['threshold']:.3f}, {report['defer_rate']:.0%} deferred"
     ) + (f"\n{_review_in_words(report['review'])}" if "review" in report else "")

@@ -22,7 +22,7 @@ from colm_edge.errors import AbsentExpertError
 @dataclass(slots=True)
 class Rival:
     """What the base would have written where an expert wrote. after: the sampler's state then.
-    gain: by which it goes on better, in nats a token, once that is known."""
+    gain: by which it goes on better, in nats per token, once that is known."""
 
     step: Step
     after: Sampler | None
@@ -147,8 +147,8 @@ class Doubt:
 
     @staticmethod
     def _joint(loop: Decoder, expert: int, tokens: array[int], place: int, end: int) -> float:
-        """Return what both models think of the tokens behind `place`, in nats a token: the mean of
-        their log-probabilities. The base writes those that are missing up to `end`."""
+        """Return what both models think of the tokens behind `place`, in nats per token: the mean
+        of their log-probabilities. The base writes those that are missing up to `end`."""
         while len(tokens) < end and tokens[-1] not in loop.end_tokens:
             loop.evaluate_base(tokens)
             tokens.append(loop.told_by_base(len(tokens))[1])

@@ -76,7 +76,7 @@ class Lookup:
             self._behind[key] = len(text)
 
     def guess(self, most: int, seconds: Seconds) -> array[int]:
-        """Return the tokens that are expected next: as many as promise the most tokens a second,
+        """Return the tokens that are expected next: as many as promise the most tokens per second,
         none where one token by itself does."""
         source = self.source
         if source is None:

@@ -47,7 +47,7 @@ def write_plot(table: Table, path: str | os.PathLike[str]) -> None:
 
 def draw(table: Table) -> Figure:
     """Draw the loss of hard decisions against the defer rate and, where answers were generated,
-    the accuracy against theirs and against tokens a second; bars are 95 % intervals."""
+    the accuracy against theirs and against tokens per second; bars are 95 % intervals."""
     from matplotlib.figure import Figure
 
     generated = "accuracy" in table[0]
@@ -62,7 +62,7 @@ def draw(table: Table) -> Figure:
         _panel(panels[1], table, "generated_defer_rate", "accuracy")
         panels[1].set(xlabel="defer rate, generated", ylabel="accuracy")
         _panel(panels[2], table, "tokens_per_second", "accuracy")
-        panels[2].set(xlabel="tokens a second, all answers at once", ylabel="accuracy")
+        panels[2].set(xlabel="tokens per second, all answers at once", ylabel="accuracy")
         panels[2].set_xlim(left=0)
     for panel in panels[:2]:
         panel.set_xlim(-0.03, 1.03)

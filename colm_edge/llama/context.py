@@ -33,11 +33,11 @@ Bytes = npt.NDArray[np.uint8]
 # A model smaller than this is evaluated by one thread.
 SMALL_MODEL_BYTES = 32 << 20
 # The default n_ubatch on a CPU and without flash attention; larger than any draft. Larger ones read
-# a prompt no faster (Qwen2.5-Coder-1.5B in Q4_0: 101 to 108 tokens a second in 64, 128 and 512, one
-# thread of an AMD EPYC, 2026-11-28), and prompts that begin alike share whole batches only.
+# a prompt no faster (Qwen2.5-Coder-1.5B in Q4_0: 101 to 108 tokens per second in 64, 128 and 512,
+# one thread of an AMD EPYC, 2026-11-28), and prompts that begin alike share whole batches only.
 SMALL_BATCH = 128
 # With so many sequences in one cache, flash attention is faster on a CPU too: 16 answers of 200
-# tokens by Qwen2.5-Coder-1.5B in Q4_0 wrote 61 tokens a second with it and 46 without, 8 as many
+# tokens by Qwen2.5-Coder-1.5B in Q4_0 wrote 61 tokens per second with it and 46 without, 8 as many
 # either way (2 cores of an AMD EPYC, 2026-11-27).
 MANY_SEQUENCES = 8
 # Cached views on llama.cpp's outputs; more than any draft has outputs.

@@ -164,7 +164,7 @@ def best_window(
 ) -> int:
     """Return after how many drafts of the base an expert that reviews them is best called: longer
     batches are cheaper by the token, and more of them is for nothing. Fewer than `most` have to
-    promise a tenth more tokens a second.
+    promise a tenth more tokens per second.
 
     deferred, undone: how likely a place is deferred, and a draft there undone if it is not, by the
     number of the base's tokens since the expert's last.
@@ -241,7 +241,7 @@ def slower(base: CostTable | None, expert: CostTable | None, defer_rate: float |
     if together <= expert(1):
         return ""
     return (
-        f"this pair is slower here than its expert alone: {1 / together:.3g} tokens a second at "
+        f"this pair is slower here than its expert alone: {1 / together:.3g} tokens per second at "
         f"{defer_rate:.0%} deferred, {1 / expert(1):.3g} alone; `colm-edge info` says what would "
         "help"
     )

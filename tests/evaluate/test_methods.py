@@ -35,7 +35,7 @@ from colm_edge.train.scoring import score
 
 METHODS = ["base", "expert", "colm", "compose", "random", "entropy", "margin"]
 GREEDY = Options(temperature=0.0, max_tokens=8, schedule="sequential")
-WHOLE = GREEDY.with_changes(max_tokens=32)  # room for the answers of the shipped pair
+WHOLE = GREEDY.with_changes(max_tokens=32)  # room for the answers of the demo pair
 HELD_OUT = Path(__file__).parent.parent / "data" / "demo_heldout.jsonl"
 
 

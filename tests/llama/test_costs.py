@@ -269,7 +269,7 @@ def test_a_pair_pays_up_to_its_break_even():
 
 def test_a_pair_slower_than_its_expert_is_told_so():
     base, expert = CostTable((1, 64), (0.02, 0.1)), CostTable((1, 64), (0.03, 0.3))
-    assert "tokens a second at 90% deferred, 33.3 alone" in slower(base, expert, 0.9)
+    assert "tokens per second at 90% deferred, 33.3 alone" in slower(base, expert, 0.9)
     assert slower(base, expert, 0.01) == ""
     for unknown in ((None, expert, 0.9), (base, None, 0.9), (base, expert, None)):
         assert slower(*unknown) == ""

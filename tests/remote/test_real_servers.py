@@ -96,7 +96,7 @@ QUESTIONS = (
 
 
 def check_the_shipped_expert_at(url: str) -> None:
-    """What the shipped pair writes with its expert there is what it writes with its own."""
+    """What the demo pair writes with its expert there is what it writes with its own."""
     data, greedy = Path(colm_edge.__file__).parent / "data", Options(temperature=0.0)
     files = (data / "base.gguf", url, data / "switch.gguf")
     with (
@@ -121,7 +121,7 @@ def check_the_shipped_expert_at(url: str) -> None:
 
 @pytest.mark.skipif(
     "COLM_EDGE_VLLM_URL" not in os.environ,
-    reason="set COLM_EDGE_VLLM_URL to the address of a vLLM server with the shipped expert",
+    reason="set COLM_EDGE_VLLM_URL to the address of a vLLM server with the demo pair's expert",
 )
 def test_a_real_vllm_is_an_expert():
     url = os.environ["COLM_EDGE_VLLM_URL"]

@@ -1,4 +1,4 @@
-"""The shipped expert as a Hugging Face folder: the same function of the same tokens."""
+"""The demo pair's expert as a Hugging Face folder: the same function of the same tokens."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Show that memory stays flat: answers that are broken off, cancelled or fail; loads; idle unloads.
 
-    python tools/studies/flat_memory.py                       # the shipped pair
+    python tools/studies/flat_memory.py                       # the demo pair
     python tools/studies/flat_memory.py -m base.gguf -me expert.gguf --answers 200 --loads 20
 
 Prints the memory that the process has (RSS, in MB), its open files and its threads along the way.

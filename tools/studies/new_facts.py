@@ -1,4 +1,4 @@
-"""Knowledge that changes: teach the shipped expert new facts, and bring the switch up to date.
+"""Knowledge that changes: teach the demo pair's expert new facts, and bring the switch up to date.
 
     pip install '.[train,train-demo]'
     python tools/studies/new_facts.py --work build/new-facts
@@ -67,7 +67,7 @@ def reading(seed: int) -> Iterator[str]:
 
 
 def teach(work: Path, threads: int) -> None:
-    """Train the shipped expert further, and write it as GGUF."""
+    """Train the demo pair's expert further, and write it as GGUF."""
     if not (work / "expert.ckpt").exists():
         import_gguf("expert", DATA / "expert.gguf", work)
     shape = TRAININGS["expert"].shape
@@ -112,7 +112,7 @@ def exact(work: Path, exam: str, expert: Path, switch: Path, method: str = "colm
 @click.option("--work", type=click.Path(path_type=Path), default=ROOT / "build" / "new-facts")
 @click.option("--threads", default=0, help="PyTorch threads; 0: all.")
 def main(work: Path, threads: int) -> None:
-    """Teach the shipped expert new facts, and bring the switch up to date."""
+    """Teach the demo pair's expert new facts, and bring the switch up to date."""
     work.mkdir(parents=True, exist_ok=True)
     old = text.read_facts()
     of = {part: [fact for fact in old if fact.part == part] for part in ("switch", "test")}

@@ -6,8 +6,8 @@
 
 The expert answers the prompts alone and greedily; the file keeps that. Then each answer is priced
 three times by the tables of this machine's costs: token by token, with the guesses of
-`colm_edge/decode/guess.py`, and with a prophet's, who looks in the same place of the text and knows
-how many of its tokens will be repeated. No clock, so the result is exact.
+`colm_edge/decode/guess.py`, and with an oracle's, which looks in the same place of the text and
+knows how many of its tokens will be repeated. No clock, so the result is exact.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def hits_of(guess: array[int], rest: array[int]) -> int:
 
 
 def priced(answers: list[tuple[list[int], list[int]]], table: CostTable) -> list[float]:
-    """Return the seconds of all answers without guesses, with ours, and with a prophet's."""
+    """Return the seconds of all answers without guesses, with ours, and with an oracle's."""
 
     def none(lookup: Lookup, so_far: array[int], rest: array[int]) -> array[int]:
         return array("i")
@@ -98,7 +98,7 @@ def main() -> None:
         with replacing(args.out) as temporary:
             temporary.write_text(json.dumps(found))
     found = json.loads(args.out.read_text())
-    print("| model | token by token | with guesses | times | a prophet's | times |")
+    print("| model | token by token | with guesses | times | an oracle's | times |")
     print("| --- | ---: | ---: | ---: | ---: | ---: |")
     for name, (sizes, seconds, more) in zip(("base", "expert"), found["costs"], strict=True):
         table = CostTable(tuple(sizes), tuple(seconds), tuple(more))

@@ -1,6 +1,6 @@
 """Count how often the same request gives another text: in another order, schedule, slot or batch.
 
-    python tools/studies/same_text.py                       # the shipped pair, 300 requests
+    python tools/studies/same_text.py                       # the demo pair, 300 requests
     python tools/studies/same_text.py -fa on -ctk q8_0 -ctv q8_0
     python tools/studies/same_text.py -m base.gguf -me expert.gguf --pair qwen2.5-coder -n 40
 

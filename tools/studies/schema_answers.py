@@ -1,6 +1,6 @@
 """Count how many answers to drawn JSON schemas are valid, judged by the package jsonschema.
 
-    python tools/studies/schema_answers.py -n 1000                      # the shipped pair
+    python tools/studies/schema_answers.py -n 1000                      # the demo pair
     python tools/studies/schema_answers.py -m base.gguf -me expert.gguf --pair qwen2.5-coder -n 100
 
 Each answer has a schema of its own, and the ways to write one take turns: greedy, sampled, compose,

@@ -1,11 +1,11 @@
-"""A second expert beside the shipped one: countries that do not exist, and a switch for both.
+"""A second expert beside the demo pair's: countries that do not exist, and a switch for both.
 
     pip install '.[train,train-demo]'
     python tools/studies/second_expert.py --work build/second
 
-A model smaller than the shipped expert, of the same vocabulary, reads statements about a made-up
+A model smaller than that one, of the same vocabulary, reads statements about a made-up
 encyclopaedia's countries, and never a question; the base stays as it is. Then `colm-edge train`
-fits one switch for both experts, to questions about animals and elements, which are the shipped
+fits one switch for both experts, to questions about animals and elements, which are the first
 expert's, and about countries. Printed at the end: the likelihood of held-back answers with each
 expert alone behind a switch of its own, and with both; and the share of exact facts of both kinds.
 

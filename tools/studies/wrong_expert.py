@@ -2,7 +2,7 @@
 
     python tools/studies/wrong_expert.py
 
-The shipped pair answers its held-back questions. A wrapper around its expert exchanges, with
+The demo pair answers its held-back questions. A wrapper around its expert exchanges, with
 probability q, the likeliest digit for another one, always the same after the same tokens. Printed
 for each q and each bound of doubt: exact facts in the answers, all and those that are numbers,
 tokens that were undone, and what both models evaluated. Then, how well each model's likeliest next

@@ -12,7 +12,7 @@ from colm_edge.pair import load
 
 
 def test_requests_are_answered_alike_in_any_order_and_schedule(demo):
-    """The shipped pair, with a float cache, to the last bit. Shared batches are left to the study:
+    """The demo pair, with a float cache, to the last bit. Shared batches are left to the study:
     what they write depends on which answers meet in one."""
     draw = random.Random(3)
     requests = [drawn(demo, draw, 24, demo.n_ctx) for _ in range(12)]

@@ -60,7 +60,7 @@ def main(figures: Path, picture: Path) -> None:
             if method == REVIEWED:  # these lie close together: labels on the left, up and down
                 place = {"xytext": (-9, -11 if i % 2 else 4), "ha": "right"}
             axes.annotate(text, (x[i], y[i]), textcoords="offset points", fontsize=8, **place)
-    axes.set(xlabel="tokens a second, two CPU cores", ylabel="GSM8K, right of 300 (%)")
+    axes.set(xlabel="tokens per second, two CPU cores", ylabel="GSM8K, right of 300 (%)")
     axes.set_xlim(left=15)
     axes.set_ylim(bottom=0)
     axes.legend(frameon=False, loc="upper right")

@@ -221,8 +221,8 @@ def main(
         second = of_scores(scores, by_rule_w(scores, np.load(kept)))
     mean = second.regret.mean(), second.weighed.mean()
     click.echo(
-        f"own answers: {len(own)}, {len(second.regret)} tokens; regret {mean[0]:.3f} nats a token, "
-        f"{mean[1]:.3f} of tokens that matter; {second.matters.mean():.1%} matter"
+        f"own answers: {len(own)}, {len(second.regret)} tokens; regret {mean[0]:.3f} nats per "
+        f"token, {mean[1]:.3f} of tokens that matter; {second.matters.mean():.1%} matter"
     )
     compare(first, second, {number for number, _ in asked})
 
