@@ -161,7 +161,7 @@ def locked(folder: AnyPath) -> Iterator[None]:
 def check_writable(path: AnyPath, *inputs: AnyPath | None) -> None:
     """Raise WriteError now, rather than after an hour's work, when a file cannot be written.
 
-    inputs: files that are read, which the result must not replace.
+    inputs: files that are read, or are results too, which this one must not replace.
     """
     try:
         if is_stream(path):
@@ -169,9 +169,12 @@ def check_writable(path: AnyPath, *inputs: AnyPath | None) -> None:
                 raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
             return
         target = _target(path)
-        read = [Path(file) for file in inputs if file is not None]
-        if target.exists() and any(file.exists() and target.samefile(file) for file in read):
-            raise WriteError(f"{path} is read by this command; give the result another name")
+        read = [Path(os.path.realpath(file)) for file in inputs if file is not None]
+        same = target.exists() and any(file.exists() and target.samefile(file) for file in read)
+        if target in read or same:  # what is not there yet may be another result
+            raise WriteError(
+                f"{path} is used by this command already; give the result another name"
+            )
         if not target.parent.is_dir():
             raise WriteError(f"{target.parent}: no such folder; make it first")
         tempfile.TemporaryFile(dir=target.parent).close()

@@ -18,7 +18,7 @@ from colm_edge.files import parts_of
 
 # user/repo:file.gguf or user/repo:QUANT; a file may be in a folder of the repository.
 REFERENCE = re.compile(r"([\w.-]+/[\w.-]+):([\w./-]+)")
-_COMMIT = re.compile(rb"[0-9a-f]{40}")
+_COMMIT = re.compile(r"[0-9a-f]{40}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 SPARE_BYTES = 1 << 30  # of the disk, left free by a download
 TRIES = 5  # of a download whose connection is reset
@@ -68,8 +68,11 @@ def find_cached(reference: str) -> Path | None:
         if found is None:
             return None
         name = found
-    first, *others = (_cached_file(repo, part) for part in parts_of(name))
-    return None if None in others else first
+    for commit in _cached_commits(repo):
+        parts = [_cached_file(repo, part, commit) for part in parts_of(name)]
+        if None not in parts:  # those of two revisions would not fit together
+            return parts[0]
+    return None
 
 
 def _parse(reference: str) -> tuple[str, str]:
@@ -83,30 +86,35 @@ def _is_gguf(name: str) -> bool:
     return name.lower().endswith(".gguf")
 
 
-def _cached_file(repo: str, name: str) -> Path | None:
+def _cached_file(repo: str, name: str, commit: str) -> Path | None:
     from huggingface_hub import try_to_load_from_cache
 
-    commit = _cached_commit(repo)
-    found = commit and try_to_load_from_cache(repo, name, revision=commit)
+    found = try_to_load_from_cache(repo, name, revision=commit)
     return Path(found) if isinstance(found, str) else None
 
 
 def _cached_names(repo: str) -> list[str]:
-    """Return the names of a repository's files in the cache, at its latest known revision."""
-    commit = _cached_commit(repo)
-    if commit is None:
-        return []
-    snapshot = _cache_of(repo) / "snapshots" / commit
-    return [path.relative_to(snapshot).as_posix() for path in snapshot.rglob("*")]
+    """Return the names of a repository's files in the cache."""
+    snapshots = [_cache_of(repo) / "snapshots" / commit for commit in _cached_commits(repo)]
+    return [
+        path.relative_to(snapshot).as_posix()
+        for snapshot in snapshots
+        for path in snapshot.rglob("*")
+    ]
 
 
-def _cached_commit(repo: str) -> str | None:
-    """Return the revision of a repository that the cache knows as its latest."""
+def _cached_commits(repo: str) -> list[str]:
+    """Return the revisions of a repository that the cache has files of, if it knows the latest:
+    that one first. What was fetched of an earlier one stays of use."""
+    folder = _cache_of(repo)
     try:
-        commit = (_cache_of(repo) / "refs" / "main").read_bytes()
+        latest = (folder / "refs" / "main").read_bytes().decode("ascii", "replace")
     except OSError:
-        return None
-    return commit.decode() if _COMMIT.fullmatch(commit) else None
+        return []
+    if not _COMMIT.fullmatch(latest):
+        return []
+    others = {path.name for path in (folder / "snapshots").glob("*")} - {latest}
+    return [latest, *sorted(filter(_COMMIT.fullmatch, others))]
 
 
 def _cache_of(repo: str) -> Path:
@@ -129,18 +137,20 @@ def _file_of(repo: str, quantisation: str) -> str:
 
 
 def _of_quantisation(names: list[str], quantisation: str) -> str | None:
-    """Return the first GGUF file of a quantisation; of a model in parts, any part."""
+    """Return the first GGUF file of a quantisation; of a model in parts, any part. Not a vision
+    projector, which lies beside some models."""
     end = re.compile(
         rf"[-._/]{re.escape(quantisation)}(-\d{{5}}-of-\d{{5}})?\.gguf$", re.IGNORECASE
     )
-    return next((name for name in sorted(names) if end.search(name)), None)
+    models = (name for name in sorted(names) if not Path(name).name.startswith("mmproj"))
+    return next((name for name in models if end.search(name)), None)
 
 
 def _fetch_file(repo: str, name: str, note: Note) -> Path:
     """Return one file of a repository, from the cache or downloaded into it."""
-    cached = _cached_file(repo, name)
-    if cached is not None:
-        return cached
+    for commit in _cached_commits(repo)[:1]:
+        if (cached := _cached_file(repo, name, commit)) is not None:
+            return cached
     import huggingface_hub as hub
 
     api = _api()

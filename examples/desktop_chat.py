@@ -55,9 +55,10 @@ class Writer(QObject):
             raise colm_edge.ColmError("stopped")
         self.progress.emit(what, share)
 
-    @Slot(list, float)
-    def write(self, turns: Turns, threshold: float) -> None:
-        """Answer the last of the turns; the oldest are left out where all do not fit."""
+    @Slot(list, object)
+    def write(self, turns: Turns, threshold: float | None) -> None:
+        """Answer the last of the turns; the oldest are left out where all do not fit. Without a
+        threshold the switch has its own, which for an untrained one follows a rate."""
         pair = self._pair
         if pair is None:
             return
@@ -93,7 +94,7 @@ class Writer(QObject):
 class ChatWindow(Qw.QMainWindow):
     """The window. `answered` and `failed` say that it waits for the next question."""
 
-    asked = Signal(list, float)
+    asked = Signal(list, object)
     leaving, ready = Signal(), Signal()
     answered, failed = Signal(str), Signal(str)
 
@@ -103,6 +104,7 @@ class ChatWindow(Qw.QMainWindow):
         self.resize(680, 460)
         self.turns: Turns = []
         self._drafts: list[str] = []  # at the end of the text; they may be taken back
+        self._threshold: float | None = None  # once the slider was moved
         self._writer, self._thread = writer, QThread(self)
         self._build()
         writer.moveToThread(self._thread)
@@ -127,12 +129,12 @@ class ChatWindow(Qw.QMainWindow):
         self.stop.clicked.connect(self._writer.stop, Qt.ConnectionType.DirectConnection)
         self.slider = Qw.QSlider(Qt.Orientation.Horizontal, minimum=0, maximum=100, enabled=False)
         self.slider.setToolTip("The expert writes where the switch is surer than this: 1 is never")
-        self.slider.valueChanged.connect(self._show_threshold)
+        self.slider.valueChanged.connect(self._choose_threshold)
         self.threshold = Qw.QLabel()
         self.threshold.setMinimumWidth(self.fontMetrics().horizontalAdvance("threshold 0.00 "))
         self.bar = Qw.QProgressBar(maximum=100, textVisible=False)
         self.bar.setMaximumWidth(120)
-        self._show_threshold()
+        self._show_threshold(0)
         centre = Qw.QWidget()
         self.setCentralWidget(centre)
         column = Qw.QVBoxLayout(centre)
@@ -160,7 +162,7 @@ class ChatWindow(Qw.QMainWindow):
         self._append(question + "\n", bold)
         self.turns.append({"role": "user", "content": question})
         self._writer.stopped = False
-        self.asked.emit(list(self.turns), self.slider.value() / 100)
+        self.asked.emit(list(self.turns), self._threshold)
 
     def _set_busy(self, busy: bool) -> None:
         self.stop.setEnabled(busy)
@@ -176,11 +178,18 @@ class ChatWindow(Qw.QMainWindow):
         bar = self.text.verticalScrollBar()
         bar.setValue(bar.maximum())
 
-    def _show_threshold(self) -> None:
-        self.threshold.setText(f"threshold {self.slider.value() / 100:.2f}")
+    def _choose_threshold(self, percent: int) -> None:
+        self._threshold = percent / 100
+        self._show_threshold(self._threshold)
+
+    def _show_threshold(self, threshold: float) -> None:
+        self.threshold.setText(f"threshold {threshold:.2f}")
 
     def _on_loaded(self, threshold: float, names: str) -> None:
+        self.slider.blockSignals(True)  # nobody has moved it
         self.slider.setValue(round(100 * threshold))
+        self.slider.blockSignals(False)
+        self._show_threshold(threshold)
         self.bar.hide()
         self.statusBar().showMessage(names)
         self._set_busy(False)

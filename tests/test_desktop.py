@@ -21,6 +21,8 @@ import PySide6
 from PySide6.QtCore import QEventLoop, QTimer
 from PySide6.QtWidgets import QApplication
 
+import colm_edge
+
 if PySide6.__version__ == "6.12.0" and sys.version_info < (3, 12):
     # Every signal drops a reference to True, until Python crashes.
     pytest.skip("PySide 6.12.0 needs Python 3.12", allow_module_level=True)
@@ -116,6 +118,22 @@ def test_the_answer_is_shown_with_the_experts_tokens_marked(window):
     assert "by the expert" in window.statusBar().currentMessage()
     assert window.send.isEnabled()
     assert not window.stop.isEnabled()
+
+
+def test_until_the_slider_is_moved_a_switch_has_its_own_threshold(window, monkeypatch):
+    """That of an untrained one follows a rate; a number would hold it where it begins."""
+    asked = []
+    monkeypatch.setattr(
+        window._writer._pair, "stream_chat", lambda turns, **how: asked.append(how) or stop()
+    )
+
+    def stop():
+        raise colm_edge.ColmError("enough")
+
+    wait_for(window.failed, lambda: (window.prompt.setText("x"), window.ask()))
+    window.slider.setValue(40)
+    wait_for(window.failed, lambda: (window.prompt.setText("x"), window.ask()))
+    assert [how["threshold"] for how in asked] == [None, 0.4]
 
 
 def test_the_slider_sets_which_model_writes(window):

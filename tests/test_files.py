@@ -254,6 +254,10 @@ def test_an_input_file_is_not_replaced(tmp_path):
     data.write_text("x")
     link.symlink_to(data)
     for target in (data, link):
-        with pytest.raises(WriteError, match="is read by this command"):
+        with pytest.raises(WriteError, match="is used by this command already"):
             check_writable(target, None, tmp_path / "absent", data)
     check_writable(data)
+    with pytest.raises(WriteError, match="is used by this command already"):  # two new results
+        check_writable(tmp_path / "new", tmp_path / "." / "new")
+    with pytest.raises(WriteError, match="is used by this command already"):  # another result
+        check_writable(tmp_path / "new", tmp_path / "folder" / ".." / "new")

@@ -1,134 +1,23 @@
-"""Downloads from a local server that speaks the Hub's protocol and can simulate its faults."""
+"""Downloads from a local server that speaks the Hub's protocol."""
 
 from __future__ import annotations
 
 import hashlib
-import json
 import signal
-import socket
-import struct
 import subprocess
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from urllib.parse import urlsplit
 
 import pytest
 from click.testing import CliRunner
+from hub_server import COMMIT, Hub
 
 from colm_edge import hub, references
 from colm_edge.cli import main
 from colm_edge.errors import ModelError
 from colm_edge.hub import fetch
-
-COMMIT = "a" * 40
-
-
-class Hub(ThreadingHTTPServer):
-    """repos: name -> file -> content. Requests are recorded; tests set the faults."""
-
-    daemon_threads = True
-
-    def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.repos: dict[str, dict[str, bytes]] = {}
-        self.requests: list[tuple[str, str, str | None]] = []
-        self.gated: set[str] = set()
-        self.token: str | None = None
-        self.break_after: list[int] = []  # bytes after which a transfer is cut, once each
-        self.reset = False  # cut by a reset instead of a normal close
-        self.wrong_hash = False
-        self.status = 0  # if set, the status of every response
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.server_address[1]}"
-
-
-class Handler(BaseHTTPRequestHandler):
-    server: Hub
-    protocol_version = "HTTP/1.1"
-
-    def log_message(self, *args) -> None:
-        pass
-
-    def do_HEAD(self) -> None:
-        self.answer()
-
-    def do_GET(self) -> None:
-        self.answer()
-
-    def send(self, status: int, headers: dict[str, str], body: bytes = b"") -> None:
-        self.send_response(status)
-        for name, value in headers.items():
-            self.send_header(name, value)
-        self.send_header("Content-Length", headers.get("Content-Length", str(len(body))))
-        self.end_headers()
-        if self.command == "GET":
-            self.wfile.write(body)
-
-    def fail(self, status: int, code: str) -> None:
-        self.send(status, {"X-Error-Code": code, "X-Error-Message": code})
-
-    def answer(self) -> None:
-        hub = self.server
-        path = urlsplit(self.path).path
-        hub.requests.append((self.command, path, self.headers.get("Range")))
-        if hub.status:
-            self.send(hub.status, {})
-            return
-        parts = path.strip("/").split("/")
-        if parts[0] == "cdn":
-            self.content(hub.repos["/".join(parts[1:3])]["/".join(parts[3:])])
-            return
-        at = 2 if parts[:2] == ["api", "models"] else 0
-        repo = "/".join(parts[at : at + 2])
-        if repo not in hub.repos:
-            self.fail(401, "RepoNotFound")
-        elif repo in hub.gated and self.headers.get("Authorization") != f"Bearer {hub.token}":
-            self.fail(401, "GatedRepo")
-        elif at:
-            files = hub.repos[repo].items()
-            body: object = [
-                {"type": "file", "path": name, "size": len(content), "oid": COMMIT}
-                for name, content in files
-            ]
-            if "tree" not in parts:
-                siblings = [{"rfilename": name} for name, _ in files]
-                body = {"id": repo, "sha": COMMIT, "siblings": siblings, "private": False}
-                body |= {"downloads": 0, "likes": 0, "tags": []}
-            self.send(200, {"Content-Type": "application/json"}, json.dumps(body).encode())
-        elif "/".join(parts[4:]) not in hub.repos[repo]:
-            self.fail(404, "EntryNotFound")
-        else:
-            name = "/".join(parts[4:])
-            content = hub.repos[repo][name]
-            digest = hashlib.sha256(content + (b"x" if hub.wrong_hash else b"")).hexdigest()
-            headers = {
-                "X-Repo-Commit": COMMIT,
-                "X-Linked-Etag": f'"{digest}"',
-                "ETag": '"other"',
-                "X-Linked-Size": str(len(content)),
-                "Location": f"http://localhost:{hub.server_address[1]}/cdn/{repo}/{name}",
-            }
-            self.send(302, headers)
-
-    def content(self, content: bytes) -> None:
-        begin = int((self.headers.get("Range") or "bytes=0-").split("=")[1].split("-")[0])
-        rest = content[begin:]
-        headers = {"Content-Length": str(len(rest)), "Accept-Ranges": "bytes"}
-        if begin:
-            headers["Content-Range"] = f"bytes {begin}-{len(content) - 1}/{len(content)}"
-        is_cut = self.command == "GET" and bool(self.server.break_after)
-        if is_cut:
-            rest = rest[: self.server.break_after.pop(0)]
-            self.close_connection = True
-        self.send(206 if begin else 200, headers, rest)
-        if is_cut and self.server.reset:
-            self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-            self.connection.close()
 
 
 @pytest.fixture
@@ -424,6 +313,32 @@ def test_a_model_in_parts_is_cached_if_all_its_parts_are(server):
     path = fetch(f"them/model:{names[1]}")
     assert path.name == names[0]
     assert hub.find_cached("them/model:Q4_0") == path
+
+
+def test_a_file_of_an_earlier_revision_stays_of_use(server):
+    parts = ["p-F16-00001-of-00002.gguf", "p-F16-00002-of-00002.gguf"]
+    server.repos["them/model"] = {"a-Q4_0.gguf": b"GGUFa", parts[0]: b"GGUF1", parts[1]: b"GGUF2"}
+    first = fetch("them/model:Q4_0")
+    hub._fetch_file("them/model", parts[0], lambda text: None)
+    server.commit = "b" * 40
+    server.repos["them/model"] |= {"c-Q8_0.gguf": b"GGUFc"}
+    newer = fetch("them/model:Q8_0")
+    hub._fetch_file("them/model", parts[1], lambda text: None)
+    n = len(server.requests)
+    for reference in ("them/model:a-Q4_0.gguf", "them/model:Q4_0"):
+        assert hub.find_cached(reference) == fetch(reference, offline=True) == first
+    assert fetch("them/model:Q8_0") == newer
+    assert len(server.requests) == n
+    # The parts of two revisions do not make one model.
+    assert hub.find_cached("them/model:F16") is None
+    whole = fetch("them/model:F16")
+    assert {path.name for path in whole.parent.glob("p-*")} == set(parts)
+
+
+def test_a_vision_projector_is_not_the_model(server):
+    server.repos["them/model"] = {"mmproj-f16.gguf": b"GGUF1", "qwen-f16.gguf": b"GGUF2"}
+    assert fetch("them/model:F16").name == "qwen-f16.gguf"
+    assert fetch("them/model:mmproj-f16.gguf").read_bytes() == b"GGUF1"
 
 
 def test_offline_no_request_is_sent(server, monkeypatch):

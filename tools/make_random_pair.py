@@ -5,37 +5,46 @@ python tools/make_random_pair.py --base 135M:Q4_K_M --expert 1.1B:Q4_0 --out bui
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
+import click
 from lib.random_model import MIXES, SHAPES, shape_of, write_model
 
+from colm_edge.cli import OneLineErrors
+from colm_edge.errors import ColmError
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    known = [name for name in SHAPES if name != "tiny"]
-    choices = f"PARAMETERS:MIX; parameters as {', '.join(known)} or 30B, mix {', '.join(MIXES)}"
-    parser.add_argument("--base", default="135M:Q4_K_M", help=choices)
-    parser.add_argument("--expert", default="1.1B:Q4_0", help=choices)
-    parser.add_argument("--out", type=Path, default=Path("build/random"))
-    parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
-    args.out.mkdir(parents=True, exist_ok=True)
-    for role, choice, seed in (
-        ("base", args.base, args.seed),
-        ("expert", args.expert, args.seed + 1),
-    ):
+KNOWN = ", ".join(name for name in SHAPES if name != "tiny")
+CHOICES = f"PARAMETERS:MIX; parameters as {KNOWN} or 30B, from 17M on, mix {', '.join(MIXES)}"
+
+
+@click.command(cls=OneLineErrors, context_settings={"help_option_names": ["-h", "--help"]})
+@click.option("--base", metavar="SHAPE", default="135M:Q4_K_M", show_default=True, help=CHOICES)
+@click.option(
+    "--expert", metavar="SHAPE", default="1.1B:Q4_0", show_default=True, help="As --base."
+)
+@click.option(
+    "--out",
+    type=click.Path(file_okay=False, path_type=Path),
+    default="build/random",
+    show_default=True,
+    help="A folder for base.gguf and expert.gguf.",
+)
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
+def main(base: str, expert: str, out: Path, seed: int) -> None:
+    """Write a pair of llama-shaped GGUF files with random weights, for measuring speed."""
+    out.mkdir(parents=True, exist_ok=True)
+    for role, choice, drawn in (("base", base, seed), ("expert", expert, seed + 1)):
         name, _, mix = choice.partition(":")
         try:
             shape = shape_of(name)
-        except (ValueError, KeyError):
-            parser.error(f"--{role} {choice}: expected {choices}")
+        except (ValueError, KeyError) as e:
+            raise ColmError(f"--{role} {choice}: expected {CHOICES}") from e
         if mix not in MIXES:
-            parser.error(f"--{role} {choice}: expected {choices}")
-        path = args.out / f"{role}.gguf"
-        write_model(path, shape, mix, seed)
+            raise ColmError(f"--{role} {choice}: expected {CHOICES}")
+        path = out / f"{role}.gguf"
+        write_model(path, shape, mix, drawn)
         size = path.stat().st_size / 1e6
-        print(f"{path}: {shape.n_params / 1e6:,.0f}M parameters, {mix}, {size:,.0f} MB")
+        click.echo(f"{path}: {shape.n_params / 1e6:,.0f}M parameters, {mix}, {size:,.0f} MB")
 
 
 if __name__ == "__main__":

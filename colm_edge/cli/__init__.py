@@ -22,13 +22,18 @@ INTERRUPTED = 130  # the exit code after Ctrl-C
 
 
 class OneLineErrors(click.Command):
-    """A command whose ColmErrors are one line on stderr and exit code 1; Ctrl-C is 130."""
+    """A command whose ColmErrors, and files that cannot be used, are one line on stderr and exit
+    code 1; Ctrl-C is 130."""
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
         except ColmError as e:
             raise click.ClickException(" ".join(str(e).split())) from e
+        except OSError as e:
+            if e.filename is None:  # a standard file's, which the group reports
+                raise
+            raise click.ClickException(f"{e.filename}: {e.strerror or e}") from e
         except KeyboardInterrupt:
             click.echo(err=True)  # the line that shows ^C ends
             raise click.exceptions.Exit(INTERRUPTED) from None

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from colm_edge.cli.terminal import note, say
+from colm_edge.errors import WriteError
 
 if TYPE_CHECKING:
     from colm_edge.pair import Pair
@@ -28,6 +30,31 @@ def open_pair(models: dict[str, Any], **more: Any) -> Pair:
     return loaded
 
 
+def keeping_models(pair: Pair, outfile: str) -> Pair:
+    """Return a pair; where a result would replace one of its models, close it and raise
+    WriteError."""
+    from colm_edge.files import check_writable
+    from colm_edge.llama.model import Model
+
+    models = [pair.base, *(member.model for member in pair.members)]
+    read = [file for model in models if isinstance(model, Model) for file in model.files]
+    try:
+        check_writable(outfile, *read)
+    except WriteError:
+        pair.close()
+        raise
+    return pair
+
+
 def progress(name: str, total: int) -> Any:
-    """Return a progress bar on stderr."""
-    return click.progressbar(length=total, label=f"{name:>7}", file=sys.stderr, show_pos=True)
+    """Return a progress bar on stderr, as wide as the terminal leaves room for; one that is wrapped
+    would be repeated at each step."""
+    beside = len(f"{name:>7}  [] {total}/{total} 100% 00:00:00")
+    try:
+        columns = os.get_terminal_size(sys.stderr.fileno()).columns
+    except (OSError, ValueError):  # no terminal: click writes the label alone
+        columns = 80
+    width = max(5, min(36, columns - beside - 1))
+    return click.progressbar(
+        length=total, label=f"{name:>7}", file=sys.stderr, show_pos=True, width=width
+    )

@@ -26,6 +26,7 @@ from colm_edge.cli.options import (
     check_exec,
     check_goes_with,
     decoding_options,
+    finite,
     gathered,
     listed,
     model_options,
@@ -40,11 +41,7 @@ if TYPE_CHECKING:
     from colm_edge.pair import Pair
 
 
-def finite(_: click.Context, __: click.Parameter, value: float) -> float:
-    """Refuse NaN, which passes every range check."""
-    if math.isnan(value):
-        raise click.BadParameter("nan is not a number")
-    return value
+MOST_POINTS = 1001  # of a range: 0:1:0.001
 
 
 def shares(_: click.Context, __: click.Parameter, value: str | None) -> tuple[float, ...]:
@@ -57,6 +54,8 @@ def shares(_: click.Context, __: click.Parameter, value: str | None) -> tuple[fl
             if not (0 <= first <= last <= 1 and step > 0):
                 raise ValueError
             count = int((last - first) / step + 1e-9) + 1
+            if count > MOST_POINTS:
+                raise click.BadParameter(f"{value!r}: {count:,} points; at most {MOST_POINTS:,}")
             numbers += [round(first + i * step, 9) for i in range(count)]
     except ValueError as e:
         message = f"{value!r}: expected numbers from 0 to 1, as 0.1,0.2 or 0:1:0.1"
@@ -258,6 +257,9 @@ def check_methods(
             raise click.UsageError(f"no method {name!r}; known: {', '.join(METHODS)}")
         if name in needs and needs[name][1] is None:
             raise click.UsageError(f"the method {name} needs {needs[name][0]}")
+    for name, (flag, value) in needs.items():
+        if methods and value is not None and name not in methods:
+            raise click.UsageError(f"{flag} goes with the method {name}; add it to --methods")
 
 
 def proxy_of(

@@ -108,7 +108,7 @@ THREADS = click.option(
     "-t",
     "--threads",
     "n_threads",
-    type=click.IntRange(0),
+    type=click.IntRange(0, 512),  # GGML_MAX_N_THREADS
     default=0,
     help="CPU threads; 0: all cores, or one for a very small model.",
 )
@@ -343,6 +343,13 @@ def _click_option(option: Option, default: Any) -> Any:
         metavar="|".join(["NUMBER", *option.words]) if option.words else None,
         help=option.help + (f"  [default: {option.shown(default)}]" if _is_given(default) else ""),
     )
+
+
+def finite(_: click.Context, __: click.Parameter, value: float) -> float:
+    """Refuse NaN, which passes every range check."""
+    if math.isnan(value):
+        raise click.BadParameter("nan is not a number")
+    return value
 
 
 class Number(click.FloatRange):

@@ -146,8 +146,9 @@ def kept_prompts(pair: Pair, path: str | None) -> Iterator[None]:
     if path is None:
         yield
         return
-    check_writable(path)  # now, not after the answer
-    _ = pair.expert_session  # raises now, not after the answer, if the expert is on a server
+    check_writable(path)
+    pair.check_one_expert("a prompt cache")  # now, not after the answer
+    _ = pair.expert_session  # raises now, too, if the expert is on a server
     if Path(path).exists():
         pair.load_prompts(path)
     yield

@@ -17,6 +17,7 @@ from colm_edge.cli.options import (
     SWITCH,
     TIMEOUT,
     decoding_options,
+    finite,
     model_options,
 )
 from colm_edge.cli.terminal import say
@@ -91,6 +92,7 @@ SERVER = ServerOptions()
     "--expert-idle-unload",
     type=click.FloatRange(0),
     default=SERVER.expert_idle_unload,
+    callback=finite,
     metavar="SECONDS",
     help="Free the expert's memory after this long without a request; 0: never.",
 )

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from colm_edge.cli.common import progress
+from colm_edge.cli.common import keeping_models, progress
 from colm_edge.cli.options import (
     BRIDGE,
     DATA,
@@ -200,12 +200,12 @@ def train(
     if isinstance(models.get("expert"), Mapping | tuple):
         unfit = threshold_by.get("metric"), carried, update, report_dir, scores
         return _train_team(text, outfile, fitting, work_dir, raw, models, unfit)
-    check_writable(outfile, data, text.get("prompts"), *_read_files(models), *scores)
+    check_writable(outfile, data, text.get("prompts"), *scores)
     folder = work_dir if data or work_dir or is_stream(outfile) else kept_beside(outfile)
     old, work = Switch.load(update) if update else None, Path(folder) if folder else None
     if report_dir is not None:
         check_report(report_dir)
-    with load(**models | {"expert_required": True}, switch="margin") as pair:
+    with keeping_models(load(**models, switch="margin"), outfile) as pair:
         _check_update(old, pair)
         here = pair.expert_is_here and not scores
         if carried == "best" and not here:
@@ -269,16 +269,17 @@ def _train_team(
     from colm_edge.references import named
     from colm_edge.train.documents import read_rows
     from colm_edge.train.heads import check_fit
-    from colm_edge.train.team import fit_team
+    from colm_edge.train.team import checked_objective, fit_team
     from colm_edge.train.team_scores import score_answers, score_texts
 
     for flag, value in zip(UNFIT, unfit, strict=True):
-        if value:
+        if value is not None and value != []:
             raise click.UsageError(f"{flag} does not work with several experts; leave it out")
     experts = named(models["expert"]) or {}
     file = text.get("data") or text["prompts"]
-    check_writable(outfile, file, models.get("model"), models.get("lora"), *experts.values())
+    check_writable(outfile, file)
     check_fit()
+    checked_objective(fitting["objective"], told="data" in text)
     if work_dir is None and is_stream(outfile):
         raise click.UsageError(f"{outfile} is no plain file; give --work-dir for the scores")
     work = Path(work_dir or kept_beside(outfile))
@@ -286,8 +287,8 @@ def _train_team(
     rows = list(read_rows(file))
 
     def open_pair(name: str) -> Pair:
-        alone = {"expert": experts[name], "expert_required": True}
-        return load(**models | alone, switch="margin")
+        alone = models | {"expert": experts[name]}
+        return keeping_models(load(**alone, switch="margin"), outfile)
 
     if "data" in text:
         found = score_texts(open_pair, [*experts], rows, progress, **how)
@@ -332,11 +333,7 @@ def _check_choice(
         raise click.UsageError("--threshold-by needs the expert itself (-me) to answer prompts")
     if is_scored and "model" in models:
         models.setdefault("expert", models["model"])  # it is never evaluated
-    return models
-
-
-def _read_files(models: dict[str, Any]) -> list[str | None]:
-    return [models.get(name) for name in ("model", "expert", "lora")]
+    return models | {"expert_required": True}
 
 
 def _check_update(old: Switch | None, pair: Pair) -> None:
@@ -489,9 +486,10 @@ def score_command(
         raise click.UsageError("--update needs --work-dir")
     if isinstance(_spelt_out(models).get("expert"), Mapping | tuple):
         raise click.UsageError("score works with one expert; give -me once")
-    check_writable(outfile, data, *_read_files(models))
+    check_writable(outfile, data)
     work = Path(work_dir) if work_dir else None
-    with load(**models | {"expert_required": True}, switch="margin") as pair:
+    models |= {"expert_required": True}
+    with keeping_models(load(**models, switch="margin"), outfile) as pair:
         documents = _documents(_rows({"data": data}), pair, raw, work)
         result = score_expert(
             pair, documents, Path(outfile), progress, shard=shard, work=work, update=update

@@ -196,8 +196,12 @@ def fit_team(
     Returns the switch, and a report of its losses in nats per token of the held-back lines. Raises
     DataError for an objective that the scores do not tell.
     """
-    objective = ("marginal" if team.told else "regret") if objective == "best" else objective
-    _check(objective, team)
+    objective = checked_objective(objective, told=team.told)
+    if objective == "regret" and not team.tells_regret:
+        raise DataError(
+            "the objective regret needs the experts' view of the base's choices, which a server "
+            "does not tell; give them as GGUF files, or --objective marginal"
+        )
     is_valid = np.isin(team.line, list(held_back))
     train, valid = np.flatnonzero(~is_valid), np.flatnonzero(is_valid)
     columns = partial(team.features, names=FEATURE_SETS[features])
@@ -267,22 +271,24 @@ def _search(
     return heads, l2
 
 
-def _check(objective: str, team: TeamScores) -> None:
+def checked_objective(objective: str, *, told: bool) -> str:
+    """Return an objective, or what "best" stands for. told: as in TeamScores.
+
+    Raises DataError for one that does not go with several experts, or with such scores.
+    """
+    if objective == "best":
+        return "marginal" if told else "regret"
     if objective not in TEAM_OBJECTIVES:
         raise DataError(
             f"the objective {objective} is for one expert; for several there are "
             f"{' and '.join(TEAM_OBJECTIVES)}"
         )
-    if objective == "marginal" and not team.told:
+    if objective == "marginal" and not told:
         raise DataError(
             "the objective marginal needs what every expert thinks of every text; give --data, or "
             "--objective regret"
         )
-    if objective == "regret" and not team.tells_regret:
-        raise DataError(
-            "the objective regret needs the experts' view of the base's choices, which a server "
-            "does not tell; give them as GGUF files, or --objective marginal"
-        )
+    return objective
 
 
 def _switch(

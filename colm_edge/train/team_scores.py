@@ -28,16 +28,18 @@ OpenPair = Callable[[str], AbstractContextManager["Pair"]]
 
 def as_one_team(open_pair: OpenPair, names: Sequence[str]) -> OpenPair:
     """Return what opens the same pairs, each with the token ids that the base shares with all the
-    experts: it chooses among these when they answer together."""
-    shared = []
+    experts, and with the context that fits all: these it has when they answer together."""
+    shared, contexts = [], []
     for name in names:
         with open_pair(name) as pair:
             shared.append(pair.n_shared)
+            contexts.append(pair.n_ctx)
 
     @contextmanager
     def opened(name: str) -> Iterator[Pair]:
         with open_pair(name) as pair:
             pair.limit_shared(min(shared))
+            pair.n_ctx = min(contexts)
             yield pair
 
     return opened

@@ -9,12 +9,14 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from click.testing import CliRunner
 
 from colm_edge.cli import main
+from colm_edge.cli.common import progress
 from colm_edge.switch.file import Switch
 
 
@@ -170,8 +172,46 @@ def test_ctrl_c_exits_130(tiny, monkeypatch):
 
 
 def test_wrong_usage_exits_2():
-    for args in (["run", "--threshold", "7", "x"], ["run", "--nonsense"], ["train"], ["walk"]):
+    for args in (
+        ["run", "--threshold", "7", "x"],
+        ["run", "--nonsense"],
+        ["run", "-t", "513", "x"],
+        ["serve", "--expert-idle-unload", "nan"],
+        ["train"],
+        ["walk"],
+    ):
         assert invoke(*args).exit_code == 2
+
+
+def test_a_prompt_cache_of_several_experts_is_refused_before_the_answer(models, tmp_path):
+    team, switch = models
+    experts = [f"{name}={path}" for name, path in team["expert"].items()]
+    args = ["run", "x", "-m", team["model"], "-me", experts[0], "-me", experts[1], "-sw", switch]
+    result = invoke(*args, "-t", "1", "-n", "3", "--prompt-cache", tmp_path / "c")
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert "a prompt cache works with one expert" in result.stderr
+
+
+def test_a_folder_that_cannot_be_made_is_one_line(tiny, tmp_path):
+    (tmp_path / "file").touch()
+    script = Path(__file__).parents[2] / "tools" / "make_random_pair.py"
+    ran = subprocess.run(
+        [sys.executable, script, "--out", tmp_path / "file" / "x"],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert (ran.returncode, ran.stderr.count("\n")) == (1, 1)
+    assert ran.stderr.startswith(f"Error: {tmp_path / 'file' / 'x'}: ")
+
+
+@pytest.mark.parametrize("columns", [30, 40, 60, 80, 200])
+def test_a_progress_bar_fits_its_terminal(monkeypatch, columns):
+    """One that is wrapped would be written anew at each step."""
+    monkeypatch.setattr(os, "get_terminal_size", lambda file: os.terminal_size((columns, 24)))
+    monkeypatch.setattr(sys, "stderr", SimpleNamespace(fileno=lambda: 2, isatty=lambda: True))
+    bar = progress("base", 768)
+    bar.pos, bar.start = 500, 0.0
+    assert len(bar.format_progress_line()) < max(columns, 46)
+    assert bar.width == (36 if columns >= 80 else bar.width)
 
 
 def test_every_command_has_help():

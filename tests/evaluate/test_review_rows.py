@@ -61,6 +61,24 @@ def test_reviews_without_answers_are_refused(tiny, data):
     assert "--reviews needs a --metric" in CliRunner().invoke(main, args).output
 
 
+@pytest.mark.parametrize(
+    ("option", "words"),
+    [
+        (("--reviews", "1"), "--reviews goes with the method review"),
+        (("--weak", "margin"), "--weak goes with the method weak"),
+        (("--anti-expert", "x.gguf"), "--anti-expert goes with the method proxy"),
+        (("--defer-rates", "0:1:1e-9"), "at most 1,001"),
+    ],
+)
+def test_an_option_that_no_row_would_show_is_refused(tiny, data, option, words):
+    args = ["eval", "-m", tiny["base"], "-me", tiny["expert"], "--data", data]
+    refused = CliRunner().invoke(
+        main, [*args, "--metric", "contains", "--methods", "colm", *option]
+    )
+    assert refused.exit_code == 2
+    assert words in refused.stderr
+
+
 def test_what_compose_cannot_do_is_told_before_the_work(tiny_pair, data):
     wanted = Comparison(metric="contains", methods=["base", "compose"])
     with pytest.raises(ColmError, match="compose"):

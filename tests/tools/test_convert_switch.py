@@ -433,5 +433,14 @@ def test_it_does_not_replace_what_it_reads(tmp_path):
     for flags in (["--outfile", row], ["--outfile", tmp_path / "s.gguf", "--onnx", row]):
         result = convert(row, *flags)
         assert result.exit_code == 1
-        assert "is read by this command" in result.stderr
+        assert "is used by this command already" in result.stderr
     assert row.read_bytes() == before
+
+
+def test_two_results_have_two_names(tmp_path):
+    row, out = tmp_path / "row.npy", tmp_path / "new.gguf"
+    np.save(row, np.zeros(8, np.float32))
+    result = convert(row, "--outfile", out, "--onnx", out)
+    assert result.exit_code == 1
+    assert "is used by this command already" in result.stderr
+    assert not out.exists()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from importlib import import_module
 from pathlib import Path
 
@@ -97,6 +98,19 @@ def test_a_killed_run_goes_on_to_the_same_weights(tiny, scores, tmp_path, monkey
     assert not (tmp_path / "killed" / "checkpoint").exists()
     message = tune(tiny["base"], scores, tmp_path / "killed", *options, "--epochs", 3, code=1)
     assert "another epochs" in message
+    state = tmp_path / "killed" / "state.pt"
+    good = state.read_bytes()
+    state.write_bytes(b"x")
+    assert "is no state of a run" in tune(
+        tiny["base"], scores, tmp_path / "killed", *options, code=1
+    )
+    state.write_bytes(good)
+    # Memory that ran out is why a run is resumed with fewer documents at once.
+    few = tune(tiny["base"], scores, tmp_path / "few", *options, "--micro-batch", 3)
+    assert few["loss"] == pytest.approx(whole["loss"], rel=1e-5)
+    shutil.copytree(tmp_path / "killed", tmp_path / "smaller")
+    fewer = tune(tiny["base"], scores, tmp_path / "smaller", *options, "--micro-batch", 3)
+    assert fewer["loss"] == pytest.approx(whole["loss"], rel=1e-5)
     assert tune(tiny["base"], scores, tmp_path / "killed", *options)["loss"] == whole["loss"]
     ours, theirs = weights(tmp_path / "killed"), weights(tmp_path / "whole")
     assert ours.keys() == theirs.keys()

@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -393,8 +394,11 @@ def test_a_place_that_cannot_be_written_is_found_before_the_work(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["s.gguf.tmp"]
 
 
-def test_a_result_never_replaces_what_it_was_made_from(tiny, tmp_path):
-    data = tmp_path / "d.jsonl"
+def test_a_result_never_replaces_what_it_was_made_from(tiny, tmp_path, monkeypatch):
+    data, listed, listing = (tmp_path / name for name in ("d.jsonl", "base.gguf", "models.txt"))
+    listed.write_bytes(Path(tiny["base"]).read_bytes())
+    listing.write_text(f"mine base {listed} MIT\nmine expert {tiny['expert']} MIT\n")
+    monkeypatch.setattr("colm_edge.references._models_txt", lambda: listing)
     data.write_text('{"prompt": "a", "completion": "b"}\n' * 6)
     before = data.read_bytes()
     models = ["-m", tiny["base"], "-me", tiny["expert"]]
@@ -403,11 +407,14 @@ def test_a_result_never_replaces_what_it_was_made_from(tiny, tmp_path):
         (["score"], data),
         (["train"], tiny["base"]),
         (["score"], tiny["expert"]),
+        (["train", "-me", f"named={tiny['expert']}"], tiny["expert"]),
+        (["train", "--pair", "mine"], listed),
     ):
-        args = [*command, "--data", str(data), "--outfile", str(target), *models]
+        chosen = [] if "--pair" in command else models
+        args = [command[0], *chosen, *command[1:], "--data", str(data), "--outfile", str(target)]
         result = CliRunner().invoke(main, args)
         assert result.exit_code == 1
-        assert "is read by this command; give the result another name" in result.output
+        assert "is used by this command already; give the result another name" in result.output
     assert data.read_bytes() == before
 
 

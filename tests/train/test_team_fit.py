@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from colm_edge.cli import main
 from colm_edge.errors import DataError
-from colm_edge.pair import load
+from colm_edge.pair import Pair, load
 from colm_edge.switch.file import FEATURE_SETS, Switch
 from colm_edge.switch.rules import Only
 from colm_edge.train import objectives, team
@@ -306,9 +306,29 @@ def test_train_from_prompts_each_with_its_expert(tiny, tmp_path):
         ([{"prompt": "x", "expert": "a"}] * 2, (), "no prompt names the expert b"),
         ([{"prompt": "x", "expert": ["a"]}], (), "expert is ['a']; with several experts"),
         ([{"prompt": "x", "expert": "a"}], ("--review", "2"), "--review does not work with sev"),
+        ([{"prompt": "x", "expert": "a"}], ("--review", "0"), "--review does not work with sev"),
+        ([{"prompt": "x", "expert": "a"}], ("--objective", "weak"), "weak is for one expert"),
+        ([{"prompt": "x", "expert": "a"}], ("--objective", "marginal"), "give --data, or"),
     ],
 )
 def test_what_does_not_go_with_several_experts_is_said(tiny, tmp_path, rows, more, words):
     _, ran = trained(tiny, tmp_path, "--prompts", lines(tmp_path / "p.jsonl", rows), *more)
     assert ran.exit_code in (1, 2)
     assert words in ran.stderr
+    assert "base" not in ran.stderr.partition("Error")[0]  # nothing was evaluated for that
+
+
+def test_a_team_is_scored_in_the_context_that_fits_all(tiny, tmp_path):
+    rows = [(i, {"text": f"it is {i} " + "or so " * (40 if i == 3 else 1)}) for i in range(8)]
+    contexts = {"a": 128, "b": 32}
+
+    def opened(name: str) -> Pair:
+        return load(tiny["base"], tiny["expert"], "margin", n_threads=1, n_ctx=contexts[name])
+
+    for names in ("ab", "ba"):
+        found = score_texts(
+            opened, [*names], rows, no_bar, raw=False, work=tmp_path / names, seed=0
+        )
+        first, second = found.team.scores
+        assert np.array_equal(first.token, second.token)
+        assert found.n_cut == 1

@@ -57,7 +57,9 @@ def shape_of(name: str) -> Shape:
     shapes = [of_width(n) for n in range(256, 16385, 256)]
     shapes = [s for s in shapes if s.n_head % s.n_head_kv == 0]
     near = [s for s in shapes if abs(s.n_params / count - 1) < 0.05]
-    return min(near or shapes, key=lambda s: abs(s.n_layer - s.n_embd / 128))
+    if not near:  # fewer than the vocabulary alone takes
+        raise ValueError(name)
+    return min(near, key=lambda s: abs(s.n_layer - s.n_embd / 128))
 
 
 # Which tensors a quantisation mix gives a finer type.

@@ -12,6 +12,7 @@ import hashlib
 import json
 import math
 import os
+import pickle
 import shutil
 import sys
 from collections.abc import Iterator
@@ -256,7 +257,10 @@ class Run:
         self._optimizer = torch.optim.AdamW(
             model.trained().values(), lr=settings.lr, weight_decay=0.0
         )
-        facts = {**asdict(settings), "data": data.key, "base": str(base.resolve())}
+        how = asdict(settings)
+        for name in ("micro_batch", "checkpointing"):  # change what a step takes, not what it does
+            del how[name]
+        facts = {**how, "data": data.key, "base": str(base.resolve())}
         self._key = json.dumps(facts, sort_keys=True)
         if self.state.exists():
             self._resume()
@@ -264,9 +268,13 @@ class Run:
             model.start(data)
 
     def _resume(self) -> None:
-        state = torch.load(self.state, weights_only=True, map_location="cpu")
-        if state["key"] != self._key:
-            ours, theirs = json.loads(self._key), json.loads(state["key"])
+        try:
+            state = torch.load(self.state, weights_only=True, map_location="cpu")
+            key = state["key"]
+        except (KeyError, TypeError, RuntimeError, pickle.UnpicklingError, EOFError) as e:
+            raise ColmError(f"{self.state}: is no state of a run ({e}); remove it") from e
+        if key != self._key:
+            ours, theirs = json.loads(self._key), json.loads(key)
             other = ", ".join(sorted(k for k in ours if ours[k] != theirs.get(k)))
             raise ColmError(
                 f"{self.state}: belongs to a run with another {other}; give the same as then, "
