@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from array import array
+from contextlib import closing
 from dataclasses import replace
 
 import pytest
@@ -325,3 +326,17 @@ def test_common_prefixes():
         other = array("i", [*range(n), *[-1] * (50 - n)])
         assert common_prefix(one, other) == common_prefix(other, one) == n
     assert common_prefix(one, one[:20]) == 20
+
+
+@pytest.mark.parametrize("doubt", [0.0, 0.5])
+def test_doubt_reads_the_base_before_it_waits_for_the_expert(pair, doubt):
+    """Other slots use the base meanwhile, and what was read of it is gone."""
+    options = Options(temperature=0.0, max_tokens=24, doubt=doubt, threshold=0.4)
+    with closing(Slots(pair, 4)) as slots:
+        found = together(pair, slots, PROMPTS, options)
+    undone = 0
+    for prompt, (steps, stats) in zip(PROMPTS, found, strict=True):
+        alone = pair.stream_tokens(pair.base.tokenize(prompt), options)
+        assert steps == [(step.token, step.source) for step in alone]
+        undone += stats.n_undone
+    assert undone

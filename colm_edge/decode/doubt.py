@@ -10,13 +10,16 @@ from __future__ import annotations
 
 from array import array
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 from colm_edge.decode.loop import Decoder, Follow
 from colm_edge.decode.picker import Sampler
 from colm_edge.decode.policy import BASE
 from colm_edge.decode.step import Drafted, Event, Step
 from colm_edge.errors import AbsentExpertError
+from colm_edge.switch.reading import Floats
 
 
 @dataclass(slots=True)
@@ -85,8 +88,8 @@ class Doubt:
                     return self._go_back(loop, suspect)
                 suspect = self._suspect()
             loop.evaluate_base(tokens)  # back to where both were
+            logits, *_ = loop.told_by_base(at)  # before the expert: other slots use the base then
             loop.evaluate_expert(expert, tokens)
-            logits, *_ = loop.told_by_base(at)
         if deferred:
             guess, after = step, picker.mark()
             picker.rollback(before)
@@ -153,11 +156,17 @@ class Doubt:
             loop.evaluate_base(tokens)
             tokens.append(loop.told_by_base(len(tokens))[1])
         outputs = range(place, len(tokens) - 1)
-        loop.evaluate_base(tokens[:-1], outputs)
-        loop.evaluate_expert(expert, tokens[:-1], outputs)
-        total = 0.0
-        for i in outputs:
-            for told in (loop.told_by_base(i + 1), loop.read_expert(expert, i + 1)):
-                logits, _, logsumexp = told
+
+        def likelihood(told: Callable[[int], tuple[Floats, int, float]]) -> float:
+            """Return the log-probability of the tokens, by what a model tells at each length."""
+            total = 0.0
+            for i in outputs:
+                logits, _, logsumexp = told(i + 1)
                 total += float(logits[tokens[i + 1]]) - logsumexp
+            return total
+
+        loop.evaluate_base(tokens[:-1], outputs)
+        total = likelihood(loop.told_by_base)
+        loop.evaluate_expert(expert, tokens[:-1], outputs)
+        total += likelihood(partial(loop.read_expert, expert))
         return total / (2 * len(outputs))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import ctypes
 import json
 import os
@@ -35,6 +34,8 @@ class Grammar:
     def __init__(self, text: str, model: Model) -> None:
         self._one = np.zeros(1, CANDIDATE)
         self._sampler = None
+        if "\0" in text or any("\ud800" <= character <= "\udfff" for character in text):
+            raise ColmError("the grammar holds NUL or half a character; expected text")
         if _nesting(text) > MOST_NESTED:
             raise ColmError(f"the grammar is nested deeper than {MOST_NESTED} times; simplify it")
         vocab = llama.llama_model_get_vocab(model.header())
@@ -67,9 +68,9 @@ class Grammar:
 
     def copy(self) -> Self:
         """Return a grammar in the same state."""
-        twin = copy.copy(self)
-        twin._one = self._one.copy()
-        twin._sampler = llama.llama_sampler_clone(self._sampler)
+        sampler = llama.llama_sampler_clone(self._sampler)
+        twin = object.__new__(type(self))  # see Sampler.copy
+        twin.__dict__.update({**self.__dict__, "_one": self._one.copy(), "_sampler": sampler})
         return twin
 
     def __del__(self) -> None:

@@ -48,6 +48,8 @@ class Plain:
         self._defs: Json = {}
         self.rules: dict[str, str] = {}
         self.schema = self._of(schema, "") if schema else {"type": "object"}
+        if "$ref" in self.schema:  # at the root the translation does not look it up
+            self.schema = {"anyOf": [self.schema]}
         if self._defs:
             self.schema = {**self.schema, "$defs": self._defs}
 
@@ -73,18 +75,59 @@ class Plain:
         ):
             if key in given:
                 self._only(given, {key, *more}, path)
-                return self._choice(key, given[key], path)
-        kinds = given.pop("type", None)
-        if kinds is None:
+                kinds = self._kinds(given.get("type"), path)
+                value = self._of_kinds(key, given[key], kinds, path) if kinds else given[key]
+                return self._choice(key, value, path)
+        kinds = self._kinds(given.pop("type", None), path)
+        if not kinds:
             kinds = [kind for kind, keys in KEYWORDS.items() if keys & given.keys()][:1]
-        kinds = [kinds] if isinstance(kinds, str) else kinds
-        if not isinstance(kinds, Sequence) or not set(kinds) <= set(TYPES):
-            raise ValueError(f"the type of {_place(path)} is {str(kinds)[:40]}")
         self._only(given, {"uniqueItems"}.union(*(KEYWORDS[kind] for kind in kinds)), path)
         if not kinds:
             return ANY
         found = [self._typed(kind, given, path, schema.get("format")) for kind in kinds]
         return found[0] if len(found) == 1 else {"anyOf": found}
+
+    def _kinds(self, given: Any, path: str) -> list[str]:
+        """Return the types that a "type" names; none where there is none."""
+        kinds = [given] if isinstance(given, str) else given or []
+        if not isinstance(kinds, list) or not all(kind in TYPES for kind in kinds):
+            raise ValueError(f"the type of {_place(path)} is {str(given)[:40]}")
+        return kinds
+
+    def _of_kinds(self, key: str, value: Any, kinds: Sequence[str], path: str) -> Any:
+        """Return the value of a keyword beside "type", with what is of these types alone."""
+        if key == "$ref" or (key != "const" and not (value and isinstance(value, list))):
+            return value  # which is refused for itself
+        left = self._left(key, value, kinds, path)
+        if not left:
+            raise ValueError(f"no {key} of {_place(path)} is of the type {' or '.join(kinds)}")
+        return left[0] if key == "const" else left
+
+    def _left(self, key: str, value: Any, kinds: Sequence[str], path: str) -> list[Any]:
+        """Return what is of these types, of the one value or the several of a keyword."""
+        if key in ("const", "enum"):
+            return [one for one in ([value] if key == "const" else value) if _is_of(one, kinds)]
+        found = (self._branch(one, kinds, f"{path}.{key}.{i}") for i, one in enumerate(value))
+        return [one for one in found if one is not None]
+
+    def _branch(self, branch: Any, kinds: Sequence[str], path: str) -> Any:
+        """Return a branch of anyOf with what is of these types, None if nothing of it is."""
+        if not isinstance(branch, Mapping):
+            return {"type": list(kinds)} if branch is True else branch
+        flat = self._flat(branch, path)
+        own = self._kinds(flat.get("type"), path)
+        both = [
+            kind for kind in own or kinds
+            if not own or kind in kinds or (kind == "integer" and "number" in kinds)
+        ]  # fmt: skip
+        if own and "number" in own and "integer" in kinds and "integer" not in both:
+            both.append("integer")
+        for key in flat.keys() & {"const", "enum", "anyOf", "oneOf"} if both else ():
+            if not self._left(key, flat[key], both, path):
+                return None
+        if own == both:
+            return branch
+        return {**flat, "type": both} if both else None
 
     def _refuse(self, keyword: str, path: str) -> None:
         """Raise ValueError where that is wanted; else the keyword counts as left out."""
@@ -123,7 +166,12 @@ class Plain:
     def _name_of(self, ref: Any, path: str) -> str:
         """Return the name of what a reference points to, which is rewritten once."""
         if ref not in self._refs:
-            target = self._target(ref, path)
+            target, seen = self._target(ref, path), {ref}
+            while isinstance(target, Mapping) and "$ref" in target:
+                if target["$ref"] in seen:
+                    raise ValueError(f"$ref of {_place(path)} is {ref!r}, which leads to itself")
+                seen.add(target["$ref"])
+                target = self._target(target["$ref"], path)
             name = self._refs[ref] = f"ref-{len(self._refs)}"
             self._defs[name] = self._of(target, str(ref))
         return self._refs[ref]
@@ -225,6 +273,8 @@ class Plain:
                 self._refuse("minItems or maxItems beside prefixItems", path)
             return {"prefixItems": [self._of(x, f"{path}.{i}") for i, x in enumerate(first)]}
         if items is False:
+            if low > 0:
+                raise ValueError(f"minItems of {_place(path)} is {low}, and items allows none")
             return {"type": "array", "items": {"type": "null"}, "maxItems": 0}
         limits = {"minItems": low} if high is None else {"minItems": low, "maxItems": high}
         return {"type": "array", "items": self._of(items, f"{path}.items"), **limits}
@@ -251,6 +301,18 @@ class Plain:
         if not rule:
             raise ValueError(f"no number is between the bounds of {_place(path)}")
         return {"const": self._stands_for(f"({rule}) space")}
+
+
+def _is_of(value: Any, kinds: Sequence[str]) -> bool:
+    """Return whether a JSON value is of one of these types."""
+    if isinstance(value, bool):
+        return "boolean" in kinds
+    if isinstance(value, int | float):
+        return "number" in kinds or ("integer" in kinds and value == int(value))
+    known: dict[str, type] = {
+        "string": str, "null": type(None), "array": list, "object": dict,
+    }  # fmt: skip
+    return any(isinstance(value, known[kind]) for kind in kinds if kind in known)
 
 
 def _place(path: str) -> str:

@@ -33,6 +33,7 @@ TENSOR_TYPES: dict[str, int] = {
     name.removeprefix("GGML_TYPE_"): getattr(llama, name)
     for name in dir(llama)
     if name.startswith(("GGML_TYPE_F16", "GGML_TYPE_F32", "GGML_TYPE_Q", "GGML_TYPE_IQ"))
+    and name not in ("GGML_TYPE_Q8_1", "GGML_TYPE_Q8_K")  # of products, not of weights
 }
 
 

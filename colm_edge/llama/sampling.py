@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import ctypes
 import secrets
 from collections.abc import Sequence
@@ -141,9 +140,11 @@ class ChainSampler:
 
     def copy(self) -> Self:
         """Return a sampler that makes the same picks from now on; it shares the scratch memory."""
-        twin = copy.copy(self)
-        twin._chain = llama.llama_sampler_clone(self._chain)
-        twin._grammar = self._grammar.copy() if self._grammar is not None else None
+        grammar = self._grammar.copy() if self._grammar is not None else None
+        chain = llama.llama_sampler_clone(self._chain)
+        # At no time do two hold one chain: Ctrl-C may come anywhere, and each frees its own.
+        twin = object.__new__(type(self))
+        twin.__dict__.update({**self.__dict__, "_chain": chain, "_grammar": grammar})
         return twin
 
     def __del__(self) -> None:

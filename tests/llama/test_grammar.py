@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import re
+from importlib import import_module
 
 import jsonschema
 import numpy as np
@@ -14,6 +16,7 @@ from colm_edge.cli import main
 from colm_edge.errors import ColmError
 from colm_edge.llama import sampling
 from colm_edge.llama.grammar import CANDIDATE, Grammar, array_of, grammar_of
+from colm_edge.llama.sampling import ChainSampler
 from colm_edge.options import Options
 
 RECORD = r'root ::= "{" [a-z]{1,6} ":" [0-9]{1,4} "}"'
@@ -228,3 +231,28 @@ def test_the_command_line_says_what_is_wrong_with_a_grammar(tiny, tmp_path):
     assert missing.exit_code == 2
     assert "No such file" in missing.stderr
     assert "the JSON schema cannot be used" in run(tiny, "-j", "[").stderr
+    for text in ('root ::= "\udcff"', 'root ::= "a" \0 and ((('):  # half a character; NUL
+        refused = run(tiny, "--grammar", text)
+        assert refused.exit_code == 1
+        assert "the grammar holds NUL or half a character" in refused.stderr
+
+
+def test_a_copy_that_is_interrupted_frees_nothing_twice(tiny_pair, monkeypatch):
+    """Ctrl-C may come while the chain of samplers is cloned."""
+    gc.collect()  # what other tests have left
+    options = Options(temperature=0.8, seed=1)
+    sampler = ChainSampler(options, 100, grammar=Grammar('root ::= "a"*', tiny_pair.base))
+    freed = []
+    for kind in ("sampling", "grammar"):
+        module = import_module(f"colm_edge.llama.{kind}")
+        with monkeypatch.context() as patch:
+            patch.setattr(module.llama, "llama_sampler_free", freed.append)
+            patch.setattr(module.llama, "llama_sampler_clone", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                sampler.copy()
+            gc.collect()
+    assert freed == []
+
+
+def interrupted(chain) -> None:
+    raise KeyboardInterrupt

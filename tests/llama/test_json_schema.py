@@ -55,6 +55,23 @@ KEPT = [
          "required": ["next"]},
         '{"next":{"next":null}}', '{"next":{}}',
     ),
+    (
+        {"$ref": "#/$defs/node", "$defs": {"node": {
+            "type": "object", "required": ["v"], "additionalProperties": False,
+            "properties": {"v": {"$ref": "#/$defs/v"}, "next": {"$ref": "#/$defs/node"}}},
+            "v": {"$ref": "#/$defs/w"}, "w": {"enum": [1, 2]}}},
+        '{"v":1} {"v":2,"next":{"v":1}}', '{"v":3} {"v":1,"next":{}}',
+    ),
+    # "type" holds for what stands beside it.
+    ({"type": "integer", "anyOf": [{"minimum": 10}, {"maximum": -10}]}, "10 -11", "10.5 9 -9"),
+    ({"type": "string", "enum": ["a", 1, None]}, '"a"', "1 null"),
+    ({"type": ["integer", "null"], "enum": ["a", 1, 2.5, None, True]}, "1 null", '"a" 2.5 true'),
+    ({"type": "object", "anyOf": [{"type": "string"}, {"type": "object"}]}, "{}", '"x"'),
+    ({"type": "number", "oneOf": [{"type": "integer"}, {"type": "string"}]}, "3", '"x" 3.5'),
+    ({"allOf": [{"anyOf": [{"type": "integer"}, {"type": "string"}]}, {"type": "string"}]},
+     '"a"', "1"),
+    ({"type": "string", "anyOf": [{"$ref": "#/$defs/a"}, True],
+      "$defs": {"a": {"anyOf": [{"const": 1}, {"const": "b"}]}}}, '"b" "c"', "1"),
 ]  # fmt: skip
 
 
@@ -150,6 +167,17 @@ def test_or_is_left_out_where_that_is_wanted(keyword):
         ({"enum": []}, "enum of the schema is []"),
         ({"prefixItems": {"type": "null"}}, "prefixItems of the schema is no list"),
         ({"type": "integer", "minimum": 3, "maximum": 2}, "no number is between"),
+        ({"type": "string", "const": 5}, "no const of the schema is of the type string"),
+        ({"type": "null", "anyOf": [{"type": "string"}]}, "no anyOf of the schema is of the type"),
+        ({"type": "array", "items": False, "minItems": 1}, "items allows none"),
+        ({"$ref": "#"}, "which leads to itself"),
+        (
+            {
+                "$ref": "#/$defs/a",
+                "$defs": {"a": {"$ref": "#/$defs/b"}, "b": {"$ref": "#/$defs/a"}},
+            },
+            "which leads to itself",
+        ),
         ({"type": "integer", "minimum": "3"}, "expected a number"),
         ({"type": "string", "pattern": "abc"}, "Pattern must start"),
     ],

@@ -85,5 +85,12 @@ def test_the_output_matrix_takes_a_type_of_its_own(tiny, tmp_path):
         quantize(tiny["base"], tmp_path / "x.gguf", "Q4_0", output_type="Q4_K_M")
 
 
+def test_the_types_of_products_are_not_offered(tiny, tmp_path):
+    """llama.cpp would end the process at one of them."""
+    for name in ("Q8_1", "Q8_K"):
+        with pytest.raises(ModelError, match=f"'{name}' is not a type"):
+            quantize(tiny["base"], tmp_path / "x.gguf", "Q4_0", output_type=name)
+
+
 def test_types_have_the_names_that_people_write():
     assert {"F16", "BF16", "Q4_0", "Q4_K_M", "Q8_0", "IQ4_XS"} <= TYPES.keys()
