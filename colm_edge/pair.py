@@ -16,7 +16,7 @@ from colm_edge.decode.loop import Decoder
 from colm_edge.decode.parts import picker_of, policy_of, schedule_of, timelines_of
 from colm_edge.decode.policy import expected_rate, review_of, threshold_of
 from colm_edge.decode.timeline import Expert, Timeline
-from colm_edge.errors import ColmError, ContextError, PromptError
+from colm_edge.errors import ColmError, ContextError, ModelError, PromptError
 from colm_edge.llama import chat_template
 from colm_edge.llama.chat_template import ChatTemplate, Message
 from colm_edge.llama.context import ContextOptions
@@ -76,7 +76,7 @@ class Pair:
         self.defaults = defaults or Options()
         self._note = note or log.info
         self._note_once = cache(self._note)
-        self._lock = HomeLock()
+        self._lock, self._closing = HomeLock(), False
         text = base.chat_template
         self.template = ChatTemplate(text, base.bos_text, base.eos_text) if text else None
         self._grammars = Grammars(base)
@@ -89,7 +89,7 @@ class Pair:
         context = replace(context, n_ctx=self.n_ctx)
         self.base_session = Session(base, context, hidden=switch.needs_hidden)
         self.base_session.progress = _share(progress, "base prompt")
-        self._most_shared = base.n_vocab
+        self.most_shared = base.n_vocab  # of token ids; fewer in a team that is not all open
         self.members = [
             Member(
                 name, model, self.base_session, context, bridge=bridge, overlap=overlap,
@@ -113,6 +113,7 @@ class Pair:
         """Free the models and their contexts, after the token that is being written."""
         if not self._lock.home.is_here:
             return  # they are the parent's
+        self._closing = True
         with self._lock:
             close_each(*(member.close for member in self.members), self._close_base)
 
@@ -123,11 +124,7 @@ class Pair:
     @property
     def n_shared(self) -> int:
         """Token ids below this are in the vocabulary of all models."""
-        return min(self._most_shared, *(member.n_shared for member in self.members))
-
-    def limit_shared(self, n: int) -> None:
-        """Share no more than the first n token ids: those of a team that is not all open."""
-        self._most_shared = n
+        return min(self.most_shared, *(member.n_shared for member in self.members))
 
     @property
     def expert(self) -> Expert:
@@ -309,20 +306,23 @@ class Pair:
         """
         self.check_options(options)
         options = options.with_changes(review=self.review(options, switch))
-        threshold = threshold_of(switch or self.switch, options)
+        switch = switch or self.switch
+        threshold = threshold_of(switch, options)
         self.check_prompt(tokens, threshold)
         n_choose = self.n_shared if threshold < 1 else self.base.n_vocab  # alone it has all
         goes_back = (options.reviews or options.doubts) and 0 < threshold < 1
         cancel, alone = Cancel(), timelines is None
-        base, *experts = timelines or self._timelines(options, threshold, goes_back=goes_back)
-        row = self.base.token_id(DEFER_TOKEN) if isinstance(self.switch, DeferRow) else None
-        only = switch or self.switch
+        writer = switch.expert if isinstance(switch, Only) else None if self.room else 0
+        row = self.base.token_id(DEFER_TOKEN) if isinstance(switch, DeferRow) else None
+        base, *experts = timelines or self._timelines(
+            options, threshold, n_choose=n_choose, defer_row=row, goes_back=goes_back
+        )
         grammar = self._grammars.parsed(options.grammar)
         picker = picker_of(options, n_choose, tokens, grammar, row, goes_back=goes_back)
         decoder = Decoder(
             base,
             experts,
-            policy_of(switch or self.switch, self.base, options, threshold, n_choose),
+            policy_of(switch, self.base, options, threshold, n_choose),
             picker,
             tokens,
             end_tokens=ends_of(self.base, self.members),
@@ -334,7 +334,7 @@ class Pair:
                 follow=(self.room or self.members[0]).follow if alone and threshold < 1 else None,
                 # Bets are priced for an answer alone: slots share their batches.
                 planners=bets_on(self.members, options, threshold) if alone else (),
-                alone=only.expert if isinstance(only, Only) else 0 if len(experts) == 1 else None,
+                alone=writer,
             ),
             cancel=cancel,
             lock=self._lock if alone else None,
@@ -344,13 +344,11 @@ class Pair:
         unreadable = "" if threshold >= 1 else why_unread(self.members)
         return Stream(decoder, self.base, options.stop, cancel, unreadable)
 
-    def _timelines(
-        self, options: Options, threshold: float, *, goes_back: bool
-    ) -> tuple[Timeline, ...]:
+    def _timelines(self, options: Options, threshold: float, **more: Any) -> tuple[Timeline, ...]:
         """Return the pair's own timelines for an answer: of the base and of each expert."""
         overlaps = {member.timeline: member.overlaps for member in self.members}
         base, experts = timelines_of(
-            self.base_session, overlaps, options, threshold, goes_back=goes_back,
+            self.base_session, overlaps, options, threshold, **more,
             across=[member.across for member in self.members],
         )  # fmt: skip
         if self.room is not None:
@@ -366,7 +364,8 @@ class Pair:
     def _exhaust(self, stream: Stream) -> Answer:
         with self._lock:
             for _ in stream:
-                pass
+                if self._closing:
+                    raise ModelError("the pair is closed; load it again")
         return stream.answer()
 
     @contextmanager

@@ -98,7 +98,7 @@ class SharedContext:
         self.costs: CostTable | None = None
         self._weighed = is_small(session.model)  # which takes longer than it saves
         self._rows: dict[tuple[int, int], int] = {}  # (slot, position) -> place in the last batch
-        self._prompts_next = False  # prompts and outputs take turns
+        self._prompts_last = False  # were evaluated: they and outputs take turns
 
     def open(self) -> None:
         self.context.open()
@@ -149,8 +149,8 @@ class SharedContext:
 
     def _are_prompts_next(self, parts: Sequence[_Part]) -> bool:
         n_prompts = sum(part.in_prompt for part in parts)
-        turn = n_prompts == len(parts) or (n_prompts > 0 and not self._prompts_next)
-        self._prompts_next = turn
+        turn = n_prompts == len(parts) or (n_prompts > 0 and not self._prompts_last)
+        self._prompts_last = turn
         return turn
 
     def _decode(self, chosen: Sequence[_Part], *, hidden: bool) -> None:

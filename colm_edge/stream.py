@@ -28,7 +28,7 @@ class Answer:
     stats: Stats
     prompt_tokens: list[int] = field(repr=False)
     threshold: float
-    undone: list[Undone] = field(default_factory=list, repr=False)  # by review
+    undone: list[Undone] = field(default_factory=list, repr=False)  # by review or doubt
     stopped_by: str | None = None  # the stop string that it ended at
 
 
@@ -106,10 +106,13 @@ class Stream:
         written: which model would have written it, and how likely it was. Call it before the first
         step. first: at least 1.
 
-        Raises ColmError if the expert is on a server, which gives only the last token's state.
+        Raises ColmError if the expert is on a server, which gives only the last token's state, and
+        where it is called otherwise.
         """
         if self._unreadable:
             raise ColmError(self._unreadable)
+        if first < 1 or self.steps:
+            raise ColmError("read_prompt begins at token 1 at the earliest, before the first step")
         steps = self._decoder.read_prompt(first)
         utf8 = codecs.getincrementaldecoder("utf-8")("replace")
         for token in self.prompt_tokens[:first]:

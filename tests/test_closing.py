@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import threading
+import time
+
 import pytest
 
-from colm_edge.errors import ColmError, PromptError
+from colm_edge.errors import ColmError, ModelError, PromptError
 from colm_edge.llama.owners import close_each
 from colm_edge.pair import Pair, load
 from colm_edge.slots import Slots
@@ -117,3 +120,39 @@ def test_a_token_that_a_model_lacks_is_told_without_counting_models(models, tiny
             pair.check_prompt([10_000], 0.5)
         with pytest.raises(ColmError, match=r"vocabulary of the base; expected ids below 400"):
             pair.check_prompt([10_000], 1.0)
+
+
+def test_closing_ends_an_answer_that_is_being_generated(tiny):
+    with load(tiny["endless"], tiny["expert"], "margin", n_threads=1, n_ctx=256) as pair:
+        sync, begun, errors = pair.base_session.sync, threading.Event(), []
+
+        def slow(*args):
+            begun.set()
+            time.sleep(0.02)
+            return sync(*args)
+
+        pair.base_session.sync = slow
+
+        def generate() -> None:
+            with pytest.raises(ModelError, match="is closed") as raised:
+                pair.generate("x", temperature=0.0, threshold=1.0)
+            errors.append(raised)
+
+        answers = threading.Thread(target=generate)
+        answers.start()
+        assert begun.wait(30)
+        pair.close()
+        answers.join(30)
+        assert errors
+        assert pair.base_session.n_calls < 100
+
+
+def test_a_closed_pair_saves_no_prompts(tiny, tmp_path):
+    path = tmp_path / "prompts"
+    with load(tiny["base"], tiny["expert"], "margin", n_threads=1, n_ctx=256) as pair:
+        pair.generate("hello", **GREEDY)
+        pair.save_prompts(path)
+    before = path.read_bytes()
+    with pytest.raises(ModelError, match="is closed"):
+        pair.save_prompts(path)
+    assert path.read_bytes() == before

@@ -108,6 +108,8 @@ def test_cancelling_ends_reading_a_prompt_between_two_batches(tiny_pair, monkeyp
         return sync(*args)
 
     monkeypatch.setattr(tiny_pair.base_session, "sync", leave)
+    with pytest.raises(ColmError, match="begins at token 1"):
+        stream.read_prompt(0)
     assert len(stream.read_prompt()) == PROMPT_OUTPUTS
     assert list(stream) == []
     assert stream.finish_reason == "stop"

@@ -15,6 +15,8 @@ from concurrent.futures import Future
 from time import perf_counter
 from typing import Any, Protocol, runtime_checkable
 
+import numpy as np
+
 from colm_edge.cancel import Cancel
 from colm_edge.decode.planner import Rate
 from colm_edge.decode.timeline import Around, Floats, Timeline
@@ -47,26 +49,33 @@ class Mean:
 class Ahead(Around):
     """A base's timeline that also knows what was evaluated ahead; for one answer.
 
-    end_tokens: nothing is evaluated behind them.
+    end_tokens: nothing is evaluated behind them. n_choose, defer_row: as for `Picker`.
     """
 
-    def __init__(self, base: Timeline, end_tokens: frozenset[int]) -> None:
+    def __init__(
+        self, base: Timeline, end_tokens: frozenset[int], n_choose: int, defer_row: int = -1
+    ) -> None:
         super().__init__(base)
         self._base, self._end_tokens = base, end_tokens
+        self._n_choose, self._defer_row = n_choose, defer_row
         self._last = array("i")  # of the last `sync`, if its last state can be read
         self._path = array("i")  # what was evaluated ahead, and all before it
         self._from = 0  # its first token that was a bet
         self._states: dict[int, tuple[Floats, Floats]] = {}  # by place in the path
-        self._uncounted = 0
+        self._uncounted, self._uncounted_seconds = 0, 0.0  # until the next `sync`
         self._agrees, self._goes_on = Rate(AGREES, 4), Rate(GOES_ON, 8)
         self._decode, self._reply = Mean(), Mean()
         self.n_ahead = self.n_won = 0  # tokens evaluated ahead, and those that were written
+
+    @property
+    def seconds(self) -> float:
+        return self._base.seconds - self._uncounted_seconds
 
     def sync(
         self, tokens: Sequence[int], outputs: Sequence[int] = (), cancel: Cancel | None = None
     ) -> int:
         n, n_done = len(tokens), self._uncounted
-        self._uncounted, self._last = 0, array("i")
+        self._uncounted, self._uncounted_seconds, self._last = 0, 0.0, array("i")
         if not outputs and isinstance(tokens, array):
             self._learn(tokens)
             self._last = tokens[:]
@@ -111,15 +120,22 @@ class Ahead(Around):
                 break
             if cancel is not None:
                 cancel.check()
-            before = perf_counter()
+            before, evaluating = perf_counter(), self._base.seconds
             self._uncounted += self._base.sync(path, (), cancel)
+            self._uncounted_seconds += self._base.seconds - evaluating
             self._decode.add(perf_counter() - before)
             self.n_ahead += 1
             path.append(self._choice(len(path) - 1))
             p *= self._goes_on.value
 
     def _choice(self, i: int) -> int:
-        return int(self.state(i)[0].argmax())
+        logits = self.state(i)[0][: self._n_choose]
+        choice = int(logits.argmax())
+        if choice == self._defer_row:  # which is the switch and never written
+            others = logits.copy()
+            others[choice] = -np.inf
+            choice = int(others.argmax())
+        return choice
 
     def _pays(self, p: float, waited: float) -> bool:
         """Return whether to begin a decode: p is the probability that its token will be written."""

@@ -74,13 +74,16 @@ def timelines_of(
     options: Options,
     threshold: float,
     *,
+    n_choose: int,
+    defer_row: int | None,
     goes_back: bool,
     across: Sequence[Callable[[Timeline], Timeline]],
 ) -> tuple[Timeline, list[Timeline]]:
     """Return a pair's timelines for one answer; under the fast schedule they evaluate guesses.
 
-    experts: each with whether the base may go on while it evaluates. goes_back: as for `picker_of`.
-    across: of each, what makes its timeline one by the base's tokens.
+    experts: each with whether the base may go on while it evaluates. n_choose, defer_row,
+    goes_back: as for `picker_of`. across: of each, what makes its timeline one by the base's
+    tokens.
     """
     guessing, theirs = with_guesses(base, list(experts), options, threshold)
     others = [bridged(timeline) for bridged, timeline in zip(across, theirs, strict=True)]
@@ -90,7 +93,8 @@ def timelines_of(
     for i, (expert, overlaps) in enumerate(experts.items()):
         away = others[i]
         if overlaps and isinstance(expert, Background | RemoteSession) and isinstance(away, Away):
-            ahead = ahead or Ahead(guessing, base.end_tokens)
+            row = -1 if defer_row is None else defer_row
+            ahead = ahead or Ahead(guessing, base.end_tokens, n_choose, row)
             others[i] = Awaited(away, ahead)
     return ahead or guessing, others
 

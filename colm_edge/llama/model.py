@@ -73,6 +73,7 @@ class Model:
         self._preparing: threading.Thread | None = None
         self._closed = False
         self._n_waiting = 0  # for the weights, which another thread reads
+        self._raised: BaseException | None = None  # there, by `progress`
         for file in self.files:
             _check_gguf(file)
         self._handle = self._open(vocab_only=True)
@@ -146,6 +147,9 @@ class Model:
         try:
             with cores().lent(), suppress(ModelError, CancelledError):
                 self._load(self._check_wanted, self._tell_who_waits)
+        except BaseException:
+            if self._raised is None:
+                raise
         finally:
             self._preparing = None
 
@@ -155,7 +159,11 @@ class Model:
 
     def _tell_who_waits(self, share: float) -> None:
         if self._n_waiting and self._progress is not None:
-            self._progress(share)
+            try:
+                self._progress(share)
+            except BaseException as e:  # which ends the load; `_load` raises it where one waits
+                self._raised = e
+                raise
 
     def load(self, check: Callable[[], None] | None = None) -> Any:
         """Return llama.cpp's model, reading the weights on the first call.
@@ -175,6 +183,9 @@ class Model:
         finally:
             self._n_waiting -= 1
         try:
+            raised, self._raised = self._raised, None
+            if raised is not None:
+                raise raised
             if not self._loaded:
                 self._check_open()
                 full = self._open(vocab_only=False, check=check, progress=progress)

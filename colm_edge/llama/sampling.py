@@ -107,12 +107,11 @@ class ChainSampler:
         assert address is not None
         size = array.size * CANDIDATE.itemsize
         left = np.frombuffer((ctypes.c_char * size).from_address(address), CANDIDATE)
-        best = left["logit"].max()
-        p = (
-            np.exp(left["logit"].astype(np.float64) - best)
-            if best > -np.inf
-            else np.ones(len(left))
-        )
+        best, p = left["logit"].max(), np.ones(len(left))
+        if best == np.inf:  # a tiny temperature, by which the logits were divided
+            p = (left["logit"] == np.inf).astype(np.float64)
+        elif best > -np.inf:
+            p = np.exp(left["logit"].astype(np.float64) - best)
         return left["id"].copy(), p / p.sum()
 
     def _fill(self, logits: npt.NDArray[np.float32]) -> Any:

@@ -346,7 +346,11 @@ class Session:
         self._torn = False
 
     def snapshot(self) -> Snapshot:
-        """Return the tokens of this timeline and llama.cpp's state after them, for `restore`."""
+        """Return the tokens of this timeline and llama.cpp's state after them, for `restore`.
+
+        Raises ModelError where the model is closed.
+        """
+        self.model.header()
         if self._saved is not None:
             return self._saved
         held = self._held

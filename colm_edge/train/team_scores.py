@@ -38,8 +38,7 @@ def as_one_team(open_pair: OpenPair, names: Sequence[str]) -> OpenPair:
     @contextmanager
     def opened(name: str) -> Iterator[Pair]:
         with open_pair(name) as pair:
-            pair.limit_shared(min(shared))
-            pair.n_ctx = min(contexts)
+            pair.most_shared, pair.n_ctx = min(shared), min(contexts)
             yield pair
 
     return opened

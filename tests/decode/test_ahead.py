@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import time
+from array import array
 from concurrent.futures import Future
 
 import pytest
@@ -79,7 +80,7 @@ def test_going_on_never_changes_the_text(
     def answer(ahead: bool):
         base = Scripted(base_choose, n_ctx)
         expert = Distant(expert_choose, n_ctx, seed, longest, failing)
-        first = Ahead(base, frozenset({END})) if ahead else base
+        first = Ahead(base, frozenset({END}), N_VOCAB) if ahead else base
         second = Awaited(expert, first) if ahead else expert
         run = decoder(
             first, second, read, prompt, max_tokens=max_tokens, compose=compose,
@@ -96,7 +97,7 @@ def test_going_on_never_changes_the_text(
 def both(base_choose, expert_choose, rate=0.3, longest=40, **options):
     """Return the base's and the expert's timelines after an answer, and the answer."""
     base, expert = Scripted(base_choose), Distant(expert_choose, longest=longest)
-    ahead = Ahead(base, frozenset({END}))
+    ahead = Ahead(base, frozenset({END}), N_VOCAB)
     read, _ = reader(3, rate)
     run = decoder(ahead, Awaited(expert, ahead), read, [1, 2, 3], max_tokens=40, **options)
     list(run)
@@ -161,7 +162,7 @@ def test_a_decode_that_the_reply_would_wait_for_has_to_promise_more(monkeypatch,
         return expert_sync(*arguments)
 
     base.sync, expert.begin, expert.sync = decode, begin, wait
-    ahead, (read, _) = Ahead(base, frozenset({END})), reader(3, 1.0)
+    ahead, (read, _) = Ahead(base, frozenset({END}), N_VOCAB), reader(3, 1.0)
     run = decoder(ahead, Awaited(expert, ahead), read, [1, 2, 3], max_tokens=40)
     for _ in range(20):
         next(run)
@@ -176,7 +177,7 @@ def test_a_decode_that_the_reply_would_wait_for_has_to_promise_more(monkeypatch,
 def test_a_cancelled_answer_does_not_wait_ahead():
     cancel = Cancel()
     base = Scripted(writer(1))
-    ahead = Ahead(base, frozenset({END}))
+    ahead = Ahead(base, frozenset({END}), N_VOCAB)
     expert = Distant(writer(2), longest=0)
     expert.begin = lambda *_: Later(10_000)
     read, _ = reader(3, 1.0)
@@ -289,3 +290,31 @@ def test_a_failure_is_told_as_without(tiny, monkeypatch):
         fake.always = "500"
         with pytest.raises(ModelError, match="the expert"):
             pair.generate(PROMPT, temperature=0.0, threshold=0.4, max_tokens=40)
+
+
+def test_the_defer_row_is_never_bet_on():
+    """At a deferral it is the likeliest row, and it is the switch, not a token."""
+    row = N_VOCAB - 2
+    base = Scripted(lambda held: row)
+    state = base.state
+
+    def logits(i):
+        found, hidden = state(i)
+        found[[3, N_VOCAB - 1]] = 2.0, 9.0  # the base's token, and one that the expert lacks
+        return found, hidden
+
+    base.state = logits
+    ahead = Ahead(base, frozenset({END}), N_VOCAB - 1, row)
+    tokens = array("i", [1, 2])
+    ahead.sync(tokens)
+    ahead.go_on(tokens, Later(5), None)
+    assert len(base.held) > 2
+    assert set(base.held[2:]) == {3}
+
+
+def test_time_ahead_is_counted_as_the_tokens_are():
+    """By whoever syncs next; `Scripted` takes a millisecond for each token."""
+    choose = writer(1)
+    _, ahead, run = both(choose, choose)
+    assert ahead.n_ahead > 5
+    assert run.stats.base_seconds == pytest.approx(1e-3 * run.stats.base_tokens)

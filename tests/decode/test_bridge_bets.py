@@ -121,7 +121,7 @@ def test_bets_across_a_bridge_never_change_the_text(
         expert = (Distant if away else Knowing)(theirs, seed + 1, share, n_ctx)
         bridge = Bridge(expert, Crossing(ours, theirs))
         if away and bold is not None and schedule == "fast":
-            base = Ahead(base, ours.ends)
+            base = Ahead(base, ours.ends, ours.n_vocab)
             bridge = Awaited(bridge, base)
         made, plain = SCHEDULES[schedule]
         loop = Decoder(

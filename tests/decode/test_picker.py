@@ -6,12 +6,15 @@ import math
 from unittest.mock import patch
 
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from colm_edge.decode import picker
 from colm_edge.decode.picker import Picker, likeliest
 from colm_edge.decode.review import Verdict
+from colm_edge.llama.sampling import ChainSampler
+from colm_edge.options import Options
 
 
 @given(
@@ -41,3 +44,13 @@ def test_what_cannot_be_is_told_in_numbers_that_json_has():
     step = Picker(2).tell(1, "expert", 0.5, logits, 0.0)
     verdict = Verdict(1, logits, 0, 0.0)
     assert (step.logprob, verdict.regret) == (-9999, 9999)
+
+
+@pytest.mark.parametrize("temperature", [1e-38, 1e-6, 1.0])
+def test_a_tiny_temperature_draws_what_is_likeliest(temperature):
+    """By which logits are divided until they are infinite."""
+    logits = np.array([1.0, 3.0, 2.0], np.float32)
+    ids, p = ChainSampler(Options(temperature=temperature, seed=1), 3).probabilities(logits)
+    assert p.sum() == pytest.approx(1)
+    assert ids[p.argmax()] == 1
+    assert (p.max() == 1) == (temperature < 1)

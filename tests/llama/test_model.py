@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import shutil
 import threading
+import time
+from concurrent.futures import Future
 
 import pytest
 
@@ -138,3 +140,33 @@ def test_what_goes_wrong_ahead_of_time_is_raised_by_the_load(tiny, tmp_path):
     with pytest.raises(ModelError, match="cannot load"):
         model.load()
     model.close()
+
+
+def test_what_the_progress_raises_reaches_who_waits(held):
+    """It is called on the thread that reads ahead, for the caller that waits for it."""
+    calls = []
+
+    def progress(share: float) -> None:
+        calls.append(share)
+        if len(calls) == 1:
+            raise RuntimeError("given up")
+
+    held._progress = progress
+    held.prepare()
+    assert held.begun.wait(30)
+    waits = Future()
+    threading.Thread(target=lambda: called(waits, held.load)).start()
+    while not held._n_waiting:
+        time.sleep(0.001)
+    held.may_go_on.set()
+    with pytest.raises(RuntimeError, match="given up"):
+        waits.result(30)
+    assert len(calls) == 1
+    assert held.load()  # it is told once
+
+
+def called(future: Future, work) -> None:
+    try:
+        future.set_result(work())
+    except BaseException as e:
+        future.set_exception(e)

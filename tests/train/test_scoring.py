@@ -213,7 +213,7 @@ def test_scores_belong_to_the_ids_that_were_chosen_from(pair, tmp_path):
     before = score(pair, documents, no_bar, work=tmp_path)
     n = int(np.median(before.likeliest))
     evaluated = Evaluated(pair)
-    pair.limit_shared(n)
+    pair.most_shared = n
     fewer = score(pair, documents, no_bar, work=tmp_path)
     assert evaluated() == (cost(documents), cost(documents))
     assert (before.likeliest >= n).any()
@@ -221,7 +221,7 @@ def test_scores_belong_to_the_ids_that_were_chosen_from(pair, tmp_path):
     assert_same(fewer, score(pair, documents, no_bar))
     evaluated()
     assert_same(fewer, score(pair, documents, no_bar, work=tmp_path))
-    pair.limit_shared(pair.base.n_vocab)
+    pair.most_shared = pair.base.n_vocab
     assert_same(before, score(pair, documents, no_bar, work=tmp_path))
     assert evaluated() == (0, 0)
 

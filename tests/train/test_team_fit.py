@@ -175,7 +175,7 @@ def test_a_team_shares_the_ids_that_all_of_them_have(tiny, tmp_path, monkeypatch
         documents = tokenized(rows, pair)
         free = score(pair, documents, no_bar)
         n = int(documents.tokens.max()) + 1
-        pair.limit_shared(n)
+        pair.most_shared = n
         expected = score(pair, documents, no_bar)
     assert (free.likeliest >= n).any()
     monkeypatch.setattr(
