@@ -48,13 +48,10 @@ def main(figures: Path, picture: Path) -> None:
     for method, points in groupby(rows, lambda row: row["method"]):
         x, y, below, above, labels = zip(*map(place_of, points), strict=True)
         color, marker = STYLES[method]
-        style: dict[str, Any] = {
-            "color": color,
-            "marker": marker,
-            "markersize": 7,
-            "elinewidth": 0.6,
-        }
-        axes.errorbar(x, y, [below, above], label=method, **style)
+        style: dict[str, Any] = {"color": color, "marker": marker, "markersize": 7}
+        if method == "speculative":  # which is where the expert is: around it
+            style |= {"markersize": 13, "markerfacecolor": "none"}
+        axes.errorbar(x, y, [below, above], label=method, elinewidth=0.6, **style)
         for i, text in enumerate(labels):
             place: dict[str, Any] = {"xytext": (9, 3)}
             if method == REVIEWED:  # these lie close together: labels on the left, up and down
