@@ -26,7 +26,7 @@ from colm_edge.llama.model import Model
 from colm_edge.llama.quantize import file_type
 from colm_edge.llama.session import Session
 from colm_edge.llama.vocabulary import shared_vocab
-from colm_edge.references import resolve
+from colm_edge.references import references_of, resolve
 from colm_edge.switch.file import ARCHITECTURE, Switch
 
 RATES = (0.05, 0.1, 0.2)  # of deferrals, that speeds are predicted for
@@ -42,7 +42,7 @@ def describe_files(
     note: Note = lambda text: None,
 ) -> tuple[list[dict[str, Any]], str]:
     """Return the facts of each file, and why the models cannot collaborate ("" if they can): a base
-    and an expert, or several.
+    and an expert, or several. One name in models.txt stands for all of its files.
 
     costs: measure what decodes cost, if that is not known yet. note: told before that, before a
     download, and where costs cannot be kept.
@@ -50,7 +50,7 @@ def describe_files(
     """
     facts, models, tables, obstacle = [], [], list[CostTable | None](), ""
     try:
-        for ref in refs:
+        for ref in references_of(refs[0]) if len(refs) == 1 else refs:
             path = resolve(ref, note=note)
             switch = _as_switch(path)
             if switch is not None:
@@ -204,6 +204,10 @@ def _team_facts(models: Sequence[Model], tables: Sequence[CostTable | None]) -> 
     }
 
 
+def _speed(x: float) -> str:
+    return f"{x:,.0f}" if x >= 100 else f"{x:.3g}"
+
+
 def _speed_lines(fact: dict[str, Any]) -> dict[str, str]:
     """Return the predictions of a pair as two lines."""
     if "predicted" not in fact:
@@ -211,10 +215,10 @@ def _speed_lines(fact: dict[str, Any]) -> dict[str, str]:
     if fact["predicted"] is None:
         return {"speed": "not measured (--costs)"}
     at = ", ".join(
-        f"{row['tokens_per_second']:.3g} at {row['defer_rate']:.0%}" for row in fact["predicted"]
+        f"{_speed(row['tokens_per_second'])} at {row['defer_rate']:.0%}" for row in fact["predicted"]
     )
     if "team" in fact:
-        alone = ", ".join(f"{n} {x:.3g}" for n, x in fact["experts_tokens_per_second"].items())
+        alone = ", ".join(f"{n} {_speed(x)}" for n, x in fact["experts_tokens_per_second"].items())
         return {"tokens_per_second": f"experts alone: {alone}; called equally often, together {at}"}
     alone, limit = fact["expert_tokens_per_second"], fact["break_even"]
     fastest = fact["fastest_type"]
@@ -226,7 +230,7 @@ def _speed_lines(fact: dict[str, Any]) -> dict[str, str]:
     else:
         cure = "a smaller base raises" if fastest else f"{FASTEST} files, or a smaller base, raise"
         pays = f"below a defer rate of {limit:.0%}; {cure} it"
-    return {"tokens_per_second": f"expert alone {alone:.3g}; together {at}", "pays": pays}
+    return {"tokens_per_second": f"expert alone {_speed(alone)}; together {at}", "pays": pays}
 
 
 def as_text(facts: list[dict[str, Any]]) -> str:

@@ -109,6 +109,18 @@ def listed_pair(name: str) -> tuple[str, dict[str, str]]:
     return roles["base"].reference, references
 
 
+def references_of(name: str) -> list[str]:
+    """Return the references of a name in models.txt: a base's, its experts', a switch's. Of any
+    other name, itself."""
+    roles = known_pairs().get(name)
+    if roles is None or os.path.exists(name):
+        return [name]
+    order = [
+        role for place in ("base", "expert", "switch") for role in roles if role.startswith(place)
+    ]
+    return [roles[role].reference for role in order]
+
+
 def check_offline(servers: Iterable[str]) -> None:
     """Raise ModelError for a server, HOST:PORT, that is not on this machine."""
     for server in servers:

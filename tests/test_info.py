@@ -45,6 +45,13 @@ def test_costs_are_measured_on_request_and_cached(tiny):
     assert info(tiny["base"], "-t", "1")[0]["decode_costs_in_ms"] == facts["decode_costs_in_ms"]
 
 
+def test_a_name_stands_for_all_of_its_files():
+    base, expert, switch, pair = info("demo")
+    assert [Path(one["model"]).name for one in (base, expert)] == ["base.gguf", "expert.gguf"]
+    assert Path(switch["switch"]).name == "switch.gguf"
+    assert pair["can_collaborate"].startswith("yes")
+
+
 def test_two_models_are_compared(tiny):
     base, expert, pair = info(tiny["base"], tiny["expert"])
     assert base["vocabulary"] == expert["vocabulary"]

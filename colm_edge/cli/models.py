@@ -52,14 +52,12 @@ def pull_command(refs: tuple[str, ...], offline: bool) -> None:
     alias in models.txt stands for all files of a pair. A download goes on where a connection
     broke, or an earlier one was stopped.
     """
-    from colm_edge.references import known_pairs, resolve
+    from colm_edge.references import references_of, resolve
 
-    known = known_pairs()
     for ref in refs:
-        wanted = [line.reference for line in known[ref].values()] if ref in known else [ref]
-        for reference in wanted:
+        for reference in references_of(ref):
             path = resolve(reference, offline=offline, note=say)
-            if not Path(path).exists():
+            if not Path(path).is_file():
                 raise ColmError(
                     f"{reference}: neither a name in models.txt nor a reference; expected a "
                     "name that `colm-edge models` lists, user/repo:file.gguf or "
@@ -122,7 +120,8 @@ def quantize_command(
 @THREADS
 @output_option("md", "json")
 def info_command(refs: tuple[str, ...], costs: bool, n_threads: int, output: str) -> None:
-    """Describe a model or a switch; of a base and its experts, say if they fit together.
+    """Describe a model or a switch; of a base and its experts, or a name in models.txt, say if
+    they fit together.
 
     The exit code is 1 if they do not.
     """

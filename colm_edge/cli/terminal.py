@@ -378,7 +378,9 @@ class Chat:
         changed = {name: value}
         if not text and name in ("threshold", "defer_rate"):  # one of them took the other's place
             changed = {both: getattr(self._at_start, both) for both in ("threshold", "defer_rate")}
-        self.pair.defaults = self.pair.defaults.with_changes(**changed)
+        settings = self.pair.defaults.with_changes(**changed)
+        self.pair.check_options(settings)  # now, not at the next message
+        self.pair.defaults = settings
         say(f"{name} {self._shown(name)}")
 
     def _shown(self, name: str) -> Any:

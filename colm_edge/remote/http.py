@@ -53,6 +53,8 @@ class Server:
             raise ModelError(f"{url}: {e}; expected http://host:port") from e
         if not parsed.host or not 0 < (parsed.port or 80) < 1 << 16:
             raise ModelError(f"{url} is not an address; expected http://host:port")
+        if parsed.query:
+            raise ModelError(f"{url} has a query; expected http://host:port")
         self.is_local = is_this_machine(parsed.host)
         self.address = str(parsed.copy_with(userinfo=b"")).rstrip("/").removesuffix("/v1")
         self.name = f"{self.address}#{self.model}" if self.model else self.address

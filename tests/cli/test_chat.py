@@ -134,6 +134,7 @@ def test_a_chat_in_a_terminal(tiny):
         assert "\x1b[36m" not in answer
         assert "Error: no setting colour" in it.say("/set colour red")
         assert "Error: temperature is 'warm'" in it.say("/set temperature warm")
+        assert "Error: the grammar is not valid" in it.say("/set grammar x")
         assert "Error: no command /dance" in it.say("/dance")
         it.send('"""two\r')
         it.expect(r"\.\.\.")

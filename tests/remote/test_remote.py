@@ -130,7 +130,7 @@ def test_a_key_that_no_header_may_have_is_named(tiny, monkeypatch):
 
 
 def test_what_is_not_an_address_is_said_at_the_start(tiny):
-    for address in ("http://", "http://127.0.0.1:99999", "http://:80"):
+    for address in ("http://", "http://127.0.0.1:99999", "http://:80", "http://127.0.0.1:80?x=1"):
         with pytest.raises(ModelError, match="expected http://host:port"):
             load(tiny["base"], address, "margin")
     with pytest.raises(ModelError, match=r"write a server as http://127.0.0.1:8080"):
