@@ -215,7 +215,8 @@ def _speed_lines(fact: dict[str, Any]) -> dict[str, str]:
     if fact["predicted"] is None:
         return {"speed": "not measured (--costs)"}
     at = ", ".join(
-        f"{_speed(row['tokens_per_second'])} at {row['defer_rate']:.0%}" for row in fact["predicted"]
+        f"{_speed(row['tokens_per_second'])} at {row['defer_rate']:.0%}"
+        for row in fact["predicted"]
     )
     if "team" in fact:
         alone = ", ".join(f"{n} {_speed(x)}" for n, x in fact["experts_tokens_per_second"].items())

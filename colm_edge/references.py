@@ -16,6 +16,7 @@ from colm_edge.hub import Note, fetch, find_cached, is_reference
 DEMO_PAIR = "demo"
 # A model to be quantised here: the reference it is made from, and its types.
 _QUANTISED = re.compile(r"(.+)@(\w+)(?:\+(\w+))?")
+_COMMENT = re.compile(r"(?:^|\s)#")  # a server's address has its model behind a #
 _ADDRESS = re.compile(r"[\w.-]+:\d{1,5}")
 _PACKAGE = Path(__file__).parent
 _NAME = re.compile(r"\w[\w.-]*")  # of an expert; a folder may be named so
@@ -62,7 +63,7 @@ def known_pairs() -> dict[str, dict[str, ListedModel]]:
     except (OSError, UnicodeDecodeError) as e:
         raise ModelError(f"{path}: cannot be read ({e}); install colm-edge again") from e
     for number, line in enumerate(lines, 1):
-        fields = line.split("#")[0].split(maxsplit=4)
+        fields = _COMMENT.split(line)[0].split(maxsplit=4)
         if not fields:
             continue
         if len(fields) < 4 or not _ROLE.fullmatch(fields[1]):

@@ -87,6 +87,14 @@ def test_a_pair_without_a_switch_uses_margin(tmp_path, monkeypatch):
     )
 
 
+def test_the_model_of_a_listed_server_is_no_comment(tmp_path, monkeypatch):
+    listing = tmp_path / "models.txt"
+    listing.write_text("#all\nmine base /a.gguf MIT x # y\nmine expert http://h:1#m MIT\n")
+    monkeypatch.setattr(references, "_models_txt", lambda: listing)
+    assert references.listed_pair("mine") == ("/a.gguf", {"": "http://h:1#m"})
+    assert references.known_pairs()["mine"]["base"].note == "x"
+
+
 def test_offline_a_remote_server_is_refused():
     with pytest.raises(ModelError, match="--offline allows only servers on this machine"):
         references.resolve("http://10.1.2.3:8080", offline=True)
