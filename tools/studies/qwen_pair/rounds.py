@@ -27,6 +27,7 @@ import numpy.typing as npt
 
 from colm_edge import load, readout
 from colm_edge.decode.picker import likeliest
+from colm_edge.files import replacing, sha256_of
 from colm_edge.journal import Journal, is_count, key_of
 from colm_edge.llama.scorer import Scorer
 from colm_edge.options import Options
@@ -96,7 +97,7 @@ def own_answers(pair: Pair, prompts: list[tuple[int, str]], work: Path) -> Docum
     for line, prompt in prompts:
         tokens = pair.prompt_tokens([{"role": "user", "content": prompt}])
         options = Options(temperature=0.0, defer_rate=float(draw.choice(RATES)), max_tokens=400)
-        models = *identity(pair, pair.members), pair.switch.name
+        models = *identity(pair, pair.members), sha256_of(pair.switch.name)
         keys[line] = key_of(models, options.changed, tokens)
         tasks.append(Task(line, tokens, options))
     todo = [task for task in tasks if journal.get(keys[task.key], _is_kept) is None]
@@ -217,7 +218,8 @@ def main(
         key = key_of(identity(pair, pair.members), own.keys.tolist())
         kept = work / "own" / f"unsure-{key[:8]}.npy"
         if not kept.exists():
-            np.save(kept, unsure(pair, own))
+            with replacing(kept) as temporary, temporary.open("wb") as file:
+                np.save(file, unsure(pair, own))
         second = of_scores(scores, by_rule_w(scores, np.load(kept)))
     mean = second.regret.mean(), second.weighed.mean()
     click.echo(
