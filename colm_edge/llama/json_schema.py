@@ -166,15 +166,29 @@ class Plain:
     def _name_of(self, ref: Any, path: str) -> str:
         """Return the name of what a reference points to, which is rewritten once."""
         if ref not in self._refs:
-            target, seen = self._target(ref, path), {ref}
-            while isinstance(target, Mapping) and "$ref" in target:
-                if target["$ref"] in seen:
-                    raise ValueError(f"$ref of {_place(path)} is {ref!r}, which leads to itself")
-                seen.add(target["$ref"])
+            target, seen = self._target(ref, path), [ref]
+            while isinstance(target, Mapping) and target.keys() - ANNOTATIONS == {"$ref"}:
+                self._see(target["$ref"], seen, path)
                 target = self._target(target["$ref"], path)
             name = self._refs[ref] = f"ref-{len(self._refs)}"
             self._defs[name] = self._of(target, str(ref))
         return self._refs[ref]
+
+    def _found(self, schema: Any, path: str) -> Any:
+        """Return a schema with what its reference leads to, over others if need be, in it."""
+        seen = list[Any]()
+        while isinstance(schema, Mapping) and "$ref" in schema:
+            ref, more = schema["$ref"], {key: x for key, x in schema.items() if key != "$ref"}
+            self._see(ref, seen, path)
+            target = self._target(ref, path)
+            schema = {**target, **more} if isinstance(target, Mapping) else target
+        return schema
+
+    @staticmethod
+    def _see(ref: Any, seen: list[Any], path: str) -> None:
+        if ref in seen:
+            raise ValueError(f"$ref of {_place(path)} is {ref!r}, which leads to itself")
+        seen.append(ref)
 
     def _target(self, ref: Any, path: str) -> Any:
         if not isinstance(ref, str) or not ref.startswith("#"):
@@ -208,9 +222,7 @@ class Plain:
 
     def _flat(self, part: Any, path: str) -> Json:
         """Return a part of an allOf without references and parts of its own."""
-        while isinstance(part, Mapping) and "$ref" in part:
-            more = {key: value for key, value in part.items() if key != "$ref"}
-            part = {**self._target(part["$ref"], path), **more}
+        part = self._found(part, path)
         if not isinstance(part, Mapping):
             raise ValueError(f"allOf of {_place(path)} holds {str(part)[:40]!r}; expected objects")
         return self._merged(part, path) if "allOf" in part else dict(part)

@@ -147,9 +147,6 @@ class Model:
         try:
             with cores().lent(), suppress(ModelError, CancelledError):
                 self._load(self._check_wanted, self._tell_who_waits)
-        except BaseException:
-            if self._raised is None:
-                raise
         finally:
             self._preparing = None
 
@@ -161,9 +158,9 @@ class Model:
         if self._n_waiting and self._progress is not None:
             try:
                 self._progress(share)
-            except BaseException as e:  # which ends the load; `_load` raises it where one waits
+            except BaseException as e:  # for the caller who waits, in `_load`; this one ends
                 self._raised = e
-                raise
+                raise CancelledError from e
 
     def load(self, check: Callable[[], None] | None = None) -> Any:
         """Return llama.cpp's model, reading the weights on the first call.

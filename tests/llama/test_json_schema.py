@@ -172,6 +172,18 @@ def test_or_is_left_out_where_that_is_wanted(keyword):
         ({"type": "array", "items": False, "minItems": 1}, "items allows none"),
         ({"$ref": "#"}, "which leads to itself"),
         (
+            {"allOf": [{"$ref": "#/$defs/a"}], "$defs": {"a": {"$ref": "#/$defs/a"}}},
+            "which leads to itself",
+        ),
+        (
+            {
+                "type": "null",
+                "anyOf": [{"$ref": "#/$defs/a"}],
+                "$defs": {"a": {"$ref": "#/$defs/a"}},
+            },
+            "which leads to itself",
+        ),
+        (
             {
                 "$ref": "#/$defs/a",
                 "$defs": {"a": {"$ref": "#/$defs/b"}, "b": {"$ref": "#/$defs/a"}},
