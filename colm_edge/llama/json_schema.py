@@ -31,6 +31,8 @@ ANNOTATIONS = {
 }  # fmt: skip
 ANY: Json = {"type": ["object", "array", "string", "number", "boolean", "null"]}
 DIGITS = 15  # the most of an unbounded number
+# References that are looked up: where each of two leads to two more, they would not end.
+MOST_LOOKUPS = 10_000
 
 
 class Plain:
@@ -46,6 +48,7 @@ class Plain:
         self._root, self._strict = schema, strict
         self._refs: dict[str, str] = {}  # the name of each definition that is referred to
         self._defs: Json = {}
+        self._n_lookups = 0
         self.rules: dict[str, str] = {}
         self.schema = self._of(schema, "") if schema else {"type": "object"}
         if "$ref" in self.schema:  # at the root the translation does not look it up
@@ -193,6 +196,9 @@ class Plain:
     def _target(self, ref: Any, path: str) -> Any:
         if not isinstance(ref, str) or not ref.startswith("#"):
             raise ValueError(f"$ref of {_place(path)} is {str(ref)[:80]!r}; expected #/…")
+        self._n_lookups += 1
+        if self._n_lookups > MOST_LOOKUPS:
+            raise ValueError(f"it leads through more than {MOST_LOOKUPS:,} references; simplify it")
         target: Any = self._root
         for escaped in ref.removeprefix("#").split("/")[1:]:
             key = escaped.replace("~1", "/").replace("~0", "~")

@@ -199,3 +199,16 @@ def test_what_is_no_schema_is_told(schema, words, strict):
     with pytest.raises(ColmError, match="the JSON schema cannot be used") as refused:
         grammar_of(schema, strict=strict)
     assert words in str(refused.value)
+
+
+@pytest.mark.parametrize("keyword", ["anyOf", "allOf"])
+def test_references_that_double_end_in_a_line(keyword):
+    """Each of twenty leads twice to the next one."""
+    both = {
+        f"d{i}": {keyword: [{"$ref": f"#/$defs/d{i + 1}"}, {"$ref": f"#/$defs/d{i + 1}"}]}
+        for i in range(20)
+    }
+    defs = {**both, "d20": {"const": "x"}}
+    schema = {"type": "string", keyword: [{"$ref": "#/$defs/d0"}], "$defs": defs}
+    with pytest.raises(ColmError, match="more than 10,000 references"):
+        grammar_of(schema)
