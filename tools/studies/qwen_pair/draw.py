@@ -18,13 +18,12 @@ from matplotlib.figure import Figure
 
 from colm_edge.files import check_writable, replacing
 
-REVIEWED = "the pair, with review"
 STYLES = {
     "base": ("k", "<"),
     "expert": ("k", ">"),
     "speculative": ("C3", "s"),
     "the pair": ("C0", "o"),
-    REVIEWED: ("C2", "P"),
+    "the pair, with review": ("C2", "P"),
 }
 
 
@@ -53,10 +52,7 @@ def main(figures: Path, picture: Path) -> None:
             style |= {"markersize": 13, "markerfacecolor": "none"}
         axes.errorbar(x, y, [below, above], label=method, elinewidth=0.6, **style)
         for i, text in enumerate(labels):
-            place: dict[str, Any] = {"xytext": (9, 3)}
-            if method == REVIEWED:  # these lie close together: labels on the left, up and down
-                place = {"xytext": (-9, -11 if i % 2 else 4), "ha": "right"}
-            axes.annotate(text, (x[i], y[i]), textcoords="offset points", fontsize=8, **place)
+            axes.annotate(text, (x[i], y[i]), (9, 3), textcoords="offset points", fontsize=8)
     axes.set(xlabel="tokens per second, two CPU cores", ylabel="GSM8K, right of 300 (%)")
     axes.set_xlim(left=15)
     axes.set_ylim(bottom=0)
