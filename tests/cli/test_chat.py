@@ -76,7 +76,10 @@ class Terminal:
         while not (found := re.search(pattern, self.text)):
             assert time.monotonic() < deadline, f"no {pattern!r} in {self.text[-500:]!r}"
             if select.select([self.master], [], [], 0.5)[0]:
-                self.text += os.read(self.master, 65536).decode("utf-8", "replace")
+                try:
+                    self.text += os.read(self.master, 65536).decode("utf-8", "replace")
+                except OSError as e:  # it has ended
+                    raise AssertionError(f"exit {self.ends()} after {self.text[-500:]!r}") from e
             else:
                 self.send(after)
         before, self.text = self.text[: found.end()], self.text[found.end() :]
