@@ -90,19 +90,25 @@ class HomeLock(_Guard):
         self._lock.acquire()
 
 
-class Alone(_Guard):
-    """Held while llama.cpp works on a context. Another thread that comes meanwhile, and a child of
-    fork, get ModelError, where llama.cpp would crash or hang."""
+class Alone:
+    """The lock of a context, held while llama.cpp works on it: `with alone.lock():`."""
 
-    __slots__ = ()
+    __slots__ = ("_lock", "home")
 
     def __init__(self) -> None:
-        super().__init__(threading.Lock())
+        self.home, self._lock = Home(), threading.Lock()
 
-    def __enter__(self) -> None:
+    def lock(self) -> threading.Lock:
+        """Return the lock. Another thread that comes meanwhile, and a child of fork, get
+        ModelError, where llama.cpp would crash or hang.
+
+        It is taken by the `with` statement itself: behind a method of ours that takes it, Ctrl-C
+        could come before the block has begun, and it would stay taken.
+        """
         self.home.check()
-        if not self._lock.acquire(blocking=False):
+        if self._lock.locked():
             raise ModelError(
                 "two threads use one context at once; use the pair's own methods, which wait, or "
                 "load another pair"
             )
+        return self._lock

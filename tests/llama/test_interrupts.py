@@ -9,6 +9,7 @@ import pytest
 
 from colm_edge.llama.interrupts import interrupts_noted
 from colm_edge.llama.model import Model
+from colm_edge.llama.owners import Alone
 
 
 @pytest.fixture(autouse=True)
@@ -57,3 +58,24 @@ def test_a_load_ends_with_it_every_time(tiny, capfd):
         assert not model.loaded
     model.close()
     assert "ignored" not in capfd.readouterr().err
+
+
+@pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="a POSIX system")
+def test_what_is_taken_is_given_back_wherever_an_interrupt_comes():
+    """A context that stays taken would refuse every later answer."""
+    alone, n_interrupts = Alone(), 0
+    before = signal.signal(signal.SIGALRM, signal.default_int_handler)
+    try:
+        while n_interrupts < 400:
+            try:
+                signal.setitimer(signal.ITIMER_REAL, 1e-4 * (1 + n_interrupts % 7))
+                while True:
+                    with alone.lock():
+                        pass
+            except KeyboardInterrupt:
+                n_interrupts += 1
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    with alone.lock():
+        pass
