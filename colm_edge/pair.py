@@ -114,7 +114,7 @@ class Pair:
         if not self._lock.home.is_here:
             return  # they are the parent's
         self._closing = True
-        with self._lock:
+        with self._lock.held():
             close_each(*(member.close for member in self.members), self._close_base)
 
     def _close_base(self) -> None:
@@ -152,7 +152,7 @@ class Pair:
 
     def unload_expert(self) -> None:
         """Free the memory of the experts in this process; the next token of each loads it again."""
-        with self._lock:
+        with self._lock.held():
             here = [member for member in self.members if member.here is not None]
             close_each(*(member.unload for member in here or self.members))
 
@@ -164,12 +164,12 @@ class Pair:
     def cost_tables(self) -> tuple[CostTable, CostTable]:
         """Return the cost tables of the base and the first expert: measured once, then cached on
         disk."""
-        with self._lock:
+        with self._lock.held():
             return self.members[0].cost_tables(hasty=False)
 
     def measure_at_length(self, cancel: Cancel) -> None:
         """Measure again what was measured in a hurry, while nobody waits. Raises CancelledError."""
-        with self._lock:
+        with self._lock.held():
             if refine((self.base_session, *(member.here for member in self.members)), cancel):
                 for member in self.members:
                     member.planner.forget_costs()
@@ -190,7 +190,7 @@ class Pair:
         Raises ColmError when it cannot be written.
         """
         self.check_one_expert("a prompt cache")
-        with self._lock:
+        with self._lock.held():
             save_prompts(path, self.base_session, self.expert_session)
 
     def load_prompts(self, path: str | os.PathLike[str]) -> None:
@@ -199,7 +199,7 @@ class Pair:
         Raises ColmError when the file is broken, or belongs to other models or settings.
         """
         self.check_one_expert("a prompt cache")
-        with self._lock:
+        with self._lock.held():
             load_prompts(path, self.base_session, self.expert_session)
 
     def generate(self, prompt: str, **options: Any) -> Answer:
@@ -362,7 +362,7 @@ class Pair:
             prepare(here, self.base_session)
 
     def _exhaust(self, stream: Stream) -> Answer:
-        with self._lock:
+        with self._lock.held():
             for _ in stream:
                 if self._closing:
                     raise ModelError("the pair is closed; load it again")

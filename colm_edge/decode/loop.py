@@ -166,7 +166,7 @@ class Decoder:
         stats = self.stats
         begun = perf_counter()
         try:
-            with self._lock:
+            with self._lock.held():
                 self._turn()
                 event = self._schedule.next(self)
         except CancelledError:
@@ -279,7 +279,7 @@ class Decoder:
         last, policy = len(self.tokens) - 1, self.policy
         self.policy = policy.copy()  # what is read here must not change the answer
         try:
-            with self._lock:
+            with self._lock.held():
                 self._turn()
                 for start in range(first - 1, last, PROMPT_OUTPUTS):
                     steps += self._read_tokens(start, min(start + PROMPT_OUTPUTS, last))

@@ -45,7 +45,7 @@ class ChatTemplate:
             "raise_exception": _raise,
             "strftime_now": _now,
         }
-        with self._lock:
+        with self._lock.held():
             try:
                 environment, template = self._environment()
                 environment.spent = Spent()

@@ -305,7 +305,7 @@ class Context:
         hidden: compute hidden states as well as logits; llama.cpp then treats every row as an
         output, whatever the batch says. Raises ModelError when llama.cpp cannot evaluate it.
         """
-        with self._alone.lock():
+        with self._alone.held():
             if hidden != self._embeddings:
                 llama.llama_set_embeddings(self._handle, hidden)
                 self._embeddings = hidden
@@ -378,19 +378,19 @@ class Context:
     def drop(self, sequence: int, keep: int) -> None:
         """Roll a sequence back to its first `keep` tokens. Raises ModelError when the model cannot
         do that."""
-        with self._alone.lock():
+        with self._alone.held():
             dropped = llama.llama_memory_seq_rm(self._memory, sequence, keep, -1)
         if not dropped:
             raise ModelError(f"{self.model.path}: the model cannot roll back its KV cache")
 
     def clear(self) -> None:
         """Empty the KV cache of every sequence."""
-        with self._alone.lock():
+        with self._alone.held():
             llama.llama_memory_clear(self._memory, False)
 
     def save(self, sequence: int) -> Bytes:
         """Return llama.cpp's state of a sequence, for `restore`."""
-        with self._alone.lock():
+        with self._alone.held():
             state = np.empty(llama.llama_state_seq_get_size(self._handle, sequence), np.uint8)
             to = _pointer_to(state)
             n = llama.llama_state_seq_get_data(self._handle, to, len(state), sequence)
@@ -401,7 +401,7 @@ class Context:
         so many tokens."""
         state = np.ascontiguousarray(state)
         pointer = _pointer_to(state)
-        with self._alone.lock():
+        with self._alone.held():
             n = int(llama.llama_state_seq_set_data(self._handle, pointer, len(state), sequence))
             last = llama.llama_memory_seq_pos_max(self._memory, sequence)
         return 0 < n == len(state) and last == n_tokens - 1
@@ -410,7 +410,7 @@ class Context:
         """Free the context; it can be opened again, empty. In a child of fork it is left alone:
         llama.cpp would wait for its threads."""
         if self._handle is not None and self.home.is_here:
-            with self._alone.lock():
+            with self._alone.held():
                 llama.llama_free(self._handle)
         self._handle = self._memory = None
         self._embeddings, self._views = False, {}

@@ -229,7 +229,7 @@ class Model:
     def unload(self) -> None:
         """Free the weights and keep the vocabulary; the next `load` reads the weights again. Free
         the model's contexts first."""
-        with self._lock:
+        with self._lock.held():
             if self._loaded:
                 vocabulary = self._open(vocab_only=True)
                 llama.llama_model_free(self._handle)
@@ -241,7 +241,7 @@ class Model:
         if not self._lock.home.is_here:  # the parent's
             self._handle = None
             return
-        with self._lock:
+        with self._lock.held():
             if self._handle is not None:
                 llama.llama_model_free(self._handle)
                 self._handle, self._adapter, self._loaded = None, None, False
@@ -268,12 +268,12 @@ class Model:
     def each_token(self, read: Callable[[Any, int], Read]) -> list[Read]:
         """Return what llama.cpp's vocabulary says of each token, (n_vocab,)."""
         n = self.n_vocab
-        with self._lock:
+        with self._lock.held():
             vocab = self._vocab
             return [read(vocab, token) for token in range(n)]
 
     def _read_vocab(self, read: Callable[[Any], Any]) -> int:
-        with self._lock:
+        with self._lock.held():
             return int(read(self._vocab))
 
     def metadata(self, key: str) -> str | None:
@@ -281,7 +281,7 @@ class Model:
         size = 256
         while True:
             buffer = ctypes.create_string_buffer(size)
-            with self._lock:
+            with self._lock.held():
                 handle = self._check_open()
                 n = llama.llama_model_meta_val_str(handle, key.encode(), buffer, size)
             if n < 0:
@@ -323,7 +323,7 @@ class Model:
         size = 64 * len(tokens)
         while True:
             buffer = ctypes.create_string_buffer(size)
-            with self._lock:
+            with self._lock.held():
                 n = llama.llama_detokenize(self._vocab, ids, len(tokens), buffer, size, False, True)
             if n >= 0:
                 return buffer.raw[:n].decode("utf-8", "replace")
@@ -339,7 +339,7 @@ class Model:
         """Read those of some tokens at once: one by one they take three times as long."""
         size, n_vocab = 256, self.n_vocab
         buffer = ctypes.create_string_buffer(size)
-        with self._lock:
+        with self._lock.held():
             vocab = self._vocab
             for token in range(start, min(start + PIECES, n_vocab)):
                 n = llama.llama_token_to_piece(vocab, token, buffer, size, 0, False)
@@ -351,7 +351,7 @@ class Model:
 
     def token_text(self, token: int) -> str:
         """Return a token as the vocabulary spells it, special tokens included."""
-        with self._lock:
+        with self._lock.held():
             text = llama.llama_vocab_get_text(self._vocab, token)
         return (text or b"").decode("utf-8", "replace")
 
@@ -395,7 +395,7 @@ class Model:
     def _control_names(self, text: str) -> set[str]:
         """Return the names of the control tokens that `tokenize` finds in a text."""
         tokens = set(self.tokenize(text, bos=False))
-        with self._lock:
+        with self._lock.held():
             vocab = self._vocab
             found = [t for t in tokens if llama.llama_vocab_get_attr(vocab, t) & CONTROL]
         names = {self.token_text(token) for token in found}
@@ -406,7 +406,7 @@ class Model:
         size = len(raw) + 8
         while True:
             buffer = (llama.llama_token * size)()
-            with self._lock:
+            with self._lock.held():
                 n = llama.llama_tokenize(self._vocab, raw, len(raw), buffer, size, bos, special)
             if n >= 0:
                 return list(buffer[:n])

@@ -58,25 +58,23 @@ def close_each(*closers: Callable[[], object]) -> None:
         raise first
 
 
-class _Guard:
-    """A lock of one process, for `with` blocks; its classes say how it is taken."""
+class HomeLock:
+    """A lock that raises ModelError in a child of fork: `with lock.held():`. A thread that holds it
+    may take it again.
+
+    Here and in `Alone` the `with` statement itself takes it: behind a method of ours that does,
+    Ctrl-C could come before the block has begun, and it would stay taken.
+    """
 
     __slots__ = ("_lock", "home")
 
-    def __init__(self, lock: threading.Lock | threading.RLock) -> None:
-        self.home, self._lock = Home(), lock
-
-    def __exit__(self, *_: object) -> None:
-        self._lock.release()
-
-
-class HomeLock(_Guard):
-    """A threading.RLock that raises ModelError in a child of fork."""
-
-    __slots__ = ()
-
     def __init__(self) -> None:
-        super().__init__(threading.RLock())
+        self.home, self._lock = Home(), threading.RLock()
+
+    def held(self) -> threading.RLock:
+        """Return what takes it for a `with` block."""
+        self.home.check()
+        return self._lock
 
     def acquire(self, timeout: float = -1) -> bool:
         self.home.check()
@@ -85,26 +83,18 @@ class HomeLock(_Guard):
     def release(self) -> None:
         self._lock.release()
 
-    def __enter__(self) -> None:
-        self.home.check()
-        self._lock.acquire()
-
 
 class Alone:
-    """The lock of a context, held while llama.cpp works on it: `with alone.lock():`."""
+    """The lock of a context, held while llama.cpp works on it: `with alone.held():`."""
 
     __slots__ = ("_lock", "home")
 
     def __init__(self) -> None:
         self.home, self._lock = Home(), threading.Lock()
 
-    def lock(self) -> threading.Lock:
-        """Return the lock. Another thread that comes meanwhile, and a child of fork, get
-        ModelError, where llama.cpp would crash or hang.
-
-        It is taken by the `with` statement itself: behind a method of ours that takes it, Ctrl-C
-        could come before the block has begun, and it would stay taken.
-        """
+    def held(self) -> threading.Lock:
+        """Return what takes it for a `with` block. Another thread that comes meanwhile, and a child
+        of fork, get ModelError, where llama.cpp would crash or hang."""
         self.home.check()
         if self._lock.locked():
             raise ModelError(

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import signal
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
 from colm_edge.llama.interrupts import interrupts_noted
 from colm_edge.llama.model import Model
-from colm_edge.llama.owners import Alone
+from colm_edge.llama.owners import Alone, HomeLock
 
 
 @pytest.fixture(autouse=True)
@@ -61,21 +62,22 @@ def test_a_load_ends_with_it_every_time(tiny, capfd):
 
 
 @pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="a POSIX system")
-def test_what_is_taken_is_given_back_wherever_an_interrupt_comes():
-    """A context that stays taken would refuse every later answer."""
-    alone, n_interrupts = Alone(), 0
+@pytest.mark.parametrize("kind", [Alone, HomeLock])
+def test_what_is_taken_is_given_back_wherever_an_interrupt_comes(kind):
+    """A context that stays taken would refuse every later answer; a pair, keep others waiting."""
+    lock, n_interrupts = kind(), 0
     before = signal.signal(signal.SIGALRM, signal.default_int_handler)
     try:
         while n_interrupts < 400:
             try:
                 signal.setitimer(signal.ITIMER_REAL, 1e-4 * (1 + n_interrupts % 7))
                 while True:
-                    with alone.lock():
+                    with lock.held():
                         pass
             except KeyboardInterrupt:
                 n_interrupts += 1
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
-    with alone.lock():
-        pass
+    with ThreadPoolExecutor() as others:
+        assert others.submit(lock.held().acquire, timeout=10).result()
