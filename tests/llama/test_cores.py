@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import subprocess
 import sys
 
@@ -11,8 +12,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from colm_edge.llama import WAITS, threads
 from colm_edge.llama import context as contexts
-from colm_edge.llama import threads
 from colm_edge.llama.context import ContextOptions
 from colm_edge.llama.measure import cost_table, kept_table
 from colm_edge.llama.model import Model
@@ -223,3 +224,18 @@ def test_a_child_that_has_ended_is_not_another_program(monkeypatch):
     burn = "import time\nwhile time.process_time() < 0.2: pass"
     subprocess.run([sys.executable, "-I", "-c", burn], check=True)
     assert threads.others_seconds() <= before - 0.15
+
+
+WAITING = "import os, colm_edge.llama.backend; print([os.environ.get(name) for name in {!r}])"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the waits are set on Linux alone")
+@pytest.mark.parametrize("own", [{}, {"OMP_WAIT_POLICY": "passive"}, {"GOMP_SPINCOUNT": "7"}])
+def test_threads_of_a_second_team_wait_awake_unless_the_user_says_how(own):
+    """Before llama.cpp is loaded, which reads it once."""
+    names = list(WAITS)
+    env = {name: value for name, value in os.environ.items() if name not in WAITS} | own
+    code = WAITING.format(names)
+    found = subprocess.check_output([sys.executable, "-c", code], env=env, text=True)
+    expected = own or WAITS
+    assert found.strip() == str([expected.get(name) for name in names])
