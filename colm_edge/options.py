@@ -176,6 +176,14 @@ class Options:
         request="colm",
         help="The most tokens that wait for the expert's review.",
     )
+    review_floor: float | None = option(
+        None,
+        "--review-floor",
+        limits=(0, 1),
+        request="colm",
+        help="Review only tokens whose p_defer is at least this.  [default: half of the tokens, by "
+        "the switch's calibration; all with --review 0 or an untrained switch]",
+    )
     doubt: float = option(
         math.inf,
         "--doubt",
@@ -278,6 +286,8 @@ class Options:
             raise ColmError("review and doubt cannot go together; give one")
         if self.review == 0 and self.strategy == "compose":
             raise ColmError("review 0 writes the expert's own text, compose a mixture; give one")
+        if self.review == 0 and self.review_floor:
+            raise ColmError("review 0 looks at every token; leave review_floor out")
         if "" in self.stop:
             raise ColmError("a stop text is empty; give at least one character")
 

@@ -14,7 +14,7 @@ from colm_edge.cancel import Cancel
 from colm_edge.decode.background import prepare
 from colm_edge.decode.loop import Decoder
 from colm_edge.decode.parts import picker_of, policy_of, schedule_of, timelines_of
-from colm_edge.decode.policy import expected_rate, review_of, threshold_of
+from colm_edge.decode.policy import expected_rate, review_floor, review_of, threshold_of
 from colm_edge.decode.timeline import Expert, Timeline
 from colm_edge.errors import ColmError, ContextError, ModelError, PromptError
 from colm_edge.llama import chat_template
@@ -331,6 +331,7 @@ class Pair:
                 options,
                 threshold,
                 goes_back=goes_back,
+                floor=review_floor(switch, options) if goes_back and options.reviews else 0.0,
                 follow=(self.room or self.members[0]).follow if alone and threshold < 1 else None,
                 # Bets are priced for an answer alone: slots share their batches.
                 planners=bets_on(self.members, options, threshold) if alone else (),

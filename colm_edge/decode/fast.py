@@ -86,7 +86,12 @@ class Bets:
         planner = self._planners[expert]
         return most if planner is None or len(self._planners) > 1 else planner.window(most)
 
-    def reviewed(self, writer: int, n_kept: int, undone: bool) -> None:
+    def drafted(self, expert: int, looked_at: bool) -> None:
+        """Learn whether an expert is to look at a token of the base."""
+        if (planner := self._planners[expert]) is not None:
+            planner.looked_at.add(looked_at)
+
+    def reviewed(self, writer: int, n_kept: int, *, undone: bool) -> None:
         """Learn how many drafts an expert let stay, and whether it undid the one after them."""
         if (planner := self._planners[writer]) is not None:
             planner.saw_review(self._n_passed, n_kept, undone)

@@ -104,14 +104,16 @@ def schedule_of(
     threshold: float,
     *,
     goes_back: bool,
+    floor: float,
     follow: Follow | None,
     planners: Sequence[Planner | None],
     alone: int | None,
 ) -> Schedule:
     """Return in which batches the models are evaluated.
 
-    goes_back: as for `picker_of`. planners: as for `Bets`; empty where none may be placed. alone:
-    the expert that writes every token at a threshold of 0; None where that depends on the base.
+    goes_back: as for `picker_of`. floor: as for `Review`. planners: as for `Bets`; empty where none
+    may be placed. alone: the expert that writes every token at a threshold of 0; None where that
+    depends on the base.
     """
     if threshold <= 0 and options.strategy == "defer" and alone is not None:
         return ExpertAlone(alone)
@@ -121,5 +123,5 @@ def schedule_of(
         assert options.review is not None, "settled by the pair"
         is_exact = options.review == 0 and not options.is_likeliest
         reviewer = Exact() if is_exact else ByRule(Tolerance(options.review))
-        return Review(reviewer, options.review_window, follow, planners)
+        return Review(reviewer, options.review_window, follow, planners, floor)
     return Fast(planners, follow) if planners else Sequential(follow)

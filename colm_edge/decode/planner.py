@@ -68,6 +68,7 @@ class Planner:
         # Of deferrals after a token of the base, and after another deferral.
         self.onset, self.run = Rate(0.05, 5), Rate(0.2, 5)
         self._saved: dict[tuple[float, float], float] = {}  # by these two rates, for `saves`
+        self.looked_at = Rate(1.0, 5)  # of the base's tokens, by the expert if they wait for it
         # Of the base's tokens that were reviewed, by how many it had written since the expert's.
         self.undone = [Rate(0.03, 10) for _ in range(len(SINCE) + 1)]
         self._windows: dict[tuple[float, ...], int] = {}  # by the limit and the rates
@@ -113,9 +114,9 @@ class Planner:
         """Return after how many drafts the expert is best called to review them, at most `most`."""
         if self._base is None or self._expert is None or self.rests or self.steady:
             return most
-        rates = [rate.value for rate in (self.run, self.onset, *self.undone)]
-        run, onset, *undone = (round(rate / FINE) * FINE for rate in rates)
-        key = most, run, onset, *undone
+        rates = [rate.value for rate in (self.run, self.onset, self.looked_at, *self.undone)]
+        run, onset, looked_at, *undone = (round(rate / FINE) * FINE for rate in rates)
+        key = most, run, onset, looked_at, *undone
         if key not in self._windows:
             if len(self._windows) == MOST_WINDOWS:
                 self._windows.clear()
@@ -125,6 +126,7 @@ class Planner:
                 lambda at: onset if at else run,
                 lambda at: undone[_since(at)],
                 most,
+                looked_at,
             )
         return self._windows[key]
 

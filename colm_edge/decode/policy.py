@@ -18,6 +18,8 @@ from colm_edge.switch.rules import DEFAULT_RATE, Untrained
 # Of RatePolicy: the number of values that the quantile starts with, evenly spread from 0 to 1; the
 # tokens over which missing deferrals are made up; and the highest share meanwhile, times the rate.
 PRIOR, EVEN_OUT, MOST_AT_ONCE = 2, 16, 3
+# The share of tokens, those likeliest to be deferred, that a review looks at: docs/review.md.
+REVIEW_RATE = 0.5
 BASE = -1  # the writer of what is not deferred; experts count from 0
 
 
@@ -131,6 +133,16 @@ def review_of(switch: AnySwitch, options: Options, *, possible: bool) -> float:
     nats = switch.review if isinstance(switch, Switch) else None
     contradicts = options.doubts or (nats == 0 and options.strategy == "compose")
     return math.inf if nats is None or contradicts or not possible else nats
+
+
+def review_floor(switch: AnySwitch, options: Options) -> float:
+    """Return the p_defer from which on a review looks at a token of the base; 0 is at each."""
+    if options.review_floor is not None:
+        return options.review_floor
+    try:
+        return switch.threshold_for(REVIEW_RATE) if options.review else 0.0
+    except SwitchError:  # it has no calibration
+        return 0.0
 
 
 def expected_rate(switch: AnySwitch, options: Options) -> float | None:

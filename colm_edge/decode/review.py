@@ -5,6 +5,10 @@ also says what it thinks of each. So at every call the first token that a rule r
 with all behind it, and the expert's is put there; then the base goes on. The expert is also called
 when `window` tokens have not been reviewed, and before the base may end the answer.
 
+Where the switch is sure, the expert hardly ever objects. So a review may look only at tokens whose
+p_defer is at least a floor. The outputs of the others need not be computed, and they are final at
+once where no token before them waits.
+
 Without tolerance this writes the expert's own text: speculative decoding whose drafts end where the
 switch is unsure. With an endless tolerance it is the plain loop. Kin: BiLD (arXiv 2302.07863),
 speculative cascades (2405.19261).
@@ -14,7 +18,7 @@ from __future__ import annotations
 
 from array import array
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
@@ -103,6 +107,7 @@ class Draft:
     step: Step
     mark: Sampler | None  # the sampler's state before it
     drawn_from: Drawn | None  # if the sampler is `Fresh`
+    looked_at: bool  # by the expert; else it goes only with one before it
 
 
 @dataclass(slots=True)
@@ -181,7 +186,8 @@ class Review:
     It works with experts in this process, and belongs to one answer.
 
     window: the most tokens that wait for review. planners: of bets as in the fast schedule, if they
-    are to be placed; they may have reviews begin sooner, where shorter batches pay.
+    are to be placed; they may have reviews begin sooner, where shorter batches pay. floor: only
+    tokens whose p_defer is at least this are looked at, and those that may end the answer.
     """
 
     def __init__(
@@ -190,8 +196,9 @@ class Review:
         window: int,
         follow: Follow | None = None,
         planners: Sequence[Planner | None] = (),
+        floor: float = 0.0,
     ) -> None:
-        self._reviewer, self._window = reviewer, window
+        self._reviewer, self._window, self._floor = reviewer, window, floor
         self._follow, self._bets = follow, Bets(planners) if planners else None
         self._drafts: list[Draft] = []
         self._expert = 0  # the likeliest one at the last draft
@@ -235,8 +242,16 @@ class Review:
         if writer != BASE:
             picker.rollback(mark)
             return self._call(loop, tokens, bets, Deferral(writer, guess, logits))
+        looked_at = p_defer >= self._floor or guess.token in loop.end_tokens
+        if bets is not None:
+            bets.drafted(self._expert, looked_at)
+        if not drafts and not looked_at:
+            self._known = None  # it was of this place
+            if bets is not None:
+                bets.reviewed(self._expert, 1, undone=False)
+            return [guess]
         drawn_from = picker.sampler.drawn_from if isinstance(picker.sampler, Fresh) else None
-        drafts.append(Draft(guess, mark, drawn_from))
+        drafts.append(Draft(guess, mark, drawn_from, looked_at))
         return [Drafted(guess)]
 
     def _call(
@@ -252,26 +267,31 @@ class Review:
         self._known = None
         written: list[Event] = [draft.step for draft in drafts]
         start, at = len(loop.tokens), len(loop.tokens) + len(drafts)
+        places = [i for i, draft in enumerate(drafts, start) if draft.looked_at]
         if known is not None and not loop.keeps(writer, tokens, start):
             known = None
         placed = False
-        if deferral is not None and bets is not None:
-            placed = bets.placed(loop, writer, deferral.guess, tokens)
-        if deferral is not None and placed:
-            tokens.append(deferral.guess.token)
-        if outputs := range(start - (known is None), len(tokens)):
+        if deferral is None:
+            del tokens[places[-1] :]  # of the drafts behind nothing is asked
+            told_at = places
+        else:
+            placed = bets is not None and bets.placed(loop, writer, deferral.guess, tokens)
+            if placed:
+                tokens.append(deferral.guess.token)
+            told_at = [*places, at, at + 1] if placed else [*places, at]
+        # Something is asked of the first place: it is looked at, or deferred.
+        if outputs := [place - 1 for place in told_at[known is not None :]]:
             try:
                 loop.evaluate_expert(writer, tokens, outputs)
             except AbsentExpertError:  # its context is full of its own tokens (`Bridge`)
                 loop.stats.expert_failures += 1
                 return written if deferral is None else [*written, self._own(loop, deferral, at)]
-        told = [
-            known if known is not None and i == start else self._told(loop, writer, i, draft)
-            for i, draft in enumerate(drafts, start)
-        ]
+        told = {} if known is None or not drafts else {start: known}
+        for place in places[len(told) :]:
+            told[place] = self._told(loop, writer, place, drafts[place - start])
         n, instead = self._judge(loop, writer, drafts, told)
         if bets is not None:
-            bets.reviewed(writer, n, instead is not None)
+            bets.reviewed(writer, n, undone=instead is not None)
         if instead is not None:
             if bets is not None:
                 bets.reached(writer, start + n)
@@ -305,19 +325,23 @@ class Review:
             return logits, draft.step.token, 0.0
 
     def _judge(
-        self, loop: Decoder, writer: int, drafts: Sequence[Draft], told: Sequence[Told]
+        self, loop: Decoder, writer: int, drafts: Sequence[Draft], told: Mapping[int, Told]
     ) -> tuple[int, Step | None]:
         """Return how many drafts stay, and the expert's token for the next if it is undone."""
+        start = len(loop.tokens)
+        seen = [drafts[place - start] for place in told]
         verdicts = [
             Verdict(draft.step.token, logits, self._best(draft, logits, choice), logsumexp)
-            for draft, (logits, choice, logsumexp) in zip(drafts, told, strict=True)
+            for draft, (logits, choice, logsumexp) in zip(seen, told.values(), strict=True)
         ]
-        n, instead = self._reviewer.review(verdicts, drafts, loop.picker, loop.sources[writer])
-        loop.stats.n_reviewed += len(drafts) if instead is None else n + 1
-        if instead is not None:
-            gone = [draft.step for draft in drafts[n:]]
-            loop.undo(len(loop.tokens) + n, gone, verdicts[n].regret)
-        return n, instead
+        n, instead = self._reviewer.review(verdicts, seen, loop.picker, loop.sources[writer])
+        loop.stats.n_reviewed += len(seen) if instead is None else n + 1
+        if instead is None:
+            return len(drafts), None
+        place = list(told)[n]
+        gone = [draft.step for draft in drafts[place - start :]]
+        loop.undo(place, gone, verdicts[n].regret)
+        return place - start, instead
 
     @staticmethod
     def _own(loop: Decoder, deferral: Deferral, at: int) -> Step:

@@ -49,7 +49,10 @@ if TYPE_CHECKING:
 Floats = npt.NDArray[np.float32]
 NAME = "proxy"
 # Options of who writes, which the method does not have.
-NO_EFFECT = ("threshold", "defer_rate", "strategy", "schedule", "review", "review_window", "doubt")
+NO_EFFECT = (
+    "threshold", "defer_rate", "strategy", "schedule", "review", "review_window", "review_floor",
+    "doubt",
+)  # fmt: skip
 
 
 class Contrast:

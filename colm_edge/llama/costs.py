@@ -66,12 +66,13 @@ class CostTable:
         share = (n - low) / (high - low)
         return self.seconds[at - 1] * (1 - share) + self.seconds[at] * share
 
-    def outputs(self, n: int) -> float:
+    def outputs(self, n: float) -> float:
         """Return the seconds that n outputs take more than one: interpolated, and beyond what was
-        measured by the last ones."""
+        measured by the last ones. n may be a mean."""
         known = [(1, 0.0), *zip(OUTPUTS, self.more, strict=False)]
         if len(known) == 1:
             return 0.0
+        n = max(1.0, n)
         at = min(max(1, bisect_left([k for k, _ in known], n)), len(known) - 1)
         (low, less), (high, more) = known[at - 1 : at + 1]
         return less + (more - less) * (n - low) / (high - low)
@@ -80,9 +81,10 @@ class CostTable:
         """Return the seconds of a decode of n tokens after each of which the state is needed."""
         return self(n) + self.outputs(n)
 
-    def reviewing(self, n: int) -> float:
-        """Return the same of a batch that is padded where that is cheaper."""
-        return self.whole(n) + self.outputs(n)
+    def reviewing(self, n: int, n_outputs: float | None = None) -> float:
+        """Return the seconds of n tokens in one batch, padded where that is cheaper, after so many
+        of which, by default all, the state is needed."""
+        return self.whole(n) + self.outputs(n if n_outputs is None else n_outputs)
 
     @property
     def is_quick(self) -> bool:
@@ -161,13 +163,14 @@ def best_window(
     deferred: Callable[[int], float],
     undone: Callable[[int], float],
     most: int,
+    looked_at: float = 1.0,
 ) -> int:
     """Return after how many drafts of the base an expert that reviews them is best called: longer
     batches are cheaper by the token, and more of them is for nothing. Fewer than `most` have to
     promise a tenth more tokens per second.
 
     deferred, undone: how likely a place is deferred, and a draft there undone if it is not, by the
-    number of the base's tokens since the expert's last.
+    number of the base's tokens since the expert's last. looked_at: the share of the drafts that is.
     """
 
     def speed(window: int) -> float:
@@ -182,14 +185,14 @@ def best_window(
                 # Of the drafts before, and the token before them; it writes here if they stay.
                 share = drafting * defers
                 tokens += share * (written + kept)
-                seconds += share * (n * base(1) + expert.reviewing(n))
+                seconds += share * (n * base(1) + expert.reviewing(n, looked_at * n))
                 drafting *= 1 - defers
                 written += kept
                 kept *= 1 - undone(at)
                 at += 1
             # The last draft's state is not needed: if it stays, it is in the next batch.
             tokens += drafting * written
-            seconds += drafting * (window * base(1) + expert.reviewing(window))
+            seconds += drafting * (window * base(1) + expert.reviewing(window, looked_at * window))
             alive = drafting * kept
         return tokens / seconds
 

@@ -7,7 +7,7 @@ the expert wrote, but for the base's words after it, and a guess on any other.
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from colm_edge.decode.policy import REVIEW_RATE
 from colm_edge.llama.costs import CostTable
 from colm_edge.train.fit import Fit
 from colm_edge.train.heads import Array
@@ -28,46 +29,60 @@ MOST_TOKENS = 50_000  # of the held-back text
 
 @dataclass(frozen=True)
 class Course:
-    """How a text was written. batches: of each of the expert's calls, how many tokens it evaluates.
-    n_undone: tokens that were taken back. n_written: tokens of the text."""
+    """How a text was written. calls: of the expert, each with how many tokens it evaluates and of
+    how many places it tells. n_undone: tokens that were taken back. n_written: tokens of the text.
+    """
 
-    batches: list[int]
+    calls: list[tuple[int, int]]
     n_undone: int
     n_written: int
 
     def seconds(self, base: CostTable, expert: CostTable, *, reviews: bool) -> float:
-        """Return the predicted seconds for each token of the text. reviews: whether the expert's
-        view of every token is asked for."""
-        taken = expert.reviewing if reviews else expert.best
-        total = base(1) * (self.n_written + self.n_undone) + sum(map(taken, self.batches))
-        return total / max(1, self.n_written)
+        """Return the predicted seconds for each token of the text. reviews: whether a call is one
+        batch; else it is cut where that is cheaper."""
+        if reviews:
+            taken = sum(expert.reviewing(*call) for call in self.calls)
+        else:
+            taken = sum(expert.best(n) for n, _ in self.calls)
+        return (base(1) * (self.n_written + self.n_undone) + taken) / max(1, self.n_written)
 
 
-def course_of(deferred: Bools, rejected: Bools | None, window: int) -> Course:
+def course_of(
+    deferred: Bools, rejected: Bools | None, window: int, looked_at: Bools | None = None
+) -> Course:
     """Return how one text is written: by deferral alone, or with review.
 
-    deferred, rejected: of each token, (n,), whether the switch defers it, and whether the expert
-    would undo it; None is without review. window: the most tokens that wait for review.
+    deferred, rejected, looked_at: of each token, (n,), whether the switch defers it, whether the
+    expert would undo it, and whether it is asked that; without rejected there is no review, and
+    without looked_at it is asked of all. window: the most tokens that wait for review.
     """
-    n, batches, n_undone, at = len(deferred), list[int](), 0, 0
-    deferrals = [*np.flatnonzero(deferred).tolist(), n]
+    n, calls, n_undone = len(deferred), list[tuple[int, int]](), 0
+    held = -2  # the last token that the expert has evaluated; -1 is the prompt's last
     if rejected is None:
-        ends = [-1, *deferrals[:-1]]
-        return Course([end - start for start, end in pairwise(ends)], 0, n)
-    bad = [*np.flatnonzero(rejected & ~deferred).tolist(), n]
-    while at < n:
-        deferral = deferrals[bisect_left(deferrals, at)]
-        end = min(deferral, at + window)
-        defers = end == deferral < min(n, at + window)
-        # The last final token has not been evaluated; without a deferral the last draft is not.
-        batches.append(end - at + defers)
-        first = bad[bisect_left(bad, at)]
+        for place in np.flatnonzero(deferred).tolist():
+            calls.append((place - 1 - held, 1))
+            held = place - 1
+        return Course(calls, 0, n)
+    looks = ~deferred if looked_at is None else looked_at & ~deferred
+    looked, deferrals = np.flatnonzero(looks), [*np.flatnonzero(deferred).tolist(), n]
+    bad = [*np.flatnonzero(rejected & looks).tolist(), n]
+    at = 0
+    while (start := min(_next(deferrals, at), _next([*looked, n], at))) < n:
+        deferral, full = _next(deferrals, start), min(n, start + window)
+        defers, end = deferral < full, min(deferral, full)
+        asked = looked[np.searchsorted(looked, start) : np.searchsorted(looked, end)]
+        last = end if defers else int(asked[-1])
+        calls.append((last - 1 - held, len(asked) + defers))
+        held, at, first = last - 1, end + defers, _next(bad, start)
         if first < end:
             n_undone += end - first
-            at = first + 1
-        else:
-            at = end + defers
-    return Course(batches, n_undone, n)
+            held, at = min(held, first - 1), first + 1
+    return Course(calls, n_undone, n)
+
+
+def _next(places: Sequence[int], at: int) -> int:
+    """Return the first of the rising places from `at` on."""
+    return places[bisect_left(places, at)]
 
 
 def review_figures(fit: Fit, tables: tuple[CostTable, CostTable], window: int) -> dict[str, Any]:
@@ -84,35 +99,33 @@ def review_figures(fit: Fit, tables: tuple[CostTable, CostTable], window: int) -
     p, regret = fit.p[: len(rows)], fit.scores.regret(rows)
     base, expert = fit.scores.base[rows], fit.scores.expert[rows]
     texts = list(_texts(fit.scores.line[rows]))
+    unsure = p >= np.quantile(p, 1 - REVIEW_RATE)
 
-    def whole(deferred: Bools, rejected: Bools | None, most: int) -> Course:
-        parts = [
-            course_of(deferred[text], None if rejected is None else rejected[text], most)
-            for text in texts
-        ]
-        batches = [n for part in parts for n in part.batches]
-        return Course(batches, sum(part.n_undone for part in parts), len(rows))
-
-    def trial(deferred: Bools, rejected: Bools | None) -> tuple[dict[str, float], Array]:
+    def trial(
+        deferred: Bools, rejected: Bools | None = None, looked_at: Bools | None = None
+    ) -> tuple[dict[str, float], Array]:
         reviews = rejected is not None
         by_expert = deferred if rejected is None else deferred | rejected
         lost = -np.where(by_expert, expert, base)
         # An answer finds by itself how long its drafts best wait.
         windows = {window, *(n for n in WINDOWS if n < window and reviews)}
-        courses = [whole(deferred, rejected, most) for most in windows]
-        course = min(courses, key=lambda one: one.seconds(*tables, reviews=reviews))
+        courses = [_whole(texts, deferred, rejected, most, looked_at) for most in windows]
+        fastest = min(courses, key=lambda one: one.seconds(*tables, reviews=reviews))
         return {
             "nll_hard": float(lost.mean()),
             "by_expert": float(by_expert.mean()),
-            "expert_calls": len(course.batches) / len(rows),
-            "undone": course.n_undone / len(rows),
-            "tokens_per_second": 1 / course.seconds(*tables, reviews=reviews),
+            "expert_calls": len(fastest.calls) / len(rows),
+            "undone": fastest.n_undone / len(rows),
+            "tokens_per_second": 1 / fastest.seconds(*tables, reviews=reviews),
         }, lost
 
-    plain = [trial(p > np.quantile(p, 1 - rate), None)[0] for rate in RATES]
+    plain = [trial(p > np.quantile(p, 1 - rate))[0] for rate in RATES]
     deferred = p > fit.switch.threshold
-    off = trial(deferred, None)[0]
-    found = {nats: trial(deferred, regret > nats) for nats in TOLERANCES}
+    off = trial(deferred)[0]
+    found = {}
+    for nats in TOLERANCES:
+        looked_at = unsure if nats else np.full(len(p), True)
+        found[nats] = trial(deferred, (regret > nats) & looked_at, looked_at)
     alone = 1 / tables[1](1)
     paying = {
         nats: lost
@@ -127,6 +140,25 @@ def review_figures(fit: Fit, tables: tuple[CostTable, CostTable], window: int) -
         "off": off,
         "tolerances": [{"review": nats, **figures} for nats, (figures, _) in found.items()],
     }
+
+
+def _whole(
+    texts: Sequence[slice],
+    deferred: Bools,
+    rejected: Bools | None,
+    window: int,
+    looked_at: Bools | None,
+) -> Course:
+    """Return the course of several texts together."""
+
+    def of(column: Bools | None, text: slice) -> Bools | None:
+        return None if column is None else column[text]
+
+    parts = [
+        course_of(deferred[text], of(rejected, text), window, of(looked_at, text)) for text in texts
+    ]
+    calls = [call for part in parts for call in part.calls]
+    return Course(calls, sum(part.n_undone for part in parts), len(deferred))
 
 
 def _texts(lines: npt.NDArray[np.int64]) -> Iterator[slice]:

@@ -206,6 +206,7 @@ DECODED: tuple[dict[str, Acts], ...] = (
         "threshold": answered("--threshold", "0.4", name="threshold", found=0.4),
         "review": answered("--review", "2", name="review", found=2.0),
         "review_window": answered("--review-window", "5", name="review_window", found=5),
+        "review_floor": answered("--review-floor", "0.1", name="review_floor", found=0.1),
     },
     {
         "defer_rate": Acts(
@@ -274,6 +275,7 @@ CHANGES: dict[str, tuple[dict[str, Any], Any]] = {
     "strategy": (GREEDY, "compose"),
     "review": (GREEDY, 0.1),
     "review_window": ({**GREEDY, "threshold": 0.97, "review": 1.0}, 1),
+    "review_floor": ({**GREEDY, "threshold": 0.97, "review": 0.1}, 1.0),
     "doubt": (GREEDY, 0.0),
     "temperature": (DRAWN, 0.0),
     "top_k": (DRAWN, 1),

@@ -18,6 +18,7 @@ from colm_edge.decode.fresh import Fresh
 from colm_edge.decode.loop import Decoder, ExpertAlone
 from colm_edge.decode.planner import Planner
 from colm_edge.decode.review import ByRule, Exact, Loose, Review, Tolerance, Verdict, top_entropy
+from colm_edge.decode.step import Drafted, Undone
 from colm_edge.llama.costs import CostTable, best_window
 from colm_edge.llama.sampling import ChainSampler
 from colm_edge.options import Options
@@ -45,7 +46,7 @@ class Drawn(Scripted):
         return self.logits(tuple(self.held[: i + 1])), np.array([i + 1], np.float32)
 
 
-def reference(base, expert, p_of, prompt, nats, window, max_tokens):
+def reference(base, expert, p_of, prompt, nats, window, max_tokens, floor):
     """Co-LLM's loop with review in its simplest form: no caches, no states kept."""
     final, steps = list(prompt), []
     limit = base.n_ctx + 1
@@ -64,7 +65,8 @@ def reference(base, expert, p_of, prompt, nats, window, max_tokens):
         written = []
         for i, token in enumerate(drafts):
             theirs = expert.logits((*final, *drafts[:i]))
-            if theirs.max() - theirs[token] > nats:
+            looked_at = token == END or p_of(len(final) + i) >= floor
+            if looked_at and theirs.max() - theirs[token] > nats:
                 written.append((int(theirs.argmax()), "expert"))
                 break
             written.append((token, "base"))
@@ -88,13 +90,14 @@ parts = {
     "n_ctx": st.integers(20, 60),
     "max_tokens": st.integers(-1, 40),
     "likes_end": st.sampled_from([-2.0, 4.0, 8.0]),
+    "floor": st.sampled_from([0.0, 0.0, 0.2, 0.4, 1.1]),
 }
 
 
-def reviewed(seed, rate, nats, window, n_prompt, n_ctx, max_tokens, likes_end, **more):
+def reviewed(seed, rate, nats, window, n_prompt, n_ctx, max_tokens, likes_end, floor=0.0, **more):
     base, expert = (Drawn(seed + i, n_ctx, likes_end=likes_end) for i in (0, 1))
     prompt = [1 + i % (N_VOCAB - 1) for i in range(n_prompt)]
-    schedule = Review(ByRule(Tolerance(nats)), window, **more)
+    schedule = Review(ByRule(Tolerance(nats)), window, floor=floor, **more)
     return decoder(
         base, expert, reader(seed, rate)[0], prompt, max_tokens=max_tokens, schedule=schedule
     )
@@ -109,8 +112,9 @@ def test_review_is_the_plain_loop_with_review(**given):
     _, p_of = reader(given["seed"], given["rate"])
     prompt = [1 + i % (N_VOCAB - 1) for i in range(given["n_prompt"])]
     expected = reference(
-        base, expert, p_of, prompt, given["nats"], given["window"], given["max_tokens"]
-    )
+        base, expert, p_of, prompt,
+        *(given[name] for name in ("nats", "window", "max_tokens", "floor")),
+    )  # fmt: skip
     assert (steps, run.finish_reason) == expected
     assert list(run.tokens) == prompt + [token for token, _ in steps]
     assert run.stats.n_undone == sum(len(one.steps) for one in run.undone)
@@ -151,7 +155,7 @@ def test_a_rejected_token_is_undone_once_a_position(**given):
 
 
 @settings(max_examples=200)
-@given(**{**parts, "nats": st.just(0.0)}, bets=st.floats(0, 1))
+@given(**{**parts, "nats": st.just(0.0), "floor": st.just(0.0)}, bets=st.floats(0, 1))
 def test_without_tolerance_the_text_is_the_experts_own(bets, **given):
     run = reviewed(**given, planners=[Bold(given["seed"], bets)])
     base, expert = (
@@ -184,6 +188,30 @@ def test_with_endless_tolerance_the_text_is_the_plain_loops(**given):
     assert run.stats.n_undone == 0
 
 
+@settings(max_examples=200)
+@given(**parts)
+def test_only_what_is_looked_at_waits_and_is_asked_of_the_expert(**given):
+    run, floor = reviewed(**given), given["floor"]
+    _, p_of = reader(given["seed"], given["rate"])
+    expert, asked, ends, straight, waiting = run._experts[0], set(), set(), [], 0
+    state = expert.state
+    expert.state = lambda i: asked.add(i + 1) or state(i)
+    for event in run.events():
+        if isinstance(event, Drafted):
+            assert waiting or event.step.p_defer >= floor or event.step.token == END
+            if event.step.token == END:
+                ends.add(len(run.tokens) + waiting)
+            waiting += 1
+        elif isinstance(event, Undone):
+            waiting -= len(event.steps)
+        elif waiting:
+            waiting -= 1
+        elif event.source == "base":
+            straight.append(event.p_defer)
+    assert all(p_defer < floor for p_defer in straight)
+    assert all(p_of(at) >= floor or p_of(at) > THRESHOLD or at in ends for at in asked)
+
+
 FOURS = CostTable((1, 2, 4, 5, 8, 12, 16), (1.0, 1.7, 1.63, 2.34, 2.83, 4.02, 4.15), (0.3, 0.6))
 BASE = CostTable((1,), (0.35,))
 
@@ -202,6 +230,20 @@ def test_reviews_begin_where_batches_are_cheapest_by_the_token(expert, undone, w
     """By the times of a Zen 4, whose kernels evaluate four rows together; where a batch costs no
     more than a token; and where no batch saves anything."""
     assert best_window(BASE, expert, lambda at: 0.05, undone, 16) == window
+
+
+def test_a_planner_learns_what_share_is_looked_at():
+    """Where outputs cost most, fewer of them let longer batches pay."""
+    dear = CostTable((1, 4, 8, 12, 16), (1.0, 1.4, 2.4, 3.4, 4.4), (0.0, 12.0))
+    windows = []
+    for looked_at in (True, False):
+        planner = Planner(lambda cancel: (BASE, dear))
+        planner.prepare()
+        for _ in range(200):
+            planner.saw_review(0, 20, undone=False)
+            planner.looked_at.add(looked_at)
+        windows.append(planner.window(16))
+    assert windows[0] < windows[1] == 16
 
 
 @pytest.mark.parametrize("window", [3, 8])

@@ -16,15 +16,20 @@ from colm_edge.decode.review import ByRule, Review, Tolerance
 from colm_edge.llama.costs import CostTable
 from colm_edge.train.tolerance import TOLERANCES, course_of, review_figures
 
-positions = st.lists(st.tuples(st.booleans(), st.booleans()), min_size=1, max_size=40)
+positions = st.lists(
+    st.tuples(st.booleans(), st.booleans(), st.booleans()), min_size=1, max_size=40
+)
 
 
-def written(deferred, rejected, schedule):
+def written(deferred, rejected, looked_at, schedule):
     """Write a text with the real loop; the base is wrong at the rejected positions alone."""
 
     def read(logits, hidden):
         at = int(hidden[0]) - 1
-        return float(at < len(deferred) and deferred[at]), int(logits.argmax()), 0.0, 0
+        p_defer = 1.0 if at < len(deferred) and deferred[at] else 0.0
+        if at < len(deferred) and looked_at[at]:
+            p_defer = max(p_defer, 0.4)
+        return p_defer, int(logits.argmax()), 0.0, 0
 
     n = len(deferred)
     base = Scripted(lambda prefix: 3 if len(prefix) <= n and rejected[len(prefix) - 1] else 2)
@@ -37,28 +42,34 @@ def written(deferred, rejected, schedule):
 
 @given(positions, st.sampled_from([1, 2, 5, 100]))
 def test_the_course_is_that_of_the_loop(text, window):
-    deferred, rejected = (np.array(column) for column in zip(*text, strict=True))
-    run, expert = written(deferred, rejected, Review(ByRule(Tolerance(1.0)), window))
-    course = course_of(deferred, rejected, window)
-    assert course.batches == [len(batch) for batch in expert.batches]
+    deferred, rejected, looked_at = (np.array(column) for column in zip(*text, strict=True))
+    schedule = Review(ByRule(Tolerance(1.0)), window, floor=0.3)
+    run, expert = written(deferred, rejected, looked_at, schedule)
+    course = course_of(deferred, rejected, window, looked_at)
+    assert [n for n, _ in course.calls] == [len(batch) for batch in expert.batches]
     assert course.n_undone == run.stats.n_undone
+    if window == 1:  # else the outputs of a batch are not all used
+        assert sum(n for _, n in course.calls) == run.stats.n_reviewed + run.stats.n_deferred - (
+            course.n_undone
+        )
 
 
 @given(positions)
 def test_the_course_without_review_is_that_of_the_plain_loop(text):
-    deferred, rejected = (np.array(column) for column in zip(*text, strict=True))
-    _, expert = written(deferred, rejected, Sequential())
+    deferred, rejected, looked_at = (np.array(column) for column in zip(*text, strict=True))
+    _, expert = written(deferred, rejected, looked_at, Sequential())
     course = course_of(deferred, None, 16)
-    assert course.batches == [len(batch) for batch in expert.batches]
+    assert [n for n, _ in course.calls] == [len(batch) for batch in expert.batches]
     assert course.n_undone == 0
 
 
 def fitted(regret, better, seed=0, n=4_000):
-    """A fit whose held-back text has this regret at a tenth of the tokens, unknown to the switch,
-    where the expert is `better` by so many nats."""
+    """A fit whose held-back text has this regret at a tenth of the tokens, where the expert is
+    `better` by so many nats. The switch knows only that they are not of the surer half."""
     rng = np.random.default_rng(seed)
     wrong = rng.random(n) < 0.1
     p = rng.random(n)
+    p[wrong] = 0.6 + 0.4 * p[wrong]
     scores = SimpleNamespace(
         regret=lambda rows: np.where(wrong, regret, 0.0)[rows],
         base=np.full(n, -3.0),
