@@ -135,14 +135,15 @@ def review_of(switch: AnySwitch, options: Options, *, possible: bool) -> float:
     return math.inf if nats is None or contradicts or not possible else nats
 
 
-def review_floor(switch: AnySwitch, options: Options) -> float:
+def review_floor(switch: AnySwitch, options: Options, threshold: float) -> float:
     """Return the p_defer from which on a review looks at a token of the base; 0 is at each."""
     if options.review_floor is not None:
         return options.review_floor
     try:
-        return switch.threshold_for(REVIEW_RATE) if options.review else 0.0
+        floor = switch.threshold_for(REVIEW_RATE) if options.review else 0.0
     except SwitchError:  # it has no calibration
         return 0.0
+    return floor if floor < threshold else 0.0  # all above it is deferred
 
 
 def expected_rate(switch: AnySwitch, options: Options) -> float | None:

@@ -99,7 +99,8 @@ def review_figures(fit: Fit, tables: tuple[CostTable, CostTable], window: int) -
     p, regret = fit.p[: len(rows)], fit.scores.regret(rows)
     base, expert = fit.scores.base[rows], fit.scores.expert[rows]
     texts = list(_texts(fit.scores.line[rows]))
-    unsure = p >= np.quantile(p, 1 - REVIEW_RATE)
+    floor = np.quantile(p, 1 - REVIEW_RATE)
+    unsure = p >= (floor if floor < fit.switch.threshold else 0)
 
     def trial(
         deferred: Bools, rejected: Bools | None = None, looked_at: Bools | None = None
