@@ -286,8 +286,6 @@ class Options:
             raise ColmError("review and doubt cannot go together; give one")
         if self.review == 0 and self.strategy == "compose":
             raise ColmError("review 0 writes the expert's own text, compose a mixture; give one")
-        if self.review == 0 and self.review_floor:
-            raise ColmError("review 0 looks at every token; leave review_floor out")
         if "" in self.stop:
             raise ColmError("a stop text is empty; give at least one character")
 

@@ -136,11 +136,14 @@ def review_of(switch: AnySwitch, options: Options, *, possible: bool) -> float:
 
 
 def review_floor(switch: AnySwitch, options: Options, threshold: float) -> float:
-    """Return the p_defer from which on a review looks at a token of the base; 0 is at each."""
+    """Return the p_defer from which on a review looks at a token of the base; 0 is at each, as it
+    has to be where the text is the expert's own."""
+    if options.review == 0:
+        return 0.0
     if options.review_floor is not None:
         return options.review_floor
     try:
-        floor = switch.threshold_for(REVIEW_RATE) if options.review else 0.0
+        floor = switch.threshold_for(REVIEW_RATE)
     except SwitchError:  # it has no calibration
         return 0.0
     return floor if floor < threshold else 0.0  # all above it is deferred
