@@ -273,7 +273,7 @@ def test_the_switch_says_whether_to_review_where_nothing_else_does(tiny_pair):
         assert tiny_pair.generate(PROMPTS[0], **greedy).text == plain
 
 
-def test_half_of_the_tokens_are_reviewed_by_the_switchs_calibration(tiny_pair):
+def test_two_thirds_of_the_tokens_are_reviewed_by_the_switchs_calibration(tiny_pair):
     greedy = {"temperature": 0.0, "max_tokens": 40, "threshold": 0.99}
 
     def n_reviewed(switch, **options):
@@ -283,14 +283,14 @@ def test_half_of_the_tokens_are_reviewed_by_the_switchs_calibration(tiny_pair):
     with carried(tiny_pair, None):
         own = tiny_pair.switch
         steps = tiny_pair.generate(PROMPTS[0], **greedy).steps
-    median = float(np.median([step.p_defer for step in steps]))
-    calibrated = replace(own, defer_rates=(0.0, 0.5, 1.0), thresholds=(1.0, median, 0.0))
+    third = float(np.quantile([step.p_defer for step in steps], 1 / 3))
+    calibrated = replace(own, defer_rates=(0.0, 2 / 3, 1.0), thresholds=(1.0, third, 0.0))
     n, n_all = n_reviewed(calibrated, review=50.0), n_reviewed(own, review=50.0)
     assert n_all >= len(steps)  # the end token may be one more
-    assert 0 < n <= len(steps) / 2 + 1
-    assert n_reviewed(calibrated, review=50.0, review_floor=median) == n
+    assert 0 < n <= len(steps) * 2 / 3 + 1
+    assert n_reviewed(calibrated, review=50.0, review_floor=third) == n
     assert n_reviewed(calibrated, review=50.0, review_floor=0.0) == n_all
     assert n_reviewed(calibrated, review=0.0) > n
     assert n_reviewed(calibrated, review=0.0, review_floor=1.0) > n
-    greedy["threshold"] = median / 2  # that half is deferred
+    greedy["threshold"] = third / 2  # all of those are deferred
     assert n_reviewed(calibrated, review=50.0) == n_reviewed(own, review=50.0) > 0

@@ -19,7 +19,7 @@ from colm_edge.switch.rules import DEFAULT_RATE, Untrained
 # tokens over which missing deferrals are made up; and the highest share meanwhile, times the rate.
 PRIOR, EVEN_OUT, MOST_AT_ONCE = 2, 16, 3
 # The share of tokens, those likeliest to be deferred, that a review looks at: docs/review.md.
-REVIEW_RATE = 0.5
+REVIEW_RATE = 2 / 3
 BASE = -1  # the writer of what is not deferred; experts count from 0
 
 
