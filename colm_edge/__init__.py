@@ -39,6 +39,9 @@ __all__ = [
 # A library must not write to stderr; without a handler, Python's logging would.
 logging.getLogger("colm_edge").addHandler(logging.NullHandler())
 
+# Before anything loads llama.cpp: it sets how its threads wait.
+import_module("colm_edge.llama")
+
 _HOMES = {
     "Answer": "stream",
     "AsyncStream": "stream",

@@ -181,8 +181,8 @@ class Options:
         "--review-floor",
         limits=(0, 1),
         request="colm",
-        help="Review only tokens whose p_defer is at least this.  [default: that of two thirds of "
-        "the tokens, by the switch's calibration; 0 with --review 0 or an untrained switch]",
+        help="Review only tokens whose p_defer is at least this; --review 0 reviews all.  "
+        "[default: for 60 % of the base's tokens]",
     )
     doubt: float = option(
         math.inf,

@@ -331,7 +331,7 @@ class Pair:
                 options,
                 threshold,
                 goes_back=goes_back,
-                floor=review_floor(switch, options, threshold),
+                floor=review_floor(switch, options),
                 follow=(self.room or self.members[0]).follow if alone and threshold < 1 else None,
                 # Bets are priced for an answer alone: slots share their batches.
                 planners=bets_on(self.members, options, threshold) if alone else (),

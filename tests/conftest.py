@@ -49,6 +49,7 @@ class Scripted:
         self.seconds = self.load_seconds = 0.0
         self.held: list[int] = []
         self.batches: list[list[int]] = []
+        self.n_outputs: list[int] = []  # of each batch
         self.outputs: set[int] = set()
 
     def turn_to(self, prompt: Sequence[int]) -> None:
@@ -68,6 +69,7 @@ class Scripted:
         batch = list(tokens[keep:])
         self.held, self.outputs = list(tokens), set(outputs)
         self.batches.append(batch)
+        self.n_outputs.append(len(outputs))
         self.n_calls += 1
         self.n_evaluated += len(batch)
         self.seconds += 1e-3 * len(batch)

@@ -273,7 +273,7 @@ def test_the_switch_says_whether_to_review_where_nothing_else_does(tiny_pair):
         assert tiny_pair.generate(PROMPTS[0], **greedy).text == plain
 
 
-def test_two_thirds_of_the_tokens_are_reviewed_by_the_switchs_calibration(tiny_pair):
+def test_sixty_percent_of_the_bases_tokens_are_reviewed_by_the_switchs_calibration(tiny_pair):
     greedy = {"temperature": 0.0, "max_tokens": 40, "threshold": 0.99}
 
     def n_reviewed(switch, **options):
@@ -283,14 +283,19 @@ def test_two_thirds_of_the_tokens_are_reviewed_by_the_switchs_calibration(tiny_p
     with carried(tiny_pair, None):
         own = tiny_pair.switch
         steps = tiny_pair.generate(PROMPTS[0], **greedy).steps
-    third = float(np.quantile([step.p_defer for step in steps], 1 / 3))
-    calibrated = replace(own, defer_rates=(0.0, 2 / 3, 1.0), thresholds=(1.0, third, 0.0))
+    p_defer = [step.p_defer for step in steps]
+    rates = tuple(np.linspace(0, 1, 21).tolist())
+    thresholds = (1.0, *np.quantile(p_defer, 1 - np.array(rates[1:-1])).tolist(), 0.0)
+    calibrated = replace(own, defer_rates=rates, thresholds=thresholds)
+    floor = calibrated.threshold_for(0.6)
     n, n_all = n_reviewed(calibrated, review=50.0), n_reviewed(own, review=50.0)
     assert n_all >= len(steps)  # the end token may be one more
-    assert 0 < n <= len(steps) * 2 / 3 + 1
-    assert n_reviewed(calibrated, review=50.0, review_floor=third) == n
+    assert abs(n - 0.6 * len(steps)) <= 2
+    assert n_reviewed(calibrated, review=50.0, review_floor=floor) == pytest.approx(n, abs=1)
     assert n_reviewed(calibrated, review=50.0, review_floor=0.0) == n_all
     assert n_reviewed(calibrated, review=0.0) > n
     assert n_reviewed(calibrated, review=0.0, review_floor=1.0) > n
-    greedy["threshold"] = third / 2  # all of those are deferred
-    assert n_reviewed(calibrated, review=50.0) == n_reviewed(own, review=50.0) > 0
+    # Where more is deferred, it is the same share of what is left.
+    greedy["threshold"] = calibrated.threshold_for(0.5)
+    left, some = n_reviewed(own, review=50.0), n_reviewed(calibrated, review=50.0)
+    assert 0.3 * left < some < 0.9 * left

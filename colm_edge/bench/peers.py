@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from colm_edge.bench.rounds import Sample, clocked
 from colm_edge.errors import ColmError
+from colm_edge.llama import environment
 
 if TYPE_CHECKING:
     from colm_edge.llama.session import Session
@@ -145,6 +146,7 @@ class Tools:
                 text=True,
                 errors="replace",
                 check=True,
+                env=environment(),
             )
         except OSError as e:
             raise ColmError(f"{program}: {e.strerror or e}; build llama.cpp's programs") from e

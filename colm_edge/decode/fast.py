@@ -92,7 +92,8 @@ class Bets:
             planner.looked_at.add(looked_at)
 
     def reviewed(self, writer: int, n_kept: int, *, undone: bool) -> None:
-        """Learn how many drafts an expert let stay, and whether it undid the one after them."""
+        """Learn how many of the base's tokens stay, and whether an expert undid the one after
+        them."""
         if (planner := self._planners[writer]) is not None:
             planner.saw_review(self._n_passed, n_kept, undone)
         self._n_passed = 0 if undone else self._n_passed + n_kept

@@ -68,8 +68,8 @@ class Planner:
         # Of deferrals after a token of the base, and after another deferral.
         self.onset, self.run = Rate(0.05, 5), Rate(0.2, 5)
         self._saved: dict[tuple[float, float], float] = {}  # by these two rates, for `saves`
-        self.looked_at = Rate(1.0, 5)  # of the base's tokens, by the expert if they wait for it
-        # Of the base's tokens that were reviewed, by how many it had written since the expert's.
+        self.looked_at = Rate(1.0, 5)  # of the base's tokens, in a review
+        # Of the base's tokens, by how many it had written since the expert's.
         self.undone = [Rate(0.03, 10) for _ in range(len(SINCE) + 1)]
         self._windows: dict[tuple[float, ...], int] = {}  # by the limit and the rates
 
@@ -100,7 +100,7 @@ class Planner:
         (self.run if after_deferral else self.onset).add(deferred)
 
     def saw_review(self, since: int, n_kept: int, undone: bool) -> None:
-        """Learn from a review.
+        """Learn from a review, or from a token that is not looked at.
 
         since: the base's tokens since the expert's last, before these. n_kept: how many stayed;
         undone: whether the one after them went.

@@ -18,8 +18,9 @@ from colm_edge.switch.rules import DEFAULT_RATE, Untrained
 # Of RatePolicy: the number of values that the quantile starts with, evenly spread from 0 to 1; the
 # tokens over which missing deferrals are made up; and the highest share meanwhile, times the rate.
 PRIOR, EVEN_OUT, MOST_AT_ONCE = 2, 16, 3
-# The share of tokens, those likeliest to be deferred, that a review looks at: docs/review.md.
-REVIEW_RATE = 2 / 3
+# The share of the base's tokens, those likeliest to be deferred, that a review looks at:
+# docs/review.md.
+REVIEW_SHARE = 0.6
 BASE = -1  # the writer of what is not deferred; experts count from 0
 
 
@@ -135,18 +136,17 @@ def review_of(switch: AnySwitch, options: Options, *, possible: bool) -> float:
     return math.inf if nats is None or contradicts or not possible else nats
 
 
-def review_floor(switch: AnySwitch, options: Options, threshold: float) -> float:
+def review_floor(switch: AnySwitch, options: Options) -> float:
     """Return the p_defer from which on a review looks at a token of the base; 0 is at each, as it
     has to be where the text is the expert's own."""
     if options.review == 0:
         return 0.0
     if options.review_floor is not None:
         return options.review_floor
-    try:
-        floor = switch.threshold_for(REVIEW_RATE)
-    except SwitchError:  # it has no calibration
+    deferred = expected_rate(switch, options)
+    if deferred is None or not isinstance(switch, Switch) or not switch.defer_rates:
         return 0.0
-    return floor if floor < threshold else 0.0  # all above it is deferred
+    return switch.threshold_for(deferred + REVIEW_SHARE * (1 - deferred))
 
 
 def expected_rate(switch: AnySwitch, options: Options) -> float | None:

@@ -187,7 +187,8 @@ class Review:
 
     window: the most tokens that wait for review. planners: of bets as in the fast schedule, if they
     are to be placed; they may have reviews begin sooner, where shorter batches pay. floor: only
-    tokens whose p_defer is at least this are looked at, and those that may end the answer.
+    tokens whose p_defer is at least this are looked at, and those that may end the answer; 0 for
+    reviewers that need every token, as `Exact` and `Loose`.
     """
 
     def __init__(
@@ -268,17 +269,16 @@ class Review:
         written: list[Event] = [draft.step for draft in drafts]
         start, at = len(loop.tokens), len(loop.tokens) + len(drafts)
         places = [i for i, draft in enumerate(drafts, start) if draft.looked_at]
+        if deferral is None:
+            del tokens[places[-1] :]  # of the drafts behind nothing is asked
         if known is not None and not loop.keeps(writer, tokens, start):
             known = None
         placed = False
-        if deferral is None:
-            del tokens[places[-1] :]  # of the drafts behind nothing is asked
-            told_at = places
-        else:
-            placed = bets is not None and bets.placed(loop, writer, deferral.guess, tokens)
-            if placed:
-                tokens.append(deferral.guess.token)
-            told_at = [*places, at, at + 1] if placed else [*places, at]
+        if deferral is not None and bets is not None:
+            placed = bets.placed(loop, writer, deferral.guess, tokens)
+        if deferral is not None and placed:
+            tokens.append(deferral.guess.token)
+        told_at = places if deferral is None else [*places, at, *([at + 1] if placed else [])]
         # Something is asked of the first place: it is looked at, or deferred.
         if outputs := [place - 1 for place in told_at[known is not None :]]:
             try:

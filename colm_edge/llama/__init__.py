@@ -12,3 +12,9 @@ WAITS = {"OMP_WAIT_POLICY": "active", "GOMP_SPINCOUNT": "300000", "KMP_BLOCKTIME
 # keep waiting threads from computing for ever, which is what "active" else means.
 if sys.platform == "linux" and not WAITS.keys() & os.environ.keys():
     os.environ.update(WAITS)
+
+
+def environment() -> dict[str, str]:
+    """Return this process's environment without what was set here, for other programs."""
+    ours = WAITS.items() <= os.environ.items()
+    return {name: value for name, value in os.environ.items() if not (ours and name in WAITS)}

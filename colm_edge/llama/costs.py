@@ -170,8 +170,15 @@ def best_window(
     promise a tenth more tokens per second.
 
     deferred, undone: how likely a place is deferred, and a draft there undone if it is not, by the
-    number of the base's tokens since the expert's last. looked_at: the share of the drafts that is.
+    number of the base's tokens since the expert's last. looked_at: the share of the drafts that is;
+    before the first one that is, others pass.
     """
+    passing = round(1 / max(looked_at, 1 / most) - 1)
+
+    def reviewing(n: int, n_drafts: int) -> float:
+        """Of a batch of n tokens that tells of so many drafts, and of a deferral if n is more."""
+        asked = 1 + looked_at * (n_drafts - 1) if n_drafts else 0
+        return expert.reviewing(n + passing, asked + (n > n_drafts))
 
     def speed(window: int) -> float:
         """From one token of the expert's to the next, or to the horizon."""
@@ -180,19 +187,22 @@ def best_window(
         while at < LONGEST_GAP and alive > 0.01:
             drafting = alive  # the probability that none of these places is deferred
             kept, written = 1.0, 0.0  # that no draft is undone, and the tokens that come of them
+            tokens += alive * passing
+            seconds += alive * passing * base(1)
+            at += passing
             for n in range(1, window + 1):
                 defers = deferred(at)
                 # Of the drafts before, and the token before them; it writes here if they stay.
                 share = drafting * defers
                 tokens += share * (written + kept)
-                seconds += share * (n * base(1) + expert.reviewing(n, looked_at * n))
+                seconds += share * (n * base(1) + reviewing(n, n - 1))
                 drafting *= 1 - defers
                 written += kept
                 kept *= 1 - undone(at)
                 at += 1
             # The last draft's state is not needed: if it stays, it is in the next batch.
             tokens += drafting * written
-            seconds += drafting * (window * base(1) + expert.reviewing(window, looked_at * window))
+            seconds += drafting * (window * base(1) + reviewing(window, window))
             alive = drafting * kept
         return tokens / seconds
 

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from colm_edge.decode.policy import REVIEW_RATE
+from colm_edge.decode.policy import REVIEW_SHARE
 from colm_edge.llama.costs import CostTable
 from colm_edge.train.fit import Fit
 from colm_edge.train.heads import Array
@@ -37,13 +37,10 @@ class Course:
     n_undone: int
     n_written: int
 
-    def seconds(self, base: CostTable, expert: CostTable, *, reviews: bool) -> float:
-        """Return the predicted seconds for each token of the text. reviews: whether a call is one
-        batch; else it is cut where that is cheaper."""
-        if reviews:
-            taken = sum(expert.reviewing(*call) for call in self.calls)
-        else:
-            taken = sum(expert.best(n) for n, _ in self.calls)
+    def seconds(self, base: CostTable, expert: CostTable) -> float:
+        """Return the predicted seconds for each token of the text. A call that tells of several
+        places is one batch; another is cut where that is cheaper."""
+        taken = sum(expert.best(n) if k == 1 else expert.reviewing(n, k) for n, k in self.calls)
         return (base(1) * (self.n_written + self.n_undone) + taken) / max(1, self.n_written)
 
 
@@ -64,14 +61,14 @@ def course_of(
             held = place - 1
         return Course(calls, 0, n)
     looks = ~deferred if looked_at is None else looked_at & ~deferred
-    looked, deferrals = np.flatnonzero(looks), [*np.flatnonzero(deferred).tolist(), n]
+    looked, deferrals = ([*np.flatnonzero(column).tolist(), n] for column in (looks, deferred))
     bad = [*np.flatnonzero(rejected & looks).tolist(), n]
     at = 0
-    while (start := min(_next(deferrals, at), _next([*looked, n], at))) < n:
+    while (start := min(_next(deferrals, at), _next(looked, at))) < n:
         deferral, full = _next(deferrals, start), min(n, start + window)
         defers, end = deferral < full, min(deferral, full)
-        asked = looked[np.searchsorted(looked, start) : np.searchsorted(looked, end)]
-        last = end if defers else int(asked[-1])
+        asked = looked[bisect_left(looked, start) : bisect_left(looked, end)]
+        last = end if defers else asked[-1]
         calls.append((last - 1 - held, len(asked) + defers))
         held, at, first = last - 1, end + defers, _next(bad, start)
         if first < end:
@@ -99,8 +96,9 @@ def review_figures(fit: Fit, tables: tuple[CostTable, CostTable], window: int) -
     p, regret = fit.p[: len(rows)], fit.scores.regret(rows)
     base, expert = fit.scores.base[rows], fit.scores.expert[rows]
     texts = list(_texts(fit.scores.line[rows]))
-    floor = np.quantile(p, 1 - REVIEW_RATE)
-    unsure = p >= (floor if floor < fit.switch.threshold else 0)
+    deferred = p > fit.switch.threshold
+    unsure = p >= np.quantile(p[~deferred], 1 - REVIEW_SHARE) if not deferred.all() else deferred
+    unsure[[text.stop - 1 for text in texts]] = True  # what ends an answer is always looked at
 
     def trial(
         deferred: Bools, rejected: Bools | None = None, looked_at: Bools | None = None
@@ -111,17 +109,16 @@ def review_figures(fit: Fit, tables: tuple[CostTable, CostTable], window: int) -
         # An answer finds by itself how long its drafts best wait.
         windows = {window, *(n for n in WINDOWS if n < window and reviews)}
         courses = [_whole(texts, deferred, rejected, most, looked_at) for most in windows]
-        fastest = min(courses, key=lambda one: one.seconds(*tables, reviews=reviews))
+        fastest = min(courses, key=lambda one: one.seconds(*tables))
         return {
             "nll_hard": float(lost.mean()),
             "by_expert": float(by_expert.mean()),
             "expert_calls": len(fastest.calls) / len(rows),
             "undone": fastest.n_undone / len(rows),
-            "tokens_per_second": 1 / fastest.seconds(*tables, reviews=reviews),
+            "tokens_per_second": 1 / fastest.seconds(*tables),
         }, lost
 
     plain = [trial(p > np.quantile(p, 1 - rate))[0] for rate in RATES]
-    deferred = p > fit.switch.threshold
     off = trial(deferred)[0]
     found = {}
     for nats in TOLERANCES:

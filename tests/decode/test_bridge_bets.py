@@ -182,6 +182,53 @@ def test_what_a_bet_told_is_not_used_where_the_text_is_spelt_otherwise_by_then()
     assert written([Bold(0, 1.0, steady=True)])[0] == written([])[0] == b"bcx"
 
 
+class Merging(Spellings):
+    """Spells as byte pair encoding does: "bc" is merged before "ab"."""
+
+    def encode(self, raw):
+        found = [bytes([byte]) for byte in raw]
+        for pair in ((b"b", b"c"), (b"a", b"b")):
+            i = 0
+            while i < len(found) - 1:
+                if (found[i], found[i + 1]) == pair:
+                    found[i : i + 2] = [b"".join(pair)]
+                i += 1
+        return [self.first(piece) for piece in found]
+
+
+def test_what_a_bet_told_is_not_used_where_the_text_that_is_evaluated_is_spelt_otherwise():
+    """A review asks of "a" and "b" alone, which are one token "ab"; before a "c" they were not."""
+    ours = pieces("a", "b", "c", "d", "x")
+    theirs = Merging([piece.encode() for piece in ("a", "b", "c", "d", "x", "bc", "ab")])
+    p_of = {2: 0.9, 3: 0.4, 4: 0.4}
+    read = lambda logits, n: (p_of.get(int(n[0]), 0.0), int(logits.argmax()), 9.0, 0)  # noqa: E731
+
+    def saying(words, next_to):
+        def logits(prefix):
+            found = np.full(words.n_vocab, -9.0, np.float32)
+            found[words.first(next_to[words.piece(prefix[-1])])] = 9.0
+            return found
+
+        return logits
+
+    def written(planners):
+        base, expert = Speaker(ours, 1), Speaker(theirs, 2)
+        base.logits = saying(ours, {b"x": b"a", b"a": b"b", b"b": b"c", b"c": b"d", b"d": b"d"})
+        expert.logits = saying(
+            theirs,
+            {b"x": b"a", b"a": b"c", b"ab": b"c", b"bc": b"d", b"c": b"d", b"b": b"c", b"d": b"d"},
+        )
+        loop = Decoder(
+            base, [Bridge(expert, Crossing(ours, theirs))], Policy(read, 0.5),
+            Picker(ours.n_vocab), [ours.control(MARK), ours.first(b"x")], end_tokens=ours.ends,
+            max_tokens=5,
+            schedule=Review(ByRule(Tolerance(1.0)), 3, planners=planners, floor=0.3),
+        )  # fmt: skip
+        return b"".join(ours.piece(step.token) for step in loop)
+
+    assert written([Bold(0, 1.0, steady=True)]) == written([])
+
+
 class Eager(Bold):
     """It bets wherever the expert has something to evaluate."""
 
