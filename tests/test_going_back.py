@@ -60,19 +60,24 @@ def test_one_model_alone_is_not_reviewed(tiny_pair):
         assert answer.stats.n_reviewed == 0
 
 
-def test_slots_write_the_same_reviewed_texts(tiny_pair):
-    tasks = [Task(i, tiny_pair.base.tokenize(text), REVIEWED) for i, text in enumerate(PROMPTS)]
+@pytest.mark.parametrize("floor", [0.0, 0.9])
+def test_slots_write_the_same_reviewed_texts(tiny_pair, floor):
+    options = REVIEWED.with_changes(review_floor=floor)
+    tasks = [Task(i, tiny_pair.base.tokenize(text), options) for i, text in enumerate(PROMPTS)]
     found = {
         done.task.key: [step.token for step in done.answer.steps]
         for done in answer_together(tiny_pair, tasks, 3)
     }
-    alone = [text_of(tiny_pair, text, REVIEWED) for text in PROMPTS]
+    alone = [text_of(tiny_pair, text, options) for text in PROMPTS]
+    one_by_one = options.with_changes(schedule="sequential")
+    assert alone == [text_of(tiny_pair, text, one_by_one) for text in PROMPTS]
     assert [found[i] for i in range(len(PROMPTS))] == alone
 
 
+@pytest.mark.parametrize("floor", [0.0, 0.9])
 @pytest.mark.parametrize("stop", [(), ("e",)])
-def test_events_tell_what_waits_and_what_is_undone(tiny_pair, stop):
-    options = REVIEWED.with_changes(review=1.0, stop=stop)
+def test_events_tell_what_waits_and_what_is_undone(tiny_pair, stop, floor):
+    options = REVIEWED.with_changes(review=1.0, stop=stop, review_floor=floor)
     tokens = tiny_pair.base.tokenize(PROMPTS[2])
     plain = tiny_pair.stream_tokens(tokens, options)
     steps = [step.token for step in plain]

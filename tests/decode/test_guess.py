@@ -89,6 +89,7 @@ WAYS = {
     "sampled": {"seed": 1, "defer_rate": 0.2},
     "compose": {"seed": 5, "strategy": "compose", "threshold": 0.4},
     "review": {"temperature": 0.0, "defer_rate": 0.2, "review": 0.5, "review_window": 4},
+    "floor": {"temperature": 0.0, "defer_rate": 0.2, "review": 0.5, "review_floor": 0.9},
     "lossless": {"temperature": 0.0, "defer_rate": 0.2, "review": 0.0},
     "doubt": {"temperature": 0.0, "defer_rate": 0.3, "doubt": 0.5},
     "base alone": {"temperature": 0.0, "threshold": 1.0},

@@ -122,8 +122,9 @@ def test_the_likeliest_expert_writes_where_the_switch_defers(
     window=st.integers(1, 8),
     bets=st.floats(0, 1),
     end_every=st.sampled_from([0, 8]),
+    floor=st.sampled_from([0.0, 0.3]),
 )
-def test_review_by_the_expert_that_is_called(seed, rate, nats, window, bets, end_every):
+def test_review_by_the_expert_that_is_called(seed, rate, nats, window, bets, end_every, floor):
     """Bets change nothing; with endless patience the text is that of deferral alone; and without
     any, each token is some expert's own."""
 
@@ -132,13 +133,13 @@ def test_review_by_the_expert_that_is_called(seed, rate, nats, window, bets, end
         return [(step.token, step.source) for step in loop]
 
     def review(planners=()):
-        return Review(ByRule(Tolerance(nats)), window, planners=planners)
+        return Review(ByRule(Tolerance(nats)), window, planners=planners, floor=floor)
 
     plain = text(review())
     assert text(review([Bold(seed + i, bets) for i in range(3)])) == plain
     if nats == math.inf:
         assert plain == text(None)
-    if nats == 0:
+    if nats == floor == 0:
         tokens = [1, 2, 3]
         for token, source in plain:
             prefix = tuple(tokens)

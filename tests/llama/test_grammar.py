@@ -28,6 +28,8 @@ WAYS = {
     "penalised": {"temperature": 0.0, "defer_rate": 0.3, "repeat_penalty": 1.3},
     "review": {"temperature": 0.0, "defer_rate": 0.3, "review": 0.5, "review_window": 4},
     "sampled review": {"seed": 7, "defer_rate": 0.3, "review": 0.5, "review_window": 4},
+    "floor": {"temperature": 0.0, "defer_rate": 0.3, "review": 0.5, "review_floor": 0.9},
+    "sampled floor": {"seed": 7, "defer_rate": 0.3, "review": 0.5, "review_floor": 0.9},
     "lossless": {"temperature": 0.0, "defer_rate": 0.3, "review": 0.0},
     "sampled lossless": {"seed": 3, "defer_rate": 0.3, "review": 0.0},
     "doubt": {"temperature": 0.0, "defer_rate": 0.3, "doubt": 0.5},
