@@ -153,18 +153,21 @@ def test_a_bet_that_the_expert_would_spell_otherwise_is_not_placed():
     assert Around(Speaker(theirs, 1)).keeps([mark, c, a, t], 3)
 
 
+def saying(words, next_to):
+    """Return logits that have one likeliest piece behind each piece."""
+
+    def logits(prefix):
+        found = np.full(words.n_vocab, -9.0, np.float32)
+        found[words.first(next_to[words.piece(prefix[-1])])] = 9.0
+        return found
+
+    return logits
+
+
 def test_what_a_bet_told_is_not_used_where_the_text_is_spelt_otherwise_by_then():
     """The expert prefers "a" behind "b", but has one token for the "bc" that the base writes."""
     ours, theirs = pieces("a", "b", "c", "x"), pieces("a", "b", "c", "x", "bc")
     read = lambda logits, n: (0.9 * (n[0] != 3), int(logits.argmax()), 9.0, 0)  # noqa: E731
-
-    def saying(words, next_to):
-        def logits(prefix):
-            found = np.full(words.n_vocab, -9.0, np.float32)
-            found[words.first(next_to[words.piece(prefix[-1])])] = 9.0
-            return found
-
-        return logits
 
     def written(planners):
         base, expert = Speaker(ours, 1), Speaker(theirs, 2)
@@ -202,14 +205,6 @@ def test_what_a_bet_told_is_not_used_where_the_text_that_is_evaluated_is_spelt_o
     theirs = Merging([piece.encode() for piece in ("a", "b", "c", "d", "x", "bc", "ab")])
     p_of = {2: 0.9, 3: 0.4, 4: 0.4}
     read = lambda logits, n: (p_of.get(int(n[0]), 0.0), int(logits.argmax()), 9.0, 0)  # noqa: E731
-
-    def saying(words, next_to):
-        def logits(prefix):
-            found = np.full(words.n_vocab, -9.0, np.float32)
-            found[words.first(next_to[words.piece(prefix[-1])])] = 9.0
-            return found
-
-        return logits
 
     def written(planners):
         base, expert = Speaker(ours, 1), Speaker(theirs, 2)
