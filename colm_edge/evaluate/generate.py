@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
 from dataclasses import dataclass, replace
@@ -12,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from colm_edge import readout
-from colm_edge.decode.policy import running_rate
+from colm_edge.decode.policy import review_floor, running_rate
 from colm_edge.errors import SwitchError
 from colm_edge.evaluate.metrics import Metric, check_rows
 from colm_edge.journal import MOST_SECONDS, Journal, is_count, is_number, key_of
@@ -90,6 +91,8 @@ def answers(
     with pair.switched(switch):
         if running_rate(switch, options) is None:
             options = options.with_changes(threshold=pair.threshold(options))
+        if pair.review(options) < math.inf:  # as it is by now, since the journal's key tells it
+            options = options.with_changes(review_floor=review_floor(switch, options))
 
         def task(i: int) -> Task:
             number, row = rows[i]

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+
+import numpy as np
 import pytest
 from click.testing import CliRunner
 from conftest import no_bar
@@ -11,9 +14,15 @@ from colm_edge.cli import main
 from colm_edge.errors import ColmError
 from colm_edge.evaluate import methods as ev
 from colm_edge.evaluate import plot
+from colm_edge.evaluate.generate import answers
 from colm_edge.evaluate.methods import Comparison
+from colm_edge.evaluate.metrics import contains
+from colm_edge.journal import Journal
 from colm_edge.options import Options
 from colm_edge.pair import load
+from colm_edge.readout import FEATURES
+from colm_edge.switch.file import FEATURE_SETS, Switch
+from colm_edge.train.documents import read_rows
 
 GREEDY = Options(temperature=0.0, max_tokens=8, schedule="sequential")
 
@@ -42,6 +51,28 @@ def test_each_tolerance_of_review_is_a_row(tiny, data, tmp_path):
             assert row["accuracy"] == expert["accuracy"]
     plot.draw(rows)
     assert "| review |" in tables.render(rows, "md")
+
+
+def test_answers_that_were_reviewed_from_another_floor_are_written_anew(tiny_pair, data, tmp_path):
+    rows = list(read_rows(data))[:2]
+    n_embd = tiny_pair.base.n_embd
+    weight = np.zeros((1, n_embd + len(FEATURES)), np.float32)
+    asked = GREEDY.with_changes(threshold=0.9, review=1.0)
+
+    def n_kept(rates, options=asked):
+        """Return how many answers are kept when the switch, calibrated so, has answered too."""
+        switch = Switch(
+            FEATURE_SETS["both"], weight, np.zeros(1, np.float32), n_embd, 0.9,
+            defer_rates=rates, thresholds=(1.0, 0.5, 0.0),
+        )  # fmt: skip
+        journal = Journal(tmp_path / "answers.jsonl")
+        answers(tiny_pair, switch, options, rows, contains, no_bar, journal=journal)
+        return len((tmp_path / "answers.jsonl").read_text().splitlines())
+
+    assert n_kept((0.0, 0.3, 1.0)) == n_kept((0.0, 0.3, 1.0)) == 2
+    assert n_kept((0.0, 0.7, 1.0)) == 4
+    off = asked.with_changes(review=math.inf)
+    assert n_kept((0.0, 0.3, 1.0), off) == n_kept((0.0, 0.7, 1.0), off) == 6
 
 
 def test_reviews_without_answers_are_refused(tiny, data):
