@@ -53,7 +53,7 @@ LIMIT = click.option(
 ALLOW_EXEC = click.option(
     "--allow-exec",
     is_flag=True,
-    help="Let --metric python run the code that the models write, in a child process with limits "
+    help="Let the metric python run the code that the models write, in a child process with limits "
     "on time, memory, files and network. Read docs/cli.md first.",
 )
 
@@ -208,11 +208,11 @@ EVALUATION = (
 )
 
 
-def check_exec(metric: str | None, allow_exec: bool) -> None:
-    """Refuse to run what models write unless that was allowed."""
+def check_exec(metric: str | None, allow_exec: bool, flag: str = "--metric") -> None:
+    """Refuse to run what models write unless that was allowed. flag: what chose the metric."""
     if metric == "python" and not allow_exec:
         raise click.UsageError(
-            "--metric python runs code that the models write; say --allow-exec if that is allowed"
+            f"{flag} python runs code that the models write; say --allow-exec if that is allowed"
         )
 
 

@@ -14,6 +14,7 @@ import click
 
 from colm_edge.cli.common import keeping_models, progress
 from colm_edge.cli.options import (
+    ALLOW_EXEC,
     BRIDGE,
     DATA,
     LORA,
@@ -23,6 +24,7 @@ from colm_edge.cli.options import (
     TIMEOUT,
     WORK_DIR,
     Number,
+    check_exec,
     check_goes_with,
     claim,
     gathered,
@@ -106,8 +108,8 @@ threshold_options = gathered(
         show_default=True,
         help="Number of prompts that --threshold-by answers at each rate.",
     ),
+    ALLOW_EXEC,
 )
-
 
 text_options = gathered(
     "text",
@@ -329,6 +331,7 @@ def _check_choice(
         check_goes_with("--prompts", "max_tokens", "n_slots")
     if "metric" not in threshold_by:
         check_goes_with("--threshold-by", "n_lines")
+    check_exec(threshold_by.get("metric"), threshold_by.pop("allow_exec"), "--threshold-by")
     if "metric" in threshold_by and is_scored and "expert" not in models:
         raise click.UsageError("--threshold-by needs the expert itself (-me) to answer prompts")
     if is_scored and "model" in models:

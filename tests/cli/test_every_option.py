@@ -165,6 +165,7 @@ OWN: dict[str, dict[str, Own]] = {
         "metric": Own(f"{TRAIN} -c 64 [--threshold-by exact]", report("threshold_by")),
         "n_lines": Own(f"{TRAIN} -c 64 --threshold-by exact [--threshold-lines 1]",
                        report("threshold_by")),
+        "allow_exec": Own(f"{TRAIN} -c 64 --threshold-by python [--allow-exec]", told),
         "carried": Own(f"{TRAIN} [--review 2]", switch("review")),
         "update": Own(f"{TRAIN} [--update {{trained}}]", out),
         "report_dir": Own(f"{TRAIN} [--report-dir {{here}}/r]", files),
