@@ -34,14 +34,16 @@ def exact(text: str, row: dict[str, Any]) -> float:
 @metric
 def contains(text: str, row: dict[str, Any]) -> float:
     """The text contains the line's `answer` (or its completion) as a whole: no letter or digit
-    touches it, and no sign or decimal makes it another number."""
+    touches it, and no sign, comma or decimal makes it another number."""
     wanted = re.escape((row.get("answer") or row["completion"]).strip())
-    return float(re.search(rf"(?<![\w.+-]){wanted}(?!\w|[.,]\d)", text) is not None)
+    before = r"(?<![\w.+\N{MINUS SIGN}-])(?<!\d,)"
+    return float(re.search(rf"{before}{wanted}(?!\w|[.,]\d)", text) is not None)
 
 
 @metric
 def gsm8k(text: str, row: dict[str, Any]) -> float:
-    """The final number is the completion's: the first one after the last ####, or the last one.
+    """The final number is the completion's: the one that stands right behind the last ####, or the
+    last of the text, since #### may also begin a heading. A text that ends with #### has none.
 
     Commas, a dollar sign and a full stop are not part of a number, as in lm-evaluation-harness,
     whose `strict-match` needs the ####; its `flexible-extract` always takes the last number.
@@ -98,11 +100,10 @@ def _results(text: str) -> list[str]:
 
 
 def _final_number(text: str) -> Decimal | None:
-    _, mark, tail = text.rpartition("####")
-    numbers = re.findall(r"-?\$?(?:\d[\d,]*(?:\.\d+)?|\.\d+)", tail)
-    if not numbers:
-        return None
-    return Decimal(re.sub("[$,]", "", numbers[0 if mark else -1]))
+    number = r"-?\$?(?:\d[\d,]*(?:\.\d+)?|\.\d+)"
+    marked = re.findall(rf"####(?:[ \t]*({number})|\s*\Z)", text)
+    found = marked or re.findall(number, text)
+    return Decimal(re.sub("[$,]", "", found[-1])) if found and found[-1] else None
 
 
 def check_rows(rows: Iterable[Row], metric: Metric) -> None:
