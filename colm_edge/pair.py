@@ -234,13 +234,13 @@ class Pair:
         return AsyncStream(self.stream_chat(messages, **options))
 
     def prompt_tokens(
-        self, messages: Sequence[Message], *, raw: bool = False, **variables: Any
+        self, messages: Sequence[Message], /, *, raw: bool = False, **variables: Any
     ) -> list[int]:
         """Return a conversation as token ids; as for `prompt_text`."""
         return self.tokens_of(self.prompt_text(messages, raw=raw, **variables))
 
     def prompt_text(
-        self, messages: Sequence[Message], *, raw: bool = False, **variables: Any
+        self, messages: Sequence[Message], /, *, raw: bool = False, **variables: Any
     ) -> str:
         """Return a conversation as the base's chat template writes it.
 

@@ -20,6 +20,8 @@ from colm_edge.journal import MOST_SECONDS, Journal, is_count, is_number, key_of
 from colm_edge.switch.file import Switch
 from colm_edge.switch.reading import N_LOGIT, AnySwitch, Base, Floats, Reader
 from colm_edge.together import Done, Task, answer_together
+from colm_edge.train.documents import prompt_of
+from colm_edge.train.prompts import pace_of
 from colm_edge.train.scoring import identity
 
 if TYPE_CHECKING:
@@ -97,7 +99,7 @@ def answers(
         def task(i: int) -> Task:
             number, row = rows[i]
             message = {"role": "user", "content": row["prompt"]}
-            tokens = pair.prompt_tokens([message], raw=options.raw)
+            tokens = prompt_of(pair, [message], raw=options.raw)
             own = replace(switch, seed=number) if isinstance(switch, RandomSwitch) else None
             return Task(i, tokens, options, own)
 
@@ -109,8 +111,9 @@ def answers(
         what: list[Any] = []
         if journal is not None:
             models = identity(pair, pair.members)
-            # Their number belongs to the key because the speed does: it is kept with the answers.
-            what = [*models, pair.n_ctx, n_slots, _switch_key(switch), options.changed]
+            # The pace belongs to the key because the speed does: it is kept with the answers.
+            pace = pace_of(pair, n_slots)
+            what = [*models, pair.n_ctx, pace, _switch_key(switch), options.changed]
         return judged(write, rows, metric, progress, label=label, journal=journal, what=what)
 
 

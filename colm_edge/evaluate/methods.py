@@ -28,8 +28,8 @@ from colm_edge.switch.file import Switch
 from colm_edge.switch.reading import AnySwitch, FeatureSwitch, log_shares
 from colm_edge.switch.rules import Only, Untrained
 from colm_edge.tables import Table
-from colm_edge.train.documents import Documents, Row, read_rows, tokenized
-from colm_edge.train.prompts import answer_prompts
+from colm_edge.train.documents import Documents, Row, prompt_of, read_rows, tokenized
+from colm_edge.train.prompts import answer_prompts, pace_of
 from colm_edge.train.scores import Scores
 from colm_edge.train.scoring import MakeProgress, Recorded, score, score_each
 from colm_edge.train.team import of_chosen
@@ -188,7 +188,8 @@ def evaluate(
     if comparison.on_expert:
         by_expert = answer_prompts(
             pair, rows, progress,
-            max_tokens=options.max_tokens, n_slots=comparison.n_slots, raw=options.raw, work=work,
+            max_tokens=options.max_tokens, n_slots=comparison.n_slots, raw=options.raw,
+            schedule=options.schedule, work=work,
         )  # fmt: skip
     documents = by_expert.documents if by_expert else tokenized(rows, pair, raw=options.raw)
     if documents.cut_note:
@@ -203,7 +204,9 @@ def evaluate(
         row = _teacher_forced(method, scores, tells_regret=len(pair.members) == 1)
         row |= {"review": method.review} if comparison.reviews else {}
         if judge is not None and by_expert and method.name == "expert" and options.is_plain:
-            row |= _generated(judged_answers(map(_facts, by_expert.entries), rows, judge))
+            pace = [*pace_of(pair, comparison.n_slots), options.schedule]
+            entries = [_facts(entry, pace) for entry in by_expert.entries]
+            row |= _generated(judged_answers(entries, rows, judge))
         elif judge is not None:
             row |= _generated(
                 _answers(pair, method, options, comparison, rows, progress, answering)
@@ -289,12 +292,16 @@ def _check(pair: Pair, rows: list[Row], options: Options, comparison: Comparison
         _scorable(pair.switch)
     if comparison.weak is not None:
         comparison.weak.reader(pair.base, pair.n_shared)  # checks its width
+        if len(comparison.weak.weight) > 1:
+            raise MismatchError(
+                f"{comparison.weak.name}: a switch for several experts; --weak takes one of one"
+            )
     if comparison.judge is None:
         return
     check_rows(rows, comparison.judge)
     for number, row in rows:
         message = {"role": "user", "content": row["prompt"]}
-        n = len(pair.prompt_tokens([message], raw=options.raw))
+        n = len(prompt_of(pair, [message], raw=options.raw))
         if n > pair.n_ctx:
             raise DataError(
                 f"line {number}: the prompt has {n} tokens, the context holds {pair.n_ctx}; "
@@ -426,19 +433,22 @@ def _teacher_forced(method: Method, scores: Scores, *, tells_regret: bool) -> di
     return row
 
 
-def _facts(entry: dict[str, Any]) -> Facts:
-    """Return what is kept of an answer that the expert wrote alone."""
+def _facts(entry: dict[str, Any], pace: list[Any]) -> Facts:
+    """Return what is kept of an answer that the expert wrote alone; its time only if it was written
+    at this pace."""
     n = len(entry["tokens"]) - (not entry["cut"])  # without the end token
-    return {**entry, "tokens": n, "deferred": n}
+    seconds = entry["seconds"] if entry.get("pace") == pace else math.nan
+    return {**entry, "tokens": n, "deferred": n, "seconds": seconds}
 
 
 def _generated(given: Generated) -> dict[str, Any]:
     tokens, seconds = int(given.tokens.sum()), float(given.seconds.sum())
+    speed = None if math.isnan(seconds) else tokens / seconds if seconds > 0 else 0.0
     return {
         **_with_interval("accuracy", given.right, np.arange(len(given.right))),
         "generated_defer_rate": int(given.deferred.sum()) / max(1, tokens),
         "tokens_per_answer": float(given.tokens.mean()),
-        "tokens_per_second": tokens / seconds if seconds > 0 else 0.0,
+        "tokens_per_second": speed,
         "cut": float(given.cut.mean()),
     }
 

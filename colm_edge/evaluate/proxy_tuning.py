@@ -39,7 +39,8 @@ from colm_edge.stream import Stream
 from colm_edge.switch.rules import Untrained
 from colm_edge.together import Done, Task
 from colm_edge.train.columns import LEAST_NATS, ROUNDING
-from colm_edge.train.documents import Document, Row
+from colm_edge.train.documents import Document, Row, prompt_of
+from colm_edge.train.prompts import pace_of
 
 if TYPE_CHECKING:
     from colm_edge.options import Options
@@ -208,7 +209,7 @@ class Proxy:
             for i in todo:
                 number, row = rows[i]
                 message = {"role": "user", "content": row["prompt"]}
-                tokens = self.pair.prompt_tokens([message], raw=options.raw)
+                tokens = prompt_of(self.pair, [message], raw=options.raw)
                 self._check(tokens, number)
                 stream = self.stream_tokens(tokens, options)
                 for _ in stream:
@@ -218,7 +219,7 @@ class Proxy:
         # Options that have no effect here must not change the keys in the journal.
         without = {name: OPTIONS[name].default for name in NO_EFFECT}
         options = replace(options, **without)
-        what = [*self._key(), options.changed] if journal is not None else []
+        what = [*self._key(), pace_of(self.pair, 1), options.changed] if journal is not None else []
         return judged(write, rows, metric, progress, label=NAME, journal=journal, what=what)
 
     def stream_tokens(self, tokens: Sequence[int], options: Options) -> Stream:

@@ -21,11 +21,12 @@ class ChatTemplate:
         self._compiled: tuple[Any, Any] | None = None  # Jinja's, once they are needed
         self._lock = HomeLock()
 
-    def render(self, messages: Sequence[Message], **variables: Any) -> str:
+    def render(self, messages: Sequence[Message], /, **variables: Any) -> str:
         """Return a conversation as the template writes it, up to where the assistant goes on:
         behind its last message, if that is the last and a text alone.
 
-        variables: what the template may read besides, such as `tools` or `enable_thinking`.
+        variables: what the template may read besides, such as `tools` or `enable_thinking`. Its
+            clock, `strftime_now`, may be another than today's.
 
         Raises PromptError where the template refuses, or takes too much time or memory; ModelError
         in a child of fork.
@@ -37,13 +38,13 @@ class ChatTemplate:
 
         known = {
             **dict.fromkeys(("functions", "function_call", "tools", "tool_choice")),
+            "strftime_now": _now,
             **variables,
             "messages": [dict(message) for message in messages],
             "bos_token": self._bos,
             "eos_token": self._eos,
             "add_generation_prompt": True,
             "raise_exception": _raise,
-            "strftime_now": _now,
         }
         with self._lock.held():
             try:
@@ -74,10 +75,19 @@ def _raise(message: str) -> None:
     raise ValueError(message)
 
 
+def on_one_day(form: str) -> str:
+    """Return the date of always the same day, which Llama 3's template falls back to."""
+    return _date(datetime(2024, 7, 26), form)
+
+
 def _now(form: str) -> str:
+    return _date(datetime.now(), form)
+
+
+def _date(day: datetime, form: str) -> str:
     if len(form) > LONGEST_FORM:
         raise ValueError("a form of the date that is too long")
-    return datetime.now().strftime(form)
+    return day.strftime(form)
 
 
 def check(messages: Sequence[Message]) -> None:

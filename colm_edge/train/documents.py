@@ -19,6 +19,7 @@ import numpy.typing as npt
 
 from colm_edge.errors import DataError, PromptError
 from colm_edge.files import replacing
+from colm_edge.llama.chat_template import on_one_day
 
 if TYPE_CHECKING:
     from colm_edge.pair import Pair
@@ -267,7 +268,7 @@ def _documents(row: dict[str, Any], pair: Pair, raw: bool, line: int) -> Iterato
             # turns would take very long.
             yield Document(prompt, len(prompt), line)
             continue
-        prompt = pair.prompt_tokens(messages[:i], raw=raw)
+        prompt = prompt_of(pair, messages[:i], raw=raw)
         if not prompt:
             raise ValueError("the prompt has no tokens")
         completion = pair.base.tokenize(_text(messages[i], "content"), special=False, bos=False)
@@ -277,6 +278,12 @@ def _documents(row: dict[str, Any], pair: Pair, raw: bool, line: int) -> Iterato
         end = pair.base.end_token
         ends = [end] if 0 <= end < pair.n_shared else []
         yield _document([*prompt, *completion, *ends], len(prompt), pair, line)
+
+
+def prompt_of(pair: Pair, messages: Any, *, raw: bool) -> list[int]:
+    """Return a conversation as token ids. Where the template writes the date, it is always the
+    same: what a work folder keeps is found by these ids, on any day."""
+    return pair.prompt_tokens(messages, raw=raw, strftime_now=on_one_day)
 
 
 def _document(tokens: list[int], start: int, pair: Pair, line: int) -> Document:

@@ -11,7 +11,7 @@ from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -21,7 +21,7 @@ from colm_edge.journal import MOST_SECONDS, Journal, is_count, is_number, key_of
 from colm_edge.options import Options
 from colm_edge.together import Done, Task, answer_together
 from colm_edge.train.columns import LEAST_NATS, ROUNDING
-from colm_edge.train.documents import Document, Documents, Row, gathered
+from colm_edge.train.documents import Document, Documents, Row, gathered, prompt_of
 from colm_edge.train.scoring import MakeProgress, Recorded, identity
 
 if TYPE_CHECKING:
@@ -56,6 +56,7 @@ def answer_prompts(
     max_tokens: int,
     n_slots: int,
     raw: bool = False,
+    schedule: Literal["fast", "sequential"] = "fast",
     work: Path | None = None,
 ) -> Answered:
     """Let the expert answer every row's prompt, or continue its messages.
@@ -67,7 +68,10 @@ def answer_prompts(
     if not prompts:
         raise DataError("the data has no prompts; expected one JSON object a line")
     journal = Journal(work / ANSWERS_FILE) if work is not None else None
-    options = Options(temperature=0.0, threshold=0.0, max_tokens=max_tokens, n_probs=N_KEPT)
+    options = Options(
+        temperature=0.0, threshold=0.0, max_tokens=max_tokens, n_probs=N_KEPT, schedule=schedule
+    )
+    pace = [*pace_of(pair, n_slots), schedule]
     # The base says how an answer is spelt, and where it may end.
     what = [*identity(pair, pair.members[:1]), pair.n_shared, pair.n_ctx, max_tokens]
     keys = [key_of(what, p.tokens) for p in prompts]
@@ -84,7 +88,7 @@ def answer_prompts(
             written = open_answers.enter_context(closing(answer_together(pair, tasks, n_slots)))
         for done in written:
             i = done.task.key
-            entry = entries[i] = _entry(done)
+            entry = entries[i] = {**_entry(done), "pace": pace}
             if journal is not None:
                 journal.add(keys[i], entry)
             bar.update(1)
@@ -103,6 +107,14 @@ def answer_prompts(
     return Answered(documents, recorded, [entries[i] for i in range(len(prompts))])
 
 
+def pace_of(pair: Pair, n_slots: int) -> list[Any]:
+    """Return what the time that answers take depends on, and hardly their text: how many are
+    written at once, the threads, and the layers on a GPU."""
+    models = [pair.base, *(member.model for member in pair.members)]
+    layers = [getattr(model, "n_gpu_layers", None) for model in models]  # a server tells none
+    return [n_slots, pair.base_session.options.n_threads, layers]
+
+
 def read_prompts(rows: Iterable[Row], pair: Pair, raw: bool) -> Iterator[Document]:
     """Yield each prompt as a document that begins where the answer will."""
     for number, row in rows:
@@ -110,7 +122,7 @@ def read_prompts(rows: Iterable[Row], pair: Pair, raw: bool) -> Iterator[Documen
             raise DataError(f"line {number}: expected prompt, a text, or messages")
         messages = row.get("messages", [{"role": "user", "content": row.get("prompt")}])
         try:
-            tokens = pair.prompt_tokens(_asked(messages), raw=raw)
+            tokens = prompt_of(pair, _asked(messages), raw=raw)
             pair.check_prompt(tokens, 0.0)
         except PromptError as e:
             raise DataError(f"line {number}: {e}") from e

@@ -54,6 +54,9 @@ def timeless(table):
         ("contains", "weighs 183.84.", {"completion": "x", "answer": "183"}, 0),
         ("contains", "weighs 183.84.", {"completion": "x", "answer": "183.84"}, 1),
         ("contains", "dial +254", {"completion": "x", "answer": "254"}, 0),
+        ("contains", "1,500 metres", {"completion": "x", "answer": "500"}, 0),
+        ("contains", "1,500 metres", {"completion": "x", "answer": "1,500"}, 1),
+        ("contains", "\N{MINUS SIGN}5 degrees", {"completion": "x", "answer": "5"}, 0),
         ("contains", "the domain is .ke.", {"completion": ".ke"}, 1),
         ("gsm8k", "so 5 and 7\n#### 1,234", {"completion": "#### 1234"}, 1),
         ("gsm8k", "so it is 12.", {"completion": "#### 12"}, 1),
@@ -63,6 +66,8 @@ def timeless(table):
         ("gsm8k", "#### 5 of 7 apples", {"completion": "#### 5"}, 1),
         ("gsm8k", "#### 5\nor #### 7", {"completion": "#### 7"}, 1),
         ("gsm8k", "first 7, then nothing ####", {"completion": "#### 7"}, 0),
+        ("gsm8k", "#### Step 2: twice\n5*2=10\nThe answer is 10.", {"completion": "#### 10"}, 1),
+        ("gsm8k", "####\n2+3=5\nThe answer is 10.", {"completion": "#### 10"}, 1),
         ("gsm8k", "a half is .5", {"completion": "#### 0.5"}, 1),
         ("gsm8k", "1" + 400 * "0", {"completion": "#### 2" + 400 * "0"}, 0),
         ("steps", "<<2+3=5>> <<1+1=3>>", {"completion": "<<2+3=5>> and <<5*2=10>>"}, 0.5),
@@ -470,27 +475,14 @@ def test_a_threshold_next_to_one_is_not_printed_as_one():
     assert "| 1 |" in tables.render([{**row, "threshold": 1.0}], "md")
 
 
+def test_a_weak_switch_for_several_experts_is_refused(demo):
+    team = Comparison(weak=Switch.load(HELD_OUT.parent / "team.gguf"))
+    with pytest.raises(MismatchError, match="for several experts; --weak takes one of one"):
+        ev.evaluate(demo, HELD_OUT, WHOLE, team, progress=no_bar)
+
+
 def test_a_weak_switch_defers_alone_whatever_tolerance_it_carries(demo):
     plain = Comparison(metric="contains", limit=4, methods=["weak"], weak=demo.switch)
     reviewing = replace(plain, weak=replace(demo.switch, review=0.0))
     rows = [ev.evaluate(demo, HELD_OUT, WHOLE, c, progress=no_bar) for c in (plain, reviewing)]
     assert timeless(rows[0]) == timeless(rows[1])
-
-
-def test_answers_are_kept_by_how_many_are_written_at_once(tiny_pair, data, tmp_path):
-    """What is kept says how long it took."""
-    wanted = Comparison(metric="contains", limit=2, methods=["base"])
-    for n_slots, n_kept in (1, 2), (2, 4), (1, 4):
-        at_once = replace(wanted, n_slots=n_slots)
-        ev.evaluate(tiny_pair, data, GREEDY, at_once, progress=no_bar, work=tmp_path)
-        assert len((tmp_path / "answers.jsonl").read_text().splitlines()) == n_kept
-
-
-def test_scores_by_another_cache_type_are_refused(tiny, tiny_pair, data, tmp_path):
-    wanted = Comparison(limit=2, methods=["base"])
-    ev.evaluate(tiny_pair, data, GREEDY, wanted, progress=no_bar, work=tmp_path)
-    with (
-        load(tiny["base"], tiny["expert"], "margin", n_ctx=256, cache_type_k="q8_0") as pair,
-        pytest.raises(DataError, match="by another cache type; name another work folder"),
-    ):
-        ev.evaluate(pair, data, GREEDY, wanted, progress=no_bar, work=tmp_path)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from contextlib import contextmanager
+from datetime import datetime
 from types import SimpleNamespace
 
 import numpy as np
@@ -14,6 +15,8 @@ from conftest import no_bar
 
 from colm_edge.cli import main
 from colm_edge.errors import DataError, ModelError
+from colm_edge.llama import chat_template
+from colm_edge.llama.chat_template import ChatTemplate
 from colm_edge.pair import Pair
 from colm_edge.switch.file import Switch
 from colm_edge.train.prompts import ANSWERS_FILE, N_KEPT, answer_prompts
@@ -190,12 +193,26 @@ def test_a_fit_is_not_lost_where_decodes_cannot_be_measured(tiny, tmp_path, monk
         ([], "give --data, texts to fit to, or --prompts"),
         (["--data", "a", "--prompts", "b"], "give --data, texts to fit to, or --prompts"),
         (["--prompts", "b", "--threshold-by", "exact"], "go with --data"),
+        (["--data", "a", "--threshold-by", "python"], "--threshold-by python runs code that the"),
     ],
 )
 def test_the_command_says_what_goes_together(args, words):
     result = CliRunner().invoke(main, ["train", "--outfile", "x.gguf", *args])
     assert result.exit_code == 2
     assert words in result.stderr
+
+
+def test_a_template_that_writes_the_date_loses_nothing_overnight(tiny_pair, tmp_path, monkeypatch):
+    dated = ChatTemplate("{{ strftime_now('%d %b') }} {{ messages[0]['content'] }}", "", "")
+    monkeypatch.setattr(tiny_pair, "template", dated)
+    texts = set()
+    for day in 1, 2:
+        now = datetime(2026, 1, day)
+        monkeypatch.setattr(chat_template, "_now", now.strftime)
+        texts.add(tiny_pair.prompt_text([{"role": "user", "content": "a"}]))
+        answer_prompts(tiny_pair, ROWS, no_bar, work=tmp_path, **HOW)
+        assert len((tmp_path / ANSWERS_FILE).read_text().splitlines()) == len(ROWS)
+    assert texts == {"01 Jan a", "02 Jan a"}
 
 
 def test_the_kept_tokens_are_best_first(tiny_pair, tmp_path):

@@ -1,0 +1,55 @@
+"""What `eval` finds in its work folder, and what it does not take from there."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from conftest import no_bar
+
+from colm_edge.errors import DataError
+from colm_edge.evaluate import methods as ev
+from colm_edge.evaluate.methods import Comparison
+from colm_edge.options import Options
+from colm_edge.pair import load
+
+GREEDY = Options(temperature=0.0, max_tokens=8, schedule="sequential")
+
+
+def test_answers_are_kept_by_how_many_are_written_at_once(tiny_pair, data, tmp_path):
+    """What is kept says how long it took."""
+    wanted = Comparison(metric="contains", limit=2, methods=["base"])
+    for n_slots, n_kept in (1, 2), (2, 4), (1, 4):
+        at_once = replace(wanted, n_slots=n_slots)
+        ev.evaluate(tiny_pair, data, GREEDY, at_once, progress=no_bar, work=tmp_path)
+        assert len((tmp_path / "answers.jsonl").read_text().splitlines()) == n_kept
+
+
+def test_a_speed_is_told_only_where_it_was_measured(tiny, data, tmp_path):
+    """Answers of another number at once, or of other threads, have times of their own; the expert's
+    own text, which is scored, is not written again for that."""
+    wanted = Comparison(metric="contains", limit=2, methods=["base", "expert"], on_expert=True)
+
+    def speeds(n_slots, n_threads):
+        with load(tiny["base"], tiny["expert"], "margin", n_threads=n_threads, n_ctx=256) as pair:
+            at_once = replace(wanted, n_slots=n_slots)
+            table = ev.evaluate(pair, data, GREEDY, at_once, progress=no_bar, work=tmp_path)
+        return [row["tokens_per_second"] for row in table]
+
+    first = speeds(1, 1)
+    assert None not in first
+    assert speeds(1, 1) == first
+    for others in (2, 1), (1, 2):
+        base, expert = speeds(*others)
+        assert base not in (None, first[0])
+        assert expert is None
+
+
+def test_scores_by_another_cache_type_are_refused(tiny, tiny_pair, data, tmp_path):
+    wanted = Comparison(limit=2, methods=["base"])
+    ev.evaluate(tiny_pair, data, GREEDY, wanted, progress=no_bar, work=tmp_path)
+    with (
+        load(tiny["base"], tiny["expert"], "margin", n_ctx=256, cache_type_k="q8_0") as pair,
+        pytest.raises(DataError, match="by another cache type; name another work folder"),
+    ):
+        ev.evaluate(pair, data, GREEDY, wanted, progress=no_bar, work=tmp_path)
