@@ -42,6 +42,9 @@ class Fresh:
         self.drawn_from = self.probabilities(logits)
         return self.draw(*self.drawn_from)
 
+    def knows(self, logits: Floats) -> bool:
+        return self._sampler.knows(logits)
+
     def copy(self) -> Self:
         return type(self)(self._sampler.copy(), self._random)
 

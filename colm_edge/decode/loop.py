@@ -259,11 +259,14 @@ class Decoder:
         """Return an expert's logits for position `at`, their likeliest token and their log-sum-exp.
 
         base: the base's logits there; with them the mixture's logits are returned if the picker
-        composes. Raises AbsentExpertError where the expert has no word for the base (`Bridge`).
+        composes. Raises AbsentExpertError where the expert has no word for the base (`Bridge`),
+        or names none that the grammar allows.
         """
         logits, _ = self._experts[writer].state(at - 1)
         if base is not None:
             logits = self.picker.deferred(base, logits, p_defer)
+        if not self.picker.knows(logits):
+            raise AbsentExpertError("the expert names no token that the grammar allows")
         return logits, *self.picker.likeliest(at, logits)
 
     # Reading a prompt back.

@@ -18,9 +18,11 @@ COLUMNS = 2048  # in which `likeliest` lays out logits
 
 
 class Sampler(Protocol):
-    """Picks a token from logits (n_choose,); a `copy` goes on from the same state."""
+    """Picks a token from logits (n_choose,), if they tell of one that may be written; a `copy` goes
+    on from the same state."""
 
     def __call__(self, logits: Floats) -> int: ...
+    def knows(self, logits: Floats) -> bool: ...
     def copy(self) -> Self: ...
 
 
@@ -59,6 +61,10 @@ class Picker:
         except ValueError as e:
             who = "base" if of_base else "expert"
             raise ModelError(f"the {who} is broken: {e}; use another file") from e
+
+    def knows(self, logits: Floats) -> bool:
+        """Return whether logits tell of a token that may be written."""
+        return self.sampler is None or self.sampler.knows(logits[: self.n_choose])
 
     def deferred(self, base: Floats, expert: Floats, p_defer: float) -> Floats:
         """Return the logits that a deferred token is picked from."""

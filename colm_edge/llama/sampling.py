@@ -15,6 +15,7 @@ from colm_edge.llama.grammar import CANDIDATE, Grammar, array_of
 
 if TYPE_CHECKING:
     from colm_edge.options import Options
+MOST_NAMED = 256  # tokens, by a server; a model in this process tells of all
 TRIED = 256  # of the likeliest tokens, before a grammar judges the whole vocabulary
 
 
@@ -78,6 +79,14 @@ class ChainSampler:
         if self._grammar is not None:
             self._grammar.accept(token)
         llama.llama_sampler_accept(self._chain, token)
+
+    def knows(self, logits: npt.NDArray[np.float32]) -> bool:
+        """Return whether logits tell of a token that the grammar allows. A server names only its
+        likeliest tokens; all others are alike, and say nothing of which of them to write."""
+        if self._grammar is None:
+            return True
+        named = np.flatnonzero(logits > logits.min())
+        return len(named) > MOST_NAMED or any(map(self._grammar.allows, named.tolist()))
 
     def likeliest(self, logits: npt.NDArray[np.float32], choice: int) -> int:
         """Return the likeliest token that the grammar allows. choice: the likeliest of all."""
