@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+from concurrent.futures import Future
+from typing import TypeVar
+
+T = TypeVar("T")
+LOOK = 0.1  # seconds between two looks at whether an answer that waits was cancelled
+
 
 class CancelledError(Exception):
     """Raised between two evaluations of an answer that was cancelled."""
@@ -22,3 +28,14 @@ class Cancel:
         """Raise CancelledError if `request` was called."""
         if self.requested:
             raise CancelledError
+
+    def wait_for(self, future: Future[T]) -> T:
+        """Return what a future holds, once it does. Raises CancelledError if `request` was called
+        before; the future goes on then."""
+        while True:
+            try:
+                return future.result(LOOK)
+            except TimeoutError:
+                if future.done():  # its own
+                    raise
+                self.check()

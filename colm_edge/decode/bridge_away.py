@@ -6,6 +6,7 @@ import threading
 from array import array
 from collections.abc import Sequence
 from concurrent.futures import Future
+from contextlib import suppress
 from time import perf_counter
 
 import numpy as np
@@ -58,12 +59,18 @@ class BridgeAway(Bridge):
     def sync(
         self, tokens: Sequence[int], outputs: Sequence[int] = (), cancel: Cancel | None = None
     ) -> int:
-        begun, self._begun = self._begun, None
-        if begun is not None:
-            begun[1].exception()  # waits: it uses what this would use
-            if begun[0] == array("i", tokens):
-                return begun[1].result()
-        return self._sync(tokens, outputs, cancel)
+        cancel, wanted = cancel or Cancel(), array("i", tokens)
+        if self._begun is not None and self._begun[0] != wanted:
+            with suppress(Exception):  # another answer's; it uses what this would use
+                cancel.wait_for(self._begun[1])
+            cancel.check()
+            self._begun = None
+        done = self._begun[1] if self._begun is not None else self.begin(tokens, outputs, cancel)
+        try:
+            return cancel.wait_for(done)
+        finally:
+            if done.done():
+                self._begun = None
 
     def _sync(self, tokens: Sequence[int], outputs: Sequence[int], cancel: Cancel | None) -> int:
         begun, asking = perf_counter(), self._session.seconds

@@ -80,8 +80,10 @@ class RemoteExpert:
         self._n_ids = base.n_vocab  # ids of tokens are below this
         self.is_same: bool | None = None  # whether it has the base's vocabulary; not known yet
         self._probed: tuple[tuple[int, ...], ...] = ()  # which vocabulary it was
-        self._lock = threading.RLock()  # held where the dialect or the next two are set
+        self._lock = threading.RLock()  # held where the dialect or the next four are set
         self._absent_until, self._warned = -math.inf, set[str]()
+        self._n_greeted = 0
+        self._not_greeted: RequestError | None = None  # how the last greeting failed, if it did
         self._is_told = False  # whether the first answer is there, or said to be waited for
         try:
             self.with_retries(self.connected)
@@ -223,12 +225,22 @@ class RemoteExpert:
     def connected(self) -> Dialect:
         """Return the server's dialect, learnt at the first request that it answers, and again
         after it was away: it may have come back with another model."""
+        n = self._n_greeted
         with self._lock:
+            if self._dialect is None and self._n_greeted != n and self._not_greeted is not None:
+                raise self._not_greeted.again()  # to whoever asked while this one waited
             return self._dialect or self._connect()
 
     def _connect(self) -> Dialect:
         """Find out the server's dialect, and whether it has the base's vocabulary."""
-        told = greet(self._server, self.base)
+        self._not_greeted = None
+        try:
+            told = greet(self._server, self.base)
+        except RequestError as e:
+            self._not_greeted = e
+            raise
+        finally:
+            self._n_greeted += 1
         what = f"the vocabularies of {self.base.path.name} and {self.url} differ: "
         if told.difference and self.words is None:
             raise MismatchError(f"{what}{told.difference}; use two of one family, or --bridge")
@@ -252,10 +264,10 @@ class RemoteExpert:
         Raises what `ask` raises; after AbsentExpertError the server is left alone for a while.
         """
         required = required or self.required
-        if not required and time.monotonic() < self._absent_until:
-            raise AbsentExpertError(f"{self.url}: the expert did not answer a moment ago")
         with self._announced():
             for n in range(1, TRIES + 1):
+                if not required and time.monotonic() < self._absent_until:
+                    raise AbsentExpertError(f"{self.url}: the expert did not answer a moment ago")
                 try:
                     done = work()
                 except RequestError as e:
@@ -397,8 +409,7 @@ class RemoteSession:
         """Ask what follows `tokens`; return how many of them the server evaluated, 0 if it does
         not tell.
 
-        outputs: nothing, or the last token's position. cancel: ignored; a request is not
-            interrupted.
+        outputs: nothing, or the last token's position. cancel: ends the wait, not the request.
         Raises what `RemoteExpert.ask` raises.
         """
         wanted = array("i", tokens)
@@ -406,8 +417,9 @@ class RemoteSession:
         begun, self._begun = self._begun, None
         if wanted == self._held:
             return 0
-        is_asked = begun is not None and begun[0] == wanted
-        reply = begun[1].result() if begun and is_asked else self._ask(wanted)
+        if begun is None or begun[0] != wanted:
+            begun, self._begun = (wanted, self.begin(tokens)), None
+        reply = (cancel or Cancel()).wait_for(begun[1])
         self.seconds += reply.seconds
         if reply.error is not None:
             raise reply.error

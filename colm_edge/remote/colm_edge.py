@@ -15,6 +15,7 @@ _EXPERT_ALONE: Body = {
     "repeat_penalty": 1,
     "presence_penalty": 0,
     "frequency_penalty": 0,
+    "stop": [],
     "colm": {"threshold": 0, "strategy": "defer"},
 }
 

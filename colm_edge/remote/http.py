@@ -30,6 +30,10 @@ class RequestError(Exception):
         super().__init__(message)
         self.cause, self.final = cause, final
 
+    def again(self) -> RequestError:
+        """Return an error that says the same, for another thread to raise."""
+        return RequestError(str(self), self.cause, final=self.final)
+
 
 class Server:
     """Whoever answers at http://host:port, or http://host:port#MODEL. Any thread may use it.

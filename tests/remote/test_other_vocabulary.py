@@ -361,6 +361,9 @@ def test_bytes_that_no_text_has_leave_the_base_alone(base, other):
         assert "no token is known for the byte 0xff" in told[0]
 
 
+STOPS = Options(stop=("e", " "))  # for answers of the server's own
+
+
 def test_our_own_server_is_an_expert(base, other):
     pytest.importorskip("schemathesis")
     from serving import serving
@@ -369,7 +372,7 @@ def test_our_own_server_is_an_expert(base, other):
         expected = [pair.generate(p) for p in ("hello world", "another one")]
     for n_slots in (1, 2):
         with (
-            load(other, other, "margin", n_threads=1, n_ctx=256) as held,
+            load(other, other, "margin", n_threads=1, n_ctx=256, defaults=STOPS) as held,
             serving(held, n_slots=n_slots) as (url, _),
             opened(base, url, expert_required=True) as pair,
         ):

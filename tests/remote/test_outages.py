@@ -5,14 +5,17 @@ from __future__ import annotations
 import logging
 import math
 import threading
+import time
 
 import pytest
 from expert_servers import faking, free_port
 from remote_pairs import DIALECTS, GREEDY, PROMPT, remote_pair, warnings_in
+from serving import wait_for
 
 from colm_edge.errors import AbsentExpertError, ColmError, MismatchError, ModelError
 from colm_edge.pair import load
 from colm_edge.remote import client as remote
+from colm_edge.remote.http import RequestError
 from colm_edge.slots import Slots
 
 pytestmark = pytest.mark.usefixtures("no_back_off")
@@ -181,6 +184,50 @@ def test_an_answer_that_takes_too_long_names_the_option(tiny):
         fake.always = "slow"
         with pytest.raises(ModelError, match=r"no answer in 0.5 seconds \(--expert-timeout\)"):
             pair.generate(PROMPT, threshold=0.0)
+
+
+def test_answers_together_share_the_tries_of_an_expert_that_is_silent(tiny, monkeypatch):
+    """They do not wait for one another's: that would take the timeout of each in turn."""
+    n_answers, waiting, greeted = 4, [], []
+
+    def silent(*_):
+        greeted.append(1)
+        wait_for(lambda: len(waiting) == n_answers)
+        time.sleep(0.05)
+        raise RequestError("no answer", "timeout")
+
+    with faking("llamacpp", tiny["expert"]) as (url, fake), remote_pair(tiny, url) as pair:
+        fake.always = "dies"
+        pair.generate(PROMPT)  # from here on it may come back as another one
+        expert = pair.expert.expert
+        expert._absent_until = -math.inf
+        monkeypatch.setattr(remote, "greet", silent)
+
+        def ask() -> None:
+            waiting.append(1)
+            with pytest.raises(AbsentExpertError):
+                expert.ask([1, 2, 3])
+
+        threads = [threading.Thread(target=ask) for _ in range(n_answers)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(60)
+        assert remote.TRIES <= len(greeted) < 2 * remote.TRIES
+
+
+def test_an_answer_that_waits_for_a_server_can_be_cancelled(tiny):
+    with faking("llamacpp", tiny["expert"]) as (url, fake), remote_pair(tiny, url) as pair:
+        fake.always = "slow"
+        stream = pair.stream(PROMPT, threshold=0.0)
+        writing = threading.Thread(target=list, args=(stream,))
+        writing.start()
+        wait_for(lambda: fake.asked)
+        stream.cancel()
+        writing.join(30)
+        assert not writing.is_alive()
+        assert not fake.released.is_set()  # the server is still silent
+        assert stream.answer().finish_reason == "stop"
 
 
 def test_answers_together_whose_expert_fails_are_each_the_base_alone(tiny, local):

@@ -12,6 +12,7 @@ from click.testing import CliRunner
 from expert_servers import faking
 from remote_pairs import DIALECTS, GREEDY, NEUTRAL, PROMPT, remote_pair
 
+from colm_edge.cancel import Cancel
 from colm_edge.cli import main
 from colm_edge.cli.terminal import summary
 from colm_edge.errors import AbsentExpertError, ColmError, MismatchError, ModelError
@@ -59,7 +60,7 @@ BODIES = {
     "colm-edge": {
         "model": "the model", "max_tokens": 1, "temperature": 0, "logprobs": 20,
         "return_tokens_as_token_ids": True, "stream": False, "repeat_penalty": 1,
-        "presence_penalty": 0, "frequency_penalty": 0,
+        "presence_penalty": 0, "frequency_penalty": 0, "stop": [],
         "colm": {"threshold": 0, "strategy": "defer"},
     },
 }  # fmt: skip
@@ -106,7 +107,7 @@ def test_a_timeline_there_has_what_one_here_has(tiny):
         expert.open()
         expert.follow([1, 2, 3])
         assert fake.asked == []
-        assert expert.sync([1, 2, 3], (), lambda: True) == 3
+        assert expert.sync([1, 2, 3], (), Cancel()) == 3
         assert fake.n_connections == n_connections
         expert.close()
         assert pair.expert.expert._server._client.is_closed

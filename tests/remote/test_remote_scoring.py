@@ -69,7 +69,7 @@ def test_a_remote_expert_is_scored_as_a_local_one(tiny, tmp_path, data, owner, m
 @pytest.mark.parametrize("owner", ["vllm", "colm-edge"])
 def test_what_a_scoring_pass_asks(tiny, owner):
     expert_alone = {"colm": {"threshold": 0, "strategy": "defer"}, "repeat_penalty": 1}
-    expert_alone |= {"presence_penalty": 0, "frequency_penalty": 0}
+    expert_alone |= {"presence_penalty": 0, "frequency_penalty": 0, "stop": []}
     common = {"model": "the model", "temperature": 0, "prompt_logprobs": 1, "stream": False}
     bodies = {"vllm": {"max_tokens": 1} | NEUTRAL, "colm-edge": {"max_tokens": 0} | expert_alone}
     with faking(owner, tiny["expert"]) as (url, fake), remote_pair(tiny, url) as pair:
