@@ -107,8 +107,15 @@ def serve_command(
     """
     from colm_edge.options import Options
 
-    if settings["api_key"] is not None and not settings["api_key"].strip():
-        raise click.UsageError("the API key is empty; give one, or leave it out")
+    if settings["api_key"] is not None:
+        key = settings["api_key"] = settings["api_key"].strip()
+        if not key:
+            raise click.UsageError("the API key is empty; give one, or leave it out")
+        if not (key.isascii() and key.isprintable()):
+            raise click.UsageError(
+                "the API key has characters that a request's header cannot carry; expected "
+                "printable ASCII"
+            )
     try:
         from colm_edge.serve.app import serve
     except ModuleNotFoundError as e:

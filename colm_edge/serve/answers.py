@@ -87,6 +87,7 @@ class Server:
         self._threads = ThreadPoolExecutor(settings.n_slots, "colm-edge-answer")
         # Changed by the event loop alone:
         self._waiting: list[Waiting] = []
+        self._arriving = set[object]()  # who has asked for an answer that does not wait yet
         self._running = Counter[object]()  # answers that are written, by who asked
         # When who asked had a slot last, counted in slots; of those who still want one.
         self._had: dict[object, int] = {}
@@ -112,17 +113,24 @@ class Server:
         """How many requests wait for a slot; none of their answers has begun."""
         return len({one.request for one in self._waiting} - self._begun)
 
-    def check_queue(self) -> None:
-        """Raise RefusalError when another request would have to wait and the queue is full."""
-        waits = self.n_busy >= self.settings.n_slots
-        if waits and self.n_waiting >= self.settings.queue:
+    def check_queue(self, owner: object) -> None:
+        """Count a request whose prompt is not known yet, until `stream` has it or `leave` is called
+        for its owner. Raises RefusalError when it would have to wait and the queue is full."""
+        beyond = self.n_busy + len(self._arriving) - self.settings.n_slots
+        n_before = self.n_waiting + max(0, beyond)
+        if beyond >= 0 and n_before >= self.settings.queue:
             raise RefusalError(
                 503,
-                f"{self.n_waiting} requests are already waiting; try again later",
+                f"{n_before} requests are already waiting; try again later",
                 "server_error",
                 "overloaded",
                 headers={"Retry-After": "1"},
             )
+        self._arriving.add(owner)
+
+    def leave(self, owner: object) -> None:
+        """Count a request no longer whose prompt is not known yet."""
+        self._arriving.discard(owner)
 
     async def stream(self, jobs: Sequence[Job], owner: object = None) -> Events:
         """Write the answers of a request side by side; yield (index of the job, event).
@@ -134,6 +142,7 @@ class Server:
         writing. Raises what goes wrong in any of them.
         """
         self._measuring.request()
+        self.leave(owner)  # it is counted among those that wait from here on
         owner = object() if owner is None else owner
         arrived, request = time.monotonic(), next(self._requests)
         loop = asyncio.get_running_loop()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -12,6 +13,8 @@ from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
 from colm_edge.errors import ColmError, ContextError, ModelError
+
+log = logging.getLogger("colm_edge")
 
 
 class RefusalError(Exception):
@@ -115,7 +118,8 @@ async def _half_a_character(request: Request, _: UnicodeEncodeError) -> JSONResp
     return RefusalError(400, message).response(request.url.path)
 
 
-async def _broken(request: Request, _: Exception) -> JSONResponse:
+async def _broken(request: Request, e: Exception) -> JSONResponse:
+    log.error("a request failed: %s", request.url.path, exc_info=e)
     return INTERNAL.response(request.url.path)
 
 
@@ -143,7 +147,7 @@ HANDLERS: dict[int | type[Exception], Any] = {
     RequestValidationError: _invalid,
     HTTPException: _other,
     UnicodeEncodeError: _half_a_character,
-    Exception: _broken,  # which the server logs
+    Exception: _broken,
 }
 
 UNSUPPORTED = ("logit_bias", "best_of", "suffix")

@@ -1,12 +1,18 @@
-"""What is checked before a request is answered: its host, the size of its body, and the key."""
+"""What is checked before a request is answered: its host, the size of its body, the key, and that
+the body is JSON."""
 
 from __future__ import annotations
 
 import asyncio
+import json
+import math
 import secrets
-from typing import Annotated
+from collections.abc import Callable, Coroutine
+from typing import Annotated, Any
 
 from fastapi import Depends, Request
+from fastapi.responses import Response
+from fastapi.routing import APIRoute
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -27,12 +33,41 @@ def server_of(request: Request) -> Server:
 TheServer = Annotated[Server, Depends(server_of)]
 
 
+class JSONRequest(Request):
+    """Reads its body as JSON alone: Python takes NaN and infinite numbers too, which no answer can
+    repeat."""
+
+    async def json(self) -> Any:
+        if not hasattr(self, "_json"):
+            self._json = json.loads(await self.body(), parse_constant=_finite, parse_float=_finite)
+        return self._json
+
+
+class JSONRoute(APIRoute):
+    """A route whose requests are `JSONRequest`s."""
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        handle = super().get_route_handler()
+
+        async def read(request: Request) -> Response:
+            return await handle(JSONRequest(request.scope, request.receive))
+
+        return read
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    if not math.isfinite(number):
+        raise json.JSONDecodeError(f"{text[:20]} is no number of JSON's", text, 0)
+    return number
+
+
 class Guard:
-    """Middleware that counts requests, and refuses foreign hosts, missing keys and bodies that are
-    too large, before a body is read."""
+    """Middleware that counts requests, until they are answered, and refuses foreign hosts, missing
+    keys and bodies that are too large, before a body is read."""
 
     def __init__(self, app: ASGIApp, server: Server) -> None:
-        self._app, self._metrics = app, server.metrics
+        self._app, self._metrics, self._leave = app, server.metrics, server.leave
         self._key, self._stopping = server.settings.api_key, server.stopping
         # Any site can point its own name at 127.0.0.1, and its pages could then read what this
         # server answers. So a local server answers only to local names, and those it is given.
@@ -56,8 +91,12 @@ class Guard:
         refusal = self._of_host(headers) or self._of_key(path, headers) or _of_length(headers)
         if refusal is not None:
             await refusal.response(path)(scope, receive, counted)
-        else:
+            return
+        try:
             await self._bounded(scope, receive, counted)
+        finally:
+            client = scope.get("client")
+            self._leave(client and tuple(client))
 
     def _of_host(self, headers: Headers) -> RefusalError | None:
         """Return why a request to this host is not answered, or None."""

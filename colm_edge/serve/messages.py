@@ -18,13 +18,13 @@ from colm_edge.serve.completions import jobs_of
 from colm_edge.serve.dialogue import Conversation, Dialogue
 from colm_edge.serve.errors import ANTHROPIC_REFUSALS, RefusalError, anthropic
 from colm_edge.serve.formats import colm_of
-from colm_edge.serve.guard import TheServer
+from colm_edge.serve.guard import JSONRoute, TheServer
 from colm_edge.serve.parts import CallArguments, CallBegan, Part, Reply, Text, Thought
 from colm_edge.serve.requests import Body, Sampling, Stop, TextPart, joined
 from colm_edge.serve.streaming import EventStream, sse, while_connected
 from colm_edge.serve.tools import Tool, use_of
 
-router = APIRouter(responses=ANTHROPIC_REFUSALS)
+router = APIRouter(route_class=JSONRoute, responses=ANTHROPIC_REFUSALS)
 Json = dict[str, Any]
 
 
@@ -144,7 +144,7 @@ def count_tokens(body: CountRequest, server: TheServer) -> dict[str, int]:
     responses={200: {"content": {"application/json": {}, "text/event-stream": {}}}},
 )
 async def messages(body: MessagesRequest, server: TheServer, request: Request) -> Response:
-    server.check_queue()
+    server.check_queue(request.client)
     dialogue = await asyncio.to_thread(Dialogue, server.pair, body.conversation())
     (job,) = jobs_of(server, body, [dialogue.prompt])
     head = {

@@ -21,7 +21,7 @@ from colm_edge.serve.completions import jobs_of
 from colm_edge.serve.dialogue import Conversation, Dialogue, arguments_of
 from colm_edge.serve.errors import OLLAMA_REFUSALS, RefusalError
 from colm_edge.serve.formats import colm_of
-from colm_edge.serve.guard import TheServer
+from colm_edge.serve.guard import JSONRoute, TheServer
 from colm_edge.serve.parts import Reply, Text, Thought
 from colm_edge.serve.requests import (
     Body,
@@ -35,7 +35,7 @@ from colm_edge.serve.requests import (
 from colm_edge.serve.streaming import EventStream, while_connected
 from colm_edge.serve.tools import THINK_END, use_of
 
-router = APIRouter(responses=OLLAMA_REFUSALS)
+router = APIRouter(route_class=JSONRoute, responses=OLLAMA_REFUSALS)
 Json = dict[str, Any]
 BODY_OR_LINES: dict[int | str, dict[str, Any]] = {
     200: {"content": {"application/json": {}, "application/x-ndjson": {}}}
@@ -242,7 +242,7 @@ def _loaded(server: Server, written: Written) -> Response:
 async def _respond(
     body: Asked, conversation: Conversation, written: Written, server: Server, request: Request
 ) -> Response:
-    server.check_queue()
+    server.check_queue(request.client)
     dialogue = await asyncio.to_thread(Dialogue, server.pair, conversation)
     (job,) = jobs_of(server, body.sampling, [dialogue.prompt])
     if body.stream:

@@ -22,7 +22,7 @@ from colm_edge.serve.completions import jobs_of
 from colm_edge.serve.dialogue import Conversation, Dialogue
 from colm_edge.serve.errors import REFUSALS
 from colm_edge.serve.formats import colm_of, usage_of
-from colm_edge.serve.guard import TheServer
+from colm_edge.serve.guard import JSONRoute, TheServer
 from colm_edge.serve.parts import CallArguments, CallBegan, Part, Text, Thought
 from colm_edge.serve.requests import Body, Sampling, TextPart, joined
 from colm_edge.serve.streaming import EventStream, sse, while_connected
@@ -30,7 +30,7 @@ from colm_edge.serve.tools import use_of
 
 # What this server keeps nothing for, or cannot do, and what would change the answer.
 STATEFUL = ("previous_response_id", "conversation", "prompt", "background")
-router = APIRouter(responses=REFUSALS)
+router = APIRouter(route_class=JSONRoute, responses=REFUSALS)
 Json = dict[str, Any]
 
 
@@ -171,7 +171,7 @@ class ResponsesRequest(Sampling):
     responses={200: {"content": {"application/json": {}, "text/event-stream": {}}}},
 )
 async def responses(body: ResponsesRequest, server: TheServer, request: Request) -> Response:
-    server.check_queue()
+    server.check_queue(request.client)
     dialogue = await asyncio.to_thread(Dialogue, server.pair, body.conversation())
     (job,) = jobs_of(server, body, [dialogue.prompt])
     head = Head(server.name, body, len(job.tokens))

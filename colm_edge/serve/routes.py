@@ -16,7 +16,7 @@ from colm_edge.serve.completions import respond
 from colm_edge.serve.dialogue import Dialogue
 from colm_edge.serve.errors import REFUSALS, RefusalError
 from colm_edge.serve.formats import ChatFormat, CompletionFormat, told_piece
-from colm_edge.serve.guard import TheServer
+from colm_edge.serve.guard import JSONRoute, TheServer
 from colm_edge.serve.requests import CompletionRequest, DetokenizeRequest, TokenizeRequest
 
 # In the API's document, of an endpoint that answers with a body or a stream.
@@ -24,7 +24,7 @@ BODY_OR_STREAM: dict[int | str, dict[str, Any]] = {
     200: {"content": {"application/json": {}, "text/event-stream": {}}}
 }
 
-router = APIRouter(responses=REFUSALS)
+router = APIRouter(route_class=JSONRoute, responses=REFUSALS)
 
 
 @router.head("/health", include_in_schema=False)
@@ -71,7 +71,7 @@ def one_model(model: str, server: TheServer) -> dict[str, Any]:
 
 @router.post("/v1/chat/completions", responses=BODY_OR_STREAM)
 async def chat(body: ChatRequest, server: TheServer, request: Request) -> Response:
-    server.check_queue()
+    server.check_queue(request.client)
     dialogue = await asyncio.to_thread(Dialogue, server.pair, body.conversation())
     form = ChatFormat(body, dialogue, server.pair.base.piece)
     return await respond(server, form, body, [dialogue.prompt], request)
@@ -79,7 +79,7 @@ async def chat(body: ChatRequest, server: TheServer, request: Request) -> Respon
 
 @router.post("/v1/completions", responses=BODY_OR_STREAM)
 async def completions(body: CompletionRequest, server: TheServer, request: Request) -> Response:
-    server.check_queue()
+    server.check_queue(request.client)
     if body.stream and body.prompt_logprobs is not None:
         raise RefusalError(
             400,

@@ -136,18 +136,21 @@ def test_requests_wait_for_slots_and_are_counted_once(server, gate):
             # The third answer waits, but the request does not.
             await until(lambda: server.n_busy == 2)
             assert server.n_waiting == 0
-            server.check_queue()
+            server.check_queue("a client")
+            server.leave("a client")
             other = asyncio.ensure_future(server.generate([job(server), job(server)]))
             await until(lambda: server.n_waiting == 1)
             assert value(server, "colm_busy_slots") == 2
             assert value(server, "colm_waiting_requests") == 1
             with pytest.raises(RefusalError, match="1 requests are already waiting"):
-                server.check_queue()
+                server.check_queue("a client")
+            server.leave("a client")
             other.cancel()
             gate.set()
             await asyncio.wait([other])
         assert server.n_waiting == 0  # the one that waited is gone at once
-        server.check_queue()
+        server.check_queue("a client")
+        server.leave("a client")
         await until(lambda: server.n_busy == 0)
 
     asyncio.run(fill())

@@ -7,8 +7,12 @@ import socket
 import httpx
 import openai
 import pytest
+from click.testing import CliRunner
 from serving import serving, wait_for
 
+from colm_edge.cli import main
+from colm_edge.serve import app
+from colm_edge.serve.dialogue import Dialogue
 from colm_edge.serve.guard import MAX_BODY
 
 CHAT = [{"role": "user", "content": "hello"}]
@@ -34,6 +38,53 @@ def test_a_key_is_asked_for_where_there_is_one(pair):
             pytest.raises(openai.AuthenticationError),
         ):
             client.completions.create(model="tiny", prompt="hello", max_tokens=1)
+
+
+def test_a_key_that_no_header_carries_is_refused_at_the_start(tiny, monkeypatch):
+    served = []
+    monkeypatch.setattr(app, "serve", lambda pair, settings, *_: served.append(settings.api_key))
+    args = ["serve", "-m", tiny["base"], "-me", tiny["expert"], "-t", "1"]
+    for key, words in (" ", "the API key is empty"), ("schlüssel", "printable ASCII"):
+        result = CliRunner().invoke(main, args, env={"COLM_EDGE_API_KEY": key})
+        assert result.exit_code == 2
+        assert words in result.stderr
+    result = CliRunner().invoke(main, args, env={"COLM_EDGE_API_KEY": "sesame\n"})
+    assert result.exit_code == 0, result.output
+    assert served == ["sesame"]
+
+
+@pytest.mark.parametrize("number", ["NaN", "Infinity", "-Infinity", "1e999"])
+@pytest.mark.parametrize(
+    "path", ["/v1/responses", "/v1/chat/completions", "/api/chat", "/v1/messages"]
+)
+def test_numbers_that_are_not_jsons_are_refused(url, path, number):
+    body = f'{{"model": "tiny", "max_tokens": 2, "tools": [{{"x": {number}}}]}}'
+    headers = {"Content-Type": "application/json"}
+    answer = httpx.post(f"{url}{path}", content=body, headers=headers, timeout=60)
+    assert answer.status_code == 400
+    assert f"{number} is no number of JSON's" in answer.text
+
+
+def test_what_breaks_a_request_is_logged(url, monkeypatch, caplog):
+    def broken(*_):
+        raise RuntimeError("out of order")
+
+    monkeypatch.setattr(Dialogue, "__init__", broken)
+    answer = httpx.post(f"{url}/v1/chat/completions", json={"messages": CHAT}, timeout=60)
+    assert answer.status_code == 500
+    assert "out of order" not in answer.text
+    (record,) = [r for r in caplog.records if r.name == "colm_edge"]
+    assert "/v1/chat/completions" in record.getMessage()
+    assert str(record.exc_info[1]) == "out of order"
+
+
+def test_a_template_may_have_any_variable(url):
+    asked = {"messages": CHAT, "max_tokens": 2, "chat_template_kwargs": {"self": 1, "raw": 0}}
+    answer = httpx.post(f"{url}/v1/chat/completions", json=asked, timeout=60)
+    assert answer.status_code == 400
+    assert "chat_template_kwargs holds raw" in answer.text
+    asked["chat_template_kwargs"] = {"self": 1}
+    assert httpx.post(f"{url}/v1/chat/completions", json=asked, timeout=60).status_code == 200
 
 
 def test_other_sites_pages_may_ask_only_where_allowed(pair):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
 import time
 from dataclasses import replace
@@ -91,6 +92,45 @@ def test_a_full_queue_refuses_with_retry_after(endless, slow):
             assert server.n_busy == 1
         wait_for(lambda: server.n_busy == 0)  # the reader left
         assert httpx.post(f"{url}/v1/completions", json={"prompt": "x"}, timeout=60).is_success
+
+
+@pytest.mark.parametrize("streams", [False, True])
+def test_a_burst_does_not_overfill_the_queue(endless, monkeypatch, streams):
+    """Requests that come at once, none of which waits yet when the others are let in."""
+    decode, gate = Context.decode, threading.Event()
+
+    def held(*args, **more) -> None:
+        assert gate.wait(60)
+        decode(*args, **more)
+
+    monkeypatch.setattr(Context, "decode", held)
+    gate.set()
+    first = {"prompt": "hello", "max_tokens": 480, "stream": True}
+    body = {"messages": [{"role": "user", "content": "x"}], "max_tokens": 3, "stream": streams}
+
+    async def burst(url: str, server) -> list[int]:
+        async with httpx.AsyncClient(base_url=url, timeout=60) as client:
+            async with client.stream("POST", "/v1/completions", json=first) as response:
+                await anext(response.aiter_lines())
+                gate.clear()  # it keeps the slot
+                asked = [
+                    asyncio.ensure_future(client.post("/v1/chat/completions", json=body))
+                    for _ in range(12)
+                ]
+                await asyncio.to_thread(wait_for, lambda: sum(a.done() for a in asked) >= 10)
+                await asyncio.to_thread(wait_for, lambda: server.n_waiting == 2)
+                gate.set()
+            return [answer.status_code for answer in await asyncio.gather(*asked)]
+
+    with serving(endless, n_slots=1, queue=2) as (url, server):
+        codes = asyncio.run(burst(url, server))
+        assert (codes.count(200), codes.count(503)) == (2, 10)
+        wait_for(lambda: server.n_busy == 0)
+        wrong = {"messages": [{"role": "x", "content": "y", "tool_calls": 1}], "max_tokens": 3}
+        for _ in range(4):  # a refused one leaves its place
+            assert httpx.post(f"{url}/v1/chat/completions", json=wrong).status_code == 400
+        answer = httpx.post(f"{url}/v1/chat/completions", json=body, timeout=60)
+        assert answer.status_code == 200
 
 
 def test_a_client_that_goes_away_frees_its_slot(endless, slow):
