@@ -57,7 +57,7 @@ def shares(_: click.Context, __: click.Parameter, value: str | None) -> tuple[fl
             if count > MOST_POINTS:
                 raise click.BadParameter(f"{value!r}: {count:,} points; at most {MOST_POINTS:,}")
             numbers += [round(first + i * step, 9) for i in range(count)]
-    except ValueError as e:
+    except (ValueError, OverflowError) as e:
         message = f"{value!r}: expected numbers from 0 to 1, as 0.1,0.2 or 0:1:0.1"
         raise click.BadParameter(message) from e
     return tuple(numbers)

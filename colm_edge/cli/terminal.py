@@ -69,7 +69,7 @@ def say(text: str) -> None:
 
 def note(text: str) -> None:
     """Say that something takes a while, or warn, on a line of its own even inside an answer."""
-    text = text if text.endswith(".") else f"{text} …"  # a whole sentence is a warning
+    text = text if text.endswith((".", "…")) else f"{text} …"  # a whole sentence is a warning
     say(("\n" if _cursor.inside else "") + text)
     _cursor.inside = False
 

@@ -415,6 +415,7 @@ def test_the_command_takes_a_third_model_a_weak_switch_and_a_sweep(tiny, data, t
         ["--defer-rates", "0.1,2"],
         ["--thresholds", "0:1:0"],
         ["--thresholds", "0:1"],
+        ["--thresholds", "0:1:1e-320"],
         ["--methods", "colm,magic"],
         ["--methods", "weak"],
         ["--methods", "proxy"],
