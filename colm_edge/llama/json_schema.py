@@ -11,6 +11,8 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from colm_edge.llama.json_pattern import MOST_REPEATED, string_between, string_of
+
 Json = dict[str, Any]
 TYPES = ("object", "array", "string", "number", "integer", "boolean", "null")
 BOUNDS = {"minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum"}
@@ -244,13 +246,39 @@ class Plain:
                     self._refuse("uniqueItems", path)
                 return self._array(mine, path)
             case "string":
-                if "pattern" in mine and len(mine) > 1:
-                    self._refuse("a length beside a pattern", path)
-                    mine = {"pattern": mine["pattern"]}
-                return {"type": kind, **(mine or ({"format": form} if form else {}))}
+                if mine and (rule := self._string(mine, path)):
+                    return {"const": self._stands_for(f"{rule} space")}
+                return {"type": kind, **({"format": form} if form and not mine else {})}
             case "integer" | "number" if mine:
                 return self._number(mine, path, whole=kind == "integer")
         return {"type": kind}
+
+    def _string(self, given: Json, path: str) -> str | None:
+        """Return the GBNF of strings with a pattern or of some lengths; None where that was refused
+        and is left out."""
+        if "pattern" not in given:
+            low, high = given.get("minLength", 0), given.get("maxLength")
+            self._check_limits("Length", low, high, path)
+            return string_between(int(low), None if high is None else int(high))
+        pattern = given["pattern"]
+        if len(given) > 1:
+            self._refuse("a length beside a pattern", path)
+        if not isinstance(pattern, str):
+            raise ValueError(f"pattern of {_place(path)} is {str(pattern)[:40]!r}; expected a text")
+        try:
+            return string_of(pattern)
+        except ValueError as e:
+            self._refuse(f"pattern {pattern[:40]} ({e})", path)
+            return None
+
+    @staticmethod
+    def _check_limits(of_what: str, low: Any, high: Any, path: str) -> None:
+        """Raise ValueError for limits that are none."""
+        for key, value in (f"min{of_what}", low), (f"max{of_what}", high):
+            if value is not None and (isinstance(value, bool) or not _is_count(value)):
+                raise ValueError(f"{key} of {_place(path)} is {str(value)[:40]}; expected a count")
+        if high is not None and high < low:
+            raise ValueError(f"max{of_what} of {_place(path)} is {high}, below min{of_what}, {low}")
 
     def _object(self, given: Json, path: str) -> Json:
         properties = {
@@ -294,7 +322,10 @@ class Plain:
             if low > 0:
                 raise ValueError(f"minItems of {_place(path)} is {low}, and items allows none")
             return {"type": "array", "items": {"type": "null"}, "maxItems": 0}
+        self._check_limits("Items", low, high, path)
         limits = {"minItems": low} if high is None else {"minItems": low, "maxItems": high}
+        for key in [key for key, value in limits.items() if value > MOST_REPEATED]:
+            self._refuse(f"{key} {limits.pop(key)}, which is above {MOST_REPEATED},", path)
         return {"type": "array", "items": self._of(items, f"{path}.items"), **limits}
 
     def _number(self, given: Json, path: str, *, whole: bool) -> Json:
@@ -319,6 +350,10 @@ class Plain:
         if not rule:
             raise ValueError(f"no number is between the bounds of {_place(path)}")
         return {"const": self._stands_for(f"({rule}) space")}
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int | float) and value >= 0 and value == int(value)
 
 
 def _is_of(value: Any, kinds: Sequence[str]) -> bool:
