@@ -256,7 +256,8 @@ class Options:
         request="body",
         request_limits={"ge": -2, "le": 2},
     )
-    repeat_last_n: int = option(64, limits=(0, INT_MAX))  # tokens that the penalties look back
+    # Tokens that the penalties look back; llama.cpp takes memory for all of them.
+    repeat_last_n: int = option(64, limits=(0, 1 << 20))
     seed: int = option(  # llama.cpp takes 2^32 - 1 for "draw one"
         -1, "-s", "--seed", limits=(-1, 2**32 - 2), help="Random seed; -1: a new one each time."
     )

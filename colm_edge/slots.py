@@ -421,10 +421,8 @@ class Slots:
 
     @property
     def expert_loaded(self) -> bool:
-        """Whether an expert takes memory here."""
-        if self.base is not None:
-            return any(shared.context.created for shared in self.experts)
-        return self.pair.expert_is_loaded
+        """Whether an expert takes memory here: its weights, or a context of them."""
+        return self.pair.expert_is_loaded or any(shared.context.created for shared in self.experts)
 
     def unload_expert(self) -> None:
         """Free the experts' memory, unless an answer is being written, which may read it; the next

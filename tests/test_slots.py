@@ -269,6 +269,18 @@ def test_the_expert_is_unloaded_and_loaded_again(pair):
     slots.close()
 
 
+@pytest.mark.parametrize("n", [1, 2])
+def test_weights_that_were_read_ahead_are_unloaded_too(pair, n):
+    """Before a deferral that came near, and was none."""
+    slots = Slots(pair, n)
+    slots.open()
+    pair.members[0].model.load()
+    assert slots.expert_loaded
+    slots.unload_expert()
+    assert not pair.expert_is_loaded
+    slots.close()
+
+
 @pytest.mark.parametrize("ends", ["close", "unload_expert"])
 def test_no_context_is_freed_while_an_answer_reads_it(pair, monkeypatch, ends):
     slots, threads = Slots(pair, 2), []

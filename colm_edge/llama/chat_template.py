@@ -31,9 +31,10 @@ class ChatTemplate:
         Raises PromptError where the template refuses, or takes too much time or memory; ModelError
         in a child of fork.
         """
-        last = messages[-1]
-        if len(messages) > 1 and last["role"] == "assistant" and not last.get("tool_calls"):
-            return self.render(messages[:-1], **variables) + str(last["content"])
+        n = len(messages)
+        while n > 1 and _is_begun(messages[n - 1]):
+            n -= 1
+        begun, messages = messages[n:], messages[:n]
         from colm_edge.llama.template_sandbox import Spent, TemplateLimitError
 
         known = {
@@ -50,7 +51,7 @@ class ChatTemplate:
             try:
                 environment, template = self._environment()
                 environment.spent = Spent()
-                return str(template.render(known))
+                text = str(template.render(known))
             except TemplateLimitError as e:
                 raise PromptError(
                     f"the base's chat template was ended: {e}; send less, or use a model from "
@@ -58,6 +59,7 @@ class ChatTemplate:
                 ) from e
             except Exception as e:  # templates raise anything, for example for unknown roles
                 raise PromptError(f"the base's chat template refuses this conversation: {e}") from e
+        return text + "".join(str(message["content"]) for message in begun)
 
     def _environment(self) -> tuple[Any, Any]:
         """Return Jinja's environment and the compiled template. Hold the lock."""
@@ -69,6 +71,11 @@ class ChatTemplate:
             environment = BoundedEnvironment()
             self._compiled = environment, environment.from_string(self.text)
         return self._compiled
+
+
+def _is_begun(message: Message) -> bool:
+    """Return whether a message, if it is the last, is an answer to go on from."""
+    return bool(message["role"] == "assistant" and not message.get("tool_calls"))
 
 
 def _raise(message: str) -> None:

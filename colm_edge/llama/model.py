@@ -32,7 +32,8 @@ from colm_edge.llama.threads import cores
 PARTED = "\ufdd0"  # no character of Unicode, and never will be one
 # Pre-tokenizers that llama.cpp has code of its own for; other texts are cut here.
 OWN_SPLITS = ("gpt-2", "llama-bpe", "olmo", "qwen2", "smollm")
-LONG_RUN = re.compile(r"\S{4000}|\s{4000}")
+# Python and C++ agree that these six are spaces, but not on others; nor on what is none.
+LONG_RUN = re.compile(r"[^ \t-\r]{4000}|[\s\x00-\x20\x7f-\xa0]{4000}")
 CONTROL = llama.LLAMA_TOKEN_ATTR_CONTROL | llama.LLAMA_TOKEN_ATTR_UNKNOWN
 PIECES = 32  # tokens whose pieces are read at once
 Read = TypeVar("Read")

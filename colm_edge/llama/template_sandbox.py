@@ -57,7 +57,9 @@ TEXT_METHODS = {
     "replace", "rfind", "rindex", "rjust", "rpartition", "rsplit", "rstrip", "split", "splitlines",
     "startswith", "strip", "swapcase", "title", "upper", "zfill",
 }  # fmt: skip
-SPECIFICATION = re.compile(r"%(?:\([^)]*\))?([-+ #0-9.*]*)")
+PARENTHESIS = re.compile("[()]")
+WIDTH = re.compile(r"[-+ #0-9.*]*")  # in what follows a % and its name
+LINE_ENDS = "\n\r\v\f\x1c\x1d\x1e\x85\u2028\u2029"  # as str.splitlines has them
 
 
 class TemplateLimitError(Exception):
@@ -314,11 +316,27 @@ def _size_of_product(spent: Spent, left: Any, right: Any) -> int:
 
 
 def _size_of_percent(spent: Spent, text: str, *values: Any, **named: Any) -> int:
-    widths = [found[1] for found in SPECIFICATION.finditer(text)]
+    widths = list(_widths(text))
     if any("*" in width for width in widths):
         raise TemplateLimitError("it sets a width by a number")
     each = spent.weight([list(values), list(named.values())])
     return len(text) + len(widths) * each + _sum_of_numbers(widths)
+
+
+def _widths(text: str) -> Iterator[str]:
+    """Yield the width and precision of each % in a text. Python's names of values nest."""
+    at = text.find("%") + 1
+    while at:
+        if text.startswith("(", at):
+            depth = 0
+            for found in PARENTHESIS.finditer(text, at):
+                depth, at = depth + (1 if found[0] == "(" else -1), found.end()
+                if not depth:
+                    break
+        width = WIDTH.match(text, at)
+        assert width is not None, "it may be empty"
+        yield width[0]
+        at = text.find("%", width.end()) + 1
 
 
 def _size_of_braces(spent: Spent, text: str, values: Any) -> int:
@@ -353,7 +371,8 @@ def _size_of_width(spent: Spent, text: Any, width: Any = 80, *_: Any) -> int:
 
 def _size_of_indent(spent: Spent, text: Any, width: Any = 4, *_: Any, **__: Any) -> int:
     each: int = width if isinstance(width, int) else len(str(width))
-    return (str(text).count("\n") + 2) * each
+    lines = str(text)
+    return (sum(map(lines.count, LINE_ENDS)) + 2) * each
 
 
 def _size_of_strip(spent: Spent, text: Any, characters: Any = None) -> int:

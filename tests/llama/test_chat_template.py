@@ -67,6 +67,14 @@ def test_it_writes_what_jinja_writes(text, tools):
         assert ChatTemplate(text, "<s>", "</s>").render(messages, tools=tools) == expected
 
 
+def test_an_answer_may_have_begun_in_any_number_of_messages():
+    template = ChatTemplate("{{ messages | map(attribute='content') | join('|') }}>", "", "")
+    begun = [{"role": "assistant", "content": f"{i} "} for i in range(2000)]
+    written = "".join(message["content"] for message in begun)
+    assert template.render([ASKED, *begun]) == f"{ASKED['content']}>{written}"
+    assert template.render(begun) == f"0 >{written.removeprefix('0 ')}"
+
+
 def test_a_template_reads_what_it_is_given_besides():
     template = ChatTemplate(
         "{{ thinks }}{{ strftime_now('%Y') | length }}{{ messages|length }}{{ bos_token }}", "", ""
@@ -148,6 +156,9 @@ LARGE = {
     "replace as a method": "{{ ('a' * 1000000).replace('', 'b' * 1000000) }}",
     "indent": "{{ ('\\n' * 100000) | indent(1000000) }}",
     "indent with a text": "{{ ('\\n' * 100000) | indent('a' * 100000) }}",
+    "indent of other line ends": "{{ ('\\r' * 100000) | indent(3000, blank=true) }}",
+    "a width behind a nested name": "{{ '%(a(b)c)1000000000s' % {'a(b)c': 'x'} }}",
+    "a width behind two names": "{{ '%(a)s%(((b)))900000000d' % {'a': 1, '((b))': 2} }}",
     "batch": "{{ [1] | batch(10000000000, 0) | list }}",
     "slice": "{{ [1] | slice(10000000000) | list }}",
     "JSON": "{{ range(9999) | list | tojson(indent=1000000) }}",

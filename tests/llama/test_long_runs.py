@@ -12,6 +12,8 @@ from lib.random_model import SHAPES, write_model
 from colm_edge.llama.model import OWN_SPLITS, Model
 
 RUNS = "A" * 30_000 + " " * 30_000 + "!" * 30_000 + "1" * 30_000
+# Characters that Python takes for spaces, and C++ does not, or the other way round.
+MIXED = "".join(f"{a}{b}" * 20_000 + "x " for a in "\x01! " for b in "\x1c\x1f\x85\xa0\u2003\u200b")
 TOKENIZE = (
     "import sys; from colm_edge.llama.model import Model\n"
     "print(len(Model(sys.argv[1]).tokenize(sys.stdin.read())))"
@@ -26,8 +28,8 @@ def test_long_runs_are_tokenized(tmp_path, monkeypatch, pre):
     path = tmp_path / "m.gguf"
     write_model(path, SHAPES["tiny"], seed=0)
     done = subprocess.run(
-        [sys.executable, "-c", TOKENIZE, path], input=RUNS, text=True, capture_output=True,
-        check=False, timeout=120,
+        [sys.executable, "-c", TOKENIZE, path], input=RUNS + MIXED, encoding="utf-8",
+        capture_output=True, check=False, timeout=120,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) > 0
