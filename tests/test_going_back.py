@@ -232,6 +232,15 @@ def test_a_terminal_shows_drafts_that_fit_and_takes_them_back():
     screen.write(drafts.add("x" * 20))  # too wide for this line
     assert screen.line == "final AND "
     assert drafts.end() == ""
+    screen.write(drafts.step("x" * 10, "x" * 10))  # the line is full: the cursor waits there
+    assert drafts.add("dim") == ""
+    assert drafts.undo(1) == ""
+    screen.write(drafts.step(" next", " next"))
+    assert drafts.add("dim") != ""
+    drafts.end()
+    assert column_behind("漢" * 105, 0, 39) == 20  # a wide one does not begin in the last column
+    assert [column_behind("x" * n, 0, 20) for n in (19, 20, 21, 40)] == [19, 20, 1, 20]
+    assert column_behind("\t" * 9, 3, 20) == 19  # a tab does not wrap
     assert column_behind("aé日\u0301\u0941") == 4
     assert (column_behind("\t\t"), column_behind("ab\tc", 5)) == (16, 9)
 

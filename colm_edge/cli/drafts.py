@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import unicodedata
 
 import click
@@ -15,7 +16,9 @@ class Drafts:
 
     def __init__(self, width: int) -> None:
         self._width = width
-        self._column = 0  # of what is final
+        # Of what is final. At the width the cursor waits in the last column, and wraps when more is
+        # written: there is no place for drafts.
+        self._column = 0
         self._texts: list[str] = []
 
     def add(self, text: str) -> str:
@@ -34,7 +37,7 @@ class Drafts:
         was = self._erased()
         del self._texts[:1]
         *before, last = text.split("\n")
-        self._column = column_behind(last, 0 if before else self._column) % self._width
+        self._column = column_behind(last, 0 if before else self._column, self._width)
         return was + marked + self._shown()
 
     def end(self) -> str:
@@ -59,11 +62,13 @@ class Drafts:
         return ERASE if self._fitting() else ""
 
 
-def column_behind(text: str, column: int = 0) -> int:
-    """Return about the column of a terminal behind a text that begins in one."""
+def column_behind(text: str, column: int = 0, width: int = sys.maxsize) -> int:
+    """Return about the column of a terminal behind a text that begins in one; the width itself
+    where the text fills the line."""
     for c in text:
         if c == "\t":
-            column += 8 - column % 8
+            column = min(column + 8 - column % 8, max(column, width - 1))
         elif unicodedata.category(c) not in ("Mn", "Me", "Cf"):
-            column += 2 if unicodedata.east_asian_width(c) in "WF" else 1
+            wide = 2 if unicodedata.east_asian_width(c) in "WF" else 1
+            column = wide if column + wide > width else column + wide
     return column
