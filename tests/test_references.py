@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.resources import files
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from gguf import GGUFReader
 
 from colm_edge import references
 from colm_edge.errors import ModelError, WriteError
+from colm_edge.files import fingerprint
 from colm_edge.switch.file import Switch
 
 
@@ -160,6 +162,20 @@ def test_another_file_of_the_same_name_is_quantised_for_itself(tiny, tmp_path):
         model.write_bytes(Path(tiny[name]).read_bytes())
         found.add(references.resolve(f"{model}@Q8_0"))
     assert len(found) == 2
+
+
+def test_a_file_whose_metadata_were_changed_is_quantised_anew(tmp_path):
+    """In place, where a fingerprint of samples does not see it."""
+    model = tmp_path / "model.gguf"
+    content = bytearray((files("colm_edge") / "data/expert.gguf").read_bytes())
+    model.write_bytes(content)
+    before = fingerprint(model), references.resolve(f"{model}@Q4_0")
+    key = b"tokenizer.ggml.eos_token_id"
+    content[content.index(key) + len(key) + 4] ^= 1  # behind its type
+    model.write_bytes(content)
+    after = fingerprint(model), references.resolve(f"{model}@Q4_0")
+    assert after[0] == before[0]
+    assert after[1] != before[1]
 
 
 def test_a_file_may_have_a_name_like_that(tiny, tmp_path):

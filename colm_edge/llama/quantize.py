@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import hashlib
 import os
 import threading
 from collections.abc import Callable, Mapping
@@ -18,6 +19,7 @@ from colm_edge.llama.backend import last_errors
 from colm_edge.llama.model import WAIT, Model
 from colm_edge.llama.threads import n_cores
 
+HEAD_BYTES = 1 << 25  # of a file, in which its metadata stand
 _PREFIXES = ("LLAMA_FTYPE_MOSTLY_", "LLAMA_FTYPE_ALL_")
 # llama.cpp's mixes by the names that people write: Q4_0, Q4_K_M, F16 …
 TYPES: dict[str, int] = {
@@ -111,7 +113,7 @@ class Recipe:
         """
         parts = [Path(source).with_name(name) for name in parts_of(Path(source).name)]
         try:
-            content = fingerprint(*parts)
+            content = _content_of(parts)
         except OSError as e:
             raise ModelError(f"{source}: cannot be read ({e.strerror or e})") from e
         types = "+".join(filter(None, (self.type_name, self.output_type))).upper()
@@ -128,6 +130,16 @@ class Recipe:
                 output_type=self.output_type, allow_requantize=True,
             )  # fmt: skip
         return str(target)
+
+
+def _content_of(parts: list[Path]) -> str:
+    """Return a hash of a model's files: of samples, and of their heads whole, where the metadata
+    stand that people change in place."""
+    digest = hashlib.sha256(fingerprint(*parts).encode())
+    for part in parts:
+        with part.open("rb") as file:
+            digest.update(file.read(HEAD_BYTES))
+    return digest.hexdigest()
 
 
 def _without_signals(call: Callable[..., int], *args: Any) -> int:
