@@ -149,6 +149,18 @@ def test_a_conversation_is_exported(script):
     assert answer["tokens"][1] == {"text": " one.", "source": "expert", "p_defer": 0.9}
 
 
+def test_what_was_written_since_is_not_undone(script):
+    page = script.page
+    script.answers("First question", "First answer.")
+    script.answers("Second question", "Second answer.", n=2)
+    page.locator(".question").first.get_by_role("button", name="Delete").click()
+    script.answers("Third question", "Third answer.", n=3)
+    page.get_by_role("button", name="Undo").click()
+    page.get_by_text("The conversation has gone on since, and stays as it is.").wait_for()
+    assert page.locator(".words").all_inner_texts() == ["Second question", "Third question"]
+    assert page.get_by_role("button", name="Undo").count() == 0
+
+
 def test_a_question_is_edited_and_what_followed_can_be_brought_back(script):
     page = script.page
     script.answers("First question", "First answer.")

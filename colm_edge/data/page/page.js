@@ -167,8 +167,9 @@ const actions = {
   edit: (id, question) => again(id, question),
   again: (id) => again(id, turnOf(store.getChat(openId), id).question),
   goOn: (id) => write(openId, id),
-  remove: (id) => undoably("Deleted.", (chatId) => (
-    store.changeChat(chatId, (chat) => removeTurn(chat, id)))),
+  remove: (id) => undoably("Deleted.", (chatId) => {
+    store.changeChat(chatId, (chat) => removeTurn(chat, id));
+  }),
 };
 
 function again(id, question) {
@@ -179,19 +180,24 @@ function again(id, question) {
     store.changeChat(chatId, (chat) => { turn = askAgain(chat, id, question); });
     write(chatId, turn.id);
     toEnd();
+    return turn.id;
   });
 }
 
-// Change a conversation, and offer to put it back as it was.
+// Change a conversation, and offer to put it back as it was, unless it has gone on by then. `change`
+// returns the id of the turn that it has answered anew, if any: that answer may grow.
 async function undoably(words, change, chatId = openId) {
   await stopWriting(chatId);
-  const before = store.getChat(chatId);
-  change(chatId);
+  const before = store.getChat(chatId), grows = change(chatId);
   if (!words) return;
+  const shape = () => store.getChat(chatId)?.turns.map(
+    ({ id, answer }) => (id === grows ? id : `${id} ${answer.tokens.length}`)).join();
+  const after = shape();
   say(words, button("Undo", async () => {
     await stopWriting(chatId);
+    if (shape() !== after) return say("The conversation has gone on since, and stays as it is.");
     say("");
-    store.putChat(before);
+    store.putChat({ ...before, title: store.getChat(chatId)?.title ?? before.title });
     open(chatId);
   }));
 }
