@@ -186,6 +186,11 @@ def _download(repo: str, name: str, about: Any, file: Path, note: Note) -> None:
     known = file.stat().st_size if file.exists() else 0
     if not 0 < known == size:
         _check_space(size - known, what)
+        if not known and size > _most_by_http():
+            raise ModelError(
+                f"{what} has {as_size(size)} in one file, which is too large for this download; "
+                f"fetch it with huggingface_hub's own program, hf download {repo} {name}"
+            )
         told = f"{as_size(known)} of {as_size(size)} are here" if known else as_size(size)
         note(f"downloading {what} ({told})")
     _download_to(file, repo, name, about)
@@ -197,6 +202,13 @@ def _download(repo: str, name: str, about: Any, file: Path, note: Note) -> None:
                 f"{what}: its SHA-256 is {found[:12]}…, the Hub states "
                 f"{about.etag[:12]}…; the file was removed, download it again"
             )
+
+
+def _most_by_http() -> int:
+    """Return the bytes of the largest file that huggingface_hub's `http_get` begins with."""
+    from huggingface_hub import constants
+
+    return int(constants.MAX_HTTP_DOWNLOAD_SIZE)
 
 
 def _download_to(path: Path, repo: str, name: str, about: Any) -> None:

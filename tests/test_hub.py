@@ -359,6 +359,16 @@ def test_a_full_disk_is_noticed_before_the_download(server, monkeypatch):
     assert downloads(server) == []
 
 
+def test_a_file_too_large_for_http_is_told(server, monkeypatch):
+    from huggingface_hub import constants
+
+    server.repos["them/model"] = {"m.gguf": b"GGUF" + bytes(2_000_000)}
+    monkeypatch.setattr(constants, "MAX_HTTP_DOWNLOAD_SIZE", 1_000_000)
+    with pytest.raises(ModelError, match=r"has 2.0 MB in one file.*hf download them/model m.gguf"):
+        fetch("them/model:m.gguf")
+    assert downloads(server) == []
+
+
 def test_a_pair_is_pulled_by_name_and_run(server, tiny, tmp_path, monkeypatch):
     server.repos["them/tiny"] = {
         "base.gguf": Path(tiny["base"]).read_bytes(),

@@ -25,9 +25,11 @@ import click
 
 from colm_edge.cli import OneLineErrors
 from colm_edge.errors import ColmError, ModelError
+from colm_edge.files import check_writable
 
 LR = 2e-5  # the paper's, for 7 billion parameters
 LR_LORA = 2e-4
+RESULTS = ("base.gguf", "switch.gguf", "adapter.gguf")  # files in --out, beside a checkpoint
 POSITIVE = click.IntRange(1)
 FILE = click.Path(path_type=Path, dir_okay=False)
 
@@ -127,6 +129,8 @@ def main(
         raise ModelError(f"{base}: no such file; expected a Hugging Face folder or a GGUF file")
     if (out / "checkpoint").exists():
         raise ColmError(f"{out}/checkpoint: exists already; give another --out, or remove it")
+    for name in RESULTS if out.is_dir() else ():
+        check_writable(out / name, base, scores, valid)
     if lr is None:
         lr = LR_LORA if settings["lora"] else LR
     click.echo(json.dumps(finetune(base, scores, valid, out, device, save_every, lr, **settings)))

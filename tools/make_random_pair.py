@@ -33,6 +33,9 @@ CHOICES = f"PARAMETERS:MIX; parameters as {KNOWN} or 30B, from 17M on, mix {', '
 def main(base: str, expert: str, out: Path, seed: int) -> None:
     """Write a pair of llama-shaped GGUF files with random weights, for measuring speed."""
     out.mkdir(parents=True, exist_ok=True)
+    for path in (out / "base.gguf", out / "expert.gguf"):
+        if path.exists():
+            raise ColmError(f"{path}: exists already; give another --out, or remove it")
     for role, choice, drawn in (("base", base, seed), ("expert", expert, seed + 1)):
         name, _, mix = choice.partition(":")
         try:
