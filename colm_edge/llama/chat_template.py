@@ -9,6 +9,7 @@ from typing import Any
 from colm_edge.errors import PromptError
 from colm_edge.llama.owners import HomeLock
 
+THINK, THINK_END = "<think>", "</think>"
 LONGEST_FORM = 200  # of a date
 Message = Mapping[str, Any]  # role, content, and what the template reads besides
 
@@ -59,7 +60,10 @@ class ChatTemplate:
                 ) from e
             except Exception as e:  # templates raise anything, for example for unknown roles
                 raise PromptError(f"the base's chat template refuses this conversation: {e}") from e
-        return text + "".join(str(message["content"]) for message in begun)
+        written = "".join(str(message["content"]) for message in begun)
+        if written and text.rstrip().endswith(THINK) and THINK_END not in written:
+            text = f"{text.rstrip()}\n\n{THINK_END}\n\n"  # what goes on is the answer
+        return text + written
 
     def _environment(self) -> tuple[Any, Any]:
         """Return Jinja's environment and the compiled template. Hold the lock."""

@@ -7,8 +7,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from colm_edge.errors import ColmError
+from colm_edge.llama.chat_template import THINK, THINK_END
 from colm_edge.llama.grammar import grammar_of
-from colm_edge.serve.tools import THINK, THINK_END, CallForm, Tool, ToolUse
+from colm_edge.serve.tools import CallForm, Tool, ToolUse
 
 # What GBNF has beside names of rules: texts, sets of characters, counts.
 GBNF = re.compile(r'"(?:\\.|[^"\\])*"|\[(?:\\.|[^\]\\])*\]|\{[0-9,]*\}|#[^\n]*|[A-Za-z][\w-]*')

@@ -7,7 +7,7 @@ from typing import Any, Literal, Self
 from pydantic import Field, model_validator
 
 from colm_edge.errors import ColmError
-from colm_edge.serve.dialogue import Conversation, arguments_of
+from colm_edge.serve.dialogue import Conversation, arguments_of, thinking_of
 from colm_edge.serve.requests import MAX_LOGPROBS, Body, Sampling, TextPart, joined
 from colm_edge.serve.tools import Tool, use_of
 
@@ -118,6 +118,7 @@ class Messages(Body):
     tool_choice: Literal["none", "auto", "required"] | NamedTool = "auto"
     parallel_tool_calls: bool = True
     chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)  # llama.cpp's, vLLM's
+    reasoning_effort: str | None = None
 
     def schema_wanted(self) -> dict[str, Any] | None:
         """Return the JSON schema of the answer, if it has one."""
@@ -134,7 +135,7 @@ class Messages(Body):
                 parallel=self.parallel_tool_calls,
             ),
             self.schema_wanted(),
-            self.chat_template_kwargs,
+            {**thinking_of(self.reasoning_effort), **self.chat_template_kwargs},
         )
 
 

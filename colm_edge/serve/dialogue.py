@@ -9,10 +9,11 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 from colm_edge.errors import ColmError
+from colm_edge.llama.chat_template import THINK, THINK_END
 from colm_edge.llama.model import PARTED
 from colm_edge.serve.call_grammar import grammar_for
 from colm_edge.serve.parts import Reply, Splitter, reply_of
-from colm_edge.serve.tools import GENERIC, THINK, THINK_END, ToolUse, form_of, told  # fmt: skip
+from colm_edge.serve.tools import GENERIC, ToolUse, form_of, told
 
 if TYPE_CHECKING:
     from colm_edge.pair import Pair
@@ -92,6 +93,15 @@ def arguments_of(text: str) -> Any:
         return text
 
 
-def finish_of(answer: Answer, n_calls: int) -> str:
-    """Return why an answer ended, in the words of OpenAI's chats."""
-    return "tool_calls" if n_calls and answer.finish_reason == "stop" else answer.finish_reason
+def finish_of(answer: Answer, *, is_call: bool) -> str:
+    """Return why an answer ended, in the words of OpenAI's chats. is_call: whether with calls, none
+    of which a stop text has cut."""
+    return "tool_calls" if is_call and answer.finish_reason == "stop" else answer.finish_reason
+
+
+def thinking_of(effort: str | None) -> dict[str, Any]:
+    """Return what chat templates read of how much an answer is to be thought over; None says
+    nothing."""
+    if effort is None:
+        return {}
+    return {"reasoning_effort": effort, **({"enable_thinking": False} if effort == "none" else {})}

@@ -56,7 +56,7 @@ class ChatFormat:
             message["tool_calls"] = [_call(c.id, c.name, c.arguments) for c in reply.calls]
         return {
             "index": i,
-            "finish_reason": finish_of(answer, len(reply.calls)),
+            "finish_reason": finish_of(answer, is_call=reply.is_call),
             "logprobs": self._logprobs(answer.steps),
             "message": message,
         }
@@ -72,7 +72,7 @@ class ChatFormat:
             case Ended():
                 splitter = self._splitters.pop(i)
                 delta = _delta(splitter.read(event))
-                finish = finish_of(event.answer, splitter.n_calls)
+                finish = finish_of(event.answer, is_call=splitter.is_call)
         return {"index": i, "finish_reason": finish, "logprobs": logprobs, "delta": delta}
 
     def _logprobs(self, steps: Sequence[Step]) -> Json | None:

@@ -55,7 +55,7 @@ Block = Annotated[TextBlock | ThinkingBlock | UseBlock | ResultBlock, Field(disc
 
 
 class Message(Body):
-    role: Literal["user", "assistant"]
+    role: Literal["system", "user", "assistant"]
     content: str | list[Block]
 
     def as_dicts(self) -> list[Json]:
@@ -101,6 +101,19 @@ class ToolChoice(Body):
         return {"any": "required", "tool": self.name}.get(self.type, self.type)
 
 
+class Format(Body):
+    type: Literal["json_schema"]
+    schema_: dict[str, Any] = Field(alias="schema")
+
+
+class OutputConfig(Body):
+    format: Format | None = None
+
+
+class Thinking(Body):
+    type: Literal["enabled", "disabled", "adaptive"]
+
+
 class CountRequest(Body):
     """A conversation whose tokens a client wants to count."""
 
@@ -108,6 +121,8 @@ class CountRequest(Body):
     system: Texts = ""
     tools: list[OfferedTool] = Field(default_factory=list)
     tool_choice: ToolChoice = ToolChoice()
+    output_config: OutputConfig = OutputConfig()
+    thinking: Thinking | None = None
     chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
 
     def conversation(self) -> Conversation:
@@ -115,18 +130,34 @@ class CountRequest(Body):
         system = joined(self.system)
         messages: list[Json] = [{"role": "system", "content": system}] if system else []
         tools = [Tool(tool.name, tool.description, tool.input_schema) for tool in self.tools]
-        chosen = self.tool_choice
+        chosen, form, variables = self.tool_choice, self.output_config.format, Json()
+        if self.thinking is not None:
+            variables["enable_thinking"] = self.thinking.type != "disabled"
+        for message in self.messages:
+            for one in message.as_dicts():
+                if messages and {one["role"], messages[-1]["role"]} in ({"user"}, {"assistant"}):
+                    messages[-1] = _as_one_turn(messages[-1], one)
+                else:
+                    messages.append(one)
         return Conversation(
-            messages + [one for message in self.messages for one in message.as_dicts()],
+            messages,
             use_of(tools, chosen.choice, parallel=not chosen.disable_parallel_tool_use),
-            variables=self.chat_template_kwargs,
+            form.schema_ if form is not None else None,
+            {**variables, **self.chat_template_kwargs},
         )
+
+
+def _as_one_turn(before: Json, after: Json) -> Json:
+    """Return two messages of one role as one, as Anthropic's API takes turns that follow."""
+    texts = "\n\n".join(filter(None, [before["content"], after["content"]]))
+    calls = [*before.get("tool_calls", ()), *after.get("tool_calls", ())]
+    return {**after, **before, "content": texts, **({"tool_calls": calls} if calls else {})}
 
 
 class MessagesRequest(CountRequest, Sampling):
     elsewhere = ("stop", "json_schema", "trace", "provisional")
 
-    max_tokens: int = Field(ge=1)
+    max_tokens: int = Field(ge=0)
     stop_sequences: list[Stop] | None = None
     n: Literal[1] = 1
 
@@ -161,7 +192,7 @@ async def messages(body: MessagesRequest, server: TheServer, request: Request) -
     if ended is None:
         return Response(status_code=499)
     reply = dialogue.reply(ended[0].answer)
-    whole = {**head, "content": blocks_of(reply), **end_of(ended[0], len(reply.calls))}
+    whole = {**head, "content": blocks_of(reply), **end_of(ended[0], is_call=reply.is_call)}
     return JSONResponse({**whole, "usage": usage(ended[0]), "colm": colm_of(ended)})
 
 
@@ -174,18 +205,18 @@ def blocks_of(reply: Reply) -> list[Json]:
     for call in reply.calls:
         try:
             given = json.loads(call.arguments)
-        except ValueError:  # cut by max_tokens
+        except ValueError:  # cut, by max_tokens or a stop text
             given = {}
         blocks.append({"type": "tool_use", "id": call.id, "name": call.name, "input": given})
     return blocks
 
 
-def end_of(ended: Ended, n_calls: int) -> Json:
-    """Return why an answer ended, in Anthropic's words."""
+def end_of(ended: Ended, *, is_call: bool) -> Json:
+    """Return why an answer ended, in Anthropic's words. is_call: as for `finish_of`."""
     answer = ended.answer
     if answer.finish_reason == "length":
         return {"stop_reason": "max_tokens", "stop_sequence": None}
-    if n_calls:
+    if is_call:
         return {"stop_reason": "tool_use", "stop_sequence": None}
     if answer.stopped_by is not None:
         return {"stop_reason": "stop_sequence", "stop_sequence": answer.stopped_by}
@@ -263,7 +294,7 @@ async def _events(stream: Events, head: Json, dialogue: Dialogue) -> AsyncGenera
             if isinstance(one, Ended):
                 for data in blocks.close():
                     yield _event(data)
-                delta = end_of(one, splitter.n_calls)
+                delta = end_of(one, is_call=splitter.is_call)
                 counts = {"output_tokens": one.answer.stats.n_generated}
                 yield _event({"type": "message_delta", "delta": delta, "usage": counts})
                 yield _event({"type": "message_stop", "colm": colm_of([one])})

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import time
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
@@ -15,6 +14,7 @@ from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 from pydantic import Field, model_validator
 
+from colm_edge.llama.chat_template import THINK_END
 from colm_edge.serve.answers import Ended, Events, Server
 from colm_edge.serve.chat import FunctionTool
 from colm_edge.serve.completions import jobs_of
@@ -32,8 +32,8 @@ from colm_edge.serve.requests import (
     Stop,
     refuse_unsupported,
 )
-from colm_edge.serve.streaming import EventStream, while_connected
-from colm_edge.serve.tools import THINK_END, use_of
+from colm_edge.serve.streaming import EventStream, one_line, while_connected
+from colm_edge.serve.tools import use_of
 
 router = APIRouter(route_class=JSONRoute, responses=OLLAMA_REFUSALS)
 Json = dict[str, Any]
@@ -180,7 +180,8 @@ async def chat(body: ChatRequest, server: TheServer, request: Request) -> Respon
         if reply.thought:
             message["thinking"] = reply.thought
         if reply.calls:
-            calls = [{"name": c.name, "arguments": arguments_of(c.arguments)} for c in reply.calls]
+            given = [(call.name, arguments_of(call.arguments)) for call in reply.calls]
+            calls = [{"name": n, "arguments": a} for n, a in given if isinstance(a, dict)]  # whole
             message["tool_calls"] = [{"function": call} for call in calls]
         return {"message": message}
 
@@ -278,7 +279,7 @@ async def _lines(
 
 
 def _line(data: Json) -> str:
-    return json.dumps(data, ensure_ascii=False) + "\n"
+    return one_line(data) + "\n"
 
 
 def _end_of(ended: Ended) -> Json:

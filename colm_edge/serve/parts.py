@@ -9,8 +9,9 @@ from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 
 from colm_edge.decode.step import Step
+from colm_edge.llama.chat_template import THINK, THINK_END
 from colm_edge.serve.answers import Ended, Event
-from colm_edge.serve.tools import THINK, THINK_END, CallForm
+from colm_edge.serve.tools import CallForm
 
 HEAD = re.compile(
     r'\s*\{\s*"name"\s*:\s*"(?P<name>[A-Za-z0-9_.-]+)"\s*,\s*"(?:arguments|parameters)"\s*:'
@@ -61,6 +62,7 @@ class Reply:
     text: str = ""
     thought: str = ""
     calls: list[Call] = field(default_factory=list)
+    is_call: bool = False  # it ends with calls, all of them whole
 
     def add(self, part: Part) -> None:
         match part:
@@ -79,6 +81,8 @@ class Splitter:
 
     form: how calls are written; None: there are none. names: of the tools that may be called.
     thinks: whether the answer may begin with a thought. thinking: whether it is inside one.
+
+    n_thought: how many of the steps that were read are thoughts.
     """
 
     def __init__(
@@ -92,13 +96,21 @@ class Splitter:
         self._form, self._names, self._thinks = form, names, thinks
         self._state = self._thought if thinking else self._begin
         self._held = ""  # not yet told: later text decides what it is
-        self.n_calls = 0
+        self.n_calls = self.n_thought = 0
         self._nesting = Nesting()
+
+    @property
+    def is_call(self) -> bool:
+        """Whether the answer so far ends with a call, and all of its calls are whole."""
+        return self.n_calls > 0 and self._nesting.closed
 
     def read(self, event: Event) -> list[Part]:
         """Return the parts that an event of the answer adds."""
         if isinstance(event, Step):
-            return self.feed(event.text)
+            thinks = self._state == self._thought
+            parts = self.feed(event.text)
+            self.n_thought += thinks or self._state == self._thought
+            return parts
         return self.end() if isinstance(event, Ended) else []
 
     def feed(self, text: str) -> list[Part]:
@@ -276,4 +288,5 @@ def reply_of(splitter: Splitter, text: str) -> Reply:
     reply = Reply()
     for part in (*splitter.feed(text), *splitter.end()):
         reply.add(part)
+    reply.is_call = splitter.is_call
     return reply

@@ -16,10 +16,10 @@ from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 from pydantic import Field, field_validator, model_validator
 
-from colm_edge.serve.answers import Ended, Events
+from colm_edge.serve.answers import Ended, Event, Events
 from colm_edge.serve.chat import Function, Message, ResponseFormat, ToolCall
 from colm_edge.serve.completions import jobs_of
-from colm_edge.serve.dialogue import Conversation, Dialogue
+from colm_edge.serve.dialogue import Conversation, Dialogue, thinking_of
 from colm_edge.serve.errors import REFUSALS
 from colm_edge.serve.formats import colm_of, usage_of
 from colm_edge.serve.guard import JSONRoute, TheServer
@@ -60,10 +60,20 @@ class InputResult(Body):
     output: Texts
 
 
+class ReasoningText(Body):
+    type: Literal["reasoning_text"] = "reasoning_text"
+    text: str = ""
+
+
 class InputReasoning(Body):
-    """What was thought before an earlier answer; templates leave it out."""
+    """What was thought before an earlier answer."""
 
     type: Literal["reasoning"]
+    content: list[ReasoningText] = Field(default_factory=list)
+
+
+class Reasoning(Body):
+    effort: str | None = None
 
 
 Item = InputMessage | InputCall | InputResult | InputReasoning
@@ -111,6 +121,7 @@ class ResponsesRequest(Sampling):
     tools: list[FunctionTool] = Field(default_factory=list)
     tool_choice: Literal["none", "auto", "required"] | NamedTool = "auto"
     parallel_tool_calls: bool = True
+    reasoning: Reasoning = Reasoning()
     chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
     n: Literal[1] = 1
 
@@ -143,20 +154,26 @@ class ResponsesRequest(Sampling):
                 parallel=self.parallel_tool_calls,
             ),
             self.text.format.wanted if self.text.format is not None else None,
-            self.chat_template_kwargs,
+            {**thinking_of(self.reasoning.effort), **self.chat_template_kwargs},
         )
 
     def _messages(self) -> list[Message]:
         found = [Message(role="system", content=self.instructions)] if self.instructions else []
         if isinstance(self.input, str):
             return [*found, Message(role="user", content=self.input)]
+        thought: str | None = None
         for item in self.input:
             match item:
+                case InputReasoning():
+                    thought = "".join(part.text for part in item.content) or None
                 case InputMessage():
                     found.append(Message(role=item.role, content=joined(item.content)))
+                    if item.role == "assistant":
+                        found[-1].reasoning_content, thought = thought, None
                 case InputCall():  # of the assistant's message before it, if that is one
-                    if not found or found[-1].role != "assistant":
+                    if thought or not found or found[-1].role != "assistant":
                         found.append(Message(role="assistant", tool_calls=[]))
+                        found[-1].reasoning_content, thought = thought, None
                     function = {"name": item.name, "arguments": item.arguments}
                     call = ToolCall.model_validate({"id": item.call_id, "function": function})
                     found[-1].tool_calls = [*(found[-1].tool_calls or ()), call]
@@ -181,12 +198,14 @@ async def responses(body: ResponsesRequest, server: TheServer, request: Request)
     if ended is None:
         return Response(status_code=499)
     output, splitter = Output(), dialogue.splitter()
-    for part in (*splitter.feed(ended[0].answer.text), *splitter.end()):
-        for _ in output.add(part):
-            pass
+    events: list[Event] = [*ended[0].answer.steps, ended[0]]
+    for event in events:
+        for part in splitter.read(event):
+            for _ in output.add(part):
+                pass
     for _ in output.end(ended[0]):
         pass
-    return JSONResponse(head.whole(ended[0], output))
+    return JSONResponse(head.whole(ended[0], output, splitter.n_thought))
 
 
 class Head:
@@ -222,8 +241,8 @@ class Head:
             "usage": None,
         }
 
-    def whole(self, ended: Ended, output: Output) -> Json:
-        """Return the response with its answer."""
+    def whole(self, ended: Ended, output: Output, n_thought: int) -> Json:
+        """Return the response with its answer. n_thought: tokens of thoughts in it."""
         status = status_of(ended)
         cut = status == "incomplete"
         usage = usage_of(self._n_prompt, [ended])
@@ -236,7 +255,7 @@ class Head:
                 "input_tokens": usage["prompt_tokens"],
                 "input_tokens_details": {"cached_tokens": 0, "cache_write_tokens": 0},
                 "output_tokens": usage["completion_tokens"],
-                "output_tokens_details": {"reasoning_tokens": 0},
+                "output_tokens_details": {"reasoning_tokens": n_thought},
                 "total_tokens": usage["total_tokens"],
             },
             "colm": colm_of([ended]),
@@ -354,5 +373,5 @@ async def _events(stream: Events, head: Head, dialogue: Dialogue) -> AsyncGenera
             if isinstance(one, Ended):
                 for told in output.end(one):
                     yield event(*told)
-                whole = head.whole(one, output)
+                whole = head.whole(one, output, splitter.n_thought)
                 yield event(f"response.{whole['status']}", {"response": whole})

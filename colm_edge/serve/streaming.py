@@ -21,9 +21,15 @@ T = TypeVar("T")
 DONE = "data: [DONE]\n\n"
 
 
+def one_line(data: Any) -> str:
+    """Return JSON without what a client that reads by lines may take for the end of one."""
+    text = json.dumps(data, ensure_ascii=False)
+    return text.replace("\x85", r"\u0085").replace("\u2028", r"\u2028").replace("\u2029", r"\u2029")
+
+
 def sse(data: Any) -> str:
     """Return one server-sent event."""
-    return f"data: {json.dumps(data, ensure_ascii=False)}\n\n"
+    return f"data: {one_line(data)}\n\n"
 
 
 def failed(e: RefusalError) -> str:

@@ -11,7 +11,6 @@ from typing import Any, Literal
 from colm_edge.errors import ColmError
 
 NAME = re.compile(r"[A-Za-z0-9_.-]{1,128}")
-THINK, THINK_END = "<think>", "</think>"
 
 
 @dataclass(frozen=True)
@@ -131,10 +130,10 @@ def told(messages: Sequence[dict[str, Any]], tools: Sequence[Tool]) -> list[dict
         elif message["role"] == "tool":
             name = names.get(message.get("tool_call_id", ""), "the function")
             plain = {"role": "user", "content": f"{name} returned: {message['content']}"}
-            if before == "tool":  # some templates want roles in turns
-                found[-1]["content"] += "\n" + plain["content"]
-                continue
-        found.append(plain)
+        if {before, message["role"]} in ({"tool"}, {"tool", "user"}):
+            found[-1]["content"] += "\n" + plain["content"]  # some templates want roles in turns
+        else:
+            found.append(plain)
         before = message["role"]
     if tools:
         offered = "\n".join(

@@ -76,6 +76,7 @@ PATHS: dict[str, tuple[Any, dict[str, Any], dict[str, tuple[Any, dict[str, Any]]
         "tool_choice": ({"type": "any"}, {"tools": [{"name": "f", "input_schema": {}}]}),
         "max_tokens": (2, {}),
         "system": ("Be brief.", {}),
+        "output_config": ({"format": {"type": "json_schema", "schema": {"type": "boolean"}}}, {}),
         "stop_sequences": (["e", "a", "i", " ", "."], {"max_tokens": 24}),
         "stop": ("e", {}),
         "n": (2, {}),
@@ -118,9 +119,12 @@ PATHS: dict[str, tuple[Any, dict[str, Any], dict[str, tuple[Any, dict[str, Any]]
         "colm": ({"threshold": 1.0}, {}),
     }),
 }  # fmt: skip
-# One pair is served, whatever its clients call it. What the other three change is shown where tools
+# One pair is served, whatever its clients call it. What the others change is shown where tools
 # and templates are tested; Responses have no other stream than theirs.
-ELSEWHERE = {"model", "parallel_tool_calls", "think", "stream_options"}
+ELSEWHERE = {
+    "model", "parallel_tool_calls", "stream_options", "think", "thinking", "reasoning",
+    "reasoning_effort",
+}  # fmt: skip
 # What changes from one answer to the next.
 CHANGING = re.compile(
     r'"(id|item_id|created\w*|\w+_duration|tokens_per_second|expert_\w+)": ?("[^"]*"|[\d.e+-]+)'

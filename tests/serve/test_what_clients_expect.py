@@ -1,0 +1,168 @@
+"""What the official clients of each API send, and what they do with the answer."""
+
+from __future__ import annotations
+
+import json
+
+import httpx
+import pytest
+from serving import serving
+
+from colm_edge.decode.step import Step
+from colm_edge.llama.chat_template import ChatTemplate
+from colm_edge.pair import load
+from colm_edge.serve import chat, messages, responses
+from colm_edge.serve.dialogue import Conversation, Dialogue, finish_of
+from colm_edge.serve.ollama import _line
+from colm_edge.serve.parts import Call, Reply, Splitter, reply_of
+from colm_edge.serve.streaming import sse
+from colm_edge.serve.tools import GENERIC, HERMES, told
+
+USER = {"role": "user", "content": "hello"}
+
+
+@pytest.fixture(scope="module")
+def pair(tiny):
+    with load(tiny["base"], tiny["expert"], "margin", n_threads=1, n_ctx=512) as pair:
+        yield pair
+
+
+@pytest.fixture(scope="module")
+def url(pair):
+    with serving(pair) as (url, _):
+        yield url
+
+
+def test_a_schema_in_anthropics_words_is_kept_to(url):
+    schema = {"properties": {"a": {"enum": [1, 2]}}, "required": ["a"]}
+    form = {"type": "json_schema", "schema": {"type": "object", **schema}}
+    asked = {"messages": [USER], "max_tokens": 60, "output_config": {"format": form}}
+    asked |= {"temperature": 0}
+    answer = httpx.post(f"{url}/v1/messages", json=asked, timeout=60).json()
+    assert json.loads(answer["content"][0]["text"])["a"] in (1, 2)
+
+
+CALLS = {
+    '{"name": "f", "arguments": {"city": "Rome"}}': True,
+    '{"name": "f", "arguments": {"city": "Ro': False,
+    '{"name": "f", "arguments": {"city": "Rome"}}\n{"name": "f", "arguments": {"ci': False,
+    '{"name": "f", "arguments": {}} {"name": "f", "arguments": {"a": 1}}': True,
+    '{"name": "f", "argum': False,
+    "words": False,
+}
+
+
+@pytest.mark.parametrize("text", CALLS)
+def test_an_answer_is_a_call_if_all_its_calls_are_whole(pair, text):
+    """A stop text may cut one; nobody should run it with what is left."""
+    splitter = Splitter(GENERIC, ["f"], thinks=False, thinking=False)
+    reply = reply_of(splitter, text)
+    assert reply.is_call == splitter.is_call == CALLS[text]
+    answer = pair.generate("hello", max_tokens=400, stop=("e", "a", "i", " ", ".", "o", "t"))
+    assert answer.finish_reason == "stop"
+    finish = "tool_calls" if CALLS[text] else "stop"
+    assert finish_of(answer, is_call=reply.is_call) == finish
+
+
+def test_a_call_that_was_cut_is_none_of_ollamas(url, monkeypatch):
+    """Its client takes nothing but an object for arguments, and would lose the whole answer."""
+    calls = [Call("1", "f", '{"a": 1}'), Call("2", "f", '{"a": ')]
+    monkeypatch.setattr(Dialogue, "reply", lambda *_: Reply("so", calls=calls))
+    asked = {"messages": [USER], "stream": False, "options": {"num_predict": 2}}
+    message = httpx.post(f"{url}/api/chat", json=asked, timeout=60).json()["message"]
+    assert message["tool_calls"] == [{"function": {"name": "f", "arguments": {"a": 1}}}]
+
+
+@pytest.mark.parametrize("character", ["\x85", "\u2028", "\u2029", "\x1c", "\r\n", "é"])
+def test_a_line_is_one_line_to_any_client(character):
+    data = {"text": f"a{character}b"}
+    for line in (_line(data), sse(data).removeprefix("data: ").rstrip("\n")):
+        assert len(line.splitlines()) == 1
+        assert json.loads(line) == data
+
+
+@pytest.mark.parametrize(
+    ("begun", "expected"),
+    [
+        ("The answer is", "hello<think>\n\n</think>\n\nThe answer is"),
+        ("so</think>\nThe answer is", "hello<think>\nso</think>\nThe answer is"),
+        ("", "hello<think>\n"),
+    ],
+)
+def test_an_answer_that_goes_on_is_no_thought(pair, monkeypatch, begun, expected):
+    """Where the template opens one itself."""
+    text = (
+        "{% for m in messages %}{{ m.content.split('</think>')[-1] }}{% endfor %}<think>{{ '\\n' }}"
+    )
+    monkeypatch.setattr(pair, "template", ChatTemplate(text, "", ""))
+    talk = [USER, {"role": "assistant", "content": begun}] if begun else [USER]
+    dialogue = Dialogue(pair, Conversation(talk))
+    assert dialogue.text == expected
+    reply = reply_of(dialogue.splitter(), " so</think>\n\nyes" if not begun else " yes")
+    assert (reply.thought, reply.text) == ((" so", "yes") if not begun else ("", " yes"))
+
+
+def test_thinking_is_left_out_in_each_apis_words():
+    talk = {"messages": [USER], "max_tokens": 5}
+    for body, effort in (
+        (chat.ChatRequest(**talk, reasoning_effort="none"), "none"),
+        (responses.ResponsesRequest(input="hello", reasoning={"effort": "none"}), "none"),
+        (messages.MessagesRequest(**talk, thinking={"type": "disabled"}), None),
+    ):
+        variables = body.conversation().variables
+        assert variables["enable_thinking"] is False
+        assert variables.get("reasoning_effort") == effort
+    low = chat.ChatRequest(**talk, reasoning_effort="low").conversation().variables
+    assert low == {"reasoning_effort": "low"}
+    asked = {"enable_thinking": True}
+    both = chat.ChatRequest(**talk, reasoning_effort="none", chat_template_kwargs=asked)
+    assert both.conversation().variables["enable_thinking"] is True
+    assert messages.MessagesRequest(**talk).conversation().variables == {}
+
+
+def test_turns_that_follow_each_other_are_one():
+    text = {"type": "text", "text": "and now?"}
+    result = {"type": "tool_result", "tool_use_id": "x", "content": "sunny"}
+    use = {"type": "tool_use", "id": "x", "name": "f", "input": {}}
+    body = messages.MessagesRequest(
+        max_tokens=5,
+        messages=[
+            {"role": "user", "content": "one"},
+            {"role": "user", "content": "two"},
+            {"role": "assistant", "content": "well"},
+            {"role": "assistant", "content": [use]},
+            {"role": "user", "content": [result, text]},
+            {"role": "system", "content": "be brief"},
+        ],
+    )
+    talk = list(body.conversation().messages)
+    assert [m["role"] for m in talk] == ["user", "assistant", "tool", "user", "system"]
+    assert talk[0]["content"] == "one\n\ntwo"
+    assert talk[1]["content"] == "well"
+    assert talk[1]["tool_calls"][0]["function"]["name"] == "f"
+    plain = told(talk[:4], ())
+    assert [m["role"] for m in plain] == ["user", "assistant", "user"]
+    assert plain[-1]["content"] == "f returned: sunny\nand now?"
+
+
+def test_what_was_thought_stays_between_the_calls_of_a_response():
+    thought = {"type": "reasoning", "content": [{"type": "reasoning_text", "text": "so"}]}
+    call = {"type": "function_call", "call_id": "x", "name": "f", "arguments": "{}"}
+    result = {"type": "function_call_output", "call_id": "x", "output": "1"}
+    body = responses.ResponsesRequest(input=[USER, thought, call, result, thought, call, result])
+    talk = body.conversation().messages
+    assert [m["role"] for m in talk] == ["user", *["assistant", "tool"] * 2]
+    assert [m.get("reasoning_content") for m in talk] == [None, "so", None, "so", None]
+    empty = responses.ResponsesRequest(input=[USER, {"type": "reasoning", "summary": []}, call])
+    assert empty.conversation().messages[1].get("reasoning_content") is None
+
+
+def test_the_tokens_of_thoughts_are_counted():
+    splitter = Splitter(HERMES, [], thinks=True, thinking=False)
+    for text in ("<think>", " so", " it is", "</think>", "\n\n", "yes", "."):
+        splitter.read(Step(0, "base", 0.0, 0.0, text))
+    assert splitter.n_thought == 4
+    inside = Splitter(HERMES, [], thinks=True, thinking=True)
+    for text in ("so", "</think>", "yes"):
+        inside.read(Step(0, "base", 0.0, 0.0, text))
+    assert inside.n_thought == 2
