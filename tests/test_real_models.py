@@ -35,6 +35,11 @@ def smol(tmp_path_factory) -> Iterator[Pair]:
         yield pair
 
 
+def test_the_end_of_a_turn_is_the_one_that_the_template_writes(smol):
+    """llama.cpp takes <|endoftext|> for it, by its name."""
+    assert smol.base.token_text(smol.base.end_token) == "<|im_end|>"
+
+
 def test_the_template_and_its_end_token_are_the_models_own(smol):
     text = smol.prompt_text([{"role": "user", "content": "What is the capital of France?"}])
     assert text.endswith("<|im_start|>assistant\n")

@@ -85,10 +85,12 @@ class Crossing:
 
     def target(self, token: int, n_skipped: int) -> int:
         """Return the base's token for one of the expert's whose first bytes are there already; -1
-        for none."""
+        for none. An end is the base's end of the same name, or else the one that ends a turn."""
         found: int | None = None
         if token in self.theirs.ends:
-            found = None if n_skipped else self.ours.end
+            same = self.ours.control(self.theirs.name(token))
+            found = same if same in self.ours.ends else self.ours.end
+            found = None if n_skipped else found
         elif rest := self.theirs.piece(token)[n_skipped:]:
             found = self.ours.first(rest)
         return -1 if found is None else found

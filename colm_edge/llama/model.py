@@ -428,9 +428,16 @@ class Model:
 
     @cached_property
     def end_token(self) -> int:
-        """The token that ends a turn, or the text if the vocabulary has no end-of-turn token."""
-        token = self._read_vocab(llama.llama_vocab_eot)
-        return token if token >= 0 else self._read_vocab(llama.llama_vocab_eos)
+        """The token that ends a turn, or the text if the vocabulary has no end-of-turn token.
+
+        llama.cpp guesses the first by its name, and of two takes one that the chat template does
+        not write, where the file names the other as the text's end.
+        """
+        turn, text = map(self._read_vocab, (llama.llama_vocab_eot, llama.llama_vocab_eos))
+        written = self.chat_template or ""
+        names = [self.token_text(token) if token >= 0 else "" for token in (turn, text)]
+        is_written = [bool(name) and name in written for name in names]
+        return text if turn < 0 or is_written == [False, True] else turn
 
     @cached_property
     def end_tokens(self) -> frozenset[int]:

@@ -132,8 +132,10 @@ class RemoteVocabulary:
         return {name: found[name] for name in names if name in found}
 
     def name(self, token: int) -> str:
-        """Return how the vocabulary spells a token, where it is the base's."""
-        return self._ours.name(token)
+        """Return how the vocabulary spells a token, where it is the base's or ends a text."""
+        if self._asked.is_same():
+            return self._ours.name(token)
+        return next((name for name, end in self._controls.ends.items() if end == token), "")
 
     def control(self, name: str) -> int | None:
         if self._asked.is_same():

@@ -353,6 +353,17 @@ def test_a_text_that_is_too_long_for_the_expert_is_the_bases_alone(schedule, see
     written(25, 0.6)  # it grows too long meanwhile, and the answer goes on
 
 
+def test_an_end_crosses_by_its_name_too():
+    """Both models may have several: what both call the end of a turn is one outcome."""
+    ours = Spellings([b"a"], controls=(END, "<stop>", "<own>"))
+    theirs = Spellings([b"a"], controls=("<their own>", "<stop>", END))
+    ours.ends, theirs.ends = frozenset({0, 1, 2}), frozenset({0, 1, 2})
+    crossing = Crossing(ours, theirs)
+    assert [crossing.target(token, 0) for token in range(3)] == [ours.end, 1, 0]
+    assert [crossing.target(token, 1) for token in range(3)] == [-1] * 3
+    assert [crossing.controls(token) for token in range(3)] == [(2,), (1,), (theirs.end,)]
+
+
 def test_control_tokens_cross_by_their_names():
     ours = Spellings([b"<", b">", *[bytes([c]) for c in b"otherand"]], (END, MARK, "<other>"))
     theirs = Spellings([b"<", b">", *[bytes([c]) for c in b"otherand"]], (MARK, END), begin=True)
