@@ -107,8 +107,8 @@ class Member:
         if self.crossing is None:
             return timeline
         if isinstance(timeline, RowsSession):  # each answer asks on its own
-            return BridgeAway(RowsSession(timeline.expert), self.crossing)
-        return Bridge(timeline, self.crossing)
+            return BridgeAway(RowsSession(timeline.expert), self.crossing, self._note)
+        return Bridge(timeline, self.crossing, self._note)
 
     def own(self, tokens: array[int]) -> array[int]:
         """Return the base's tokens as this expert holds them."""

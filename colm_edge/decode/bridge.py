@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import math
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
 from functools import cached_property
@@ -58,9 +58,12 @@ class Said(NamedTuple):
 class Bridge(Around):
     """An expert's timeline, by the base's tokens; for one answer."""
 
-    def __init__(self, inner: Timeline, crossing: Crossing) -> None:
+    def __init__(
+        self, inner: Timeline, crossing: Crossing, note: Callable[[str], None] | None = None
+    ) -> None:
+        """note: told why the expert is absent from here on, where its context is full."""
         super().__init__(inner)
-        self._crossing = crossing
+        self._crossing, self._note = crossing, note
         self._places: dict[int, Place] = {}  # of the outputs, by the base's positions
         self._told: dict[int, Floats] = {}  # of them, what was read already
         self._ids = array("i")  # the expert's tokens at the last `sync`
@@ -118,9 +121,11 @@ class Bridge(Around):
         if not n:  # a begin token alone, which the expert's vocabulary lacks
             raise AbsentExpertError("the text is empty in the expert's tokens")
         if n > self.n_ctx:
-            raise AbsentExpertError(
-                f"the text has {n} of the expert's tokens, its context holds {self.n_ctx}"
-            )
+            told = f"the text has {n} of the expert's tokens, its context holds {self.n_ctx}"
+            if self._note is not None:
+                self._note(f"{told}; the base goes on alone.")
+                self._note = None
+            raise AbsentExpertError(told)
         needed = {row for place in self._places.values() for row in place.rows}
         return range(min(needed - self._kept.keys(), default=n), n)
 

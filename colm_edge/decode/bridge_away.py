@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from array import array
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from time import perf_counter
@@ -24,9 +24,14 @@ class BridgeAway(Bridge):
     Its `sync` raises AbsentExpertError too where the server cannot spell the text.
     """
 
-    def __init__(self, session: RowsSession, crossing: Crossing) -> None:
-        """session: this bridge's own."""
-        super().__init__(session, crossing)
+    def __init__(
+        self,
+        session: RowsSession,
+        crossing: Crossing,
+        note: Callable[[str], None] | None = None,
+    ) -> None:
+        """session: this bridge's own. note: as for `Bridge`."""
+        super().__init__(session, crossing, note)
         self._session = session
         self._spelling_seconds = 0.0  # seconds
         self._begun: tuple[array[int], Future[int]] | None = None

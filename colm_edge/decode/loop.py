@@ -72,7 +72,7 @@ def deferred(loop: Decoder, reading: Reading, logits: Floats, bet: Sequence[int]
     try:
         loop.evaluate_expert(writer, tokens, range(at - 1, len(tokens)) if bet else ())
         told = loop.read_expert(writer, at, logits, p_defer)
-    except AbsentExpertError:  # the user was warned
+    except AbsentExpertError:  # the user was told why
         loop.stats.expert_failures += 1
         return loop.picker.write("base", p_defer, logits, choice, logsumexp)
     return loop.picker.write(loop.sources[writer], p_defer, *told)
@@ -136,8 +136,9 @@ class Decoder:
         self.sources = tuple(sources)
         if len(self.sources) > 1:
             self.stats.experts = {source: ExpertStats() for source in self.sources}
-        # The context must hold every token that is evaluated; the last one written is not.
-        self.end = min(timeline.n_ctx for timeline in (base, *experts)) + 1
+        # The context must hold every token that is evaluated; the last one written is not. An
+        # expert in this process has as much room; any other is absent beyond its own.
+        self.end = base.n_ctx + 1
         if max_tokens >= 0:
             self.end = min(self.end, len(self.tokens) + max_tokens)
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+from codecs import IncrementalDecoder, getincrementaldecoder
 from collections import Counter, defaultdict
+from functools import partial
 from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -140,12 +142,14 @@ def page(fit: Fit, model: Model) -> str:
         for token, count in counts.most_common(MOST_DEFERRED)
     )
     texts: dict[int, list[str]] = defaultdict(list)
+    decoder = partial(getincrementaldecoder("utf-8"), "replace")
+    whole: dict[int, IncrementalDecoder] = defaultdict(decoder)  # a split character comes whole
     for token, line, p, expert in zip(
         tokens.tolist(), fit.scores.line[fit.valid].tolist(), fit.p, deferred, strict=True
     ):
         if line in texts or len(texts) < EXAMPLES:
             kind = ' class="expert"' if expert else ""
-            text = escape(model.piece(token).decode("utf-8", "replace"))
+            text = escape(whole[line].decode(model.piece(token)))
             texts[line].append(f'<span{kind} title="p_defer {p:.3f}">{text}</span>')
     examples = "".join(
         f"<small>line {line}</small><p class=text>{''.join(spans)}</p>"
@@ -164,4 +168,9 @@ def page(fit: Fit, model: Model) -> str:
 def _show(model: Model, token: int) -> str:
     """Return a token's text with visible spaces and line breaks; special tokens by name."""
     raw = model.piece(token)
-    return repr(raw.decode("utf-8", "replace"))[1:-1] if raw else model.token_text(token)
+    if not raw:
+        return model.token_text(token)
+    try:
+        return repr(raw.decode())[1:-1]
+    except UnicodeDecodeError:  # part of a character
+        return repr(raw)[2:-1]

@@ -321,7 +321,8 @@ SCHEDULES = {
 def test_a_text_that_is_too_long_for_the_expert_is_the_bases_alone(schedule, seed):
     ours, theirs = Spellings([*ALPHABET, b"abab", b"baba"]), Spellings(ALPHABET)
     base, expert = Speaker(ours, seed), Speaker(theirs, seed + 1)
-    bridge = Bridge(expert, Crossing(ours, theirs))
+    notes: list[str] = []
+    bridge = Bridge(expert, Crossing(ours, theirs), notes.append)
     prompt = [ours.control(MARK), *ours.encode(b"abab" * 4)]
 
     def written(n_ctx, rate):
@@ -337,6 +338,8 @@ def test_a_text_that_is_too_long_for_the_expert_is_the_bases_alone(schedule, see
     steps, stats = written(len(prompt), 1.0)
     assert {step.source for step in steps} == {"base"}
     assert stats.expert_failures > 0
+    (note,) = notes
+    assert "its context holds 5; the base goes on alone" in note
     tokens = prompt[:]
     for step in steps:  # the base's likeliest
         assert step.token == int(base.logits(tuple(tokens)).argmax())

@@ -216,6 +216,22 @@ def test_answers_together_share_the_tries_of_an_expert_that_is_silent(tiny, monk
         assert remote.TRIES <= len(greeted) < 2 * remote.TRIES
 
 
+def test_a_server_with_a_smaller_context_leaves_the_rest_to_the_base(tiny, local, caplog):
+    """It may have come up after the pair was loaded."""
+    prompt = " ".join(["word"] * 40)
+    with faking("llamacpp", tiny["expert"]) as (url, _), remote_pair(tiny, url) as pair:
+        n_prompt = len(pair.prompt_tokens([{"role": "user", "content": prompt}]))
+        for n_ctx, source in ((8, "base"), (n_prompt + 3, "expert")):
+            pair.expert.expert.n_ctx = n_ctx
+            answer = pair.generate(prompt, threshold=0.0, max_tokens=8)
+            assert answer.steps[0].source == source
+            assert answer.steps[-1].source == "base"
+            assert len(answer.steps) == 8 or answer.finish_reason == "stop"
+        alone = pair.generate(prompt, threshold=1.0, max_tokens=8)
+        assert alone.text == local.generate(prompt, threshold=1.0, max_tokens=8).text != ""
+        assert any("do not fit its 8" in warning for warning in warnings_in(caplog))
+
+
 def test_an_answer_that_waits_for_a_server_can_be_cancelled(tiny):
     with faking("llamacpp", tiny["expert"]) as (url, fake), remote_pair(tiny, url) as pair:
         fake.always = "slow"

@@ -21,7 +21,7 @@ from colm_edge.train.objectives import hard_curve
 @pytest.fixture(scope="module")
 def fitted(tiny):
     with load(tiny["base"], tiny["expert"], "margin", n_threads=1, n_ctx=256) as pair:
-        rows = [{"prompt": f"p{i}", "completion": f"a < b & c{i}"} for i in range(20)]
+        rows = [{"prompt": f"p{i}", "completion": f"a < b & c{i} é"} for i in range(20)]
         fit = fit_switch(
             pair, tokenized(enumerate(rows), pair), FitOptions("both"), progress=no_bar
         )
@@ -45,6 +45,8 @@ def test_the_page_needs_no_network_and_shows_the_texts(fitted):
     spans = re.findall(r"<span[^>]*title=\"p_defer [^>]*>([^<]*)</span>", page)
     assert len(spans) == len(fit.p)
     assert "a &lt; b &amp; c" in "".join(spans)
+    assert "\N{REPLACEMENT CHARACTER}" not in page
+    assert "é" in "".join(spans)  # in this vocabulary two tokens
     marked = len(re.findall(r"<span class=\"expert\" title", page))
     assert marked == (fit.p > fit.switch.threshold).sum()
 
