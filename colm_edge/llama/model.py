@@ -430,14 +430,13 @@ class Model:
     def end_token(self) -> int:
         """The token that ends a turn, or the text if the vocabulary has no end-of-turn token.
 
-        llama.cpp guesses the first by its name, and of two takes one that the chat template does
-        not write, where the file names the other as the text's end.
+        llama.cpp guesses the first by its name; where the chat template writes the other, it is
+        that.
         """
         turn, text = map(self._read_vocab, (llama.llama_vocab_eot, llama.llama_vocab_eos))
-        written = self.chat_template or ""
-        names = [self.token_text(token) if token >= 0 else "" for token in (turn, text)]
-        is_written = [bool(name) and name in written for name in names]
-        return text if turn < 0 or is_written == [False, True] else turn
+        template = self.chat_template or ""
+        writes = [at >= 0 and self.token_text(at) in template for at in (turn, text)]
+        return text if turn < 0 or writes == [False, True] else turn
 
     @cached_property
     def end_tokens(self) -> frozenset[int]:
