@@ -52,6 +52,9 @@ class Plain:
         self._defs: Json = {}
         self._n_lookups = 0
         self.rules: dict[str, str] = {}
+        self._stand_in = "colm-rule"
+        while self._stand_in in json.dumps(schema):  # somebody's own word
+            self._stand_in += "-"
         self.schema = self._of(schema, "") if schema else {"type": "object"}
         if "$ref" in self.schema:  # at the root the translation does not look it up
             self.schema = {"anyOf": [self.schema]}
@@ -164,7 +167,7 @@ class Plain:
 
     def _stands_for(self, rule: str) -> str:
         """Return a constant that stands for a rule."""
-        name = f"colm-rule-{len(self.rules)}"
+        name = f"{self._stand_in}{len(self.rules)}"
         self.rules[name] = rule
         return name
 

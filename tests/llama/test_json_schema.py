@@ -86,6 +86,15 @@ def test_constants_and_names_of_any_characters(model, text):
         assert accepts(model, grammar_of(schema), written), written
 
 
+def test_a_name_like_our_own_is_the_users(model):
+    names = ["colm-rule-0", "colm-rule-1", "colm-rule0", "colm-rule"]
+    schema = {"properties": {name: {"type": "integer", "maximum": 3} for name in names}}
+    schema |= {"required": names}
+    written = json.dumps(dict.fromkeys(names, 3))
+    assert accepts(model, grammar_of(schema), written)
+    assert accepts(model, grammar_of({"enum": names}), '"colm-rule-1"')
+
+
 @pytest.mark.parametrize(("schema", "allowed", "others"), KEPT)
 def test_a_keyword_is_kept_to(model, schema, allowed, others):
     grammar = grammar_of(schema)
