@@ -9,7 +9,7 @@ from typing import Any
 
 import llama_cpp as llama
 
-from colm_edge.errors import MismatchError
+from colm_edge.errors import MismatchError, ModelError
 from colm_edge.gguf_header import read_architecture
 from colm_edge.hub import Note
 from colm_edge.llama.context import ContextOptions
@@ -26,7 +26,7 @@ from colm_edge.llama.model import Model
 from colm_edge.llama.quantize import file_type
 from colm_edge.llama.session import Session
 from colm_edge.llama.vocabulary import shared_vocab
-from colm_edge.references import references_of, resolve
+from colm_edge.references import is_url, references_of, resolve
 from colm_edge.switch.file import ARCHITECTURE, Switch
 
 RATES = (0.05, 0.1, 0.2)  # of deferrals, that speeds are predicted for
@@ -51,6 +51,8 @@ def describe_files(
     facts, models, tables, obstacle = [], [], list[CostTable | None](), ""
     try:
         for ref in references_of(refs[0]) if len(refs) == 1 else refs:
+            if is_url(ref):
+                raise ModelError(f"{ref}: a server is not described; give a GGUF file")
             path = resolve(ref, note=note)
             switch = _as_switch(path)
             if switch is not None:

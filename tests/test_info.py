@@ -13,8 +13,9 @@ from lib.random_model import SHAPES, shape_of
 from colm_edge.bench import tune as tune_module
 from colm_edge.bench.tune import tune
 from colm_edge.cli import main
+from colm_edge.errors import ModelError
 from colm_edge.gguf_header import _Reader
-from colm_edge.info import as_text
+from colm_edge.info import as_text, describe_files
 from colm_edge.llama.costs import CostTable, seconds_per_token, team_seconds_per_token
 from colm_edge.llama.model import Model
 from colm_edge.llama.quantize import quantize
@@ -224,3 +225,8 @@ def test_a_number_that_is_a_text_of_thousands_of_digits_is_none(tiny, monkeypatc
     monkeypatch.setattr(Model, "metadata", lambda model, key: "9" * 5000)
     assert model.number("context_length") == 0
     model.close()
+
+
+def test_a_server_is_not_described():
+    with pytest.raises(ModelError, match="http://a:1: a server is not described; give a GGUF file"):
+        describe_files(["http://a:1"])

@@ -100,8 +100,9 @@ def main(verbose: bool) -> None:
         logging.basicConfig(level=logging.DEBUG, format="%(name)s: %(message)s")
     else:
         logging.basicConfig(level=logging.WARNING, format="%(message)s")
-        # It warns at every retry; our one line about the error says enough.
-        logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+        # It warns at every retry; our one line about the error says enough. Its logger has the
+        # level that this says once it is imported.
+        os.environ.setdefault("HF_HUB_VERBOSITY", "error")
 
 
 def say_version(ctx: click.Context) -> None:
@@ -109,8 +110,11 @@ def say_version(ctx: click.Context) -> None:
     from importlib.metadata import version
 
     from colm_edge.llama.backend import build_info, devices
-    from colm_edge.readout import implementation
 
+    try:
+        from colm_edge.readout import implementation
+    except ColmError as e:  # before a command runs, which would tell it
+        raise click.ClickException(" ".join(str(e).split())) from e
     click.echo(f"colm-edge {version('colm-edge')}, the switch read by {implementation}")
     click.echo(f"llama-cpp-python {version('llama-cpp-python')}; {build_info()}")
     for device in devices():

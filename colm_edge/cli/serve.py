@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import re
+from collections.abc import Callable
 from typing import Any
 
 import click
@@ -25,6 +28,21 @@ from colm_edge.errors import ColmError
 from colm_edge.options import ServerOptions
 
 SERVER = ServerOptions()
+KEY_VARIABLE = "COLM_EDGE_API_KEY"
+ORIGIN = re.compile(r"\*|null|[a-z][a-z0-9+.-]*://[^/?#@\s]+")
+HOST = re.compile(r"[^:/?#@\s]+|[0-9a-f.]*(:[0-9a-f.]*){2,}")  # a name, or an address in IPv6
+
+
+def matching(form: re.Pattern[str], expected: str) -> Callable[..., tuple[str, ...]]:
+    """Return a callback that refuses values which no request could ever have."""
+
+    def check(_: click.Context, __: click.Parameter, values: tuple[str, ...]) -> tuple[str, ...]:
+        for value in values:
+            if not form.fullmatch(value.lower()):
+                raise click.BadParameter(f"{value!r}: expected {expected}")
+        return values
+
+    return check
 
 
 @click.command("serve")
@@ -59,15 +77,16 @@ SERVER = ServerOptions()
 )
 @click.option(
     "--api-key",
-    envvar="COLM_EDGE_API_KEY",
+    envvar=KEY_VARIABLE,
     metavar="KEY",
-    help="Require this key with every request; in the environment variable COLM_EDGE_API_KEY it "
+    help=f"Require this key with every request; in the environment variable {KEY_VARIABLE} it "
     "stays out of the process list.",
 )
 @click.option(
     "--cors-origin",
     "cors",
     multiple=True,
+    callback=matching(ORIGIN, "http://host or http://host:port"),
     metavar="ORIGIN",
     help="Site whose pages may send requests, such as http://localhost:3000; repeatable.  "
     "[default: none]",
@@ -76,6 +95,7 @@ SERVER = ServerOptions()
     "--allowed-host",
     "allowed_hosts",
     multiple=True,
+    callback=matching(HOST, "a name alone, without http:// and a port"),
     metavar="NAME",
     help="Name besides the local ones that requests may give as their host, such as a container's "
     "or a proxy's; repeatable.",
@@ -107,8 +127,10 @@ def serve_command(
     """
     from colm_edge.options import Options
 
-    if settings["api_key"] is not None:
-        key = settings["api_key"] = settings["api_key"].strip()
+    given = settings["api_key"]
+    # Click takes an empty variable for none, and the server would be open.
+    if (given := os.environ.get(KEY_VARIABLE) if given is None else given) is not None:
+        key = settings["api_key"] = given.strip()
         if not key:
             raise click.UsageError("the API key is empty; give one, or leave it out")
         if not (key.isascii() and key.isprintable()):

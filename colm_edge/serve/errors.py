@@ -125,8 +125,12 @@ async def _broken(request: Request, e: Exception) -> JSONResponse:
 
 async def _invalid(request: Request, e: RequestValidationError) -> JSONResponse:
     # Of a value that may be of several types there is an error for each: the one that lies deepest
-    # in the body is of the type that was meant.
-    error = max(e.errors(), key=lambda error: len(_place(error, e.body)))
+    # in the body is of the type that was meant; of these, one about a name, and then a value.
+    def rank(error: Mapping[str, Any]) -> tuple[Any, ...]:
+        kind = error["type"]
+        return len(_place(error, e.body)), kind == "literal_error", not kind.endswith("_type")
+
+    error = max(e.errors(), key=rank)
     content_type = request.headers.get("content-type", "")
     message, param = explain(error, content_type, _place(error, e.body))
     return RefusalError(400, message, param=param).response(request.url.path)

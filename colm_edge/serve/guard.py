@@ -39,7 +39,11 @@ class JSONRequest(Request):
 
     async def json(self) -> Any:
         if not hasattr(self, "_json"):
-            self._json = json.loads(await self.body(), parse_constant=_finite, parse_float=_finite)
+            try:
+                text = (await self.body()).decode()
+            except UnicodeDecodeError as e:
+                raise json.JSONDecodeError("it is not UTF-8", "", e.start) from e
+            self._json = json.loads(text, parse_constant=_finite, parse_float=_finite)
         return self._json
 
 

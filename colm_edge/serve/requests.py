@@ -22,10 +22,11 @@ DEFAULT_COMPLETION = 16  # tokens of a plain completion that sets no limit, as i
 # but for values that change nothing, which some clients always send.
 REFUSED: dict[str, tuple[Any, ...]] = {
     **dict.fromkeys(
-        ("allowed_token_ids", "function_call", "functions", "guided_choice", "guided_grammar",
+        ("allowed_token_ids", "guided_choice", "guided_grammar",
          "guided_json", "guided_regex", "logits_processors", "structured_outputs",
          "truncate_prompt_tokens"), ()),
-    **dict.fromkeys(("bad_words", "stop_token_ids"), ([],)),
+    **dict.fromkeys(("bad_words", "functions", "stop_token_ids"), ([],)),
+    "function_call": ("auto", "none"),
     **dict.fromkeys(
         ("dry_multiplier", "dynatemp_range", "ignore_eos", "min_tokens", "mirostat",
          "use_beam_search", "xtc_probability"), (0,)),

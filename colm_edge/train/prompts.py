@@ -32,6 +32,7 @@ ANSWERS_FILE = "expert-answers.jsonl"
 # The expert's likeliest tokens that are kept of each position. Where the base's choice is not among
 # them, it counts as likely as the last of them: on this much regret, more changes nothing.
 N_KEPT = 8
+N_PACE = 4  # what an entry's pace tells: `pace_of`, and the schedule; older entries have none
 
 
 @dataclass(frozen=True)
@@ -160,6 +161,8 @@ def _is_kept(entry: dict[str, Any], n_vocab: int) -> bool:
         isinstance(entry["text"], str)
         and is_number(entry["seconds"], 0, MOST_SECONDS)
         and isinstance(entry["cut"], bool)
+        and isinstance(pace := entry.get("pace", [None] * N_PACE), list)
+        and len(pace) == N_PACE
         and all(isinstance(each, list) for each in (tokens, tops, logprobs))
         and len(tokens) == len(tops) == len(logprobs)
         and all(is_count(token, n_vocab) for token in tokens)

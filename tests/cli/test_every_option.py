@@ -96,7 +96,7 @@ def waits(server: Server, _: Any) -> bool:
     """Return whether another request may wait while every slot is taken."""
     server._running["somebody"] = server.settings.n_slots
     try:
-        server.check_queue()
+        server.check_queue("somebody else")
     except RefusalError:
         return False
     finally:

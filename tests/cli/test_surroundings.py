@@ -34,6 +34,16 @@ def test_a_full_output_is_one_line(args):
     assert "Traceback" not in done.stderr
 
 
+def test_versions_of_what_cannot_be_used_are_one_line():
+    environment = os.environ | {"COLM_EDGE_NATIVE": "foo"}
+    done = subprocess.run(
+        command("--version"), env=environment, capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.startswith("Error: COLM_EDGE_NATIVE: expected ")
+    assert done.stderr.count("\n") == 1
+
+
 @posix
 def test_statistics_do_not_go_on_in_the_line_of_an_answer_that_another_program_shows():
     """`colm-edge run … | cat`: it may show the end of the answer after them."""

@@ -44,13 +44,48 @@ def test_a_key_that_no_header_carries_is_refused_at_the_start(tiny, monkeypatch)
     served = []
     monkeypatch.setattr(app, "serve", lambda pair, settings, *_: served.append(settings.api_key))
     args = ["serve", "-m", tiny["base"], "-me", tiny["expert"], "-t", "1"]
-    for key, words in (" ", "the API key is empty"), ("schlüssel", "printable ASCII"):
+    refused = {"": "the API key is empty", " ": "the API key is empty", "schlüssel": "ASCII"}
+    for key, words in refused.items():
         result = CliRunner().invoke(main, args, env={"COLM_EDGE_API_KEY": key})
         assert result.exit_code == 2
         assert words in result.stderr
     result = CliRunner().invoke(main, args, env={"COLM_EDGE_API_KEY": "sesame\n"})
     assert result.exit_code == 0, result.output
     assert served == ["sesame"]
+
+
+@pytest.mark.parametrize(
+    ("option", "wrong", "right"),
+    [
+        ("--allowed-host", ["foo:80", "http://foo", "foo/", "1.2.3.4:80", ""], ["foo.x", "::1"]),
+        ("--cors-origin", ["foo", "http://a/", "http://"], ["http://a:3000", "*", "app://x"]),
+    ],
+)
+def test_names_that_no_request_has_are_refused_at_the_start(
+    tiny, monkeypatch, option, wrong, right
+):
+    monkeypatch.setattr(app, "serve", lambda *_: None)
+    args = ["serve", "-m", tiny["base"], "-me", tiny["expert"], "-t", "1", option]
+    for name in wrong:
+        result = CliRunner().invoke(main, [*args, name])
+        assert result.exit_code == 2
+        assert f"{name!r}: expected " in result.stderr
+    for name in right:
+        assert CliRunner().invoke(main, [*args, name]).exit_code == 0
+
+
+def test_what_is_wrong_with_a_body_is_named(url):
+    asked = {"input": "x", "tools": [{"type": "web_search"}]}
+    answer = httpx.post(f"{url}/v1/responses", json=asked).json()
+    assert answer["error"]["message"].startswith("tools.0.type: Input should be 'function'")
+    answer = httpx.post(f"{url}/v1/responses", json={"input": []}).json()
+    assert "at least 1 item" in answer["error"]["message"]
+    headers = {"Content-Type": "application/json"}
+    answer = httpx.post(f"{url}/v1/responses", content=b'{"input": "\xff"}', headers=headers)
+    assert (answer.status_code, "it is not UTF-8" in answer.text) == (400, True)
+    asked = {"messages": CHAT, "max_tokens": 2, "functions": [], "function_call": "auto"}
+    answer = httpx.post(f"{url}/v1/chat/completions", json=asked, timeout=60)
+    assert answer.status_code == 200
 
 
 @pytest.mark.parametrize("number", ["NaN", "Infinity", "-Infinity", "1e999"])
