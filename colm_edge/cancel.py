@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -32,10 +32,6 @@ class Cancel:
     def wait_for(self, future: Future[T]) -> T:
         """Return what a future holds, once it does. Raises CancelledError if `request` was called
         before; the future goes on then."""
-        while True:
-            try:
-                return future.result(LOOK)
-            except TimeoutError:
-                if future.done():  # its own
-                    raise
-                self.check()
+        while not wait([future], LOOK).done:
+            self.check()
+        return future.result()

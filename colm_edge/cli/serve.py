@@ -127,10 +127,11 @@ def serve_command(
     """
     from colm_edge.options import Options
 
-    given = settings["api_key"]
-    # Click takes an empty variable for none, and the server would be open.
-    if (given := os.environ.get(KEY_VARIABLE) if given is None else given) is not None:
-        key = settings["api_key"] = given.strip()
+    key = settings["api_key"]
+    if key is None:  # Click takes an empty variable for none, and the server would be open
+        key = os.environ.get(KEY_VARIABLE)
+    if key is not None:
+        key = settings["api_key"] = key.strip()
         if not key:
             raise click.UsageError("the API key is empty; give one, or leave it out")
         if not (key.isascii() and key.isprintable()):
