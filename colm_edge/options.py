@@ -150,7 +150,8 @@ class Options:
         "--defer-rate",
         limits=(0, 1),
         request="colm",
-        help="Share of tokens to defer; a switch without a calibration is held to it.",
+        help="Share of tokens to defer: by the switch's calibration; without one, a threshold "
+        "that follows the rate.",
         meaning="a share of the tokens: 0.2 is 20 %",
     )
     strategy: Literal["defer", "compose"] = option(
@@ -197,7 +198,7 @@ class Options:
         "fast",
         "--schedule",
         help="How the evaluations of one answer at a time are batched; it changes the text at "
-        "near-ties only.",
+        "near-ties only. Several answers at once are sequential.",
     )
     temperature: float = option(
         0.8,

@@ -70,14 +70,15 @@ WORK_DIR = click.option(
     metavar="DIR",
     type=click.Path(file_okay=False),
     callback=claim,
-    help="Save results here as they are computed; an interrupted run resumes from them, one at a "
-    "time.",
+    help="Save results here as they are computed; an interrupted run resumes from them. Only one "
+    "run at a time may use the folder.",
 )
 BASE = click.option(
     "-m",
     "--model",
     metavar="REF",
-    help="Base model: a GGUF file, a name in models.txt, or user/repo:file.gguf.",
+    help="Base model: a GGUF file, a name in models.txt, or user/repo:file.gguf or "
+    "user/repo:Q4_K_M on the Hugging Face Hub; with @TYPE behind it in another quantisation.",
 )
 
 
@@ -95,14 +96,14 @@ EXPERT = click.option(
     callback=one_or_several,
     help="Expert model: as -m, or a server that runs it (llama.cpp, vLLM or colm-edge), "
     "http://HOST:PORT or, if it has several models, http://HOST:PORT#MODEL. Give it again for "
-    "each of several experts, NAME=REF, with a switch that was trained for them.",
+    "each of several experts, NAME=REF, with a switch that train fitted for them.",
 )
 SWITCH = click.option(
     "-sw",
     "--switch",
     metavar="FILE|entropy|margin|defer-row",
-    help="Switch: a trained one, an untrained rule (margin is the default with -m and -me), or "
-    "the <|defer|> row of a Co-LLM base.",
+    help="Switch: a trained one (.gguf or .onnx), an untrained rule (margin is the default with -m "
+    "and -me), or the <|defer|> row of a Co-LLM base.",
 )
 THREADS = click.option(
     "-t",
@@ -136,8 +137,8 @@ MAX_MEMORY = click.option(
     "--max-memory",
     metavar="SIZE",
     type=Size(),
-    help="Memory that several experts may take together, as 6G or 800M; the one that was not used "
-    "for longest is unloaded for the next.  [default: no limit]",
+    help="Memory that several experts may take together, as 6G or 800M; the least recently "
+    "used one is unloaded for the next.  [default: no limit]",
 )
 REQUIRED = click.option(
     "--expert-required",
@@ -178,7 +179,12 @@ EVALUATION = (
         help="Prompt tokens evaluated at a time; 0: 512, or 128 on a CPU.",
     ),
     click.option(
-        "-ngl", "--n-gpu-layers", type=int, default=0, help="Layers of the base on the GPU."
+        "-ngl",
+        "--n-gpu-layers",
+        type=int,
+        default=0,
+        show_default=True,
+        help="Layers of the base on the GPU; 99: all.",
     ),
     click.option(
         "-ngle",
@@ -190,7 +196,8 @@ EVALUATION = (
         "-fa",
         "--flash-attn",
         type=click.Choice(["auto", "on", "off"]),
-        help="Flash attention; auto: on a GPU, for very small models and for 8 answers at once.  "
+        help="Flash attention; auto: on a GPU, for very small models and for 8 or more answers "
+        "at once.  "
         "[default: auto]",
     ),
     click.option(

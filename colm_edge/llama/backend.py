@@ -64,6 +64,21 @@ def supports_gpu() -> bool:
     return bool(llama.llama_supports_gpu_offload())
 
 
+def gpu_layers(n_gpu_layers: int) -> int:
+    """Return this number of layers; where there is no GPU for them, log that once."""
+    if n_gpu_layers and not supports_gpu():
+        _warn_of_no_gpu()
+    return n_gpu_layers
+
+
+@cache
+def _warn_of_no_gpu() -> None:
+    log.warning(
+        "llama.cpp finds no GPU here, so all layers stay on the CPU; `colm-edge --version` shows "
+        "how it was built and its devices"
+    )
+
+
 @cache
 def amx_is_broken() -> bool:
     """Return whether llama.cpp would crash in AMX instructions; if so, log the cure.

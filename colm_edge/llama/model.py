@@ -23,7 +23,7 @@ from colm_edge.errors import ModelError
 from colm_edge.files import fingerprint, parts_of
 from colm_edge.gguf_header import check_model, read_header
 from colm_edge.llama import huge_pages
-from colm_edge.llama.backend import last_errors, model_params
+from colm_edge.llama.backend import gpu_layers, last_errors, model_params
 from colm_edge.llama.interrupts import interrupts_noted
 from colm_edge.llama.owners import HomeLock
 from colm_edge.llama.rpc import check_servers, device_list
@@ -65,7 +65,7 @@ class Model:
             check_servers(self.rpc)  # now, not at the first deferral
         self._progress = progress
         self.lora = None if lora is None else Path(lora)
-        self.n_gpu_layers = n_gpu_layers
+        self.n_gpu_layers = gpu_layers(n_gpu_layers)
         self._handle: Any = None
         self._adapter: Any = None  # llama.cpp frees it with the model
         self._loaded = False

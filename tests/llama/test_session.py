@@ -225,6 +225,14 @@ def test_settings_that_contradict_each_other_are_refused():
     assert ContextOptions(flash_attn="off", cache_type_k="q8_0").cache_type_v == "f16"
 
 
+@pytest.mark.parametrize("supported", [True, False])
+def test_layers_for_a_gpu_that_is_not_there_are_told_once(monkeypatch, caplog, supported):
+    monkeypatch.setattr(backend, "supports_gpu", lambda: supported)
+    backend._warn_of_no_gpu.cache_clear()
+    assert [backend.gpu_layers(n) for n in (0, 99, -1)] == [0, 99, -1]
+    assert caplog.text.count("finds no GPU") == (0 if supported else 1)
+
+
 @pytest.fixture
 def has_amx(request, monkeypatch) -> Iterator[bool]:
     info = b"CPU : AVX512 = 1 | " + (b"AMX_INT8 = 1 | " if request.param else b"")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner, Result
-from studies.qwen_pair import problems
+from studies.qwen_pair import problems, prompts
 from studies.qwen_pair.problems import hash_of, main
 
 from colm_edge.evaluate.metrics import gsm8k, python
@@ -80,3 +80,19 @@ def test_the_questions_of_gsm8k_are_those_that_were_asked(tmp_path, monkeypatch)
 def test_three_hundred_questions_are_listed_once_each():
     listed = problems.GSM8K_TEST.read_text().split()
     assert len(listed) == len(set(listed)) == 300
+
+
+def test_a_switch_is_fitted_to_no_task_of_mbpps_test_part(tmp_path):
+    questions, tasks, out = (tmp_path / name for name in ("g.jsonl", "m.jsonl", "p.jsonl"))
+    asked = [{"question": f"{i} + 1?", "answer": "#### 2"} for i in range(300)]
+    questions.write_text("".join(json.dumps(row) + "\n" for row in asked))
+    rows = [MBPP | {"task_id": i, "text": f"task {i}"} for i in range(1, 975)]
+    tasks.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    given = ["--gsm8k", str(questions), "--mbpp", str(tasks), "--outfile", str(out)]
+    result = CliRunner().invoke(prompts.main, given)
+    assert result.exit_code == 0, result.output
+    written = [json.loads(line)["prompt"] for line in out.read_text().splitlines()]
+    of_mbpp = [int(text.split()[1]) for text in written if text.startswith("task ")]
+    assert len(of_mbpp) == 100
+    assert not set(of_mbpp) & set(range(11, 511))
+    assert len({text for text in written if text.endswith("+ 1?")}) == 200

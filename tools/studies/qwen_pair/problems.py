@@ -39,14 +39,19 @@ def humaneval(problems: Iterable[Row]) -> Iterator[Row]:
         }
 
 
+def mbpp_prompt(problem: Row) -> str:
+    """Return a task with its three tests, as the authors' prompts have them."""
+    told = "\n".join(problem["test_list"])
+    return f"{problem['text']}\nYour code should pass these tests:\n\n{told}"
+
+
 def mbpp(problems: Iterable[Row]) -> Iterator[Row]:
-    """A prompt has the task's three tests, as the authors' prompts do; the others are kept back."""
+    """The challenge tests are in no prompt."""
     for problem in problems:
         if problem["task_id"] in MBPP_TEST:
-            told = "\n".join(problem["test_list"])
             yield {
                 "task_id": problem["task_id"],
-                "prompt": f"{problem['text']}\nYour code should pass these tests:\n\n{told}",
+                "prompt": mbpp_prompt(problem),
                 "test_setup": problem["test_setup_code"],
                 "tests": [*problem["test_list"], *problem["challenge_test_list"]],
             }

@@ -1,30 +1,29 @@
 """Write the prompts that the switch of the pair qwen2.5-coder was fitted on.
 
-    python tools/studies/qwen_pair/prompts.py --gsm8k gsm8k/train.jsonl --mbpp mbpp/train.jsonl \\
+    python tools/studies/qwen_pair/prompts.py --gsm8k train.jsonl --mbpp mbpp.jsonl \\
         --outfile prompts.jsonl
 
-Lines are {"prompt": …}, in those files too. Two of GSM8K's training questions to one of MBPP's
-training problems, drawn with seed 0, and then the general prompts beside this file, which were
-written for this.
+The inputs are the authors' own files, as for problems.py. Two of GSM8K's training questions to one
+of MBPP's tasks outside its test part, drawn with seed 0, and then the general prompts beside this
+file, which were written for this. Lines are {"prompt": …}.
 """
 
 from __future__ import annotations
 
 import json
 import random
+import sys
 from pathlib import Path
 
 import click
 
+sys.path.insert(0, str(Path(__file__).parents[2]))  # tools/, where imports begin
 from colm_edge.train.documents import read_rows
+from studies.qwen_pair.problems import mbpp_prompt
 
 N_MBPP = 100  # and twice as many of GSM8K's
+MBPP_TEST = range(11, 511)
 GENERAL = Path(__file__).with_name("general_prompts.jsonl")
-
-
-def prompts_of(path: Path) -> list[str]:
-    """Return the prompts of a JSONL file, in its order."""
-    return [row["prompt"] for _, row in read_rows(path)]
 
 
 def mixed(gsm8k: list[str], mbpp: list[str]) -> list[str]:
@@ -35,7 +34,7 @@ def mixed(gsm8k: list[str], mbpp: list[str]) -> list[str]:
     chosen = []
     for i in range(N_MBPP):
         chosen += [gsm8k[2 * i], gsm8k[2 * i + 1], mbpp[i]]
-    return chosen + prompts_of(GENERAL)
+    return chosen + [row["prompt"] for _, row in read_rows(GENERAL)]
 
 
 @click.command(
@@ -46,7 +45,9 @@ def mixed(gsm8k: list[str], mbpp: list[str]) -> list[str]:
 @click.option("--outfile", type=click.Path(path_type=Path), required=True)
 def main(gsm8k: Path, mbpp: Path, outfile: Path) -> None:
     """Write the prompts that the switch of the pair qwen2.5-coder was fitted on."""
-    rows = mixed(prompts_of(gsm8k), prompts_of(mbpp))
+    questions = [row["question"] for _, row in read_rows(gsm8k)]
+    tasks = [row for _, row in read_rows(mbpp) if row["task_id"] not in MBPP_TEST]
+    rows = mixed(questions, [mbpp_prompt(task) for task in tasks])
     outfile.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in rows))
 
 
