@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from colm_edge.errors import ColmError, SwitchError, WriteError
-from colm_edge.files import check_writable, replacing
+from colm_edge.files import check_writable, fingerprint, replacing
 
 
 def names(folder: Path) -> list[str]:
@@ -261,3 +261,18 @@ def test_an_input_file_is_not_replaced(tmp_path):
         check_writable(tmp_path / "new", tmp_path / "." / "new")
     with pytest.raises(WriteError, match="is used by this command already"):  # another result
         check_writable(tmp_path / "new", tmp_path / "folder" / ".." / "new")
+
+
+def test_a_fingerprint_depends_on_bytes_from_all_over_the_file(tmp_path):
+    """A merged fine-tune may differ in one tensor in the middle, and in nothing else."""
+    data = bytearray(3_000_000)
+    seen = set()
+    for at in (None, 0, 1_499_000, 1_502_000, len(data) - 1):
+        changed = data.copy()
+        if at is not None:
+            changed[at] = 1
+        path = tmp_path / "model.gguf"
+        path.write_bytes(changed)
+        seen.add(fingerprint(path))
+    path.write_bytes(data[:-1])
+    assert len(seen | {fingerprint(path)}) == 6

@@ -38,14 +38,7 @@ from colm_edge.train.documents import Documents, Ints
 from colm_edge.train.importance import importance
 from colm_edge.train.score_files import read_scores, write_scores
 from colm_edge.train.scores import Scores
-from colm_edge.train.store import (
-    COPY_ROWS,
-    FolderStore,
-    MemoryStore,
-    RowTypes,
-    disk_errors,
-    stored,
-)
+from colm_edge.train.store import FolderStore, MemoryStore, RowTypes, disk_errors, stored
 
 if TYPE_CHECKING:
     from colm_edge.llama.scorer import Scorer
@@ -55,6 +48,7 @@ if TYPE_CHECKING:
 
 Array = npt.NDArray[np.float64]
 BRIDGE_OUTPUTS = 64  # of an expert of another vocabulary, at once; each takes n_vocab floats
+COPY_ROWS = 1 << 14  # written at once
 PACK_TOKENS = 1024  # of short documents, evaluated together
 LEAST_LOGPROB = -1e4  # stands for minus infinity, of what the expert never writes
 

@@ -28,7 +28,6 @@ from colm_edge.train.documents import Documents, Ints
 # Of each column, the type of a row: a number, or several, as in np.dtype((np.float32, (n_embd,))).
 RowTypes = dict[str, np.dtype[Any]]
 SAVE_SECONDS = 5.0  # between two notes of how far a pass has come
-COPY_ROWS = 1 << 14
 INDEX_FILE, DONE_FILE = "documents.npy", "done.int64"
 ENTRY = np.dtype([("key", np.uint64), ("rows", np.int64)])
 MOST_ROWS = 1 << 31  # of a document
@@ -66,7 +65,8 @@ class FolderStore:
         done.int64      how many of these documents are scored, the first ones: a single number
         <name>.<type>   a column: the rows of the scored documents, one after the other
 
-    Rows count once `done.int64` says so; what a killed run wrote after them is cut off.
+    Rows count once `done.int64` says so; what a killed run wrote after them is cut off. Documents
+    of other runs may follow those that are asked for, and keep their scores.
 
     Columns are written, not mapped, while a pass runs: memory use does not depend on their size,
     and a full disk is an error of `append`, not a crash.
@@ -83,9 +83,10 @@ class FolderStore:
     ) -> None:
         """Find what the folder has of these documents.
 
-        update: other documents may be stored there; what it has of these is kept. n_choose: as in
+        update: what is not there yet may be scored where there are others. n_choose: as in
         `check_columns`.
-        Raises DataError for other documents without `update`, and for a folder that is broken.
+        Raises DataError for new documents beside others without `update`, and for a folder that is
+        broken.
         """
         self._folder, self._types, self._documents = folder, types, documents
         self._n_choose = n_choose
@@ -132,7 +133,7 @@ class FolderStore:
         with disk_errors(self._folder.parent):
             if not self._matches():
                 self._rearrange()
-            return self._mapped()
+            return self._mapped(self._documents.n_scored)
 
     @property
     def _n_rows(self) -> int:
@@ -141,8 +142,7 @@ class FolderStore:
     def _path(self, column: str, folder: Path | None = None) -> Path:
         return (folder or self._folder) / f"{column}.{self._types[column].base.name}"
 
-    def _mapped(self) -> Columns:
-        n = self._n_rows
+    def _mapped(self, n: int) -> Columns:
         return {name: mapped(self._path(name), kind, n) for name, kind in self._types.items()}
 
     def _read_index(self) -> None:
@@ -169,7 +169,7 @@ class FolderStore:
             if len(done) != len(_bytes(0)) or self._n_done > len(self._index):
                 raise ValueError(f"expected a number of documents up to {len(self._index)}")
         if self._n_done:
-            columns = self._mapped()  # whole, or said to be broken now
+            columns = self._mapped(self._n_rows)  # whole, or said to be broken now
             for name, column in columns.items():
                 with _broken(self._path(name)):
                     check_columns({name: column}, self._n_choose)
@@ -189,7 +189,7 @@ class FolderStore:
         documents = self._documents
         if self._matches():
             return np.arange(self._n_done, len(documents))
-        if len(self._index) and not update:
+        if len(self._index) and not update and not self._has(documents):
             raise DataError(
                 f"{self._folder}: holds scores of other data; name another work folder, remove "
                 "this one, or have it updated (--update)"
@@ -202,8 +202,14 @@ class FolderStore:
                 np.save(file, self._index)
         return to_do
 
+    def _has(self, documents: Documents) -> bool:
+        """Return whether these are among the documents of the run that wrote the index."""
+        return bool(np.isin(documents.keys, self._index["key"]).all())
+
     def _matches(self) -> bool:
-        return np.array_equal(self._index["key"], self._documents.keys)
+        """Return whether the first documents are ours, in our order."""
+        keys = self._documents.keys
+        return np.array_equal(self._index["key"][: len(keys)], keys)
 
     def _save(self) -> None:
         """Get the columns onto the disk, and then note how many documents are done."""
@@ -216,32 +222,31 @@ class FolderStore:
         self._saved_at = time.monotonic()
 
     def _rearrange(self) -> None:
-        """Rewrite the folder in the documents' order, without those that they no longer have.
+        """Rewrite the folder in the documents' order, and then the others that it has.
 
         The old columns stay until all is copied: the disk holds both for a while.
         """
+        index, keys = self._index[: self._n_done], self._documents.keys
+        by_key = np.argsort(index["key"], kind="stable")
+        ours = by_key[np.searchsorted(index["key"], keys, sorter=by_key)]
+        order = np.concatenate([ours, np.flatnonzero(~np.isin(index["key"], keys))])
         shutil.rmtree(self._new, ignore_errors=True)
         self._new.mkdir()
         for name in self._types:
-            _write_file(self._path(name, self._new), self._rows_in_order(name))
-        self._index, self._n_done = _entries(self._documents), len(self._documents)
+            _write_file(self._path(name, self._new), self._rows_in(order, name))
+        self._index, self._n_done = index[order], len(order)
         np.save(self._new / INDEX_FILE, self._index)
         (self._new / DONE_FILE).write_bytes(_bytes(self._n_done))
         os.replace(self._folder, self._old)
         os.replace(self._new, self._folder)
         shutil.rmtree(self._old)
 
-    def _rows_in_order(self, name: str) -> Iterator[npt.NDArray[Any]]:
-        """Yield a column's rows in the documents' order, some documents at a time."""
-        documents, index = self._documents, self._index
-        by_key = np.argsort(index["key"], kind="stable")
-        found = by_key[np.searchsorted(index["key"], documents.keys, sorter=by_key)]
-        # How far the rows of each document stand from where they are to stand.
-        shift = (np.cumsum(index["rows"]) - index["rows"])[found] - documents.rows[:-1]
+    def _rows_in(self, order: Ints, name: str) -> Iterator[npt.NDArray[Any]]:
+        """Yield a column's rows of these documents, by their numbers in the index."""
+        ends = np.cumsum(self._index["rows"])
         column = mapped(self._path(name), self._types[name], self._n_rows)
-        for first, last in documents.chunks(COPY_ROWS):
-            rows = np.arange(documents.rows[first], documents.rows[last])
-            yield column[rows + np.repeat(shift[first:last], documents.counts[first:last])]
+        for i in order:
+            yield column[ends[i] - self._index["rows"][i] : ends[i]]
 
 
 def stored(

@@ -16,7 +16,6 @@ from conftest import no_bar
 from lib.random_model import SHAPES, write_model
 
 from colm_edge.errors import ColmError, DataError
-from colm_edge.files import fingerprint
 from colm_edge.pair import load
 from colm_edge.train import scoring, store
 from colm_edge.train.documents import tokenized
@@ -226,6 +225,21 @@ def test_scores_belong_to_the_ids_that_were_chosen_from(pair, tmp_path):
     assert evaluated() == (0, 0)
 
 
+def test_some_of_the_documents_leave_the_scores_of_all(pair, tmp_path):
+    """As `eval --limit` does, or another data file, in the folder of a longer pass."""
+    every, some, other = (
+        tokenized(enumerate(rows), pair)
+        for rows in (ROWS, ROWS[4:7], [*ROWS[2:5], {"prompt": "new", "completion": "n"}])
+    )
+    first = score(pair, every, no_bar, work=tmp_path)
+    score(pair, other, no_bar, work=tmp_path, update=True)
+    evaluated = Evaluated(pair)
+    assert_same(score(pair, some, no_bar, work=tmp_path), score(pair, some, no_bar), 2e-2)
+    assert evaluated() == (cost(some), cost(some))  # by the pass without a folder
+    assert_same(first, score(pair, every, no_bar, work=tmp_path))
+    assert evaluated() == (0, 0)
+
+
 def test_a_copy_that_was_stopped_loses_nothing(pair, tmp_path, monkeypatch):
     old, new = (tokenized(enumerate(ROWS[i:]), pair) for i in (0, 3))
     score(pair, old, no_bar, work=tmp_path)
@@ -268,8 +282,9 @@ def test_another_expert_beside_the_same_base(pair, tiny, tmp_path):
 def test_scores_of_something_else_are_refused(pair, tiny, tmp_path):
     documents = tokenized(enumerate(ROWS), pair)
     score(pair, documents, no_bar, work=tmp_path)
+    other_rows = [{"prompt": "new", "completion": "n"}, *ROWS]
     with pytest.raises(DataError, match="holds scores of other data"):
-        score(pair, documents[1:], no_bar, work=tmp_path)
+        score(pair, tokenized(enumerate(other_rows), pair), no_bar, work=tmp_path)
     for update in (False, True):
         with (
             load(tiny["endless"], tiny["expert"], "margin", n_threads=1, n_ctx=256) as other,
@@ -283,21 +298,6 @@ def test_scores_of_something_else_are_refused(pair, tiny, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(DataError, match="cannot keep the scores there"):
         score(pair, documents, no_bar, work=tmp_path / "file")
-
-
-def test_a_fingerprint_depends_on_bytes_from_all_over_the_file(tmp_path):
-    """A merged fine-tune may differ in one tensor in the middle, and in nothing else."""
-    data = bytearray(3_000_000)
-    seen = set()
-    for at in (None, 0, 1_499_000, 1_502_000, len(data) - 1):
-        changed = data.copy()
-        if at is not None:
-            changed[at] = 1
-        path = tmp_path / "model.gguf"
-        path.write_bytes(changed)
-        seen.add(fingerprint(path))
-    path.write_bytes(data[:-1])
-    assert len(seen | {fingerprint(path)}) == 6
 
 
 def test_a_full_disk_is_an_error_that_keeps_what_was_scored(pair, tmp_path):
@@ -423,7 +423,7 @@ def test_broken_score_files_are_refused(pair, tmp_path):
 
 
 def test_a_pass_with_a_work_folder_keeps_a_few_numbers_a_document(pair, tmp_path, monkeypatch):
-    monkeypatch.setattr(store, "COPY_ROWS", 500)
+    monkeypatch.setattr(scoring, "COPY_ROWS", 500)
 
     def measure(n):
         documents = tokenized(
