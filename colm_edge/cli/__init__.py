@@ -14,8 +14,9 @@ from colm_edge.cli.bench import bench_command
 from colm_edge.cli.evaluate import eval_command
 from colm_edge.cli.models import info_command, models_command, pull_command, quantize_command
 from colm_edge.cli.run import chat, run
+from colm_edge.cli.score import score_command
 from colm_edge.cli.serve import serve_command
-from colm_edge.cli.train import score_command, train
+from colm_edge.cli.train import train
 from colm_edge.errors import ColmError
 
 INTERRUPTED = 130  # the exit code after Ctrl-C

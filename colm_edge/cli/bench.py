@@ -19,6 +19,7 @@ from colm_edge.cli.options import (
     check_goes_without,
     decoding_options,
     gathered,
+    jsonl_option,
     listed,
     model_options,
     output_option,
@@ -53,11 +54,10 @@ def replays_of(_: click.Context, __: click.Parameter, texts: tuple[str, ...]) ->
 
 prompt_options = gathered(
     "asked",
-    click.option(
+    jsonl_option(
         "--prompts",
-        metavar="FILE.jsonl",
-        help="Instead of a replay: every method answers the prompts of this file by itself, "
-        "greedily. A line has prompt, or messages.",
+        "Instead of a replay: every method answers the prompts of this file by itself, greedily. "
+        "A line has prompt, or messages.",
     ),
     LIMIT,
     click.option(

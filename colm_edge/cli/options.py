@@ -36,7 +36,21 @@ def listed(_: click.Context, __: click.Parameter, value: str) -> tuple[str, ...]
     return tuple(part.strip() for part in value.split(",") if part.strip())
 
 
-DATA = click.option("--data", required=True, metavar="FILE.jsonl", help="Prompts with completions.")
+def only(ctx: click.Context, param: click.Parameter, files: tuple[str, ...]) -> str | None:
+    """Return the one file that is given, if one is; click alone would take the last of several."""
+    if len(files) > 1:
+        raise click.UsageError(f"{param.opts[0]} takes one file; put the lines of several into one")
+    return files[0] if files else None
+
+
+def jsonl_option(flag: str, help: str, *, required: bool = False) -> Callable[[Command], Command]:
+    """Return an option that names a file of lines."""
+    return click.option(
+        flag, metavar="FILE.jsonl", multiple=True, callback=only, required=required, help=help
+    )
+
+
+DATA = jsonl_option("--data", "Prompts with completions.", required=True)
 RAW = click.option("--raw", is_flag=True, help=OPTIONS["raw"].help)
 PARALLEL = click.option(
     "-np",

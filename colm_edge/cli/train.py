@@ -1,4 +1,4 @@
-"""`colm-edge train` and `score`: fit a switch; score data with the expert on another machine."""
+"""`colm-edge train`: fit a switch for two models."""
 
 from __future__ import annotations
 
@@ -16,7 +16,6 @@ from colm_edge.cli.common import keeping_models, progress
 from colm_edge.cli.options import (
     ALLOW_EXEC,
     BRIDGE,
-    DATA,
     LORA,
     PARALLEL,
     RAW,
@@ -28,6 +27,7 @@ from colm_edge.cli.options import (
     check_goes_with,
     claim,
     gathered,
+    jsonl_option,
     model_options,
 )
 from colm_edge.cli.terminal import say
@@ -46,14 +46,6 @@ if TYPE_CHECKING:
 
 # Options that do not go with several experts.
 UNFIT = ("--threshold-by", "--review", "--update", "--report-dir", "--expert-scores")
-
-
-def part_of(_: click.Context, __: click.Parameter, value: str) -> tuple[int, int]:
-    """Return K and N of K/N: the K-th of N parts."""
-    k, _slash, n = value.partition("/")
-    if not (k.isdecimal() and n.isdecimal() and 1 <= int(k) <= int(n)):
-        raise click.BadParameter(f"{value!r} is no part; expected K/N, with K from 1 to N")
-    return int(k), int(n)
 
 
 class Tolerance(Number):
@@ -113,11 +105,10 @@ threshold_options = gathered(
 
 text_options = gathered(
     "text",
-    click.option("--data", metavar="FILE.jsonl", help="Prompts with completions."),
-    click.option(
+    jsonl_option("--data", "Prompts with completions."),
+    jsonl_option(
         "--prompts",
-        metavar="FILE.jsonl",
-        help="Prompts alone, which the expert answers, greedily: a prompt or messages a line.",
+        "Prompts alone, which the expert answers, greedily: a prompt or messages a line.",
     ),
     click.option(
         "-n",
@@ -195,25 +186,23 @@ def train(
     from colm_edge.pair import load
     from colm_edge.switch.file import Switch
     from colm_edge.train.fit import FitOptions, fit_switch
-    from colm_edge.train.report import check_report
 
     data, scores = text.get("data"), _files_of(**scored)
-    models = _spelt_out(_check_choice(text, threshold_by, bool(scores), models))
+    models = spelt_out(_check_choice(text, threshold_by, bool(scores), models))
     if isinstance(models.get("expert"), Mapping | tuple):
         unfit = threshold_by.get("metric"), carried, update, report_dir, scores
         return _train_team(text, outfile, fitting, work_dir, raw, models, unfit)
     check_writable(outfile, data, text.get("prompts"), *scores)
     folder = work_dir if data or work_dir or is_stream(outfile) else kept_beside(outfile)
     old, work = Switch.load(update) if update else None, Path(folder) if folder else None
-    if report_dir is not None:
-        check_report(report_dir)
+    _check_libraries(report_dir)
     with keeping_models(load(**models, switch="margin"), outfile) as pair:
         _check_update(old, pair)
         here = pair.expert_is_here and not scores
         if carried == "best" and not here:
             raise ColmError("--review best needs both models here; give a number of nats, or off")
         rows = _rows(text, twice="metric" in threshold_by)
-        documents, recorded = _text(text, rows, pair, raw, work)
+        documents, recorded, told = _text(text, rows, pair, raw, work)
         fit = fit_switch(
             pair,
             documents,
@@ -221,7 +210,7 @@ def train(
                 **fitting,
                 update=old,
                 compare=report_dir is not None,
-                choose=_chooser(pair, rows, raw, **threshold_by),
+                choose=_chooser(pair, rows, raw, work, **threshold_by),
             ),
             progress=progress,
             work=work,
@@ -231,10 +220,10 @@ def train(
         fit = _with_review(fit, pair if here else None, carried)
         _save(fit, pair, outfile, report_dir)
     say(_in_words(fit.report))
-    click.echo(json.dumps({**fit.report, **_n_answers(recorded)}))
+    click.echo(json.dumps({**fit.report, **told}))
 
 
-def _spelt_out(models: dict[str, Any]) -> dict[str, Any]:
+def spelt_out(models: dict[str, Any]) -> dict[str, Any]:
     """Return the models with those that a pair of several experts stands for, by their names."""
     from colm_edge.references import listed_pair
 
@@ -269,7 +258,6 @@ def _train_team(
     from colm_edge.files import check_writable, is_stream
     from colm_edge.pair import load
     from colm_edge.references import named
-    from colm_edge.train.documents import read_rows
     from colm_edge.train.heads import check_fit
     from colm_edge.train.team import checked_objective, fit_team
     from colm_edge.train.team_scores import score_answers, score_texts
@@ -286,7 +274,7 @@ def _train_team(
         raise click.UsageError(f"{outfile} is no plain file; give --work-dir for the scores")
     work = Path(work_dir or kept_beside(outfile))
     how: dict[str, Any] = {"raw": raw, "work": work, "seed": fitting.pop("seed")}
-    rows = list(read_rows(file))
+    rows = list(_rows(text))
 
     def open_pair(name: str) -> Pair:
         alone = models | {"expert": experts[name]}
@@ -339,6 +327,16 @@ def _check_choice(
     return models | {"expert_required": True}
 
 
+def _check_libraries(report_dir: str | None) -> None:
+    """Raise ColmError now, rather than after the work, where a library is missing."""
+    from colm_edge.train.heads import check_fit
+    from colm_edge.train.report import check_report
+
+    check_fit()
+    if report_dir is not None:
+        check_report(report_dir)
+
+
 def _check_update(old: Switch | None, pair: Pair) -> None:
     """Raise ColmError for a switch that cannot be where a fit for this pair starts."""
     if old is None:
@@ -349,33 +347,43 @@ def _check_update(old: Switch | None, pair: Pair) -> None:
 
 
 def _rows(text: dict[str, Any], *, twice: bool = False) -> Iterable[Row]:
-    """Return the lines of the data or the prompts. twice: as a list; a pipe gives them once."""
-    from colm_edge.train.documents import read_rows
+    """Return the lines of the data, or of the prompts, each prompt once.
 
-    rows = read_rows(text.get("data") or text["prompts"])
-    return list(rows) if twice else rows
+    twice: as a list; a pipe gives them once.
+    """
+    from colm_edge.train.documents import read_rows
+    from colm_edge.train.prompts import distinct
+
+    if "data" in text:
+        rows = read_rows(text["data"])
+        return list(rows) if twice else rows
+    prompts, n_repeats = distinct(read_rows(text["prompts"]))
+    if n_repeats:
+        say(f"{n_repeats} prompts repeat earlier ones and are left out")
+    return prompts
 
 
 def _text(
     text: dict[str, Any], rows: Iterable[Row], pair: Pair, raw: bool, work: Path | None
-) -> tuple[Documents, Recorded | None]:
-    """Return what the switch is fitted to: the data's documents, or the expert's own answers."""
+) -> tuple[Documents, Recorded | None, dict[str, int]]:
+    """Return what the switch is fitted to, the data's documents or the expert's own answers, and
+    what the report says of them."""
+    from colm_edge.train.documents import check_lines
     from colm_edge.train.prompts import answer_prompts
 
     if "data" in text:
-        return _documents(rows, pair, raw, work), None
+        return documents_of(rows, pair, raw, work), None, {}
+    rows = list(rows)
+    check_lines(len(rows))
     how = {name: text[name] for name in ("max_tokens", "n_slots")}
     answered = answer_prompts(pair, rows, progress, raw=raw, work=work, **how)
     if answered.n_cut:
         say(f"{answered.n_cut} answers were cut at {text['max_tokens']} tokens (-n), or by -c")
-    return answered.documents, answered.recorded
+    told = {"n_answers": len(answered.entries), "n_cut": answered.n_cut}
+    return answered.documents, answered.recorded, told
 
 
-def _n_answers(recorded: Recorded | None) -> dict[str, int]:
-    return {} if recorded is None else {"n_answers": len(recorded)}
-
-
-def _documents(rows: Iterable[Row], pair: Pair, raw: bool, work: Path | None) -> Documents:
+def documents_of(rows: Iterable[Row], pair: Pair, raw: bool, work: Path | None) -> Documents:
     """Tokenize the data, and say on stderr which documents did not fit the context."""
     from colm_edge.train.documents import tokenized
 
@@ -386,18 +394,28 @@ def _documents(rows: Iterable[Row], pair: Pair, raw: bool, work: Path | None) ->
 
 
 def _chooser(
-    pair: Pair, rows: Iterable[Row], raw: bool, *, n_lines: int, metric: str | None = None
+    pair: Pair,
+    rows: Iterable[Row],
+    raw: bool,
+    work: Path | None,
+    *,
+    n_lines: int,
+    metric: str | None = None,
 ) -> ChooseThreshold | None:
     """Return what chooses a threshold by generated answers, if a metric is given."""
     from colm_edge.evaluate import metrics
     from colm_edge.evaluate.threshold import choose_by_answers
+    from colm_edge.journal import Journal
     from colm_edge.options import Options
 
     if metric is None:
         return None
     metrics.check_rows(rows, metrics.METRICS[metric])
     options = Options(temperature=0.0, raw=raw, schedule="sequential")
-    return partial(choose_by_answers, pair, rows, metric, n_lines, options, progress)
+    journal = Journal(work / "answers.jsonl") if work is not None else None
+    return partial(
+        choose_by_answers, pair, rows, metric, n_lines, options, progress, journal=journal
+    )
 
 
 def _with_review(fit: Fit, pair: Pair | None, carried: Any) -> Fit:
@@ -422,6 +440,9 @@ def _review_in_words(review: dict[str, Any]) -> str:
     best = review["recommended"]
     row = next((row for row in review["tolerances"] if row["review"] == best), None)
     if row is None:
+        alone = review["expert_tokens_per_second"]
+        if all(row["tokens_per_second"] <= alone for row in review["tolerances"]):
+            return "review: off is best here; with any tolerance the expert alone is as fast"
         return "review: off is best here; no tolerance makes the text likelier at equal speed"
     return (
         f"review: a tolerance of {best:g} nats is best here: {row['nll_hard']:.3f} nats per token "
@@ -446,55 +467,3 @@ def _in_words(report: dict[str, Any]) -> str:
         f"{report['nll_expert']:.3f}, together {report['nll_hard']:.3f} at a threshold of "
         f"{report['threshold']:.3f}, {report['defer_rate']:.0%} deferred"
     ) + (f"\n{_review_in_words(report['review'])}" if "review" in report else "")
-
-
-@click.command("score")
-@DATA
-@click.option("--outfile", required=True, metavar="FILE.npz", help="File to write the scores to.")
-@click.option(
-    "--shard",
-    metavar="K/N",
-    default="1/1",
-    callback=part_of,
-    help="Score only the K-th of N parts of the data, for `train` with the files of all parts.",
-)
-@WORK_DIR
-@click.option(
-    "--update",
-    is_flag=True,
-    help="Accept a --work-dir of other documents or another expert, and score only what is new.",
-)
-@RAW
-@model_options(LORA, BRIDGE, RPC, TIMEOUT)
-def score_command(
-    data: str,
-    outfile: str,
-    shard: tuple[int, int],
-    work_dir: str | None,
-    update: bool,
-    raw: bool,
-    models: dict[str, Any],
-) -> None:
-    """Score a JSONL file with the expert, for `train` elsewhere.
-
-    The output holds the expert's log-probabilities, for `train --expert-scores`. The base is
-    needed too: its chat template formats the prompts, and the expert is asked what it thinks of
-    the base's choices. The last line printed is JSON.
-    """
-    from colm_edge.files import check_writable
-    from colm_edge.pair import load
-    from colm_edge.train.scoring import score_expert
-
-    if update and work_dir is None:
-        raise click.UsageError("--update needs --work-dir")
-    if isinstance(_spelt_out(models).get("expert"), Mapping | tuple):
-        raise click.UsageError("score works with one expert; give -me once")
-    check_writable(outfile, data)
-    work = Path(work_dir) if work_dir else None
-    models |= {"expert_required": True}
-    with keeping_models(load(**models, switch="margin"), outfile) as pair:
-        documents = _documents(_rows({"data": data}), pair, raw, work)
-        result = score_expert(
-            pair, documents, Path(outfile), progress, shard=shard, work=work, update=update
-        )
-    click.echo(json.dumps(result))

@@ -29,6 +29,7 @@ Row = tuple[int, dict[str, Any]]  # the line's number and its object
 Tokens = npt.NDArray[np.int32]
 Ints = npt.NDArray[np.int64]
 TOKENS_FILE = "tokens.int32"
+VALID_SHARE, MIN_LINES = 0.2, 5  # of the data, that are held back; that there must be
 
 
 @dataclass(frozen=True)
@@ -300,3 +301,22 @@ def _text(row: dict[str, Any], key: str) -> str:
     if not isinstance(value, str) or not value.strip():
         raise ValueError(f"{key} must be a text that is not empty")
     return value
+
+
+def check_lines(n: int) -> None:
+    """Raise DataError when there are too few documents to hold any back."""
+    if n < MIN_LINES:
+        raise DataError(f"{n} documents; expected at least {MIN_LINES}, to hold one back")
+
+
+def held_back_lines(documents: Documents, seed: int) -> set[int]:
+    """Return the lines that are held back: those with the smallest keys, XORed with the seed's.
+
+    By content: when others are added to the data, documents stay on their side, except for a few
+    near the border.
+    """
+    lines, first = np.unique(documents.lines, return_index=True)
+    check_lines(len(lines))
+    mask = np.random.default_rng(seed).integers(2**64, dtype=np.uint64)
+    order = np.argsort(documents.keys[first] ^ mask, kind="stable")
+    return set(lines[order[: max(1, round(VALID_SHARE * len(lines)))]].tolist())

@@ -21,7 +21,7 @@ from colm_edge.files import sha256_of
 from colm_edge.switch.file import FEATURE_SETS, Switch
 from colm_edge.switch.reading import HIDDEN, sigmoids
 from colm_edge.switch.rules import DEFAULT_RATE
-from colm_edge.train.documents import Documents
+from colm_edge.train.documents import Documents, held_back_lines
 from colm_edge.train.heads import (
     CHUNK_ROWS,
     Array,
@@ -49,8 +49,6 @@ if TYPE_CHECKING:
 
 # (the calibrated switch, the held-back lines) -> a threshold, and how it was found, for the report
 ChooseThreshold = Callable[[Switch, set[int]], tuple[float, Any]]
-VALID_SHARE = 0.2  # of the data's lines
-MIN_LINES = 5
 SEARCH_TOKENS = 100_000  # enough to choose the objective and the regularisation
 FIT_BYTES = 4 << 30  # of columns in memory; a sample of the tokens where all take more
 L2_GRID = (1e-2, 1e-3, 1e-4, 1e-5)  # on standardised weights
@@ -157,11 +155,12 @@ def fit_switch(
     names = FEATURE_SETS[features]
     old = None if update is None or update.features != names else _head(update)
     # An expert likes its own text better throughout: that it does says nothing of a token.
-    by_expert = recorded is not None and options.objective == "best"
-    objective = "regret" if by_expert else options.objective
+    by_expert = recorded is not None
+    objective = "regret" if by_expert and options.objective == "best" else options.objective
     trial, trials = fit_head(split, names, objective, old)
     info = identities(pair, scored_by(expert_scores), bool(expert_scores))
-    switch = _switch(trial, names, split, info | {"objective": trial.objective})
+    info |= {"objective": trial.objective}
+    switch = _switch(trial, names, split, info, to_rate=by_expert)
     chosen = {}
     if options.choose is not None:
         threshold, chosen["threshold_by"] = options.choose(switch, held_back)
@@ -235,20 +234,6 @@ def fit_head(
     return trial, trials
 
 
-def held_back_lines(documents: Documents, seed: int) -> set[int]:
-    """Return the lines that are held back: those with the smallest keys, XORed with the seed's.
-
-    By content: when others are added to the data, documents stay on their side, except for a few
-    near the border.
-    """
-    lines, first = np.unique(documents.lines, return_index=True)
-    if len(lines) < MIN_LINES:
-        raise DataError(f"{len(lines)} documents; expected at least {MIN_LINES}, to hold one back")
-    mask = np.random.default_rng(seed).integers(2**64, dtype=np.uint64)
-    order = np.argsort(documents.keys[first] ^ mask, kind="stable")
-    return set(lines[order[: max(1, round(VALID_SHARE * len(lines)))]].tolist())
-
-
 def _split(scores: Scores, held_back: set[int]) -> Split:
     is_valid = np.isin(scores.line, list(held_back))
     return Split(scores, np.flatnonzero(~is_valid), np.flatnonzero(is_valid))
@@ -260,10 +245,13 @@ def _feature_set(update: Switch | None) -> str:
     return next(same, "both")
 
 
-def _switch(trial: Trial, names: tuple[str, ...], split: Split, info: dict[str, str]) -> Switch:
-    """Return the trial's head as a calibrated switch."""
+def _switch(
+    trial: Trial, names: tuple[str, ...], split: Split, info: dict[str, str], *, to_rate: bool
+) -> Switch:
+    """Return the trial's head as a calibrated switch. to_rate: its threshold defers DEFAULT_RATE,
+    as it does where no text says how much of the regret should go."""
     rates, thresholds = calibrate(trial.p)
-    if OBJECTIVES[trial.objective].needs_regret:  # no text says how much of it should go
+    if to_rate or OBJECTIVES[trial.objective].needs_regret:
         threshold = float(np.interp(DEFAULT_RATE, rates, thresholds))
     else:
         threshold = choose_threshold(trial.p, *split.gold(split.valid))

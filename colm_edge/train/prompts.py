@@ -6,6 +6,7 @@ say how much it would dislike the base's choice, wherever that is among them.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
@@ -32,6 +33,7 @@ ANSWERS_FILE = "expert-answers.jsonl"
 # The expert's likeliest tokens that are kept of each position. Where the base's choice is not among
 # them, it counts as likely as the last of them: on this much regret, more changes nothing.
 N_KEPT = 8
+N_LIMITS = 2  # of an entry: the context, and of the answer
 N_PACE = 4  # what an entry's pace tells: `pace_of`, and the schedule; older entries have none
 
 
@@ -47,6 +49,18 @@ class Answered:
     def n_cut(self) -> int:
         """How many answers the limit or the context ended."""
         return sum(entry["cut"] for entry in self.entries)
+
+
+def distinct(rows: Iterable[Row]) -> tuple[list[Row], int]:
+    """Return the rows that ask something new, and how many do not. What stands twice would be both
+    fitted to and held back."""
+    found: dict[str, Row] = {}
+    n = 0
+    for number, row in rows:
+        asked = json.dumps([row.get(key) for key in ("prompt", "messages", "expert")])
+        found.setdefault(asked, (number, row))
+        n += 1
+    return [*found.values()], n - len(found)
 
 
 def answer_prompts(
@@ -74,12 +88,14 @@ def answer_prompts(
     )
     pace = [*pace_of(pair, n_slots), schedule]
     # The base says how an answer is spelt, and where it may end.
-    what = [*identity(pair, pair.members[:1]), pair.n_shared, pair.n_ctx, max_tokens]
+    what = [*identity(pair, pair.members[:1]), pair.n_shared]
     keys = [key_of(what, p.tokens) for p in prompts]
+    limits = [pair.n_ctx, max_tokens if max_tokens >= 0 else pair.n_ctx]
     entries: dict[int, dict[str, Any]] = {}
     is_kept = partial(_is_kept, n_vocab=pair.n_shared)
     for i, key in enumerate(keys):
-        if journal is not None and (known := journal.get(key, is_kept)) is not None:
+        known = journal.get(key, is_kept) if journal is not None else None
+        if known is not None and _is_whole(known, len(prompts[i].tokens), limits):
             entries[i] = known
     tasks = [Task(i, p.tokens, options) for i, p in enumerate(prompts) if i not in entries]
     with progress("answers", len(prompts)) as bar, ExitStack() as open_answers:
@@ -89,7 +105,7 @@ def answer_prompts(
             written = open_answers.enter_context(closing(answer_together(pair, tasks, n_slots)))
         for done in written:
             i = done.task.key
-            entry = entries[i] = {**_entry(done), "pace": pace}
+            entry = entries[i] = {**_entry(done), "limits": limits, "pace": pace}
             if journal is not None:
                 journal.add(keys[i], entry)
             bar.update(1)
@@ -121,6 +137,8 @@ def read_prompts(rows: Iterable[Row], pair: Pair, raw: bool) -> Iterator[Documen
     for number, row in rows:
         if not row.keys() & {"prompt", "messages"}:
             raise DataError(f"line {number}: expected prompt, a text, or messages")
+        if row.get("prompt") == "" and "messages" not in row:
+            raise DataError(f"line {number}: the prompt is empty; write one, or remove the line")
         messages = row.get("messages", [{"role": "user", "content": row.get("prompt")}])
         try:
             tokens = prompt_of(pair, _asked(messages), raw=raw)
@@ -154,6 +172,14 @@ def _entry(done: Done) -> dict[str, Any]:
     }
 
 
+def _is_whole(entry: dict[str, Any], n_prompt: int, limits: list[int]) -> bool:
+    """Return whether these limits, of the context and of an answer, would give the same answer."""
+    if entry["limits"] == limits:
+        return True
+    n = len(entry["tokens"])
+    return not entry["cut"] and n <= limits[1] and n_prompt + n <= limits[0]
+
+
 def _is_kept(entry: dict[str, Any], n_vocab: int) -> bool:
     """Return whether an entry of a journal is what `_entry` keeps."""
     tokens, tops, logprobs = entry["tokens"], entry["ids"], entry["logprobs"]
@@ -161,6 +187,9 @@ def _is_kept(entry: dict[str, Any], n_vocab: int) -> bool:
         isinstance(entry["text"], str)
         and is_number(entry["seconds"], 0, MOST_SECONDS)
         and isinstance(entry["cut"], bool)
+        and isinstance(limits := entry["limits"], list)
+        and len(limits) == N_LIMITS
+        and all(is_count(limit) for limit in limits)
         and isinstance(pace := entry.get("pace", [None] * N_PACE), list)
         and len(pace) == N_PACE
         and all(isinstance(each, list) for each in (tokens, tops, logprobs))

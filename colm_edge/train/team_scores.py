@@ -12,8 +12,8 @@ import numpy as np
 
 from colm_edge.errors import DataError
 from colm_edge.switch.file import role_of
-from colm_edge.train.documents import Documents, Row, tokenized
-from colm_edge.train.fit import held_back_lines, identities
+from colm_edge.train.documents import Documents, Row, held_back_lines, tokenized
+from colm_edge.train.fit import identities
 from colm_edge.train.prompts import answer_prompts
 from colm_edge.train.scores import Scores
 from colm_edge.train.scoring import MakeProgress, score

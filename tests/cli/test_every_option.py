@@ -178,7 +178,8 @@ OWN: dict[str, dict[str, Own]] = {
         "outfile": Own(SCORE.replace("s.npz", "[t].npz"), files, "s"),
         "shard": Own(f"{SCORE} [--shard 1/9]", told),
         "work_dir": Own(f"{SCORE} [--work-dir {{here}}/w]", files),
-        "update": Own(f"{SCORE} --work-dir {{other}} [--update]", lambda s, _: s.result.exit_code),
+        "update": Own(f"{SCORE.replace('{data}', '{more}')} --work-dir {{other}} [--update]",
+                      lambda s, _: s.result.exit_code),
         "raw": Own(f"{SCORE.replace('base', 'template')} [--raw]", scored),
     },
     "eval": {
@@ -261,7 +262,7 @@ def names(tiny, tmp_path_factory) -> dict[str, Any]:
         ("scores", SCORE.replace("{here}/s.npz", "{made}")),
         ("trained", f"{TRAIN.replace('{here}/s.gguf', '{made}')} --objective weak"),
         ("quantised", "quantize {base} {made} Q8_0"),
-        ("spent", f"score --data {{more}} --outfile {{made}} --work-dir {{other}} {M}"),
+        ("spent", f"score --data {{data}} --outfile {{made}} --work-dir {{other}} {M}"),
     ):
         made = folder / f"{name}.{'npz' if name in ('scores', 'spent') else 'gguf'}"
         seen = watched(command.format(**names, made=made).split())

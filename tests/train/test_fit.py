@@ -358,6 +358,11 @@ def test_a_threshold_chosen_by_answers_is_the_best_of_those_tried(tiny, tmp_path
     highest = max(trial["threshold"] for trial in trials if trial["exact"] == best)
     assert Switch.load(out).threshold == np.float32(highest)
     assert report["threshold"] == highest
+    work = ["--work-dir", str(tmp_path / "work")]
+    for _ in range(2):  # the second time from what is kept
+        result = CliRunner().invoke(main, [*args, *by, *work])
+        assert json.loads(result.stdout.splitlines()[-1])["threshold_by"] == report["threshold_by"]
+        assert len((tmp_path / "work" / "answers.jsonl").read_text().splitlines()) == 33
     if sys.platform != "win32":  # a pipe gives its lines once, and the answers need them too
         again = piped_again([*args, *by], str(path))
         assert again["threshold_by"] == report["threshold_by"]

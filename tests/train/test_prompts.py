@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from contextlib import contextmanager
 from datetime import datetime
 from types import SimpleNamespace
@@ -122,6 +123,7 @@ def test_a_killed_run_goes_on_with_what_it_has(tiny_pair, tmp_path):
             "line 1: the conversation is empty",
         ),
         ({"prompt": "x " * 400}, "line 1: the prompt has .* tokens"),
+        ({"prompt": ""}, "line 1: the prompt is empty"),
     ],
 )
 def test_a_line_without_a_prompt_is_named(tiny_pair, row, words):
@@ -151,6 +153,59 @@ def test_prompts_may_be_added_to_a_work_folder(tiny, tmp_path):
         result = CliRunner().invoke(main, args)
         assert result.exit_code == 0, result.output
         assert json.loads(result.stdout.splitlines()[-1])["n_answers"] == n
+
+
+def test_another_limit_answers_anew_only_what_it_changes(tiny_pair, tmp_path):
+    """A larger one what was cut, a smaller one what is longer; the same of the context."""
+    entries = {}
+    for n in (6, 12, 5, 12):
+        written = (tmp_path / ANSWERS_FILE).read_text().count("\n") if entries else 0
+        answered = answer_prompts(tiny_pair, ROWS, no_bar, work=tmp_path, max_tokens=n, n_slots=3)
+        fresh = answer_prompts(tiny_pair, ROWS, no_bar, max_tokens=n, n_slots=3)
+        assert [e["tokens"] for e in answered.entries] == [e["tokens"] for e in fresh.entries]
+        changed = sum(e["cut"] or len(e["tokens"]) > n for e in entries.values())
+        after = (tmp_path / ANSWERS_FILE).read_text().count("\n")
+        assert after - written == (changed if entries else len(ROWS))
+        entries = dict(enumerate(answered.entries))
+
+
+def train_on(rows, tiny, tmp_path, *more: str):
+    prompts = tmp_path / "p.jsonl"
+    prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    args = ["train", "--prompts", str(prompts), "--outfile", str(tmp_path / "s.gguf"), *more]
+    args += ["-m", tiny["base"], "-me", tiny["expert"], "-t", "1", "-np", "2", "-c", "256"]
+    return CliRunner().invoke(main, args)
+
+
+def test_a_prompt_that_repeats_is_answered_once_and_on_one_side(tiny, tmp_path):
+    rows = [row for _, row in ROWS]
+    result = train_on([*rows, *rows[:2]], tiny, tmp_path, "-n", "2")
+    assert result.exit_code == 0, result.output
+    assert "2 prompts repeat earlier ones and are left out\n" in result.stderr
+    report = json.loads(result.stdout.splitlines()[-1])
+    assert report["n_train"] + report["n_valid"] == report["n_answers"] == len(rows)
+    entries = map(json.loads, (tmp_path / "s.gguf.work" / ANSWERS_FILE).read_text().splitlines())
+    assert report["n_cut"] == sum(entry["cut"] for entry in entries) > 0
+
+
+def test_nothing_is_answered_for_a_fit_that_cannot_be(tiny, tmp_path, monkeypatch):
+    result = train_on([row for _, row in ROWS[:4]], tiny, tmp_path)
+    assert "4 documents; expected at least 5" in result.stderr
+    monkeypatch.setitem(sys.modules, "scipy", None)
+    missing = train_on([row for _, row in ROWS], tiny, tmp_path)
+    assert "fitting a switch needs scipy" in missing.stderr
+    assert (result.exit_code, missing.exit_code) == (1, 1)
+    assert not (tmp_path / "s.gguf.work" / ANSWERS_FILE).exists()
+
+
+@pytest.mark.parametrize("objective", ["best", "budget", "marginal", "weak"])
+def test_of_the_experts_own_text_a_fifth_is_deferred_by_default(tiny, tmp_path, objective):
+    """Each objective but regret would defer nearly all of it: an expert likes what it wrote."""
+    rows = [row for _, row in ROWS]
+    result = train_on(rows, tiny, tmp_path, "-n", "12", "--objective", objective)
+    assert result.exit_code == 0, result.output
+    switch = Switch.load(tmp_path / "s.gguf")
+    assert switch.threshold == pytest.approx(switch.threshold_for(0.2))
 
 
 def test_the_command_trains_from_prompts_and_resumes(tiny, tmp_path):
