@@ -35,8 +35,8 @@ class Task:
 class Done:
     """An answer, and the end token if it wrote one, which is not a step of it.
 
-    seconds: that it took, without reading the expert's weights; of several answers at once, those
-    since the one before was whole.
+    seconds: that it took, without reading the expert's weights; of several answers at once, its
+    share of the time that they were written in.
     """
 
     task: Task
@@ -59,6 +59,7 @@ def answer_together(pair: Pair, tasks: Iterable[Task], n_slots: int) -> Generato
     answers that are being written. Raises what goes wrong in any of them.
     """
     running: dict[Future[Done], Writer] = {}
+    shares: dict[Future[Done], float] = {}
     waiting = iter(tasks)
     with closing(Slots(pair, n_slots)) as slots, ThreadPoolExecutor(n_slots, "answer") as threads:
         since, loaded = perf_counter(), slots.load_seconds
@@ -66,16 +67,19 @@ def answer_together(pair: Pair, tasks: Iterable[Task], n_slots: int) -> Generato
             while True:
                 for task in islice(waiting, n_slots - len(running)):
                     writer = Writer(slots, task.tokens, task.options, task.switch)
-                    running[threads.submit(_write, task, writer)] = writer
+                    future = threads.submit(_write, task, writer)
+                    running[future], shares[future] = writer, 0.0
                 if not running:
                     return
                 done, _ = wait(running, return_when=FIRST_COMPLETED)
+                now, load = perf_counter(), slots.load_seconds
+                for future in running:
+                    shares[future] += (now - since - (load - loaded)) / len(running)
+                since, loaded = now, load
                 for future in done:
                     del running[future]
-                    answer, now, load = future.result(), perf_counter(), slots.load_seconds
-                    seconds = now - since - (load - loaded)
-                    yield replace(answer, shared_seconds=seconds) if n_slots > 1 else answer
-                    since, loaded = now, load
+                    answer, share = future.result(), shares.pop(future)
+                    yield replace(answer, shared_seconds=share) if n_slots > 1 else answer
         finally:
             for writer in running.values():
                 writer.cancel()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from dataclasses import replace
+from time import perf_counter
 
 import pytest
 
@@ -42,6 +43,18 @@ def test_answers_are_those_of_one_at_a_time(tiny_pair, n_slots, threshold):
         found[done.task.key] = [step.token for step in done.answer.steps]
         assert done.seconds > 0
     assert [found[i] for i in range(len(PROMPTS))] == alone
+
+
+def test_the_answers_share_the_time_in_which_they_are_written(tiny_pair):
+    """Also of a run that is stopped: what is written again then is not counted twice."""
+    begun, sum_of_shares = perf_counter(), 0.0
+    for i, done in enumerate(answer_together(tiny_pair, tasks(tiny_pair), 3)):
+        sum_of_shares += done.seconds
+        elapsed = perf_counter() - begun
+        assert 0 < done.seconds < elapsed
+        if i == 0:  # three were being written
+            assert done.seconds <= elapsed / 3
+    assert sum_of_shares <= elapsed
 
 
 def test_each_task_may_have_a_switch_of_its_own(tiny_pair):

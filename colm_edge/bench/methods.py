@@ -178,7 +178,10 @@ def timed(decoder: Decoder) -> Sample:
     stats = decoder.stats
     # With the expert in the background, the two overlap.
     outside = max(0.0, seconds - stats.base_seconds - stats.expert_seconds)
-    return Sample(len(steps), seconds, first, outside, stats.expert_calls, stats.expert_tokens)
+    return Sample(
+        len(steps), seconds, first, outside, stats.expert_calls, stats.expert_tokens,
+        stats.n_deferred,
+    )  # fmt: skip
 
 
 def bench(
@@ -266,7 +269,8 @@ def _row(
         "ratio_sequential": ratio(ours, speeds.get("colm", [])),
         "ratio_limit": ratio(ours, [n / alone[name] for alone in limits if name in alone]),
         "outside_us": 1e6 * statistics.median(outside) / n if outside else None,
-        "defer_rate": {"base": 0.0}.get(name, trace.defer_rate if "colm" in name else 1.0),
+        # The expert alone is a loop of one model, which defers nothing.
+        "defer_rate": 1.0 if name == "expert" or last.deferred is None else last.deferred / n,
         "expert_calls": last.expert_calls,
         "calls_per_100": None if last.expert_calls is None else 100 * last.expert_calls / n,
         "expert_tokens": last.expert_tokens,

@@ -5,6 +5,7 @@ Without a replay the models decide: what is deferred, where the two agree, and w
 
 from __future__ import annotations
 
+import math
 import os
 import statistics
 from collections.abc import Callable, Mapping, Sequence
@@ -122,7 +123,9 @@ class Writers:
 
     def _stream(self, prompt: list[int], **changes: Any) -> Sample:
         self._forget()
-        return _written(self._pair.stream_tokens(prompt, self._options.with_changes(**changes)))
+        # Deferral alone, whatever the switch says of review.
+        options = self._options.with_changes(**{"review": math.inf, **changes})
+        return _written(self._pair.stream_tokens(prompt, options))
 
     def _expert_text(self, schedule: Callable[[], Schedule], prompt: list[int]) -> Sample:
         """Write the expert's own text by a schedule that also evaluates the base."""

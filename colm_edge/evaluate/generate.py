@@ -113,8 +113,12 @@ def answers(
             models = identity(pair, pair.members)
             # The pace belongs to the key because the speed does: it is kept with the answers.
             pace = pace_of(pair, n_slots)
-            what = [*models, pair.n_ctx, pace, _switch_key(switch), options.changed]
-        return judged(write, rows, metric, progress, label=label, journal=journal, what=what)
+            reviews = pair.review(options) < math.inf
+            what = [*models, pair.n_ctx, pace, *_what_matters(switch, options, reviews)]
+        return judged(
+            write, rows, metric, progress, label=label, journal=journal, what=what,
+            by_line=isinstance(switch, RandomSwitch),
+        )  # fmt: skip
 
 
 def judged(
@@ -126,14 +130,16 @@ def judged(
     label: str,
     journal: Journal | None,
     what: list[Any],
+    by_line: bool = False,
 ) -> Generated:
     """Have the rows answered, and judge the answers.
 
     write: yields (i, what is kept of the answer) for each place of `rows` that it is given, in any
-    order. what: with the row, the key of an answer in the journal: all that it depends on.
+    order. what: with the prompt, the key of an answer in the journal: all that it depends on.
+    by_line: whether it depends on the line's number too.
     """
     check_rows(rows, metric)
-    keys = [key_of(what, number, row["prompt"]) for number, row in rows]
+    keys = [key_of(what, number if by_line else None, row["prompt"]) for number, row in rows]
     entries: dict[int, Facts] = {}
     for i, key in enumerate(keys):
         entry = journal.get(key, _is_kept) if journal is not None else None
@@ -187,6 +193,16 @@ def facts_of(done: Done) -> Facts:
         "seconds": done.seconds,
         "cut": done.answer.finish_reason == "length",
     }
+
+
+def _what_matters(switch: AnySwitch, options: Options, reviews: bool) -> list[Any]:
+    """Return what of the switch and the options an answer depends on."""
+    if reviews or options.doubts:
+        return [_switch_key(switch), options.changed]
+    changed = {name: x for name, x in options.changed.items() if not name.startswith("review")}
+    by_expert_alone = options.threshold == 0 and options.strategy == "defer"
+    reads_switch = not (by_expert_alone or options.threshold == 1)
+    return [_switch_key(switch) if reads_switch else None, changed]
 
 
 def _switch_key(switch: AnySwitch) -> str:

@@ -44,6 +44,7 @@ METHODS = (
 )  # fmt: skip
 TEAM_METHODS = METHODS[:5]
 SWITCHED = METHODS[2:-1]  # they choose a model for each token
+Z = 1.96  # standard deviations that 95 % of a normal distribution lie within
 BOOTSTRAPS = 1000
 SEED = 0
 # The smallest threshold above 0, which would defer tokens with p = 0 too.
@@ -249,7 +250,10 @@ def _answers(
     judge = comparison.judge
     assert judge is not None
     if isinstance(method.switch, Proxy):
-        return method.switch.answers(options, rows, judge, progress, journal=journal)
+        given = method.switch.answers(options, rows, judge, progress, journal=journal)
+        if comparison.n_slots > 1:  # it wrote one at a time, which is no speed to put beside theirs
+            given = replace(given, seconds=np.full(len(rows), np.nan))
+        return given
     strategy = "compose" if method.compose else "defer"
     chosen = options.with_changes(threshold=method.threshold, strategy=strategy)
     rate = f" {method.deferred.mean():.0%}" if comparison.is_sweep else ""
@@ -425,7 +429,7 @@ def _teacher_forced(method: Method, scores: Scores, *, tells_regret: bool) -> di
         **_with_interval("nll", method.nll, scores.line),
         **_with_interval("nll_hard", method.nll_hard, scores.line),
     }
-    if scores.tells_regret and tells_regret:
+    if scores.tells_regret and tells_regret and not isinstance(method.switch, Proxy):
         regret = scores.regret(np.arange(len(scores.base)))
         row["regret_removed"] = float(regret[method.deferred].sum() / max(regret.sum(), 1e-300))
     if method.review is not None:  # what it undoes is not known before it writes
@@ -463,4 +467,12 @@ def _with_interval(name: str, values: Array, group: npt.NDArray[np.int64]) -> di
         drawn = rng.integers(0, len(sums), len(sums))
         means.append(sums[drawn].sum() / counts[drawn].sum())
     low, high = np.percentile(means, [2.5, 97.5])
+    if name == "accuracy" and values.min() == values.max() in (0, 1):
+        low, high = _wilson(values[0], len(values))  # of equal values no draw tells anything
     return {name: float(values.mean()), f"{name}_low": float(low), f"{name}_high": float(high)}
+
+
+def _wilson(share: float, n: int) -> tuple[float, float]:
+    """Return the 95 % interval of a share of n that is 0 or 1 (Wilson, 1927)."""
+    most = Z**2 / (n + Z**2)
+    return max(0.0, share - most), min(1.0, share + most)

@@ -12,6 +12,7 @@ from colm_edge.evaluate.generate import answers
 from colm_edge.evaluate.metrics import METRICS
 
 if TYPE_CHECKING:
+    from colm_edge.journal import Journal
     from colm_edge.options import Options
     from colm_edge.pair import Pair
     from colm_edge.switch.file import Switch
@@ -28,13 +29,15 @@ def choose_by_answers(
     progress: MakeProgress,
     switch: Switch,
     held_back: set[int],
+    *,
+    journal: Journal | None = None,
 ) -> tuple[float, dict[str, Any]]:
     """Choose the threshold whose answers to held-back prompts do best by a metric.
 
     This is the search in the authors' code: real generations at the thresholds that are calibrated
     for defer rates of 0, 0.1 … 1. Of equals the highest threshold wins, as the expert costs more.
     n_lines: use at most this many of the held-back lines, from the first on. Returns the threshold
-    and a record of every trial.
+    and a record of every trial. journal: keeps the answers.
     """
     chosen = list(islice((row for row in rows if row[0] in held_back), n_lines))
     trials = []
@@ -42,7 +45,8 @@ def choose_by_answers(
         threshold = switch.threshold_for(float(rate))
         at = options.with_changes(threshold=threshold)
         label = f"at {rate:.1f}"
-        given = answers(pair, switch, at, chosen, METRICS[metric], progress, label=label)
+        judge = METRICS[metric]
+        given = answers(pair, switch, at, chosen, judge, progress, label=label, journal=journal)
         trials.append(
             {
                 "threshold": threshold,

@@ -213,6 +213,7 @@ def test_a_recorded_lossless_answer_is_replayed_with_the_calls_that_it_took(tiny
     with load(tiny["base"], tiny["expert"], "margin", n_threads=1, n_ctx=128) as pair:
         (row,) = bench(pair, trace, 1, quiet, only=["lossless"], memory=False)
     assert row["expert_calls"] == answer["stats"]["expert_calls"]
+    assert row["defer_rate"] == answer["stats"]["n_deferred"] / len(trace.tokens)
 
 
 def test_what_cannot_be_replayed_is_said(tiny_pair, tmp_path):

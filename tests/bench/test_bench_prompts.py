@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import stat
+from dataclasses import replace
 
 import pytest
 from click.testing import CliRunner
@@ -232,3 +233,17 @@ def test_llama_cpps_own_programs_answer_the_prompts(tiny_pair, tmp_path):
         assert row["accuracy"] == pytest.approx(2 / 3)
     tools = bench_module.Tools(tmp_path, tiny_pair)
     assert tools.lookup("hello", 30).text == " 4 and 5."
+
+
+def test_deferral_is_alone_whatever_tolerance_a_switch_carries(demo):
+    """As in `eval`; `lossless` reviews."""
+    prompt = demo.prompt_tokens([{"role": "user", "content": "When did the last tiger die?"}])
+    texts = []
+    for review in (None, 0.5):
+        with (
+            demo.switched(replace(demo.switch, review=review)),
+            Writers(demo, GREEDY) as writers,
+        ):
+            names = ("base", "expert", "colm", "colm-fast", "lossless")
+            texts.append([writers.names[name](prompt).text for name in names])
+    assert texts[0] == texts[1]

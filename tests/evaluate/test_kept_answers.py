@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from conftest import no_bar
@@ -12,6 +13,7 @@ from colm_edge.evaluate import methods as ev
 from colm_edge.evaluate.methods import Comparison
 from colm_edge.options import Options
 from colm_edge.pair import load
+from colm_edge.switch.load import load_switch
 
 GREEDY = Options(temperature=0.0, max_tokens=8, schedule="sequential")
 
@@ -53,3 +55,34 @@ def test_scores_by_another_cache_type_are_refused(tiny, tiny_pair, data, tmp_pat
         pytest.raises(DataError, match="by another cache type; name another work folder"),
     ):
         ev.evaluate(pair, data, GREEDY, wanted, progress=no_bar, work=tmp_path)
+
+
+def test_an_answer_is_found_wherever_what_it_depends_on_is_the_same(tiny_pair, data, tmp_path):
+    """The base alone and the expert alone read no switch, deferral no option of review, and a line
+    may move."""
+    wanted = Comparison(metric="contains", limit=3, methods=["base", "expert", "entropy"])
+    lines = Path(data).read_text().splitlines()
+
+    def n_kept(data, options, switch="margin"):
+        with tiny_pair.switched(load_switch(switch)):
+            ev.evaluate(tiny_pair, data, options, wanted, progress=no_bar, work=tmp_path)
+        return len((tmp_path / "answers.jsonl").read_text().splitlines())
+
+    at = GREEDY.with_changes(threshold=0.4)
+    assert n_kept(data, at) == 9
+    assert n_kept(data, at.with_changes(review_floor=0.3)) == 9
+    moved = tmp_path / "moved.jsonl"
+    moved.write_text("\n".join(["", *lines]) + "\n")
+    assert n_kept(moved, at) == 9
+    # The untrained rules defer as often as the pair's switch, at a threshold of their own.
+    assert n_kept(data, at, "entropy") <= 12
+
+
+def test_a_random_switch_draws_by_the_line(tiny_pair, data, tmp_path):
+    wanted = Comparison(metric="contains", limit=3, methods=["random"])
+    moved = tmp_path / "moved.jsonl"
+    moved.write_text("\n" + Path(data).read_text())
+    at = GREEDY.with_changes(threshold=0.5)
+    for file, n_kept in (data, 3), (moved, 6):
+        ev.evaluate(tiny_pair, file, at, wanted, progress=no_bar, work=tmp_path)
+        assert len((tmp_path / "answers.jsonl").read_text().splitlines()) == n_kept

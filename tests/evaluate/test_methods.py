@@ -487,3 +487,12 @@ def test_a_weak_switch_defers_alone_whatever_tolerance_it_carries(demo):
     reviewing = replace(plain, weak=replace(demo.switch, review=0.0))
     rows = [ev.evaluate(demo, HELD_OUT, WHOLE, c, progress=no_bar) for c in (plain, reviewing)]
     assert timeless(rows[0]) == timeless(rows[1])
+
+
+@pytest.mark.parametrize(("right", "low", "high"), [(1.0, 0.94, 1.0), (0.0, 0.0, 0.06)])
+def test_of_answers_that_are_all_right_or_all_wrong_the_interval_is_not_empty(right, low, high):
+    """Wilson's for 60 of 60, and for none."""
+    values = np.full(60, right)
+    row = ev._with_interval("accuracy", values, np.arange(60))
+    assert row["accuracy"] == right
+    assert (row["accuracy_low"], row["accuracy_high"]) == pytest.approx((low, high), abs=3e-4)
