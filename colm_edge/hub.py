@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from colm_edge.errors import ModelError
-from colm_edge.files import parts_of
+from colm_edge.files import parts_of, sha256_of
 
 # user/repo:file.gguf or user/repo:QUANT; a file may be in a folder of the repository.
 REFERENCE = re.compile(r"([\w.-]+/[\w.-]+):([\w./-]+)")
@@ -195,7 +195,7 @@ def _download(repo: str, name: str, about: Any, file: Path, note: Note) -> None:
         note(f"downloading {what} ({told})")
     _download_to(file, repo, name, about)
     if _SHA256.fullmatch(about.etag) is not None:
-        found = _sha256(file)
+        found = sha256_of(file)
         if found != about.etag:
             file.unlink()
             raise ModelError(
@@ -317,11 +317,6 @@ def _http() -> Any:
     from huggingface_hub import get_session
 
     return import_module(type(get_session()).__module__.partition(".")[0])
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def as_size(n: int) -> str:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
+from numbers import Integral, Real
 from types import MappingProxyType, NoneType
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
@@ -77,7 +78,8 @@ class Option:
             return
         low, high = self.limits
         whole = self.kind is int
-        if not isinstance(value, int if whole else (int, float)) or not low <= value <= high:
+        is_number = isinstance(value, Integral if whole else Real) and not isinstance(value, bool)
+        if not is_number or not low <= value <= high:
             what = "a whole number" if whole else "a number"
             words = "".join(f", or {word!r}" for word in self.words)
             expected = f"{what} from {low:g}" + (f" to {high:g}" if high < math.inf else "") + words

@@ -66,7 +66,7 @@ class Stream:
     def events(self) -> Iterator[Event]:
         """Iterate over the steps and, where tokens can be taken back, what happens before: each
         draft, and each time that the last ones are undone. A step is final; if there are drafts, it
-        is the first of them."""
+        is the first of them. What is left of them at the end is not in the answer."""
         return self._iterator
 
     def close(self) -> None:
@@ -135,6 +135,7 @@ class Stream:
         stats.finish()
         text = "".join(step.text for step in steps)
         undone = [one for one in self._decoder.undone if one.at <= len(steps)]
+        stats.n_undone = sum(len(one.steps) for one in undone)
         return Answer(
             text,
             steps,
@@ -154,8 +155,12 @@ class Stream:
         utf8 = codecs.getincrementaldecoder("utf-8")("replace")
         drafts = DraftTexts()
         held: list[Step] = []  # a later token may complete or cut their text
+        n_shown = 0  # of these, that the reader has as drafts: the first ones
         for event in self._decoder.events():
             if isinstance(event, Drafted):
+                if not self._cancel.requested:
+                    yield from map(Drafted, held[n_shown:])  # they come before it
+                n_shown = len(held)
                 drafts.add(event.step, self._model.piece(event.step.token))
             elif isinstance(event, Undone):
                 drafts.drop(len(event.steps))
@@ -164,7 +169,7 @@ class Stream:
                     yield event
                 continue
             event.text = utf8.decode(self._model.piece(event.token))
-            drafts.passed(utf8.getstate())
+            n_shown += drafts.passed(utf8.getstate())
             held.append(event)
             if self._cut_at_stop(held):
                 self._finish = "stop"
@@ -173,6 +178,7 @@ class Stream:
                 continue  # inside a character
             while held and not self._cancel.requested and not self._may_begin_stop(held):
                 yield self._hand_out(held.pop(0))
+                n_shown = max(0, n_shown - 1)
         if self._cancel.requested:
             self._finish = "stop"
             return
@@ -225,12 +231,14 @@ class DraftTexts:
         for _ in range(n):
             self._utf8.setstate(self._states.pop())
 
-    def passed(self, state: tuple[bytes, int]) -> None:
-        """Count a step as written, after which the decoder of final texts is in this state."""
-        if self._states:
-            del self._states[0]
+    def passed(self, state: tuple[bytes, int]) -> bool:
+        """Count a step as written, after which the decoder of final texts is in this state; return
+        whether it was a draft."""
+        was_draft = bool(self._states)
+        del self._states[:1]
         if not self._states:
             self._utf8.setstate(state)
+        return was_draft
 
 
 Put = Callable[[Step | BaseException | None], Any]

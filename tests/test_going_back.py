@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import replace
+from types import SimpleNamespace
 
 import httpx
 import numpy as np
@@ -12,11 +13,15 @@ import pytest
 from conftest import Scripted
 from decode.test_loop import END, decoder, reader
 from expert_servers import faking
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from serving import serving
 
+from colm_edge.cancel import Cancel
 from colm_edge.cli.drafts import Drafts, column_behind
+from colm_edge.decode.policy import Policy
 from colm_edge.decode.review import ByRule, Review, Tolerance
-from colm_edge.decode.step import Drafted, Step, Undone
+from colm_edge.decode.step import Drafted, Event, Stats, Step, Undone
 from colm_edge.errors import ColmError
 from colm_edge.options import Options, ServerOptions
 from colm_edge.pair import load
@@ -92,7 +97,7 @@ def test_events_tell_what_waits_and_what_is_undone(tiny_pair, stop, floor):
             n_undone += len(event.steps)
             assert drafts[len(drafts) - len(event.steps) :] == list(event.steps)
             del drafts[len(drafts) - len(event.steps) :]
-        elif not stop:
+        else:
             assert not drafts or event is drafts.pop(0)
     answer = stream.answer()
     assert [step.token for step in answer.steps] == steps
@@ -105,6 +110,65 @@ def test_events_tell_what_waits_and_what_is_undone(tiny_pair, stop, floor):
         assert list(record) == ["at", "tokens", "text", "source", "regret"]
         assert record["tokens"] == [step.token for step in one.steps]
         assert record["source"] == "base"
+
+
+@settings(max_examples=300)
+@given(st.data())
+def test_a_step_is_the_first_draft_whatever_waits_for_its_text(data):
+    """A token of the expert is held back where it may begin a stop text, or ends inside a
+    character; drafts come meanwhile."""
+    events: list[Event] = []
+    drafts: list[Step] = []
+    final = b""
+    bytes_of = [b"a", b"b", b" x", b"ab", b"\xc3", b"\xa9", b"\xe6\xbc", b"\xa2", b"\xff"]
+    pieces = st.sampled_from(bytes_of)
+    spelt: list[bytes] = []
+
+    def step(source: str) -> Step:
+        spelt.append(data.draw(pieces))
+        return Step(len(spelt) - 1, source, 0.5, -1.0)
+
+    for kind in data.draw(st.lists(st.sampled_from(["draft", "undone", "expert"]), max_size=12)):
+        if kind == "draft":
+            drafts.append(step("base"))
+            events.append(Drafted(drafts[-1]))
+            continue
+        if kind == "undone" and drafts:
+            n = data.draw(st.integers(1, len(drafts)))
+            events.append(Undone(0, tuple(drafts[-n:]), 1.0))
+            del drafts[-n:]
+        events += [*drafts, step("expert")]
+        drafts.clear()
+    events += drafts
+    final = b"".join(spelt[one.token] for one in events if isinstance(one, Step))
+    decoder = SimpleNamespace(
+        tokens=[], stats=Stats(), undone=[], policy=Policy(None, 0.5), sources=("expert",),
+        finish_reason="stop", ended_by=None, events=lambda: iter(events),
+    )  # fmt: skip
+    model = SimpleNamespace(piece=spelt.__getitem__)
+    stop = data.draw(st.sampled_from([(), ("ab",), ("a", "bé"), ("漢",)]))
+    shown: list[Step] = []
+    text = ""
+    for event in Stream(decoder, model, stop, Cancel()).events():
+        if isinstance(event, Drafted):
+            shown.append(event.step)
+        elif isinstance(event, Undone):
+            assert shown[len(shown) - len(event.steps) :] == list(event.steps)
+            del shown[len(shown) - len(event.steps) :]
+        else:
+            assert not shown or event is shown.pop(0)
+            text += event.text
+    whole = final.decode("utf-8", "replace")
+    assert text == whole[: min((whole.find(s) for s in stop if s in whole), default=len(whole))]
+
+
+@pytest.mark.parametrize("n", [0, 2, 5])
+def test_the_first_steps_have_the_figures_of_these(tiny_pair, n):
+    stream = tiny_pair.stream(PROMPTS[2], **REVIEWED.with_changes(review=0.0).changed)
+    list(stream)
+    answer = stream.answer(n)
+    assert answer.stats.n_generated == len(answer.steps) == n
+    assert answer.stats.n_undone == sum(len(one.steps) for one in answer.undone)
 
 
 def test_a_stop_text_inside_a_draft_ends_nothing(tiny_pair):

@@ -182,8 +182,8 @@ hub.fetch("them/model:m.gguf")
 @pytest.mark.parametrize(
     ("where", "is_right", "n_hashed"),
     [
-        ("_sha256", True, 1),
-        ("_sha256", False, 1),
+        ("sha256_of", True, 1),
+        ("sha256_of", False, 1),
         ("os.replace", True, 1),
         ("_add_to_snapshot", True, 0),
     ],
@@ -201,8 +201,8 @@ def test_a_file_that_was_not_hashed_is_not_trusted(
     with pytest.raises(ModelError, match="not in the cache"):
         fetch("them/model:m.gguf", offline=True)
     hashed: list[Path] = []
-    sha256 = hub._sha256
-    monkeypatch.setattr(hub, "_sha256", lambda path: hashed.append(path) or sha256(path))
+    sha256 = hub.sha256_of
+    monkeypatch.setattr(hub, "sha256_of", lambda path: hashed.append(path) or sha256(path))
     if not is_right:
         with pytest.raises(ModelError, match="the Hub states"):
             fetch("them/model:m.gguf")

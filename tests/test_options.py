@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 from click.testing import CliRunner
 
@@ -35,11 +36,20 @@ CONVERTED = {"max_tokens", "seed", "stop"}
         ({"stop": ("",)}, "a stop text is empty"),
         ({"repeat_penalty": 0}, "expected a number from 1e-06"),
         ({"colour": 1}, "unknown option 'colour'"),
+        ({"max_tokens": True}, "max_tokens is True; expected a whole number"),
+        ({"seed": np.float32(1)}, "expected a whole number"),
     ],
 )
 def test_options_say_what_is_wrong(change, words):
     with pytest.raises(ColmError, match=words):
         Options().with_changes(**change)
+
+
+def test_numbers_of_numpy_are_numbers(tiny_pair):
+    given = {"seed": np.int64(3), "max_tokens": np.int32(4), "temperature": np.float32(0.5)}
+    plain = {name: value.item() for name, value in given.items()}
+    answers = [tiny_pair.generate("hello", **options) for options in (given, plain)]
+    assert answers[0].text == answers[1].text
 
 
 @pytest.mark.parametrize("given", ["20", "20%", "-1"])

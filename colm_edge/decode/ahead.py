@@ -68,6 +68,10 @@ class Ahead(Around):
         self.n_ahead = self.n_won = 0  # tokens evaluated ahead, and those that were written
 
     @property
+    def n_evaluated(self) -> int:
+        return (self._base.n_evaluated or 0) - self._uncounted
+
+    @property
     def seconds(self) -> float:
         return self._base.seconds - self._uncounted_seconds
 

@@ -66,7 +66,7 @@ class Background:
         self.session.open(cancel)
 
     def turn_to(self, prompt: array[int]) -> None:
-        self.wait()
+        self.settle()  # what no call of the last answer waited for does not count for the next one
         self.session.turn_to(prompt)
 
     def follow(self, tokens: array[int]) -> None:

@@ -47,8 +47,11 @@ class Bets:
 
     def _prepared(self, loop: Decoder, planner: Planner) -> Planner:
         begun = perf_counter()
-        planner.prepare(loop.cancel)
-        loop.stats.total_seconds -= perf_counter() - begun  # measuring is not part of the answer
+        try:
+            planner.prepare(loop.cancel)
+        finally:
+            seconds = perf_counter() - begun
+            loop.stats.total_seconds -= seconds  # measuring is not part of the answer
         return planner
 
     def saw(self, writer: int) -> None:

@@ -173,7 +173,8 @@ class Decoder:
         except CancelledError:
             self.finish_reason = "stop"
             raise StopIteration from None
-        stats.total_seconds += perf_counter() - begun
+        finally:
+            stats.total_seconds += perf_counter() - begun
         if not isinstance(event, Step):
             return event
         step = event
@@ -206,9 +207,12 @@ class Decoder:
         default after the last token."""
         self.cancel.check()
         base, stats = self._base, self.stats
-        seconds = base.seconds
-        stats.base_tokens += base.sync(tokens, outputs, self.cancel)
-        stats.base_seconds += base.seconds - seconds
+        evaluated, seconds = base.n_evaluated or 0, base.seconds
+        try:
+            base.sync(tokens, outputs, self.cancel)
+        finally:  # a cancelled evaluation counts as far as it came
+            stats.base_tokens += (base.n_evaluated or 0) - evaluated
+            stats.base_seconds += base.seconds - seconds
 
     def read_base(self, at: int) -> tuple[Reading, Floats]:
         """Return the switch's reading for position `at`, and the base's logits for it."""

@@ -284,7 +284,7 @@ class Review:
             try:
                 loop.evaluate_expert(writer, tokens, outputs)
             except AbsentExpertError:  # its context is full of its own tokens (`Bridge`)
-                loop.stats.expert_failures += 1
+                loop.stats.expert_failures += deferral is not None
                 return written if deferral is None else [*written, self._own(loop, deferral, at)]
         told = {} if known is None or not drafts else {start: known}
         for place in places[len(told) :]:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import ctypes
 import json
 import os
+import re
 import tempfile
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from contextlib import suppress
 from itertools import accumulate
 from typing import Any, Self
 
@@ -20,6 +22,7 @@ from colm_edge.llama.model import Model
 
 CANDIDATE = np.dtype([("id", np.int32), ("logit", np.float32), ("p", np.float32)])
 MOST_NESTED = 2000  # parentheses: llama.cpp's parser calls itself at each, to the stack's end
+_REFUSED = re.compile(rb"parse: error parsing grammar: ([^\n]*)\n\n")  # and then the grammar
 _stderr = threading.Lock()
 
 
@@ -39,13 +42,9 @@ class Grammar:
         if _nesting(text) > MOST_NESTED:
             raise ColmError(f"the grammar is nested deeper than {MOST_NESTED} times; simplify it")
         vocab = llama.llama_model_get_vocab(model.header())
-        made, said = _with_stderr(
-            lambda: llama.llama_sampler_init_grammar(vocab, text.encode(), b"root")
-        )
+        made, reason = _parsed(vocab, text.encode())
         self._sampler = made if made and text.strip() else None
         if self._sampler is None:
-            lines = [line.strip() for line in said.splitlines() if line.strip()]
-            reason = lines[0].split("error parsing grammar: ")[-1] if lines else "it has no root"
             raise ColmError(f"the grammar is not valid: {reason[:200]}; expected GBNF with a root")
 
     def allows(self, token: int) -> bool:
@@ -139,16 +138,23 @@ def grammar_of(schema: str | Mapping[str, Any], *, strict: bool = True) -> str:
         raise ColmError(f"the JSON schema cannot be used: {reason}") from e
 
 
-def _with_stderr(work: Callable[[], Any]) -> tuple[Any, str]:
-    """Return what a function returns, and what llama.cpp prints meanwhile: why a grammar does not
-    parse is printed and told nowhere else."""
+def _parsed(vocab: Any, text: bytes) -> tuple[Any, str]:
+    """Return llama.cpp's sampler of a grammar, or None, and why it does not parse: that is printed,
+    and told nowhere else. What other threads print meanwhile is passed on."""
     with _stderr, tempfile.TemporaryFile() as file:
         before = os.dup(2)
         os.dup2(file.fileno(), 2)
         try:
-            made = work()
+            made = llama.llama_sampler_init_grammar(vocab, text, b"root")
         finally:
             os.dup2(before, 2)
             os.close(before)
         file.seek(0)
-        return made, file.read().decode("utf-8", "replace")
+        printed = file.read()
+    reason = "it has no root"
+    if refused := _REFUSED.search(printed):
+        reason = refused[1].decode("utf-8", "replace").strip()
+        printed = printed.replace(refused[0] + text + b"\n", b"")
+    with suppress(OSError):
+        os.write(2, printed)
+    return made, reason

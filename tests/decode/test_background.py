@@ -64,6 +64,18 @@ def test_it_catches_up_once_loaded_and_only_with_long_gaps(session):
     expert.close()
 
 
+def test_what_an_answer_left_running_counts_in_no_other(session):
+    expert = Background(session)
+    tokens = session.model.tokenize(PROMPT * 3)
+    expert.sync(tokens[:5])
+    expert.follow(array("i", tokens))  # until the answer's end, and no call waits for it
+    expert.turn_to(array("i", tokens[:3]))
+    before = expert.n_evaluated
+    assert before == session.n_evaluated == len(tokens)
+    expert.sync(tokens[:7])
+    assert expert.n_evaluated - before <= 7
+
+
 def test_the_base_continues_meanwhile(session, monkeypatch):
     """`follow` returns while a catch-up is running, and a second `follow` does nothing."""
     expert = Background(session)

@@ -11,6 +11,7 @@ from conftest import N_VOCAB, Scripted
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from colm_edge.cancel import CancelledError
 from colm_edge.decode.loop import Decoder, ExpertAlone
 from colm_edge.decode.picker import Picker, mixture
 from colm_edge.decode.policy import Policy, RatePolicy
@@ -267,3 +268,21 @@ def test_near_is_called_once_at_the_first_reading_of_half_the_threshold(seed, ra
     list(run)
     places = [n for n in range(3, 23) if p_of(n) > threshold / 2]
     assert calls == places[:1]
+
+
+@pytest.mark.parametrize("rate", [0.0, 1.0])
+def test_what_a_cancelled_answer_evaluated_is_counted(rate):
+    """A prompt of several batches may be cancelled between two of them."""
+
+    class Cancelled(Scripted):
+        def sync(self, tokens, outputs=(), cancel=None):
+            super().sync(tokens[:2], (), cancel)
+            raise CancelledError
+
+    model = Cancelled(writer(0))
+    run = decoder(model, model, reader(0, rate)[0], [1, 2, 3, 4])
+    assert not list(run)
+    assert run.finish_reason == "stop"
+    assert run.stats.base_tokens == model.n_evaluated == 2
+    assert run.stats.base_seconds == model.seconds > 0
+    assert run.stats.total_seconds > 0

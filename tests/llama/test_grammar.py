@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import gc
 import json
+import os
 import re
+from contextlib import suppress
 from importlib import import_module
 
 import jsonschema
+import llama_cpp as llama
 import numpy as np
 import pytest
 from click.testing import CliRunner
@@ -251,3 +254,20 @@ def test_a_copy_that_is_interrupted_frees_nothing_twice(tiny_pair, monkeypatch):
 
 def interrupted(chain) -> None:
     raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("text", ['root ::= "a"', "root ::= [a-z", "root ::= y"])
+def test_what_is_printed_while_a_grammar_is_read_is_not_lost(tiny_pair, capfd, monkeypatch, text):
+    """The reason is printed to the standard error of the whole process, which others write to."""
+    read = llama.llama_sampler_init_grammar
+
+    def beside(*given):
+        os.write(2, b"another thread's line\n")
+        made = read(*given)
+        os.write(2, b"and another\n")
+        return made
+
+    monkeypatch.setattr(llama, "llama_sampler_init_grammar", beside)
+    with suppress(ColmError):
+        Grammar(text, tiny_pair.base)
+    assert capfd.readouterr().err == "another thread's line\nand another\n"
