@@ -28,6 +28,7 @@ from colm_edge.llama.session import Session
 from colm_edge.llama.vocabulary import shared_vocab
 from colm_edge.references import is_url, references_of, resolve
 from colm_edge.switch.file import ARCHITECTURE, Switch
+from colm_edge.switch.load import in_order, warnings_of
 
 RATES = (0.05, 0.1, 0.2)  # of deferrals, that speeds are predicted for
 FASTEST = "Q4_0"  # of llama.cpp's types, on most CPUs
@@ -49,6 +50,7 @@ def describe_files(
     Raises ModelError or SwitchError for a file that is neither.
     """
     facts, models, tables, obstacle = [], [], list[CostTable | None](), ""
+    switches: list[Switch] = []
     try:
         for ref in references_of(refs[0]) if len(refs) == 1 else refs:
             if is_url(ref):
@@ -56,6 +58,7 @@ def describe_files(
             path = resolve(ref, note=note)
             switch = _as_switch(path)
             if switch is not None:
+                switches.append(switch)
                 facts.append(_switch_facts(switch))
                 continue
             model = Model(path)
@@ -64,6 +67,9 @@ def describe_files(
             facts.append(_model_facts(model, tables[-1]))
         if len(models) == 2:
             pair, obstacle = _pair_facts(*models)
+            for switch in switches:
+                pair["switch"], missing = _fit_of(switch, *models)
+                obstacle = obstacle or missing
             facts.append(pair | ({} if obstacle else _speed_facts(models, tables)))
         elif len(models) > 2:
             for expert in models[1:]:
@@ -89,8 +95,10 @@ def _as_switch(path: str) -> Switch | None:
 
 def _switch_facts(switch: Switch) -> dict[str, Any]:
     calibration = zip(switch.defer_rates, switch.thresholds, strict=True)
+    told = [switch.info[role] for role in ("base", "expert") if role in switch.info]
     return {
         "switch": switch.name,
+        "fitted_for": ", ".join(told) or "not told",
         "reads": ", ".join(switch.features),
         "hidden_state": f"{switch.n_embd} numbers" if switch.needs_hidden else "not read",
         "experts": len(switch.bias),
@@ -153,6 +161,17 @@ def _pair_facts(base: Model, expert: Model) -> tuple[dict[str, Any], str]:
         can = f"no: {obstacle}"
     names = " with ".join(short_names([base.path, expert.path]))
     return {"pair": names, "can_collaborate": can}, obstacle
+
+
+def _fit_of(switch: Switch, base: Model, expert: Model) -> tuple[str, str]:
+    """Return whether a switch fits two models, and why it cannot be used with them ("" if it
+    can)."""
+    try:
+        in_order(switch, {"": expert})
+        switch.reader(base, base.n_vocab)
+    except MismatchError as e:
+        return f"no: {e}", str(e)
+    return "; ".join(warnings_of(switch, base, {"": expert})) or f"{switch.name}, fits", ""
 
 
 def short_names(paths: Sequence[Path]) -> list[str]:

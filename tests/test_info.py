@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ from colm_edge.info import as_text, describe_files
 from colm_edge.llama.costs import CostTable, seconds_per_token, team_seconds_per_token
 from colm_edge.llama.model import Model
 from colm_edge.llama.quantize import quantize
+from colm_edge.switch.file import Switch
 
 
 def info(*args: str):
@@ -51,6 +53,20 @@ def test_a_name_stands_for_all_of_its_files():
     assert [Path(one["model"]).name for one in (base, expert)] == ["base.gguf", "expert.gguf"]
     assert Path(switch["switch"]).name == "switch.gguf"
     assert pair["can_collaborate"].startswith("yes")
+
+
+def test_a_switch_is_compared_with_the_models_beside_it(tiny, tmp_path):
+    *_, switch, pair = info("demo")
+    assert switch["fitted_for"] == "base.gguf, expert.gguf"
+    assert pair["switch"].endswith("switch.gguf, fits")
+    foreign = CliRunner().invoke(main, ["info", tiny["base"], tiny["expert"], switch["switch"]])
+    assert foreign.exit_code == 1
+    assert "reads a hidden state of 160 numbers" in foreign.stderr
+    base, expert = (one["model"] for one in info("demo") if "model" in one)
+    other = tmp_path / "other.gguf"
+    replace(Switch.load(switch["switch"]), info={"expert_fingerprint": "f" * 64}).save(other)
+    *_, pair = info(base, expert, str(other))
+    assert "was fitted for another expert than expert.gguf" in pair["switch"]
 
 
 def test_two_models_are_compared(tiny):
