@@ -18,6 +18,7 @@ from colm_edge.errors import ColmError
 
 T = TypeVar("T")
 INT_MAX = 2**31 - 1
+COLDEST = 1e-30  # a temperature; below it is greedy
 EXPERT_TIMEOUT = 60.0  # seconds that a request to a remote expert may take
 MAX_TIMEOUT = 86400.0
 
@@ -294,9 +295,14 @@ class Options:
             raise ColmError("a stop text is empty; give at least one character")
 
     @property
+    def is_greedy(self) -> bool:
+        """Whether tokens are not drawn. Logits divided by less than COLDEST overflow."""
+        return self.temperature < COLDEST
+
+    @property
     def is_likeliest(self) -> bool:
         """Whether each token is the writer's likeliest, whatever was written before."""
-        return self.temperature == 0 and not self.penalises and self.grammar is None
+        return self.is_greedy and not self.penalises and self.grammar is None
 
     @property
     def penalises(self) -> bool:

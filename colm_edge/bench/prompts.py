@@ -87,8 +87,6 @@ def load_prompts(
 
 
 def _judge(metric: Metric, number: int, row: dict[str, Any]) -> Callable[[str], float]:
-    # Metrics do not read the prompt, but `eval` needs one.
-    row = {"prompt": "messages", **row}
     check_rows([(number, row)], metric)
     return lambda text: metric(text, row)
 

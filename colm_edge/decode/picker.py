@@ -50,11 +50,11 @@ class Picker:
         self._features = np.empty(len(readout.FEATURES) + 1, np.float32)  # and a defer row's
 
     def likeliest(self, at: int, logits: Floats, *, of_base: bool = False) -> tuple[int, float]:
-        """Return the likeliest token and the log-sum-exp of an expert's logits, or a mixture's,
-        for position `at`; or the base's, without its defer row. Raises ModelError for NaN and the
+        """Return the likeliest token and the log-sum-exp of an expert's logits, a mixture's, or the
+        base's, for position `at`, without the base's defer row. Raises ModelError for NaN and the
         like."""
         n_choose = min(self.n_choose, len(logits))
-        row = self._defer_row if of_base else -1
+        row = self._defer_row if self._defer_row < len(logits) else -1
         out = self._features[: len(readout.FEATURES) + (row >= 0)]
         try:
             return readout.read(logits, None, None, None, None, out, n_choose, row)
@@ -126,14 +126,13 @@ def mixture(
 ) -> Floats:
     """Return log((1−p)·P_base + p·P_expert), shape (n_choose,): Co-LLM's equation 1.
 
-    P_base is normalised without the defer row, if the base has one.
+    Both are normalised without the base's defer row, if it has one.
     """
-    if defer_row >= 0:
-        base = base.copy()
-        base[defer_row] = -math.inf
 
     def log_softmax(logits: Floats) -> npt.NDArray[np.float64]:
         x = logits.astype(np.float64)
+        if 0 <= defer_row < len(x):
+            x[defer_row] = -math.inf
         x -= x.max()
         x -= math.log(np.exp(x).sum())
         return x

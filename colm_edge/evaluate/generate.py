@@ -21,7 +21,7 @@ from colm_edge.switch.file import Switch
 from colm_edge.switch.reading import N_LOGIT, AnySwitch, Base, Floats, Reader
 from colm_edge.together import Done, Task, answer_together
 from colm_edge.train.documents import prompt_of
-from colm_edge.train.prompts import pace_of
+from colm_edge.train.prompts import asked, pace_of
 from colm_edge.train.scoring import identity
 
 if TYPE_CHECKING:
@@ -98,8 +98,7 @@ def answers(
 
         def task(i: int) -> Task:
             number, row = rows[i]
-            message = {"role": "user", "content": row["prompt"]}
-            tokens = prompt_of(pair, [message], raw=options.raw)
+            tokens = prompt_of(pair, asked(row), raw=options.raw)
             own = replace(switch, seed=number) if isinstance(switch, RandomSwitch) else None
             return Task(i, tokens, options, own)
 
@@ -139,7 +138,7 @@ def judged(
     by_line: whether it depends on the line's number too.
     """
     check_rows(rows, metric)
-    keys = [key_of(what, number if by_line else None, row["prompt"]) for number, row in rows]
+    keys = [key_of(what, number if by_line else None, asked(row)) for number, row in rows]
     entries: dict[int, Facts] = {}
     for i, key in enumerate(keys):
         entry = journal.get(key, _is_kept) if journal is not None else None

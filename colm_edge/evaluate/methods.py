@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from colm_edge.decode.policy import running_rate
-from colm_edge.errors import ColmError, DataError, MismatchError
+from colm_edge.errors import ColmError, MismatchError
 from colm_edge.evaluate.generate import Facts, Generated, RandomSwitch, answers
 from colm_edge.evaluate.generate import judge as judged_answers
 from colm_edge.evaluate.metrics import METRICS, Metric, check_rows
@@ -28,8 +28,8 @@ from colm_edge.switch.file import Switch
 from colm_edge.switch.reading import AnySwitch, FeatureSwitch, log_shares
 from colm_edge.switch.rules import Only, Untrained
 from colm_edge.tables import Table
-from colm_edge.train.documents import Documents, Row, prompt_of, read_rows, tokenized
-from colm_edge.train.prompts import answer_prompts, pace_of
+from colm_edge.train.documents import Documents, Row, read_rows, tokenized
+from colm_edge.train.prompts import answer_prompts, pace_of, read_prompts
 from colm_edge.train.scores import Scores
 from colm_edge.train.scoring import MakeProgress, Recorded, score, score_each
 from colm_edge.train.team import of_chosen
@@ -303,14 +303,8 @@ def _check(pair: Pair, rows: list[Row], options: Options, comparison: Comparison
     if comparison.judge is None:
         return
     check_rows(rows, comparison.judge)
-    for number, row in rows:
-        message = {"role": "user", "content": row["prompt"]}
-        n = len(prompt_of(pair, [message], raw=options.raw))
-        if n > pair.n_ctx:
-            raise DataError(
-                f"line {number}: the prompt has {n} tokens, the context holds {pair.n_ctx}; "
-                "shorten it or raise -c"
-            )
+    for _ in read_prompts(rows, pair, options.raw):
+        pass  # each fits the context
 
 
 def _scorable(switch: AnySwitch) -> FeatureSwitch:

@@ -113,11 +113,12 @@ def check_rows(rows: Iterable[Row], metric: Metric) -> None:
             metric is METRICS["contains"] and "answer" in row
         )
         completion = "-" if needless else row.get("completion")
-        texts = [row.get("prompt"), completion, row.get("answer", "-")]
+        prompt = "-" if "messages" in row else row.get("prompt")
+        texts = [prompt, completion, row.get("answer", "-")]
         if not all(isinstance(text, str) and text.strip() for text in texts):
             raise DataError(
-                f"line {number}: a generation metric needs prompt and completion (and, if there "
-                "is one, answer) as texts that are not empty"
+                f"line {number}: a generation metric needs prompt, or messages, and completion "
+                "(and, if there is one, answer) as texts that are not empty"
             )
         try:
             metric("", row)

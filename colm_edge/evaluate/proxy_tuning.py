@@ -40,7 +40,7 @@ from colm_edge.switch.rules import Untrained
 from colm_edge.together import Done, Task
 from colm_edge.train.columns import LEAST_NATS, ROUNDING
 from colm_edge.train.documents import Document, Row, prompt_of
-from colm_edge.train.prompts import pace_of
+from colm_edge.train.prompts import asked, pace_of
 
 if TYPE_CHECKING:
     from colm_edge.options import Options
@@ -208,8 +208,7 @@ class Proxy:
         def write(todo: list[int]) -> Iterator[tuple[int, Facts]]:
             for i in todo:
                 number, row = rows[i]
-                message = {"role": "user", "content": row["prompt"]}
-                tokens = prompt_of(self.pair, [message], raw=options.raw)
+                tokens = prompt_of(self.pair, asked(row), raw=options.raw)
                 self._check(tokens, number)
                 stream = self.stream_tokens(tokens, options)
                 for _ in stream:
@@ -229,7 +228,7 @@ class Proxy:
         pair = self.pair
         base, expert = pair.base_session, pair.expert_session
         sampler = None
-        if options.temperature > 0 or options.penalises:
+        if not options.is_greedy or options.penalises:
             sampler = ChainSampler(options, self.n_shared, tokens)
         ends = pair.base.end_tokens | pair.expert.end_tokens | self.model.end_tokens
         cancel = Cancel()

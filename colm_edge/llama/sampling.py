@@ -35,7 +35,7 @@ class ChainSampler:
         grammar: Grammar | None = None,
     ) -> None:
         self._grammar = grammar
-        self._never, self._greedy = list(never), options.temperature == 0
+        self._never, self._greedy = list(never), options.is_greedy
         self._is_plain = self._greedy and not options.penalises  # the likeliest token is picked
         # Samplers sort and cut the candidates in place, so they are written again for each token.
         self._candidates = np.zeros(n_vocab, CANDIDATE)
@@ -49,7 +49,7 @@ class ChainSampler:
         if options.penalises:
             penalties = options.repeat_penalty, options.frequency_penalty, options.presence_penalty
             add(llama.llama_sampler_init_penalties(n_vocab, options.repeat_last_n, *penalties))
-        if options.temperature > 0:
+        if not options.is_greedy:
             add(llama.llama_sampler_init_top_k(options.top_k))
             add(llama.llama_sampler_init_top_p(options.top_p, 1))
             add(llama.llama_sampler_init_min_p(options.min_p, 1))
@@ -117,7 +117,7 @@ class ChainSampler:
         size = array.size * CANDIDATE.itemsize
         left = np.frombuffer((ctypes.c_char * size).from_address(address), CANDIDATE)
         best, p = left["logit"].max(), np.ones(len(left))
-        if best == np.inf:  # a tiny temperature, by which the logits were divided
+        if best == np.inf:  # huge logits, divided by a tiny temperature
             p = (left["logit"] == np.inf).astype(np.float64)
         elif best > -np.inf:
             p = np.exp(left["logit"].astype(np.float64) - best)

@@ -139,9 +139,8 @@ def read_prompts(rows: Iterable[Row], pair: Pair, raw: bool) -> Iterator[Documen
             raise DataError(f"line {number}: expected prompt, a text, or messages")
         if row.get("prompt") == "" and "messages" not in row:
             raise DataError(f"line {number}: the prompt is empty; write one, or remove the line")
-        messages = row.get("messages", [{"role": "user", "content": row.get("prompt")}])
         try:
-            tokens = prompt_of(pair, _asked(messages), raw=raw)
+            tokens = prompt_of(pair, asked(row), raw=raw)
             pair.check_prompt(tokens, 0.0)
         except PromptError as e:
             raise DataError(f"line {number}: {e}") from e
@@ -150,8 +149,10 @@ def read_prompts(rows: Iterable[Row], pair: Pair, raw: bool) -> Iterator[Documen
         yield Document(tokens, len(tokens), number)
 
 
-def _asked(messages: Any) -> Any:
-    """Return a conversation without the answer at its end, if it has one: the expert writes it."""
+def asked(row: dict[str, Any]) -> Any:
+    """Return the conversation that a line asks to be continued: its prompt, or its messages without
+    the answer at their end, if they have one."""
+    messages = row.get("messages", [{"role": "user", "content": row.get("prompt")}])
     while isinstance(messages, list) and messages and isinstance(messages[-1], dict):
         if messages[-1].get("role") != "assistant":
             break

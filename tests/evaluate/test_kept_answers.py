@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -86,3 +87,20 @@ def test_a_random_switch_draws_by_the_line(tiny_pair, data, tmp_path):
     for file, n_kept in (data, 3), (moved, 6):
         ev.evaluate(tiny_pair, file, at, wanted, progress=no_bar, work=tmp_path)
         assert len((tmp_path / "answers.jsonl").read_text().splitlines()) == n_kept
+
+
+def test_a_conversation_is_answered_as_its_last_question(tiny_pair, tmp_path):
+    """A line of messages is what a prompt is; an answer at its end is not told to the models."""
+    turns = [{"role": "user", "content": "p"}]
+    known = [*turns, {"role": "assistant", "content": "c and more"}]
+    rows = [{"prompt": "p"}, {"messages": turns}, {"messages": known}]
+    file = tmp_path / "d.jsonl"
+    told = [{"completion": "c and more", "answer": "more", **row} for row in rows]
+    file.write_text("".join(json.dumps(row) + "\n" for row in told))
+    wanted = Comparison(metric="contains", methods=["expert"], on_expert=True)
+    ev.evaluate(tiny_pair, file, GREEDY, wanted, progress=no_bar, work=tmp_path / "w")
+    wanted = replace(wanted, methods=["base"])
+    ev.evaluate(tiny_pair, file, GREEDY, wanted, progress=no_bar, work=tmp_path / "w")
+    entries = map(json.loads, (tmp_path / "w" / "answers.jsonl").read_text().splitlines())
+    found = {(entry["key"], entry["text"]) for entry in entries if entry["method"] == "base"}
+    assert len(found) == 1

@@ -82,7 +82,7 @@ def test_metrics(metric, text, row, value):
     [
         ("steps", {"prompt": "p", "completion": "no step"}, "line 7: .* annotations"),
         ("gsm8k", {"prompt": "p", "completion": "no number"}, "line 7: .* with a number"),
-        ("exact", {"text": "t"}, "line 7: .* prompt and completion"),
+        ("exact", {"text": "t"}, "line 7: .* prompt, or messages, and completion"),
         ("contains", {"prompt": "p", "completion": "c", "answer": 5}, "line 7: .* answer"),
     ],
 )
