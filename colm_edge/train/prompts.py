@@ -57,8 +57,7 @@ def distinct(rows: Iterable[Row]) -> tuple[list[Row], int]:
     found: dict[str, Row] = {}
     n = 0
     for number, row in rows:
-        asked = json.dumps([row.get(key) for key in ("prompt", "messages", "expert")])
-        found.setdefault(asked, (number, row))
+        found.setdefault(json.dumps([asked(row), row.get("expert")]), (number, row))
         n += 1
     return [*found.values()], n - len(found)
 
