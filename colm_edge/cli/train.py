@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from colm_edge.train.scoring import Recorded
 
 
+MOST_DEFERRED = 0.5  # of the expert's own text, by a switch whose threshold should defer a fifth
 # Options that do not go with several experts.
 UNFIT = ("--threshold-by", "--review", "--update", "--report-dir", "--expert-scores")
 
@@ -219,8 +220,9 @@ def train(
         )
         fit = _with_review(fit, pair if here else None, carried)
         _save(fit, pair, outfile, report_dir)
-    say(_in_words(fit.report))
-    click.echo(json.dumps({**fit.report, **told}))
+    report = {**fit.report, **told}
+    say(_in_words(report))
+    click.echo(json.dumps(report))
 
 
 def spelt_out(models: dict[str, Any]) -> dict[str, Any]:
@@ -462,8 +464,18 @@ def _save(fit: Fit, pair: Pair, outfile: str, report_dir: str | None) -> None:
 
 
 def _in_words(report: dict[str, Any]) -> str:
+    saturated = ""
+    if "n_answers" in report and report["defer_rate"] > MOST_DEFERRED:
+        saturated = (
+            f"\nthe objective {report['objective']} finds nearly every token better with the "
+            "expert, which wrote this text; leave --objective out"
+        )
     return (
-        f"nats per token on held-back lines: base {report['nll_base']:.3f}, expert "
-        f"{report['nll_expert']:.3f}, together {report['nll_hard']:.3f} at a threshold of "
-        f"{report['threshold']:.3f}, {report['defer_rate']:.0%} deferred"
-    ) + (f"\n{_review_in_words(report['review'])}" if "review" in report else "")
+        (
+            f"nats per token on held-back lines: base {report['nll_base']:.3f}, expert "
+            f"{report['nll_expert']:.3f}, together {report['nll_hard']:.3f} at a threshold of "
+            f"{report['threshold']:.3f}, {report['defer_rate']:.0%} deferred"
+        )
+        + saturated
+        + (f"\n{_review_in_words(report['review'])}" if "review" in report else "")
+    )
