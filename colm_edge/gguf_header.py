@@ -114,7 +114,10 @@ def check_model(header: Header) -> None:
         ("rope.dimension_count", 2, 1 << 16),
     ):
         found = header.keys.get(f"{name}.{key}", low)
-        for value in found if isinstance(found, list) else [found]:
+        values = found if isinstance(found, list) else [found]
+        if name == "deci" and key == "attention.head_count" and any(values):
+            values = list(filter(None, values))  # some of its layers have no attention
+        for value in values:
             if not isinstance(value, int | float) or not low <= value <= high:
                 raise ValueError(f"{key} is {str(value)[:40]}; expected {low} to {high}")
             if key.startswith("rope") and value % 2:

@@ -75,6 +75,11 @@ def test_a_mutated_switch_is_read_or_refused_in_one_line(switch, data):
         assert told.isprintable()
 
 
+def of_deci(*head_counts: int) -> Header:
+    keys = {"general.architecture": "deci", "deci.attention.head_count": list(head_counts)}
+    return Header(keys, {})
+
+
 def named(**keys) -> Header:
     return Header({"general.architecture": "llama", **{f"llama.{k}": v for k, v in keys.items()}})
 
@@ -88,6 +93,7 @@ def named(**keys) -> Header:
         (named(**{"attention.layer_norm_rms_epsilon": -1e-5}), "epsilon"),
         (named(**{"attention.layer_norm_rms_epsilon": float("nan")}), "epsilon"),
         (named(**{"attention.head_count": [4, 0]}), "head_count"),
+        (of_deci(0, 0), "head_count"),
         (named(**{"rope.dimension_count": 33}), "even"),
         (Header({"tokenizer.ggml.tokens": ["a", "b", "a"]}), "comes twice"),
         (Header({"tokenizer.ggml.tokens": ["a", "b", "a\0c"]}), "comes twice"),
@@ -137,3 +143,7 @@ def test_tensors_end_in_the_file(tmp_path):
         path.write_bytes(whole.replace(sizes, wide, 1))
         with pytest.raises(ValueError, match="beyond the file"):
             read_header(path)
+
+
+def test_layers_without_attention_are_no_fault_where_the_architecture_has_them():
+    check_model(of_deci(4, 0))

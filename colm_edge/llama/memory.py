@@ -26,7 +26,7 @@ def cache_bytes(
     of_queries = _by_layer(model, "attention.head_count") or [0]
     heads = _by_layer(model, "attention.head_count_kv") or of_queries  # of each layer, or of all
     n_heads = sum(heads) if len(heads) > 1 else heads[0] * model.number("block_count")
-    width = model.n_embd // max(1, of_queries[0])
+    width = model.n_embd // next(filter(None, of_queries), 1)  # layers may have no attention
     bits = key_bits * (model.number("attention.key_length") or width)
     bits += value_bits * (model.number("attention.value_length") or width)
     return int(-(-n_ctx // CELLS) * CELLS * n_heads * bits / 8)

@@ -8,7 +8,6 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import os
-import re
 import threading
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -28,13 +27,8 @@ from colm_edge.llama.interrupts import interrupts_noted
 from colm_edge.llama.owners import HomeLock
 from colm_edge.llama.rpc import check_servers, device_list
 from colm_edge.llama.threads import cores
+from colm_edge.llama.tokenizer import Tokenizer
 
-PARTED = "\ufdd0"  # no character of Unicode, and never will be one
-# Pre-tokenizers that llama.cpp has code of its own for; other texts are cut here.
-OWN_SPLITS = ("gpt-2", "llama-bpe", "olmo", "qwen2", "smollm")
-# Python and C++ agree that these six are spaces, but not on others; nor on what is none.
-LONG_RUN = re.compile(r"[^ \t-\r]{4000}|[\s\x00-\x20\x7f-\xa0]{4000}")
-CONTROL = llama.LLAMA_TOKEN_ATTR_CONTROL | llama.LLAMA_TOKEN_ATTR_UNKNOWN
 PIECES = 32  # tokens whose pieces are read at once
 Read = TypeVar("Read")
 WAIT = 0.05  # seconds between two checks while another thread reads the weights
@@ -273,9 +267,10 @@ class Model:
             vocab = self._vocab
             return [read(vocab, token) for token in range(n)]
 
-    def _read_vocab(self, read: Callable[[Any], Any]) -> int:
+    def read_vocab(self, read: Callable[[Any], Read]) -> Read:
+        """Return what a function of llama.cpp's says of the vocabulary."""
         with self._lock.held():
-            return int(read(self._vocab))
+            return read(self._vocab)
 
     def metadata(self, key: str) -> str | None:
         """Return a GGUF key's value as text, or None."""
@@ -299,7 +294,7 @@ class Model:
     @cached_property
     def n_vocab(self) -> int:
         """Rows of the vocabulary, padding and added tokens included."""
-        return self._read_vocab(llama.llama_vocab_n_tokens)
+        return int(self.read_vocab(llama.llama_vocab_n_tokens))
 
     @cached_property
     def n_embd(self) -> int:
@@ -362,6 +357,10 @@ class Model:
         texts = [text or b"" for text in self.each_token(llama.llama_vocab_get_text)]
         return hashlib.sha256(b"\0".join(texts)).hexdigest()
 
+    @cached_property
+    def _tokenizer(self) -> Tokenizer:
+        return Tokenizer(self)
+
     def tokenize(self, text: str, *, special: bool = True, bos: bool = True) -> list[int]:
         """Return the token ids of a text.
 
@@ -369,61 +368,28 @@ class Model:
             `plain` has parted them.
         bos: put the begin token first, if the vocabulary adds one.
         """
-        if not self._splits_long_runs:
-            text = LONG_RUN.sub(lambda run: run[0] + PARTED, text)
-        first, *others = text.split(PARTED)
-        tokens = self._tokenize(first, special, bos)
-        for other in others:
-            tokens += self._tokenize(other, special, False)
-        return tokens
-
-    @cached_property
-    def _splits_long_runs(self) -> bool:
-        """Whether llama.cpp splits a text without a regex that calls itself at each character, to
-        the stack's end: some 20,000 without a space end the process."""
-        byte_pairs = self.metadata("tokenizer.ggml.model") == "gpt2"
-        return not byte_pairs or self.metadata("tokenizer.ggml.pre") in OWN_SPLITS
+        return self._tokenizer.tokens(text, special, bos)
 
     def plain(self, text: str) -> str:
         """Return a text in which the names of control tokens are parted: `tokenize` then takes them
         for what they are in somebody's words, text."""
-        text = text.replace(PARTED, "")
-        while names := self._control_names(text):
-            pattern = "|".join(map(re.escape, sorted(names)))
-            text = re.sub(pattern, lambda found: found[0][0] + PARTED + found[0][1:], text)
-        return text
+        return self._tokenizer.plain(text)
 
-    def _control_names(self, text: str) -> set[str]:
-        """Return the names of the control tokens that `tokenize` finds in a text."""
-        tokens = set(self.tokenize(text, bos=False))
-        with self._lock.held():
-            vocab = self._vocab
-            found = [t for t in tokens if llama.llama_vocab_get_attr(vocab, t) & CONTROL]
-        names = {self.token_text(token) for token in found}
-        return {name for name in names if len(name) > 1 and name in text}
-
-    def _tokenize(self, text: str, special: bool, bos: bool) -> list[int]:
-        raw = text.encode("utf-8", "replace")
-        size = len(raw) + 8
-        while True:
-            buffer = (llama.llama_token * size)()
-            with self._lock.held():
-                n = llama.llama_tokenize(self._vocab, raw, len(raw), buffer, size, bos, special)
-            if n >= 0:
-                return list(buffer[:n])
-            size = -n
+    def fewest_tokens(self, text: str) -> int:
+        """Return how many tokens a long text has at least, which is known at once."""
+        return self._tokenizer.fewest(text)
 
     @cached_property
     def bos_text(self) -> str:
         # Without this key llama.cpp returns a default id, which may be an ordinary token here.
         if self.metadata("tokenizer.ggml.bos_token_id") is None:
             return ""
-        token = self._read_vocab(llama.llama_vocab_bos)
+        token = self.read_vocab(llama.llama_vocab_bos)
         return "" if token < 0 else self.token_text(token)
 
     @cached_property
     def eos_text(self) -> str:
-        token = self._read_vocab(llama.llama_vocab_eos)
+        token = self.read_vocab(llama.llama_vocab_eos)
         return "" if token < 0 else self.token_text(token)
 
     @cached_property
@@ -433,7 +399,8 @@ class Model:
         llama.cpp guesses the first by its name; where the chat template writes the other, it is
         that.
         """
-        turn, text = map(self._read_vocab, (llama.llama_vocab_eot, llama.llama_vocab_eos))
+        ends = (llama.llama_vocab_eot, llama.llama_vocab_eos)
+        turn, text = (int(self.read_vocab(end)) for end in ends)
         template = self.chat_template or ""
         writes = [at >= 0 and self.token_text(at) in template for at in (turn, text)]
         return text if turn < 0 or writes == [False, True] else turn
@@ -451,7 +418,7 @@ class Model:
 
     def vocab_kind(self) -> tuple[tuple[str, int], ...]:
         """Return what two vocabularies must have in common besides their tokens."""
-        read = self._read_vocab
+        read = self.read_vocab
         add_bos = bool(read(llama.llama_vocab_get_add_bos))
         add_eos = bool(read(llama.llama_vocab_get_add_eos))
         return (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import secrets
 import time
 from collections.abc import AsyncGenerator, Sequence
@@ -24,7 +25,7 @@ async def respond(
     server: Server, form: Format, body: Sampling, prompts: Sequence[Prompt], request: Request
 ) -> Response:
     """Answer each prompt `n` times, in the manner of OpenAI's API."""
-    jobs = jobs_of(server, body, prompts)
+    jobs = await asyncio.to_thread(jobs_of, server, body, prompts)
     head = {
         "id": form.prefix + secrets.token_hex(12),
         "created": int(time.time()),

@@ -8,9 +8,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
-from colm_edge.errors import ColmError
+from colm_edge.errors import ColmError, ContextError
 from colm_edge.llama.chat_template import THINK, THINK_END
-from colm_edge.llama.model import PARTED
+from colm_edge.llama.tokenizer import PARTED
 from colm_edge.serve.call_grammar import grammar_for
 from colm_edge.serve.parts import Reply, Splitter, reply_of
 from colm_edge.serve.tools import GENERIC, ToolUse, form_of, told
@@ -44,6 +44,16 @@ class Prompt:
     grammar: str | None = None
 
 
+def check_length(pair: Pair, text: str) -> None:
+    """Raise ContextError for a text that cannot fit the context, before it takes minutes to read as
+    tokens."""
+    if (n := pair.base.fewest_tokens(text)) > pair.n_ctx:
+        raise ContextError(
+            f"the prompt has at least {n} tokens, the context holds {pair.n_ctx}; shorten it or "
+            "raise -c"
+        )
+
+
 class Dialogue:
     """A conversation with a pair: its prompt, as text and as tokens, and what answers are made of.
 
@@ -64,6 +74,7 @@ class Dialogue:
         elif offered:
             variables["tools"] = [tool.as_dict() for tool in offered]
         text = pair.prompt_text(messages, raw=raw, **variables)
+        check_length(pair, text)
         self.text = text.replace(PARTED, "")
         self.thinks = not raw and THINK_END in template
         self._thinking = self.thinks and text.rstrip().endswith(THINK)

@@ -53,9 +53,16 @@ class RefusalError(Exception):
 INTERNAL = RefusalError(500, "the server failed; its log says why", "server_error")
 
 
+# The types of errors in Anthropic's API, where they are not those of OpenAI's.
+ANTHROPIC = {
+    404: "not_found_error", 413: "request_too_large", 429: "rate_limit_error",
+    503: "overloaded_error",
+}  # fmt: skip
+
+
 def anthropic(e: RefusalError) -> dict[str, Any]:
     """Return a refusal as Anthropic's API words it."""
-    kind = "api_error" if e.status >= 500 else e.kind
+    kind = ANTHROPIC.get(e.status, "api_error" if e.status >= 500 else e.kind)
     return {"type": "error", "error": {"type": kind, "message": str(e)}}
 
 

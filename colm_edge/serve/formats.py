@@ -5,6 +5,7 @@ A format turns what an answer reports into JSON; one format exists for each endp
 
 from __future__ import annotations
 
+import codecs
 import time
 from collections.abc import Callable, Sequence
 from operator import itemgetter
@@ -197,7 +198,9 @@ class CompletionFormat:
         if not self._body.echo:
             return None
         first = began.prompt_tokens[0]
-        columns = self._logprobs(began.prompt_steps, len(self._text(first)))
+        # Without what is only the beginning of a character, which the next tokens complete.
+        whole = codecs.getincrementaldecoder("utf-8")("replace").decode(self._piece(first))
+        columns = self._logprobs(began.prompt_steps, len(whole))
         if columns is None:
             return None
         row = (self._name(first), None, None, 0)

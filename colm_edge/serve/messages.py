@@ -177,7 +177,7 @@ def count_tokens(body: CountRequest, server: TheServer) -> dict[str, int]:
 async def messages(body: MessagesRequest, server: TheServer, request: Request) -> Response:
     server.check_queue(request.client)
     dialogue = await asyncio.to_thread(Dialogue, server.pair, body.conversation())
-    (job,) = jobs_of(server, body, [dialogue.prompt])
+    (job,) = await asyncio.to_thread(jobs_of, server, body, [dialogue.prompt])
     head = {
         "id": "msg_" + secrets.token_hex(12),
         "type": "message",

@@ -97,7 +97,10 @@ class Asked(Body):
     @property
     def variables(self) -> Json:
         """What the chat template reads besides the messages."""
-        return {} if self.think is None else {"enable_thinking": bool(self.think)}
+        if self.think is None:
+            return {}
+        level = {"reasoning_effort": self.think} if isinstance(self.think, str) else {}
+        return {"enable_thinking": bool(self.think), **level}
 
 
 class CalledFunction(Body):
@@ -245,7 +248,7 @@ async def _respond(
 ) -> Response:
     server.check_queue(request.client)
     dialogue = await asyncio.to_thread(Dialogue, server.pair, conversation)
-    (job,) = jobs_of(server, body.sampling, [dialogue.prompt])
+    (job,) = await asyncio.to_thread(jobs_of, server, body.sampling, [dialogue.prompt])
     if body.stream:
         stream = server.stream([job], request.client)
         lines = _lines(stream, server.name, dialogue, written)
@@ -286,6 +289,8 @@ def _end_of(ended: Ended) -> Json:
     """Return the counts that end an answer; durations are in nanoseconds."""
     stats = ended.answer.stats
     total = time.monotonic() - ended.began.at
+    writing = stats.total_seconds - stats.expert_load_seconds
+    reading = min(stats.first_token_seconds, writing)
     return {
         "created_at": _now(),
         "done": True,
@@ -293,9 +298,9 @@ def _end_of(ended: Ended) -> Json:
         "total_duration": int(total * 1e9),
         "load_duration": int(stats.expert_load_seconds * 1e9),
         "prompt_eval_count": len(ended.began.prompt_tokens),
-        "prompt_eval_duration": 0,
+        "prompt_eval_duration": int(reading * 1e9),
         "eval_count": stats.n_generated,
-        "eval_duration": int((stats.total_seconds - stats.expert_load_seconds) * 1e9),
+        "eval_duration": int((writing - reading) * 1e9),
         "colm": colm_of([ended]),
     }
 

@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, create_model, model_validator
 from colm_edge.errors import ColmError
 from colm_edge.llama.grammar import grammar_of
 from colm_edge.options import OPTIONS, Option, Options
-from colm_edge.serve.dialogue import Prompt
+from colm_edge.serve.dialogue import Prompt, check_length
 
 if TYPE_CHECKING:
     from colm_edge.pair import Pair
@@ -226,7 +226,10 @@ class CompletionRequest(Sampling):
     def _tokens(self, prompt: str | list[int], pair: Pair) -> list[int]:
         if not isinstance(prompt, str):
             return prompt
-        return pair.tokens_of(prompt) if self.special else pair.base.tokenize(prompt, special=False)
+        if not self.special:
+            return pair.base.tokenize(prompt, special=False)
+        check_length(pair, prompt)
+        return pair.tokens_of(prompt)
 
 
 class TokenizeRequest(Body):

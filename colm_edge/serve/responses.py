@@ -20,7 +20,7 @@ from colm_edge.serve.answers import Ended, Event, Events
 from colm_edge.serve.chat import Function, Message, ResponseFormat, ToolCall
 from colm_edge.serve.completions import jobs_of
 from colm_edge.serve.dialogue import Conversation, Dialogue, thinking_of
-from colm_edge.serve.errors import REFUSALS
+from colm_edge.serve.errors import REFUSALS, RefusalError
 from colm_edge.serve.formats import colm_of, usage_of
 from colm_edge.serve.guard import JSONRoute, TheServer
 from colm_edge.serve.parts import CallArguments, CallBegan, Part, Text, Thought
@@ -190,10 +190,11 @@ class ResponsesRequest(Sampling):
 async def responses(body: ResponsesRequest, server: TheServer, request: Request) -> Response:
     server.check_queue(request.client)
     dialogue = await asyncio.to_thread(Dialogue, server.pair, body.conversation())
-    (job,) = jobs_of(server, body, [dialogue.prompt])
+    (job,) = await asyncio.to_thread(jobs_of, server, body, [dialogue.prompt])
     head = Head(server.name, body, len(job.tokens))
     if body.stream:
-        return EventStream(_events(server.stream([job], request.client), head, dialogue))
+        answered = _events(server.stream([job], request.client), head, dialogue)
+        return EventStream(answered, failed=head.failed)
     ended = await while_connected(request, server.generate([job], request.client))
     if ended is None:
         return Response(status_code=499)
@@ -212,7 +213,7 @@ class Head:
     """What all objects of one response share."""
 
     def __init__(self, model: str, body: ResponsesRequest, n_prompt: int) -> None:
-        self._n_prompt = n_prompt
+        self._n_prompt, self._n_events = n_prompt, 0
         given = body.model_dump(
             include={"temperature", "top_p", "tools", "tool_choice", "parallel_tool_calls"}
         )
@@ -230,6 +231,16 @@ class Head:
             "error": None,
             **given,
         }
+
+    def event(self, kind: str, fields: Json) -> str:
+        """Return an event of a stream, with its number."""
+        self._n_events += 1
+        told = {"type": kind, "sequence_number": self._n_events - 1, **fields}
+        return f"event: {kind}\n" + sse(told)
+
+    def failed(self, e: RefusalError) -> str:
+        """Return the event that ends a stream which fails."""
+        return self.event("error", {"code": e.code, "message": str(e), "param": e.param})
 
     def unfinished(self) -> Json:
         """Return the response before its answer is whole."""
@@ -355,14 +366,7 @@ def _item_of(part: Part) -> Json:
 
 async def _events(stream: Events, head: Head, dialogue: Dialogue) -> AsyncGenerator[str, None]:
     """Yield the events of a response that is streamed, each with its number."""
-    number = -1
-
-    def event(kind: str, fields: Json) -> str:
-        nonlocal number
-        number += 1
-        return f"event: {kind}\n" + sse({"type": kind, "sequence_number": number, **fields})
-
-    output, splitter = Output(), dialogue.splitter()
+    output, splitter, event = Output(), dialogue.splitter(), head.event
     yield event("response.created", {"response": head.unfinished()})
     yield event("response.in_progress", {"response": head.unfinished()})
     async with aclosing(stream) as events:

@@ -13,7 +13,7 @@ from prometheus_client import generate_latest
 
 from colm_edge.serve.chat import ChatRequest, TemplateRequest
 from colm_edge.serve.completions import respond
-from colm_edge.serve.dialogue import Dialogue
+from colm_edge.serve.dialogue import Dialogue, check_length
 from colm_edge.serve.errors import REFUSALS, RefusalError
 from colm_edge.serve.formats import ChatFormat, CompletionFormat, told_piece
 from colm_edge.serve.guard import JSONRoute, TheServer
@@ -99,6 +99,8 @@ async def completions(body: CompletionRequest, server: TheServer, request: Reque
 @router.post("/tokenize")
 def tokenize(body: TokenizeRequest, server: TheServer) -> dict[str, Any]:
     base = server.pair.base
+    if body.parse_special:
+        check_length(server.pair, body.prompt)
     tokens = base.tokenize(body.prompt, special=body.parse_special, bos=body.add_special_tokens)
     told: list[Any] = tokens
     if body.with_pieces:

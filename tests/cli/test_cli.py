@@ -88,8 +88,8 @@ def test_json_has_the_documented_shape(tiny):
     assert set(answer["stats"]) == {
         "n_prompt", "n_generated", "n_deferred", "n_reviewed", "n_undone", "defer_rate",
         "base_tokens", "expert_calls", "expert_tokens", "expert_failures",
-        "base_seconds", "expert_seconds", "expert_load_seconds", "total_seconds",
-        "tokens_per_second",
+        "base_seconds", "expert_seconds", "expert_load_seconds", "first_token_seconds",
+        "total_seconds", "tokens_per_second",
     }  # fmt: skip
     assert all(set(t) == {"id", "text", "source", "p_defer"} for t in answer["tokens"])
     assert "".join(t["text"] for t in answer["tokens"]) == answer["text"]

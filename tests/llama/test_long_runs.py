@@ -9,7 +9,8 @@ import pytest
 from gguf import GGUFWriter
 from lib.random_model import SHAPES, write_model
 
-from colm_edge.llama.model import OWN_SPLITS, Model
+from colm_edge.llama.model import Model
+from colm_edge.llama.tokenizer import OWN_SPLITS
 
 RUNS = "A" * 30_000 + " " * 30_000 + "!" * 30_000 + "1" * 30_000
 # Characters that Python takes for spaces, and C++ does not, or the other way round.

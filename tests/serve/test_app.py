@@ -223,6 +223,17 @@ def test_prompt_logprobs_cannot_be_streamed(client):
         )
 
 
+def test_offsets_count_characters_that_are_whole(client, pair):
+    """The first token of an echoed prompt may end inside one."""
+    pieces = {pair.base.piece(token): token for token in reversed(range(pair.base.n_vocab))}
+    tokens = [pieces[bytes([byte])] for byte in "é.".encode()]
+    told = client.completions.create(
+        model="tiny", prompt=[tokens], max_tokens=0, logprobs=1, echo=True
+    ).choices[0]
+    assert told.text == "é."
+    assert told.logprobs.text_offset == [0, 0, 1]
+
+
 def test_an_echo_comes_first_in_a_stream(client):
     events = list(
         client.completions.create(

@@ -8,6 +8,8 @@ import httpx
 import jsonschema
 import pytest
 
+from colm_edge.serve.errors import RefusalError, anthropic
+
 SCHEMA = {"type": "object", "properties": {"n": {"enum": [1, 2]}}, "required": ["n"]}
 TOOLS = [{"name": "pick", "description": "d", "input_schema": SCHEMA}]
 ASKED = {"model": "any", "max_tokens": 12, "messages": [{"role": "user", "content": "hello"}]}
@@ -125,3 +127,18 @@ def test_errors_are_anthropics(url, more, words):
     assert told["type"] == "error"
     assert told["error"]["type"] == "invalid_request_error"
     assert words in told["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    ("status", "kind"),
+    [
+        (400, "invalid_request_error"),
+        (404, "not_found_error"),
+        (413, "request_too_large"),
+        (500, "api_error"),
+        (503, "overloaded_error"),
+    ],
+)
+def test_the_types_of_errors_are_anthropics(status, kind):
+    """Its clients try again by these names."""
+    assert anthropic(RefusalError(status, "why"))["error"] == {"type": kind, "message": "why"}

@@ -8,7 +8,7 @@ import httpx
 import jsonschema
 import pytest
 
-from colm_edge.serve.ollama import ChatRequest
+from colm_edge.serve.ollama import ChatRequest, GenerateRequest
 from colm_edge.serve.tools import told
 
 CHAT = [{"role": "user", "content": "hello"}]
@@ -42,6 +42,8 @@ def test_a_chat_streams_unless_told_otherwise(url):
     assert not any(line["done"] for line in lines)
     assert (last["done"], last["done_reason"], last["eval_count"]) == (True, "length", 12)
     assert last["eval_duration"] > 0
+    assert last["prompt_eval_duration"] > 0
+    assert last["prompt_eval_duration"] + last["eval_duration"] <= last["total_duration"]
     whole = post(url, "/api/chat", **asked, stream=False)
     assert whole["message"] == {"role": "assistant", "content": text_of_chat(url)}
     assert whole["prompt_eval_count"] == last["prompt_eval_count"] > 0
@@ -144,3 +146,15 @@ def test_a_seed_that_does_not_fit_is_refused(url):
     for seed, status in ((2**63 - 1, 200), (2**63, 400), (-(2**63) - 1, 400)):
         asked = {"prompt": "hi", "options": {"num_predict": 1, "seed": seed}, "stream": False}
         assert httpx.post(f"{url}/api/generate", json=asked, timeout=60).status_code == status
+
+
+@pytest.mark.parametrize(
+    ("think", "variables"),
+    [
+        (None, {}),
+        (True, {"enable_thinking": True}),
+        ("low", {"enable_thinking": True, "reasoning_effort": "low"}),
+    ],
+)
+def test_how_much_to_think_is_told_to_the_template(think, variables):
+    assert GenerateRequest(prompt="x", think=think).conversation().variables == variables

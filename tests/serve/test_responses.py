@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 
 import httpx
@@ -9,7 +10,10 @@ import openai
 import pytest
 from pydantic import BaseModel
 
-from colm_edge.serve.responses import STATEFUL
+from colm_edge.serve.dialogue import Conversation, Dialogue
+from colm_edge.serve.errors import RefusalError
+from colm_edge.serve.responses import STATEFUL, Head, ResponsesRequest, _events
+from colm_edge.serve.streaming import EventStream
 
 
 @pytest.fixture
@@ -177,3 +181,26 @@ def test_earlier_calls_and_what_they_returned_are_told(url, pair):
     assert response["usage"]["input_tokens"] == expected["usage"]["prompt_tokens"]
     text = response["output"][0]["content"][0]["text"]
     assert text == expected["choices"][0]["message"]["content"]
+
+
+def test_a_stream_that_fails_ends_with_an_error_of_its_own_kind(tiny_pair):
+    """Clients look for a type, and [DONE] is none."""
+
+    async def failing():
+        raise RefusalError(503, "the server is ending", code="ending")
+        yield
+
+    async def read(pieces: EventStream) -> list[str]:
+        return [bytes(piece).decode() async for piece in pieces.body_iterator]
+
+    head = Head("tiny", ResponsesRequest(input="hello"), 3)
+    dialogue = Dialogue(tiny_pair, Conversation([{"role": "user", "content": "hello"}]))
+    events = EventStream(_events(failing(), head, dialogue), failed=head.failed)
+    *begun, last = asyncio.run(read(events))
+    assert len(begun) == 2
+    kind, data = last.rstrip("\n").split("\n")
+    assert kind == "event: error"
+    assert json.loads(data.removeprefix("data: ")) == {
+        "type": "error", "sequence_number": 2, "code": "ending",
+        "message": "the server is ending", "param": None,
+    }  # fmt: skip
