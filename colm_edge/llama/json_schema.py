@@ -216,8 +216,9 @@ class Plain:
     def _merged(self, given: Mapping[str, Any], path: str) -> Json:
         """Return one schema for a schema and all of its allOf."""
         found = {key: value for key, value in given.items() if key != "allOf"}
-        for one in given["allOf"]:
-            part = self._flat(one, path)
+        parts = [self._flat(one, path) for one in given["allOf"]]
+        self._check_others([found, *parts], path)
+        for part in parts:
             for key, value in part.items():
                 if key in ANNOTATIONS or found.get(key, value) == value:
                     found.setdefault(key, value)
@@ -230,6 +231,14 @@ class Plain:
                 else:
                     self._refuse(f"{key} in allOf", path)
         return found
+
+    def _check_others(self, parts: Sequence[Mapping[str, Any]], path: str) -> None:
+        """Refuse what a part says of properties beside its own, where other parts have some."""
+        each = [part.get("properties", {}) for part in parts]
+        names = {name for own in each if isinstance(own, Mapping) for name in own}
+        for part, own in zip(parts, each, strict=True):
+            if part.get("additionalProperties", True) is not True and names - {*own}:
+                self._refuse("additionalProperties in allOf", path)
 
     def _flat(self, part: Any, path: str) -> Json:
         """Return a part of an allOf without references and parts of its own."""

@@ -70,6 +70,9 @@ KEPT = [
     ({"type": "number", "oneOf": [{"type": "integer"}, {"type": "string"}]}, "3", '"x" 3.5'),
     ({"allOf": [{"anyOf": [{"type": "integer"}, {"type": "string"}]}, {"type": "string"}]},
      '"a"', "1"),
+    ({"properties": {"a": {"const": 1}}, "required": ["a"], "allOf": [
+        {"properties": {"a": {"const": 1}}, "additionalProperties": False}]},
+     '{"a":1}', '{"a":1,"b":2}'),
     ({"type": "string", "anyOf": [{"$ref": "#/$defs/a"}, True],
       "$defs": {"a": {"anyOf": [{"const": 1}, {"const": "b"}]}}}, '"b" "c"', "1"),
 ]  # fmt: skip
@@ -147,6 +150,12 @@ REFUSED = {
     "required 'b'": {"properties": {}, "required": ["b"], "additionalProperties": False},
     "properties": {"properties": {"a": {"const": 1}}, "anyOf": [{"required": ["a"]}]},
     "minItems": {"prefixItems": [{"const": 1}], "minItems": 2},
+    "additionalProperties in allOf": {
+        "allOf": [
+            {"properties": {"a": {"const": 1}}, "additionalProperties": False},
+            {"properties": {"b": {"const": 2}}},
+        ]
+    },
     "maxLength in allOf": {"allOf": [{"maxLength": 2}, {"maxLength": 3}]},
 }
 
