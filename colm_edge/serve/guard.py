@@ -54,7 +54,12 @@ class JSONRoute(APIRoute):
         handle = super().get_route_handler()
 
         async def read(request: Request) -> Response:
-            return await handle(JSONRequest(request.scope, request.receive))
+            scope = request.scope
+            # Ollama takes any type, and curl sends a form's. A browser tells the page's origin.
+            if scope["path"].startswith("/api/") and "origin" not in request.headers:
+                others = [(key, x) for key, x in scope["headers"] if key != b"content-type"]
+                scope = {**scope, "headers": [*others, (b"content-type", b"application/json")]}
+            return await handle(JSONRequest(scope, request.receive))
 
         return read
 

@@ -158,3 +158,17 @@ def test_a_seed_that_does_not_fit_is_refused(url):
 )
 def test_how_much_to_think_is_told_to_the_template(think, variables):
     assert GenerateRequest(prompt="x", think=think).conversation().variables == variables
+
+
+def test_a_type_is_not_needed_but_of_a_page(url):
+    """As in Ollama's examples for curl. Another site's page may send text, and tells its origin."""
+    body = json.dumps({"prompt": "hello", "stream": False, "options": OPTIONS})
+    form = {"Content-Type": "application/x-www-form-urlencoded"}
+    answer = httpx.post(f"{url}/api/generate", content=body, headers=form, timeout=60)
+    assert answer.status_code == 200
+    assert answer.json()["done"]
+    page = {"Content-Type": "text/plain", "Origin": "https://a.example"}
+    for path, headers in (("/api/generate", page), ("/v1/completions", form)):
+        refused = httpx.post(f"{url}{path}", content=body, headers=headers, timeout=60)
+        assert refused.status_code == 400
+        assert "send Content-Type: application/json" in refused.text
