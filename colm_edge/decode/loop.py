@@ -175,7 +175,8 @@ class Decoder:
             raise StopIteration from None
         finally:
             stats.total_seconds += perf_counter() - begun
-        stats.first_token_seconds = stats.first_token_seconds or stats.total_seconds
+        if not stats.first_token_seconds:
+            stats.first_token_seconds = stats.total_seconds - stats.expert_load_seconds
         if not isinstance(event, Step):
             return event
         step = event

@@ -97,7 +97,7 @@ class Stats:
     base_seconds: float = 0.0
     expert_seconds: float = 0.0
     expert_load_seconds: float = 0.0  # of expert_seconds: weights and context, at its first call
-    first_token_seconds: float = 0.0  # of total_seconds: until a token is known, with the prompt's
+    first_token_seconds: float = 0.0  # of total_seconds, with the prompt's, without a load's
     total_seconds: float = 0.0
     tokens_per_second: float = 0.0
     # Of several experts, by their sources; those above are their sums.

@@ -290,7 +290,7 @@ def _end_of(ended: Ended) -> Json:
     stats = ended.answer.stats
     total = time.monotonic() - ended.began.at
     writing = stats.total_seconds - stats.expert_load_seconds
-    reading = min(stats.first_token_seconds, writing)
+    reading = max(0.0, min(stats.first_token_seconds, writing))
     return {
         "created_at": _now(),
         "done": True,

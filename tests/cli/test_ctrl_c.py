@@ -121,7 +121,7 @@ def test_it_ends_a_download_that_goes_on_later(tmp_path, monkeypatch, default_ha
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 1 << 16)
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
-    sha256, hashed = hub._sha256, list[Path]()
+    sha256, hashed = hub.sha256_of, list[Path]()
 
     def interrupted(path):
         hashed.append(path)
@@ -129,7 +129,7 @@ def test_it_ends_a_download_that_goes_on_later(tmp_path, monkeypatch, default_ha
             os.kill(os.getpid(), signal.SIGINT)
         return sha256(path)
 
-    monkeypatch.setattr(hub, "_sha256", interrupted)
+    monkeypatch.setattr(hub, "sha256_of", interrupted)
     with local_hub(content) as server:
         monkeypatch.setenv("HF_ENDPOINT", server.url)
         done = CliRunner().invoke(main, ["pull", "them/model:m.gguf"])

@@ -84,7 +84,7 @@ def _judged(name: str) -> Callable[[Iterable[Row]], object]:
         kept = list(rows)
         check_rows(kept, METRICS[name])
         for _, row in kept:
-            METRICS[name](row["prompt"], row)
+            METRICS[name](str(row.get("prompt")), row)
 
     return judge
 
