@@ -91,7 +91,7 @@ threshold_options = gathered(
         type=click.Choice([*METRICS]),
         help="Choose the default threshold by the answers to held-back prompts, generated at "
         "defer rates of 0, 0.1 … 1.  [default: by the likelihood of hard decisions; a rate of 0.2 "
-        "for the objective regret]",
+        "for the objective regret and with --prompts]",
     ),
     click.option(
         "--threshold-lines",
