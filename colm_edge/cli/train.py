@@ -406,6 +406,7 @@ def _chooser(
 ) -> ChooseThreshold | None:
     """Return what chooses a threshold by generated answers, if a metric is given."""
     from colm_edge.evaluate import metrics
+    from colm_edge.evaluate.generate import ANSWERS_FILE
     from colm_edge.evaluate.threshold import choose_by_answers
     from colm_edge.journal import Journal
     from colm_edge.options import Options
@@ -414,7 +415,7 @@ def _chooser(
         return None
     metrics.check_rows(rows, metrics.METRICS[metric])
     options = Options(temperature=0.0, raw=raw, schedule="sequential")
-    journal = Journal(work / "answers.jsonl") if work is not None else None
+    journal = Journal(work / ANSWERS_FILE) if work is not None else None
     return partial(
         choose_by_answers, pair, rows, metric, n_lines, options, progress, journal=journal
     )

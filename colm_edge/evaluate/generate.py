@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from colm_edge.train.documents import Row
     from colm_edge.train.scoring import MakeProgress
 
+ANSWERS_FILE = "answers.jsonl"  # of a work folder: the answers of every method
 Facts = dict[str, Any]
 
 

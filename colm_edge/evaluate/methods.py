@@ -19,7 +19,7 @@ import numpy.typing as npt
 
 from colm_edge.decode.policy import running_rate
 from colm_edge.errors import ColmError, MismatchError
-from colm_edge.evaluate.generate import Facts, Generated, RandomSwitch, answers
+from colm_edge.evaluate.generate import ANSWERS_FILE, Facts, Generated, RandomSwitch, answers
 from colm_edge.evaluate.generate import judge as judged_answers
 from colm_edge.evaluate.metrics import METRICS, Metric, check_rows
 from colm_edge.evaluate.proxy_tuning import Proxy
@@ -184,7 +184,7 @@ def evaluate(
         comparison = replace(comparison, **_point(pair, options))
     rows = list(islice(read_rows(data), comparison.limit))
     _check(pair, rows, options, comparison)
-    scoring, answering = (_journal(work, name) for name in ("proxy", "answers"))
+    scoring, answering = (_journal(work, name) for name in ("proxy.jsonl", ANSWERS_FILE))
     by_expert = None
     if comparison.on_expert:
         by_expert = answer_prompts(
@@ -234,7 +234,7 @@ def _scored(
 
 
 def _journal(work: Path | None, name: str) -> Journal | None:
-    return None if work is None else Journal(work / f"{name}.jsonl")
+    return None if work is None else Journal(work / name)
 
 
 def _answers(

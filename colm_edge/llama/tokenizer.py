@@ -67,12 +67,12 @@ class Tokenizer:
         if len(text) >= LONG_TEXT:
             return {found[0] for found in self._any_name.finditer(text)}
         tokens = set(self.tokens(text, special=True, bos=False))
-        found = [token for token in tokens if self._attributes(token) & CONTROL]
-        names = {self._model.token_text(token) for token in found}
-        return {name for name in names if len(name) > 1 and name in text}
 
-    def _attributes(self, token: int) -> int:
-        return self._model.read_vocab(lambda v: int(llama.llama_vocab_get_attr(v, token)))
+        def controls(vocab: Any) -> list[int]:
+            return [t for t in tokens if llama.llama_vocab_get_attr(vocab, t) & CONTROL]
+
+        names = map(self._model.token_text, self._model.read_vocab(controls))
+        return {name for name in names if len(name) > 1 and name in text}
 
     @cached_property
     def _any_name(self) -> re.Pattern[str]:

@@ -9,6 +9,7 @@ import llama_cpp as llama
 
 from colm_edge.errors import MismatchError
 from colm_edge.llama.model import Model
+from colm_edge.llama.tokenizer import PARTED
 
 # llama.cpp's limit: two vocabularies may differ in size by this many rows.
 MAX_VOCAB_DIFFERENCE = 128
@@ -87,17 +88,10 @@ class Vocabulary:
         """Return the tokenizer's tokens of a text if they spell it, else none."""
         if text is None:
             return []
-        for marker in (b"", b"\n"):  # some put a space before the beginning of a text
-            tokens = self._model.tokenize(marker.decode() + text, special=False, bos=False)
-            end = 0
-            for i, token in enumerate([*tokens, None]):
-                if marker or i == 0:
-                    rest = tokens[i:]
-                    if b"".join(map(self.piece, rest)) == raw:
-                        return rest
-                if token is None or end > 2:
-                    break
-                end += len(self.piece(token))
+        for before in ("", PARTED):  # behind it no space is put before the beginning of a text
+            tokens = self._model.tokenize(before + text, special=False, bos=False)
+            if b"".join(map(self.piece, tokens)) == raw:
+                return tokens
         return []
 
     def _spelt(self, raw: bytes) -> Iterator[int]:

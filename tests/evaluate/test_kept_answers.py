@@ -75,8 +75,9 @@ def test_an_answer_is_found_wherever_what_it_depends_on_is_the_same(tiny_pair, d
     moved = tmp_path / "moved.jsonl"
     moved.write_text("\n".join(["", *lines]) + "\n")
     assert n_kept(moved, at) == 9
-    # The untrained rules defer as often as the pair's switch, at a threshold of their own.
-    assert n_kept(data, at, "entropy") <= 12
+    n_kept(data, at, "entropy")  # the row of that name may have another threshold now
+    entries = map(json.loads, (tmp_path / "answers.jsonl").read_text().splitlines())
+    assert sum(entry["method"] in ("base", "expert") for entry in entries) == 6
 
 
 def test_a_random_switch_draws_by_the_line(tiny_pair, data, tmp_path):
