@@ -17,7 +17,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
+
+from colm_edge.arrays import Floats
 
 MAGIC = b"GGUF"
 ARCHITECTURE = "general.architecture"
@@ -152,7 +153,7 @@ def _check_vocabulary(keys: dict[str, Any]) -> None:
         raise ValueError("the vocabulary lacks some of the tokens <0x00> to <0xFF>")
 
 
-def read_tensor(path: str | os.PathLike[str], tensor: Tensor) -> npt.NDArray[np.float32]:
+def read_tensor(path: str | os.PathLike[str], tensor: Tensor) -> Floats:
     """Return a tensor of float32 numbers. Raises ValueError where it has another type."""
     if tensor.kind != 0:
         raise ValueError(f"{tensor.name} has type {tensor.kind}; expected float32")

@@ -17,15 +17,14 @@ from typing import TYPE_CHECKING, Any, SupportsIndex
 import numpy as np
 import numpy.typing as npt
 
+from colm_edge.arrays import Doubles, Floats, Tokens
 from colm_edge.errors import ColmError
 
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer
 
     # Before Python 3.12, type checkers do not know that an array is a buffer.
-    Buffer = (
-        ReadableBuffer | npt.NDArray[np.float32] | npt.NDArray[np.float64] | npt.NDArray[np.int32]
-    )
+    Buffer = ReadableBuffer | Floats | Doubles | Tokens
     Read = Callable[
         [
             Buffer,
@@ -46,8 +45,6 @@ FEATURES: tuple[str, ...] = ("entropy", "logp1", "margin", "p1", "p2", "p3", "p4
 
 N_TOP = 5
 VARIABLE = "COLM_EDGE_NATIVE"
-Floats = npt.NDArray[np.float32]
-Doubles = npt.NDArray[np.float64]
 
 
 def read_numpy(

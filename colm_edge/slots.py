@@ -19,8 +19,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from colm_edge.arrays import Floats
 from colm_edge.cancel import Cancel, CancelledError
-from colm_edge.decode.timeline import Around, Floats, Timeline
+from colm_edge.decode.timeline import Around, Timeline
 from colm_edge.errors import ColmError, ModelError, PromptError
 from colm_edge.llama.context import SMALL_BATCH, is_small
 from colm_edge.llama.costs import CostTable

@@ -6,13 +6,14 @@ from array import array
 from collections.abc import Callable, Sequence
 from functools import partial
 
+from colm_edge.arrays import Floats
 from colm_edge.cancel import Cancel
 from colm_edge.decode.background import Background, can_overlap
 from colm_edge.decode.bridge import Bridge
 from colm_edge.decode.bridge_away import BridgeAway
 from colm_edge.decode.planner import Planner
 from colm_edge.decode.spelling import Crossing, Spelling
-from colm_edge.decode.timeline import Around, Expert, Floats, Timeline
+from colm_edge.decode.timeline import Around, Expert, Timeline
 from colm_edge.errors import ColmError, ModelError
 from colm_edge.llama.context import ContextOptions
 from colm_edge.llama.costs import CostTable

@@ -28,12 +28,12 @@ import numpy as np
 from lib.co_llm import open_checkpoint, read_bare, read_row, write_base
 
 from colm_edge import readout
+from colm_edge.arrays import Floats
 from colm_edge.cli import OneLineErrors
 from colm_edge.errors import ColmError, ModelError, SwitchError
 from colm_edge.files import check_writable, replacing
 from colm_edge.switch.file import Switch
 from colm_edge.switch.onnx import load_onnx
-from colm_edge.switch.reading import Floats
 
 ONNX_TOLERANCE = 1e-5
 

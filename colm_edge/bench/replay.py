@@ -14,10 +14,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from colm_edge.arrays import Floats
 from colm_edge.decode.loop import Decoder, Schedule
 from colm_edge.decode.picker import Picker
 from colm_edge.decode.policy import BASE, Policy, Reading
-from colm_edge.decode.timeline import Floats, Timeline
+from colm_edge.decode.timeline import Timeline
 from colm_edge.errors import DataError
 from colm_edge.journal import is_count
 

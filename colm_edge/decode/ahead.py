@@ -17,9 +17,10 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
+from colm_edge.arrays import Floats
 from colm_edge.cancel import Cancel
 from colm_edge.decode.planner import Rate
-from colm_edge.decode.timeline import Around, Floats, Timeline
+from colm_edge.decode.timeline import Around, Timeline
 
 MOST = 32  # tokens; each takes a copy of the logits
 AGREES, GOES_ON = 0.5, 0.9  # before anything is known: of the first token, and of each one behind

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 
+from colm_edge.arrays import Floats
 from colm_edge.cancel import Cancel, CancelledError
-from colm_edge.decode.timeline import Floats
 from colm_edge.llama.backend import supports_gpu
 from colm_edge.llama.context import is_small
 from colm_edge.llama.owners import Home

@@ -29,20 +29,19 @@ from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
 from colm_edge import readout
+from colm_edge.arrays import Doubles, Floats, Ints
 from colm_edge.cancel import Cancel
 from colm_edge.decode.ahead import Away
-from colm_edge.decode.spelling import Crossing, Ids, Place, Spelling
-from colm_edge.decode.timeline import Around, Floats, Timeline
+from colm_edge.decode.spelling import Crossing, Place, Spelling
+from colm_edge.decode.timeline import Around, Timeline
 from colm_edge.errors import AbsentExpertError, ModelError
 from colm_edge.llama.held import common_prefix
 
 NEAR, MOST = 18.0, 2048  # nats, and tokens, of what an expert says that is looked at
 MOST_ROWS = 512  # of its states at once: as many as a batch has tokens
 MOST_KEPT = 8  # of its states, each as large as its vocabulary
-Doubles = npt.NDArray[np.float64]
 NO_STATE = np.empty(0, np.float32)  # nobody reads an expert's hidden state
 
 
@@ -50,7 +49,7 @@ class Said(NamedTuple):
     """Tokens of the expert that begin with bytes that are there and go on, (n,), their
     log-probabilities, and how many bytes are there."""
 
-    tokens: Ids
+    tokens: Ints
     logprobs: Doubles
     n_skipped: int
 
@@ -184,7 +183,7 @@ class Bridge(Around):
                 spelt += self._logprob(row, token)
                 row, given = row + 1, given[len(self._crossing.theirs.piece(token)) :]
 
-    def _goes_on(self, row: int, given: bytes) -> tuple[Ids, Doubles]:
+    def _goes_on(self, row: int, given: bytes) -> tuple[Ints, Doubles]:
         """Return the likeliest tokens after one of the expert's that begin with what is given and
         go on, and their log-probabilities."""
         logits = self._logits(row)

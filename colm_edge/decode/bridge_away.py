@@ -11,9 +11,10 @@ from time import perf_counter
 
 import numpy as np
 
+from colm_edge.arrays import Doubles, Ints
 from colm_edge.cancel import Cancel
-from colm_edge.decode.bridge import NEAR, Bridge, Doubles
-from colm_edge.decode.spelling import Crossing, Ids
+from colm_edge.decode.bridge import NEAR, Bridge
+from colm_edge.decode.spelling import Crossing
 from colm_edge.remote.rows import RowsSession
 
 
@@ -84,7 +85,7 @@ class BridgeAway(Bridge):
         finally:
             self._spelling_seconds += perf_counter() - begun - (self._session.seconds - asking)
 
-    def _goes_on(self, row: int, given: bytes) -> tuple[Ids, Doubles]:
+    def _goes_on(self, row: int, given: bytes) -> tuple[Ints, Doubles]:
         told = self._session.told(row)
         least = max(told.values()) - NEAR
 

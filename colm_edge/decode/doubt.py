@@ -14,12 +14,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
+from colm_edge.arrays import Floats
 from colm_edge.decode.loop import Decoder, Follow
 from colm_edge.decode.picker import Sampler
 from colm_edge.decode.policy import BASE
 from colm_edge.decode.step import Drafted, Event, Step
 from colm_edge.errors import AbsentExpertError
-from colm_edge.switch.reading import Floats
 
 
 @dataclass(slots=True)

@@ -6,12 +6,11 @@ from random import Random
 from typing import Protocol, Self
 
 import numpy as np
-import numpy.typing as npt
 
+from colm_edge.arrays import Doubles, Floats, Tokens
 from colm_edge.decode.picker import Sampler
-from colm_edge.decode.timeline import Floats
 
-Drawn = tuple[npt.NDArray[np.int32], npt.NDArray[np.float64]]  # ids, and the probability of each
+Drawn = tuple[Tokens, Doubles]  # ids, and the probability of each
 
 
 class Distribution(Sampler, Protocol):
@@ -58,7 +57,7 @@ class Fresh:
         """Return a number from 0 to 1, without 1."""
         return self._random.random()
 
-    def draw(self, ids: npt.NDArray[np.int32], weight: npt.NDArray[np.float64]) -> int:
+    def draw(self, ids: Tokens, weight: Doubles) -> int:
         """Draw one of the ids, (n,), by their weights, and count it as written."""
         upper = np.cumsum(weight)
         at = int(np.searchsorted(upper, self.uniform() * upper[-1], side="right"))

@@ -13,9 +13,10 @@ from array import array
 from collections.abc import Callable, Sequence
 from functools import cached_property, partial
 
+from colm_edge.arrays import Floats
 from colm_edge.cancel import Cancel
 from colm_edge.decode.planner import Rate
-from colm_edge.decode.timeline import Around, Expert, Floats, Timeline
+from colm_edge.decode.timeline import Around, Expert, Timeline
 from colm_edge.llama.costs import CostTable
 from colm_edge.llama.held import common_prefix
 from colm_edge.llama.measure import kept_table

@@ -14,11 +14,12 @@ from collections.abc import Callable, Iterator, Sequence
 from time import perf_counter
 from typing import Literal, Protocol
 
+from colm_edge.arrays import Floats
 from colm_edge.cancel import Cancel, CancelledError
 from colm_edge.decode.picker import Picker
 from colm_edge.decode.policy import BASE, Policy, Reading
 from colm_edge.decode.step import Event, ExpertStats, Source, Stats, Step, Undone
-from colm_edge.decode.timeline import Floats, Timeline, keeps
+from colm_edge.decode.timeline import Timeline, keeps
 from colm_edge.errors import AbsentExpertError
 from colm_edge.llama.owners import HomeLock
 

@@ -7,11 +7,10 @@ import math
 from typing import Protocol, Self
 
 import numpy as np
-import numpy.typing as npt
 
 from colm_edge import readout
+from colm_edge.arrays import Doubles, Floats
 from colm_edge.decode.step import ZERO_PROBABILITY, Source, Step
-from colm_edge.decode.timeline import Floats
 from colm_edge.errors import ModelError
 
 COLUMNS = 2048  # in which `likeliest` lays out logits
@@ -129,7 +128,7 @@ def mixture(
     Both are normalised without the base's defer row, if it has one.
     """
 
-    def log_softmax(logits: Floats) -> npt.NDArray[np.float64]:
+    def log_softmax(logits: Floats) -> Doubles:
         x = logits.astype(np.float64)
         if 0 <= defer_row < len(x):
             x[defer_row] = -math.inf

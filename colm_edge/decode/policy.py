@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from colm_edge.decode.timeline import Floats
+from colm_edge.arrays import Floats
 from colm_edge.errors import ModelError, SwitchError
 from colm_edge.options import Options
 from colm_edge.switch.file import Switch

@@ -25,6 +25,7 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
+from colm_edge.arrays import Floats
 from colm_edge.decode.fast import Bets
 from colm_edge.decode.fresh import Drawn, Fresh
 from colm_edge.decode.loop import Decoder, Follow
@@ -32,7 +33,6 @@ from colm_edge.decode.picker import Picker, Sampler, likeliest
 from colm_edge.decode.planner import Planner
 from colm_edge.decode.policy import BASE
 from colm_edge.decode.step import ZERO_PROBABILITY, Drafted, Event, Source, Step
-from colm_edge.decode.timeline import Floats
 from colm_edge.errors import AbsentExpertError
 
 

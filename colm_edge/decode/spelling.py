@@ -18,16 +18,14 @@ from functools import cached_property
 from typing import Protocol
 
 import numpy as np
-import numpy.typing as npt
 
+from colm_edge.arrays import Ints, Tokens
 from colm_edge.llama.held import common_prefix
 
 WINDOW, MARGIN = 256, 64  # bytes; longer than what decides a token, by far
 WINDOW_AWAY = 64 * WINDOW  # each is a request to a server
 MOST_SEAMS = 8  # places that are tried as a seam of a window
 UNKNOWN = -2  # a target
-Ids = npt.NDArray[np.int64]
-Targets = npt.NDArray[np.int32]
 
 
 class Words(Protocol):
@@ -70,7 +68,7 @@ class Crossing:
 
     def __init__(self, ours: Words, theirs: Words) -> None:
         self.ours, self.theirs = ours, theirs
-        self._targets: dict[int, Targets] = {}  # by the bytes that are there
+        self._targets: dict[int, Tokens] = {}  # by the bytes that are there
         self._controls: dict[int, tuple[int, ...]] = {}
 
     @cached_property
@@ -95,7 +93,7 @@ class Crossing:
             found = self.ours.first(rest)
         return -1 if found is None else found
 
-    def targets(self, tokens: Ids, n_skipped: int) -> Targets:
+    def targets(self, tokens: Ints, n_skipped: int) -> Tokens:
         """Return what `target` does of tokens, (n,)."""
         if not self.is_whole:
             return np.array([self.target(one, n_skipped) for one in tokens.tolist()], np.int32)
@@ -121,13 +119,13 @@ class Crossing:
         return self._controls[token]
 
     @cached_property
-    def _sorted(self) -> tuple[list[bytes], Ids]:
+    def _sorted(self) -> tuple[list[bytes], Ints]:
         """The expert's tokens by their bytes, in order."""
         pieces = [self.theirs.piece(token) for token in range(self.theirs.n_vocab)]
         order = sorted(range(len(pieces)), key=pieces.__getitem__)
         return [pieces[token] for token in order], np.array(order, np.int64)
 
-    def longer(self, raw: bytes) -> Ids:
+    def longer(self, raw: bytes) -> Ints:
         """Return the expert's tokens that begin with these bytes and go on."""
         pieces, order = self._sorted
         start = bisect_right(pieces, raw)

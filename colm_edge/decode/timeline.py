@@ -6,12 +6,8 @@ from array import array
 from collections.abc import Sequence
 from typing import Protocol
 
-import numpy as np
-import numpy.typing as npt
-
+from colm_edge.arrays import Floats
 from colm_edge.cancel import Cancel
-
-Floats = npt.NDArray[np.float32]
 
 
 class Timeline(Protocol):

@@ -10,15 +10,15 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import numpy.typing as npt
 
 from colm_edge import readout
+from colm_edge.arrays import Bools, Doubles, Floats, Ints
 from colm_edge.decode.policy import review_floor, running_rate
 from colm_edge.errors import SwitchError
 from colm_edge.evaluate.metrics import Metric, check_rows
 from colm_edge.journal import MOST_SECONDS, Journal, is_count, is_number, key_of
 from colm_edge.switch.file import Switch
-from colm_edge.switch.reading import N_LOGIT, AnySwitch, Base, Floats, Reader
+from colm_edge.switch.reading import N_LOGIT, AnySwitch, Base, Reader
 from colm_edge.together import Done, Task, answer_together
 from colm_edge.train.documents import prompt_of
 from colm_edge.train.prompts import asked, pace_of
@@ -65,11 +65,11 @@ class RandomSwitch:
 class Generated:
     """A method's answers to the rows of the data, one entry each, shape (n_rows,)."""
 
-    right: npt.NDArray[np.float64]  # the metric, 0 to 1
-    tokens: npt.NDArray[np.int64]
-    deferred: npt.NDArray[np.int64]  # of the tokens
-    seconds: npt.NDArray[np.float64]  # that it took, without reading the expert's weights
-    cut: npt.NDArray[np.bool_]  # ended by max_tokens or the context, not by the model
+    right: Doubles  # the metric, 0 to 1
+    tokens: Ints
+    deferred: Ints  # of the tokens
+    seconds: Doubles  # that it took, without reading the expert's weights
+    cut: Bools  # ended by max_tokens or the context, not by the model
 
 
 def answers(

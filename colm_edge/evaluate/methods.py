@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import numpy.typing as npt
 
+from colm_edge.arrays import Bools, Doubles, Ints
 from colm_edge.decode.policy import running_rate
 from colm_edge.errors import ColmError, MismatchError
 from colm_edge.evaluate.generate import ANSWERS_FILE, Facts, Generated, RandomSwitch, answers
@@ -38,7 +38,6 @@ if TYPE_CHECKING:
     from colm_edge.options import Options
     from colm_edge.pair import Pair
 
-Array = npt.NDArray[np.float64]
 METHODS = (
     "base", "expert", "colm", "review", "compose", "random", "entropy", "margin", "weak", "proxy",
 )  # fmt: skip
@@ -143,9 +142,9 @@ class Method:
 
     name: str
     threshold: float | None
-    deferred: npt.NDArray[np.bool_]
-    nll: Array
-    nll_hard: Array
+    deferred: Bools
+    nll: Doubles
+    nll_hard: Doubles
     switch: AnySwitch | Proxy
     compose: bool = False
     review: float | None = None  # the tolerance of its answers; teacher-forced there is no review
@@ -318,7 +317,7 @@ def _methods(switch: AnySwitch, scores: Scores, comparison: Comparison) -> Itera
     names, n = comparison.names, len(scores.base)
 
     def method(
-        name: str, p: Array, threshold: float, mix: Array, switch: AnySwitch, **more: Any
+        name: str, p: Doubles, threshold: float, mix: Doubles, switch: AnySwitch, **more: Any
     ) -> Method:
         with np.errstate(divide="ignore"):  # a mix of exactly 0 or 1 is one model alone
             d = np.log(mix) - np.log1p(-mix)
@@ -327,7 +326,7 @@ def _methods(switch: AnySwitch, scores: Scores, comparison: Comparison) -> Itera
         hard = -np.where(deferred, scores.expert, scores.base)
         return Method(name, threshold, deferred, nll, hard, switch, **more)
 
-    def p_of(switch: AnySwitch) -> Array:
+    def p_of(switch: AnySwitch) -> Doubles:
         return _scorable(switch).p_defer(scores.logit_features, scores.hidden)
 
     if "base" in names:
@@ -392,11 +391,11 @@ def _team_methods(pair: Pair, each: Sequence[Scores], comparison: Comparison) ->
             yield Method("compose", threshold, deferred, mixed, hard, switch, compose=True)
 
 
-def _deferred(p: Array, threshold: float) -> npt.NDArray[np.bool_]:
+def _deferred(p: Doubles, threshold: float) -> Bools:
     return p > threshold if threshold > 0 else np.ones(len(p), np.bool_)
 
 
-def threshold_at(p: Array, k: int) -> float:
+def threshold_at(p: Doubles, k: int) -> float:
     """Return a threshold that k of the p (n,) are above; fewer where the k-th is tied with others.
 
     It lies midway between two p, so that the last bits of a model's state decide nothing. 0 defers
@@ -411,7 +410,7 @@ def threshold_at(p: Array, k: int) -> float:
     return max(ABOVE_ZERO, float(middle if middle < upper else lower))
 
 
-def _by_proxy(proxy: Proxy, nll: Array) -> Method:
+def _by_proxy(proxy: Proxy, nll: Doubles) -> Method:
     return Method("proxy", None, np.ones(len(nll), np.bool_), nll, nll, proxy)
 
 
@@ -451,7 +450,7 @@ def _generated(given: Generated) -> dict[str, Any]:
     }
 
 
-def _with_interval(name: str, values: Array, group: npt.NDArray[np.int64]) -> dict[str, float]:
+def _with_interval(name: str, values: Doubles, group: Ints) -> dict[str, float]:
     """Return the mean and its 95 % bootstrap interval, whole groups (lines) drawn at a time."""
     _, group = np.unique(group, return_inverse=True)
     sums, counts = np.bincount(group, values), np.bincount(group)

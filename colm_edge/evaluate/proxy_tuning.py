@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
-import numpy.typing as npt
 
+from colm_edge.arrays import Doubles, Floats
 from colm_edge.cancel import Cancel
 from colm_edge.decode.loop import Decoder
 from colm_edge.decode.picker import Picker
@@ -47,7 +47,6 @@ if TYPE_CHECKING:
     from colm_edge.train.scoring import MakeProgress
 
 
-Floats = npt.NDArray[np.float32]
 NAME = "proxy"
 # Options of who writes, which the method does not have.
 NO_EFFECT = (
@@ -139,7 +138,7 @@ class Proxy:
 
     def score(
         self, documents: Sequence[Document], progress: MakeProgress, journal: Journal | None
-    ) -> npt.NDArray[np.float64]:
+    ) -> Doubles:
         """Return the log-probability of every scored token, (n,), normalised over the shared ids.
 
         journal: where each document's results are kept.

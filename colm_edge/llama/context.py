@@ -16,6 +16,7 @@ import llama_cpp as llama
 import numpy as np
 import numpy.typing as npt
 
+from colm_edge.arrays import Floats
 from colm_edge.cancel import Cancel
 from colm_edge.errors import ColmError, ModelError
 from colm_edge.llama.backend import last_errors, supports_gpu
@@ -27,7 +28,6 @@ from colm_edge.llama.threads import Cores, cores, n_cores
 
 log = logging.getLogger("colm_edge")
 
-Floats = npt.NDArray[np.float32]
 Bytes = npt.NDArray[np.uint8]
 
 # A model smaller than this is evaluated by one thread.

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from colm_edge.arrays import read_arrays
 from colm_edge.errors import ColmError
 from colm_edge.files import replacing
 from colm_edge.llama.session import Snapshot
+from colm_edge.npy_files import read_arrays
 
 if TYPE_CHECKING:
     from colm_edge.llama.session import Session

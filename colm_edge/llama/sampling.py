@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any, Self
 
 import llama_cpp as llama
 import numpy as np
-import numpy.typing as npt
 
+from colm_edge.arrays import Doubles, Floats, Tokens
 from colm_edge.llama.grammar import CANDIDATE, Grammar, array_of
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ class ChainSampler:
         for token in history[-options.repeat_last_n :]:
             llama.llama_sampler_accept(chain, token)
 
-    def __call__(self, logits: npt.NDArray[np.float32]) -> int:
+    def __call__(self, logits: Floats) -> int:
         token = self._pick(logits)
         # As llama.cpp does it: a grammar takes long to judge the whole vocabulary, and mostly the
         # first pick is allowed. The distribution is that of the allowed tokens either way.
@@ -70,7 +70,7 @@ class ChainSampler:
         self.accept(token)
         return token
 
-    def _pick(self, logits: npt.NDArray[np.float32], masked: bool = False) -> int:
+    def _pick(self, logits: Floats, masked: bool = False) -> int:
         array = self._apply(logits, masked=masked)
         return int(array.data[array.selected].id)
 
@@ -80,7 +80,7 @@ class ChainSampler:
             self._grammar.accept(token)
         llama.llama_sampler_accept(self._chain, token)
 
-    def knows(self, logits: npt.NDArray[np.float32]) -> bool:
+    def knows(self, logits: Floats) -> bool:
         """Return whether logits tell of a token that the grammar allows. A server names only its
         likeliest tokens; all others are alike, and say nothing of which of them to write."""
         if self._grammar is None:
@@ -88,7 +88,7 @@ class ChainSampler:
         named = np.flatnonzero(logits > logits.min())
         return len(named) > MOST_NAMED or any(map(self._grammar.allows, named.tolist()))
 
-    def likeliest(self, logits: npt.NDArray[np.float32], choice: int) -> int:
+    def likeliest(self, logits: Floats, choice: int) -> int:
         """Return the likeliest token that the grammar allows. choice: the likeliest of all."""
         if self._grammar is None or self._grammar.allows(choice):
             return choice
@@ -101,9 +101,7 @@ class ChainSampler:
         self._grammar.mask(array_of(candidates))
         return int(candidates["logit"].argmax())
 
-    def probabilities(
-        self, logits: npt.NDArray[np.float32]
-    ) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float64]]:
+    def probabilities(self, logits: Floats) -> tuple[Tokens, Doubles]:
         """Return the ids that may be drawn, and the probability of each; they sum to 1."""
         if self._is_plain:
             token = self.likeliest(logits, self._pick(logits))
@@ -123,7 +121,7 @@ class ChainSampler:
             p = np.exp(left["logit"].astype(np.float64) - best)
         return left["id"].copy(), p / p.sum()
 
-    def _fill(self, logits: npt.NDArray[np.float32]) -> Any:
+    def _fill(self, logits: Floats) -> Any:
         """Return the candidates, written anew."""
         n = min(len(logits), len(self._candidates))
         candidates = self._candidates[:n]
@@ -134,7 +132,7 @@ class ChainSampler:
                 candidates["logit"][token] = -np.inf
         return candidates
 
-    def _apply(self, logits: npt.NDArray[np.float32], *, masked: bool = False) -> Any:
+    def _apply(self, logits: Floats, *, masked: bool = False) -> Any:
         """Return llama.cpp's array of the candidates that are left, one of them selected. Samplers
         may drop candidates from the front by moving its pointer.
 

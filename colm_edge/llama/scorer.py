@@ -8,10 +8,8 @@ from typing import Self
 import numpy as np
 import numpy.typing as npt
 
-from colm_edge.llama.context import Floats
+from colm_edge.arrays import Floats, Ints, Tokens
 from colm_edge.llama.session import Session
-
-Ints = npt.NDArray[np.int64]
 
 SCORE_BYTES = 256 << 20  # the most bytes of a batch's logits
 SCORE_BATCH = 512  # the tokens of a batch
@@ -41,9 +39,7 @@ class Scorer:
     def __exit__(self, *_: object) -> None:
         self._context.close()
 
-    def score(
-        self, tokens: npt.NDArray[np.int32], lengths: Ints, starts: Ints
-    ) -> Iterator[tuple[Floats, Floats]]:
+    def score(self, tokens: Tokens, lengths: Ints, starts: Ints) -> Iterator[tuple[Floats, Floats]]:
         """Evaluate documents together; yield the states that predict their scored tokens.
 
         tokens: the tokens of all documents, concatenated. lengths: (k,), k at most MAX_SEQUENCES,

@@ -15,9 +15,10 @@ from typing import Literal, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from colm_edge.arrays import Floats, Tokens
 from colm_edge.cancel import Cancel
 from colm_edge.errors import ModelError, PromptError
-from colm_edge.llama.context import Account, Bytes, Context, ContextOptions, Floats
+from colm_edge.llama.context import Account, Bytes, Context, ContextOptions
 from colm_edge.llama.costs import CostTable
 from colm_edge.llama.held import Held, Rows
 from colm_edge.llama.model import Model
@@ -26,7 +27,7 @@ from colm_edge.llama.model import Model
 class Snapshot(NamedTuple):
     """Tokens (n,), how they were evaluated (stretches, 3), and llama.cpp's state after them."""
 
-    tokens: npt.NDArray[np.int32]
+    tokens: Tokens
     stretches: Rows
     state: Bytes
 

@@ -20,8 +20,8 @@ from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
-import numpy.typing as npt
 
+from colm_edge.arrays import Floats, Tokens
 from colm_edge.cancel import Cancel
 from colm_edge.errors import AbsentExpertError, ColmError, MismatchError, ModelError, PromptError
 from colm_edge.llama.model import Model
@@ -30,7 +30,7 @@ from colm_edge.options import EXPERT_TIMEOUT
 from colm_edge.remote.dialect import Body, Dialect, Reply, Scored
 from colm_edge.remote.greeting import MALFORMED, MOST_TOKENS, greet, shown
 from colm_edge.remote.http import RequestError, Server
-from colm_edge.remote.logprobs import Floats, check_logprobs, likely, logits_of
+from colm_edge.remote.logprobs import check_logprobs, likely, logits_of
 from colm_edge.remote.speller import Speller
 from colm_edge.remote.vocabulary import RemoteVocabulary
 
@@ -169,9 +169,7 @@ class RemoteExpert:
         self._is_told = True
         return done
 
-    def score(
-        self, documents: Sequence[npt.NDArray[np.int32]], starts: Sequence[int]
-    ) -> Iterator[Scored]:
+    def score(self, documents: Sequence[Tokens], starts: Sequence[int]) -> Iterator[Scored]:
         """Yield how likely the tokens of each document are to the model, from token `start` on.
 
         starts: at least 1 each. Raises ModelError when the server fails.

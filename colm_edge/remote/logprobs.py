@@ -6,9 +6,8 @@ import math
 from collections.abc import Iterable, Mapping
 
 import numpy as np
-import numpy.typing as npt
 
-Floats = npt.NDArray[np.float32]
+from colm_edge.arrays import Floats
 
 
 def logits_of(top: Mapping[int, float], n_vocab: int) -> Floats:

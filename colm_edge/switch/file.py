@@ -11,20 +11,11 @@ from typing import Any
 import numpy as np
 
 from colm_edge import readout
+from colm_edge.arrays import Doubles, Floats
 from colm_edge.errors import SwitchError
 from colm_edge.files import replacing
 from colm_edge.gguf_header import read_header, read_tensor
-from colm_edge.switch.reading import (
-    HIDDEN,
-    N_LOGIT,
-    Base,
-    Doubles,
-    Floats,
-    Reader,
-    check_width,
-    sigmoid,
-    sigmoids,
-)
+from colm_edge.switch.reading import HIDDEN, N_LOGIT, Base, Reader, check_width, sigmoid, sigmoids
 
 ARCHITECTURE = "colmswitch"
 VERSION = 1

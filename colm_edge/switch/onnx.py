@@ -14,9 +14,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from colm_edge.arrays import Doubles
 from colm_edge.errors import SwitchError
 from colm_edge.switch.file import Switch
-from colm_edge.switch.reading import HIDDEN, Doubles
+from colm_edge.switch.reading import HIDDEN
 
 P_DEFER = "p_defer"
 MOST_BYTES = 2 << 20  # of a file; a head of 8,192 numbers has 33,000

@@ -7,13 +7,11 @@ from collections.abc import Callable
 from typing import Protocol, runtime_checkable
 
 import numpy as np
-import numpy.typing as npt
 
 from colm_edge import readout
+from colm_edge.arrays import Doubles, Floats
 from colm_edge.errors import MismatchError
 
-Floats = npt.NDArray[np.float32]
-Doubles = npt.NDArray[np.float64]
 # (logits (n_vocab,), hidden (n_embd,)) -> p_defer, likeliest base token, log-sum-exp of the logits,
 # and which expert would write the token: the likeliest one, 0 where there is one
 Reader = Callable[[Floats, Floats], tuple[float, int, float, int]]

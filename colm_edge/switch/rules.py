@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 
 from colm_edge import readout
+from colm_edge.arrays import Doubles, Floats
 from colm_edge.errors import MismatchError, SwitchError
-from colm_edge.switch.reading import N_LOGIT, Base, Doubles, Floats, Reader, sigmoid
+from colm_edge.switch.reading import N_LOGIT, Base, Reader, sigmoid
 
 DEFER_TOKEN = "<|defer|>"  # the token Co-LLM's training adds; its output row is the switch
 # The share of tokens that is deferred where nobody says how many, by a rule that was not fitted to

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, overload
 import numpy as np
 import numpy.typing as npt
 
+from colm_edge.arrays import Ints, Tokens
 from colm_edge.errors import DataError, PromptError
 from colm_edge.files import replacing
 from colm_edge.llama.chat_template import on_one_day
@@ -26,8 +27,6 @@ if TYPE_CHECKING:
 
 
 Row = tuple[int, dict[str, Any]]  # the line's number and its object
-Tokens = npt.NDArray[np.int32]
-Ints = npt.NDArray[np.int64]
 TOKENS_FILE = "tokens.int32"
 VALID_SHARE, MIN_LINES = 0.2, 5  # of the data, that are held back; that there must be
 

@@ -16,25 +16,17 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from colm_edge import readout
+from colm_edge.arrays import Doubles, Floats, Ints
 from colm_edge.errors import DataError
 from colm_edge.files import sha256_of
 from colm_edge.switch.file import FEATURE_SETS, Switch
 from colm_edge.switch.reading import HIDDEN, sigmoids
 from colm_edge.switch.rules import DEFAULT_RATE
 from colm_edge.train.documents import Documents, held_back_lines
-from colm_edge.train.heads import (
-    CHUNK_ROWS,
-    Array,
-    Columns,
-    Head,
-    Loss,
-    Standardised,
-    check_fit,
-)
+from colm_edge.train.heads import CHUNK_ROWS, Head, Loss, Standardised, check_fit
 from colm_edge.train.objectives import (
     BEST_OF,
     OBJECTIVES,
-    Rows,
     hard_loss,
     loss_figures,
     weak_label,
@@ -89,10 +81,10 @@ class Split:
     """Scores, and which of their rows heads are fitted on and which are held back to judge them."""
 
     scores: Scores
-    train: Rows
-    valid: Rows
+    train: Ints
+    valid: Ints
 
-    def gold(self, rows: Rows) -> tuple[Array, Array]:
+    def gold(self, rows: Ints) -> tuple[Doubles, Doubles]:
         """Return the log-probabilities of the gold tokens in some rows, base's and expert's."""
         return self.scores.base[rows], self.scores.expert[rows]
 
@@ -104,9 +96,9 @@ class Fit:
     switch: Switch
     report: dict[str, Any]
     scores: Scores
-    valid: Rows  # the held-back tokens' rows in the scores
-    p: Array  # p_defer of every held-back token
-    p_before: Array | None  # the same by the switch that is updated
+    valid: Ints  # the held-back tokens' rows in the scores
+    p: Doubles  # p_defer of every held-back token
+    p_before: Doubles | None  # the same by the switch that is updated
 
 
 @dataclass(frozen=True)
@@ -117,7 +109,7 @@ class Trial:
     n_tokens: int  # that the head was fitted on
     head: Head
     l2: float
-    p: Array
+    p: Doubles
     figures: dict[str, float]
     hard_loss: float
 
@@ -309,8 +301,8 @@ def _best_l2(
     loss: Loss,
     starts: list[Head | None],
     prior: Head | None,
-    held_back: Columns,
-    judge: Callable[[Array], float],
+    held_back: Floats,
+    judge: Callable[[Doubles], float],
 ) -> tuple[float, Head]:
     """Return the l2 of the grid whose head is judged the best on held-back columns, and the head.
 
@@ -356,7 +348,7 @@ def _head(switch: Switch) -> Head:
     return Head(switch.weight[0].astype(np.float64), float(switch.bias[0]))
 
 
-def _d(head: Head, scores: Scores, rows: Rows, names: tuple[str, ...]) -> Array:
+def _d(head: Head, scores: Scores, rows: Ints, names: tuple[str, ...]) -> Doubles:
     return np.concatenate(
         [
             head(feature_columns(scores, rows[at : at + CHUNK_ROWS], names))
@@ -393,7 +385,7 @@ def _counts(
     }
 
 
-def _before(update: Switch, split: Split) -> tuple[Array, dict[str, float]]:
+def _before(update: Switch, split: Split) -> tuple[Doubles, dict[str, float]]:
     """Return an older switch's p_defer of the held-back tokens, and its figures."""
     d = _d(_head(update), split.scores, split.valid, update.features)
     p, gold = sigmoids(d), split.gold(split.valid)
@@ -412,7 +404,7 @@ def _feature_sets(features: str, trial: Trial, split: Split) -> dict[str, dict[s
     return figures
 
 
-def _figures_at(threshold: float, p: Array, base: Array, expert: Array) -> dict[str, float]:
+def _figures_at(threshold: float, p: Doubles, base: Doubles, expert: Doubles) -> dict[str, float]:
     """Return the loss and the share of deferrals at a threshold."""
     deferred = p > threshold
     return {
@@ -422,14 +414,14 @@ def _figures_at(threshold: float, p: Array, base: Array, expert: Array) -> dict[
     }
 
 
-def sample(rows: Rows, n: int) -> Rows:
+def sample(rows: Ints, n: int) -> Ints:
     """Return at most n of the rows, drawn with a fixed seed, in order."""
     if len(rows) <= n:
         return rows
     return np.sort(np.random.default_rng(0).choice(rows, n, replace=False))
 
 
-def feature_columns(scores: Scores, rows: Rows, names: tuple[str, ...]) -> Columns:
+def feature_columns(scores: Scores, rows: Ints, names: tuple[str, ...]) -> Floats:
     """Return the features of some rows, (n, k): a copy, also of scores that are mapped."""
     widths = [scores.hidden.shape[1] if name == HIDDEN else 1 for name in names]
     columns = np.empty((len(rows), sum(widths)), np.float32)
@@ -445,7 +437,7 @@ def feature_columns(scores: Scores, rows: Rows, names: tuple[str, ...]) -> Colum
     return columns
 
 
-def choose_threshold(p: Array, base: Array, expert: Array) -> float:
+def choose_threshold(p: Doubles, base: Doubles, expert: Doubles) -> float:
     """Return the threshold whose hard decisions are likeliest on held-back tokens.
 
     Each token comes from the expert where p > threshold. Of the thresholds within one standard
@@ -465,13 +457,13 @@ def choose_threshold(p: Array, base: Array, expert: Array) -> float:
     return float(candidates[np.flatnonzero(gains >= gains.max() - error)[-1]])
 
 
-def _below_one(p: Array) -> Array:
+def _below_one(p: Doubles) -> Doubles:
     """Round to float32, to the number below 1 at most, since 1 itself never defers."""
     highest = np.nextafter(np.float32(1), np.float32(0))
     return np.minimum(p.astype(np.float32), highest).astype(np.float64)
 
 
-def calibrate(p: Array) -> tuple[tuple[float, ...], tuple[float, ...]]:
+def calibrate(p: Doubles) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Return defer rates and the thresholds that give them on held-back tokens.
 
     Where many p round to 1, low rates share the highest threshold that still defers.

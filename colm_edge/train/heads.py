@@ -7,14 +7,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
+from colm_edge.arrays import Doubles, Floats
 from colm_edge.errors import ColmError
 
-Array = npt.NDArray[np.float64]
-Columns = npt.NDArray[np.float32]
 # A point -> the loss there and its gradient.
-Loss = Callable[[Array], tuple[float, Array]]
+Loss = Callable[[Doubles], tuple[float, Doubles]]
 Bounds = list[tuple[float | None, float | None]]
 CHUNK_ROWS = 1 << 16
 LEAST_SLOPE = 1e-3  # of a head that is rescaled
@@ -33,7 +31,7 @@ def check_fit() -> None:
 # As fast as the L-BFGS of our own that stood here: 200,000 tokens of 1,024 features took 13.4 s
 # (117 evaluations of a loss) and 13.5 s (135), one thread of an AMD EPYC, the median of three
 # interleaved runs of tools/bench/fit.py, 2026-11-27.
-def minimize(loss: Loss, x: Array, *, steps: int = 200, bounds: Bounds | None = None) -> Array:
+def minimize(loss: Loss, x: Doubles, *, steps: int = 200, bounds: Bounds | None = None) -> Doubles:
     """Return the minimum of a smooth function from x on, by L-BFGS. bounds: of each number.
 
     Stops where a step no longer lowers the loss by a relative 1e-9. Nothing to tune.
@@ -49,23 +47,23 @@ def minimize(loss: Loss, x: Array, *, steps: int = 200, bounds: Bounds | None = 
 class Head:
     """A linear head on raw (not standardised) columns: d = columns · weight + bias."""
 
-    weight: Array
+    weight: Doubles
     bias: float
 
-    def __call__(self, columns: Columns) -> Array:
+    def __call__(self, columns: Floats) -> Doubles:
         return np.asarray(columns @ self.weight.astype(np.float32), np.float64) + self.bias
 
 
 class Standardised:
     """Columns (n, k) in units of their deviation about their mean; the given array is changed."""
 
-    def __init__(self, columns: Columns) -> None:
+    def __init__(self, columns: Floats) -> None:
         chunks = [slice(at, at + CHUNK_ROWS) for at in range(0, len(columns), CHUNK_ROWS)]
         total = sum(columns[rows].sum(axis=0, dtype=np.float64) for rows in chunks)
-        self.mean: Array = np.asarray(total, np.float64) / len(columns)
+        self.mean: Doubles = np.asarray(total, np.float64) / len(columns)
         spread = sum(((columns[rows] - self.mean) ** 2).sum(axis=0) for rows in chunks)
         deviation = np.sqrt(np.asarray(spread, np.float64) / len(columns))
-        self.scale: Array = np.maximum(deviation, 1e-6)
+        self.scale: Doubles = np.maximum(deviation, 1e-6)
         for rows in chunks:
             columns[rows] = (columns[rows] - self.mean) / self.scale
         self.columns = columns
@@ -80,7 +78,7 @@ class Standardised:
         """
         centre = self.standard(prior)[:-1]
 
-        def loss(x: Array) -> tuple[float, Array]:
+        def loss(x: Doubles) -> tuple[float, Doubles]:
             weight, bias = x[:-1], x[-1]
             d = np.asarray(self.columns @ weight.astype(np.float32), np.float64) + bias
             value, by_d = loss_of_d(d)
@@ -91,18 +89,18 @@ class Standardised:
 
         return self.raw(minimize(loss, self.standard(start or prior)))
 
-    def raw(self, x: Array) -> Head:
+    def raw(self, x: Doubles) -> Head:
         """Return the head of weights and a bias in the standard units, (k + 1,)."""
         weight = x[:-1] / self.scale
         return Head(weight, float(x[-1] - self.mean @ weight))
 
-    def standard(self, head: Head | None) -> Array:
+    def standard(self, head: Head | None) -> Doubles:
         """Return a head's weights and its bias in the standard units, (k + 1,)."""
         if head is None:
             return np.zeros(self.columns.shape[1] + 1)
         return np.append(head.weight * self.scale, head.bias + float(self.mean @ head.weight))
 
-    def d(self, head: Head) -> Array:
+    def d(self, head: Head) -> Doubles:
         """Return d of these columns, (n,)."""
         d = np.asarray(self.columns @ (head.weight * self.scale).astype(np.float32), np.float64)
         return d + head.bias + float(self.mean @ head.weight)
@@ -116,7 +114,7 @@ class Standardised:
         d = self.d(head)
         penalty = l2 * float(((head.weight * self.scale) ** 2).sum())
 
-        def loss(x: Array) -> tuple[float, Array]:
+        def loss(x: Doubles) -> tuple[float, Doubles]:
             value, by_d = loss_of_d(x[0] * d + x[1])
             gradient = np.array([by_d @ d + 2 * penalty * x[0], by_d.sum()])
             return value + penalty * x[0] ** 2, gradient

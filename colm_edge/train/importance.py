@@ -12,8 +12,8 @@ import re
 from collections.abc import Callable, Collection
 
 import numpy as np
-import numpy.typing as npt
 
+from colm_edge.arrays import Bools, Doubles, Tokens
 from colm_edge.train.documents import Documents
 
 PROSE, CODE, EDGE = 1.0, 5.0, 30.0
@@ -22,12 +22,12 @@ FENCE = re.compile(rb"`{3,}")
 
 def importance(
     documents: Documents,
-    likeliest: npt.NDArray[np.int32],
+    likeliest: Tokens,
     piece: Callable[[int], bytes],
     ends: Collection[int],
     first: int,
     last: int,
-) -> npt.NDArray[np.float64]:
+) -> Doubles:
     """Return the importance of each scored token of the documents from `first` to before `last`,
     (n,): EDGE where the answer begins, where it ends, and where the base would end it, CODE in a
     program, else PROSE.
@@ -43,9 +43,7 @@ def importance(
     return np.where(at_edge, EDGE, np.where(inside, CODE, PROSE))
 
 
-def in_code(
-    documents: Documents, piece: Callable[[int], bytes], first: int, last: int
-) -> npt.NDArray[np.bool_]:
+def in_code(documents: Documents, piece: Callable[[int], bytes], first: int, last: int) -> Bools:
     """Return whether each of these tokens begins in a block that a fence has opened, as Markdown
     has them, (n,). The fence that closes a block is still in it; those of the prompt do not count.
     """

@@ -12,13 +12,12 @@ from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
-import numpy.typing as npt
 
+from colm_edge.arrays import Doubles, Ints
 from colm_edge.switch.reading import sigmoids
-from colm_edge.train.heads import Array, Loss
+from colm_edge.train.heads import Loss
 from colm_edge.train.scores import Scores
 
-Rows = npt.NDArray[np.int64]
 WEAK_POSITIVE_WEIGHT = 8.0  # of a weak label 1, as in the authors' script
 DEFER_RATES = (0.1, 0.2, 0.3)  # that people use: what the budget loss and the reports look at
 NEWTON_STEPS = 50  # 3 to 6 are usual
@@ -27,7 +26,7 @@ REJECTED = 2.0
 REGRET_RATES = (0.05, 0.1, 0.2)  # at which heads are judged by the regret that they remove
 
 
-def marginal_loss(base: Array, expert: Array, d: Array) -> tuple[float, Array]:
+def marginal_loss(base: Doubles, expert: Doubles, d: Doubles) -> tuple[float, Doubles]:
     """Return Co-LLM's loss, the mean of −log((1−σ(d))·P_base + σ(d)·P_expert), and its gradient.
 
     base, expert: log-probabilities of the gold tokens, (n,), nats. d: (n,). The gradient (n,) is
@@ -39,14 +38,14 @@ def marginal_loss(base: Array, expert: Array, d: Array) -> tuple[float, Array]:
     return float(-joint.mean()), gradient / len(d)
 
 
-def weak_loss(label: Array, d: Array) -> tuple[float, Array]:
+def weak_loss(label: Doubles, d: Doubles) -> tuple[float, Doubles]:
     """Return the weak supervision's weighted binary cross-entropy and its gradient in d."""
     weight = np.where(label > 0, WEAK_POSITIVE_WEIGHT, 1.0) / len(d)
     loss = weight * (np.logaddexp(0, d) - label * d)
     return float(loss.sum()), weight * (sigmoids(d) - label)
 
 
-def regret_loss(weighed: Array, d: Array) -> tuple[float, Array]:
+def regret_loss(weighed: Doubles, d: Doubles) -> tuple[float, Doubles]:
     """Return the binary cross-entropy of whether the expert rejects the base's choice, and its
     gradient in d. What it rejects weighs as much as it regrets it, all else as one nat.
 
@@ -58,7 +57,9 @@ def regret_loss(weighed: Array, d: Array) -> tuple[float, Array]:
     return float(loss.sum()), weight * (sigmoids(d) - label)
 
 
-def regret_removed(rank: Array, regret: Array, rates: tuple[float, ...] = REGRET_RATES) -> Array:
+def regret_removed(
+    rank: Doubles, regret: Doubles, rates: tuple[float, ...] = REGRET_RATES
+) -> Doubles:
     """Return the share of all regret that is removed when the tokens of highest rank are deferred,
     one number for each of the rates. Ties are taken in their order."""
     total = np.cumsum(np.concatenate(([0.0], regret[np.argsort(-rank, kind="stable")])))
@@ -67,8 +68,8 @@ def regret_removed(rank: Array, regret: Array, rates: tuple[float, ...] = REGRET
 
 
 def budget_loss(
-    gain: Array, d: Array, rates: tuple[float, ...] = DEFER_RATES
-) -> tuple[float, Array]:
+    gain: Doubles, d: Doubles, rates: tuple[float, ...] = DEFER_RATES
+) -> tuple[float, Doubles]:
     """Return what hard decisions lose at given defer rates, smoothed, and its gradient in d.
 
     gain (n,): nats that the expert is better by on each token. For each rate the threshold t is
@@ -87,7 +88,7 @@ def budget_loss(
     return total / scale, gradient / scale
 
 
-def _soft_quantile(d: Array, rate: float) -> float:
+def _soft_quantile(d: Doubles, rate: float) -> float:
     """Return the t for which the mean of σ(d − t) is the rate, by Newton's method in a bracket."""
     low, high = float(d.min()) - 40.0, float(d.max()) + 40.0
     t = float(np.quantile(d, 1 - rate))
@@ -104,17 +105,17 @@ def _soft_quantile(d: Array, rate: float) -> float:
     return t
 
 
-def hard_curve(rank: Array, base: Array, expert: Array) -> Array:
+def hard_curve(rank: Doubles, base: Doubles, expert: Doubles) -> Doubles:
     """Return the loss of hard decisions when the k tokens of highest rank are deferred, (n + 1,).
 
     base, expert: log-probabilities of the gold tokens, (n,). Ties are taken in their order.
     """
     gain = np.cumsum((expert - base)[np.argsort(-rank, kind="stable")])
-    curve: Array = -(base.sum() + np.concatenate(([0.0], gain))) / len(rank)
+    curve: Doubles = -(base.sum() + np.concatenate(([0.0], gain))) / len(rank)
     return curve
 
 
-def loss_figures(scores: Scores, rows: Rows, d: Array) -> dict[str, float]:
+def loss_figures(scores: Scores, rows: Ints, d: Doubles) -> dict[str, float]:
     """Return the joint loss, that of hard decisions at the defer rates that people use, and, where
     it is known, the share of the regret that these remove."""
     base, expert = scores.base[rows], scores.expert[rows]
@@ -129,22 +130,22 @@ def loss_figures(scores: Scores, rows: Rows, d: Array) -> dict[str, float]:
     return figures
 
 
-def _joint_loss(scores: Scores, rows: Rows, d: Array) -> float:
+def _joint_loss(scores: Scores, rows: Ints, d: Doubles) -> float:
     return marginal_loss(scores.base[rows], scores.expert[rows], d)[0]
 
 
-def hard_loss(scores: Scores, rows: Rows, d: Array) -> float:
+def hard_loss(scores: Scores, rows: Ints, d: Doubles) -> float:
     """Return the mean loss of hard decisions at those rates."""
     curve = hard_curve(d, scores.base[rows], scores.expert[rows])
     return sum(float(curve[round(rate * len(d))]) for rate in DEFER_RATES) / len(DEFER_RATES)
 
 
-def regret_left(scores: Scores, rows: Rows, d: Array) -> float:
+def regret_left(scores: Scores, rows: Ints, d: Doubles) -> float:
     """Return the mean share of the weighed regret that is left at REGRET_RATES."""
     return 1.0 - float(regret_removed(d, scores.weighed_regret(rows)).mean())
 
 
-def weak_label(scores: Scores, rows: Rows) -> Array:
+def weak_label(scores: Scores, rows: Ints) -> Doubles:
     """Return the paper's weak label: 1 where only the expert's likeliest token is the gold one."""
     return (scores.expert_right[rows] & ~scores.base_right[rows]).astype(np.float64)
 
@@ -164,8 +165,8 @@ class Objective:
     needs_regret: of the scores.
     """
 
-    loss: Callable[[Scores, Rows], Loss]
-    judge: Callable[[Scores, Rows, Array], float]
+    loss: Callable[[Scores, Ints], Loss]
+    judge: Callable[[Scores, Ints, Doubles], float]
     starts: tuple[str, ...] = ("zero",)
     ranks: bool = False
     by_margin: bool = False

@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from colm_edge.arrays import read_arrays
 from colm_edge.errors import DataError
 from colm_edge.files import replacing
+from colm_edge.npy_files import read_arrays
 from colm_edge.references import is_url
 from colm_edge.train.columns import Columns, check_columns
 from colm_edge.train.documents import Documents

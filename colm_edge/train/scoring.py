@@ -24,9 +24,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
-import numpy.typing as npt
 
 from colm_edge import readout
+from colm_edge.arrays import Doubles, Floats, Ints, Tokens
 from colm_edge.decode.bridge import NEAR
 from colm_edge.decode.step import ZERO_PROBABILITY
 from colm_edge.errors import AbsentExpertError, ColmError, DataError
@@ -34,7 +34,7 @@ from colm_edge.journal import key_of
 from colm_edge.remote.client import RemoteSession
 from colm_edge.team import ends_of
 from colm_edge.train.columns import Columns, check_columns
-from colm_edge.train.documents import Documents, Ints
+from colm_edge.train.documents import Documents
 from colm_edge.train.importance import importance
 from colm_edge.train.score_files import read_scores, write_scores
 from colm_edge.train.scores import Scores
@@ -46,7 +46,6 @@ if TYPE_CHECKING:
     from colm_edge.remote.client import RemoteExpert
     from colm_edge.team import Member
 
-Array = npt.NDArray[np.float64]
 BRIDGE_OUTPUTS = 64  # of an expert of another vocabulary, at once; each takes n_vocab floats
 COPY_ROWS = 1 << 14  # written at once
 PACK_TOKENS = 1024  # of short documents, evaluated together
@@ -63,7 +62,7 @@ MakeProgress = Callable[[str, int], AbstractContextManager[Progress]]
 Shard = tuple[int, int]  # (k, n): the k-th of n parts
 # What an expert told while it wrote documents, by their keys: of each of the tokens, its likeliest
 # ones, best first, (n, k), and their log-probabilities.
-Recorded = Mapping[int, tuple[npt.NDArray[np.int32], Array]]
+Recorded = Mapping[int, tuple[Tokens, Doubles]]
 
 
 def score(
@@ -132,9 +131,7 @@ def _by_expert(columns: Columns) -> Columns:
     return {name: columns[column] for name, column in names.items()}
 
 
-def _from_records(
-    recorded: Recorded, documents: Documents, choices: npt.NDArray[np.int32]
-) -> Columns:
+def _from_records(recorded: Recorded, documents: Documents, choices: Tokens) -> Columns:
     """Return the expert's columns as it told them itself. A token that is not among those that it
     named counts as likely as the last of these."""
     rows = [_rows_of(recorded, documents, i) for i in range(len(documents))]
@@ -142,7 +139,7 @@ def _from_records(
     logprobs = np.concatenate([logprobs for _, logprobs in rows])
     gold = documents.scored(0, len(documents))
 
-    def logprob_of(tokens: npt.NDArray[np.int32]) -> Array:
+    def logprob_of(tokens: Tokens) -> Doubles:
         named = ids == tokens[:, None]
         place = np.where(named.any(axis=1), named.argmax(axis=1), ids.shape[1] - 1)
         return np.take_along_axis(logprobs, place[:, None], axis=1)[:, 0]
@@ -155,16 +152,14 @@ def _from_records(
     }
 
 
-def _rows_of(
-    recorded: Recorded, documents: Documents, i: int
-) -> tuple[npt.NDArray[np.int32], Array]:
+def _rows_of(recorded: Recorded, documents: Documents, i: int) -> tuple[Tokens, Doubles]:
     ids, logprobs = recorded[documents.key(i)]
     n = int(documents.counts[i])
     return ids[:n], logprobs[:n]
 
 
 def _by_document(
-    documents: Documents, weigh: Callable[[int, int], Array], work: Path | None
+    documents: Documents, weigh: Callable[[int, int], Doubles], work: Path | None
 ) -> Columns:
     """Return token, line and importance of every row, (n,) each; with a work folder from its files.
     weigh: gives the importance in the documents from one to before another."""
@@ -243,7 +238,7 @@ def score_model(
     *,
     work: Path | None = None,
     update: bool = False,
-    choices: npt.NDArray[np.int32] | None = None,
+    choices: Tokens | None = None,
     which: int = 0,
 ) -> Columns:
     """Evaluate every document with one model, but for those that the work folder has scores of.
@@ -345,9 +340,7 @@ def _score_remotely(expert: RemoteExpert, documents: Documents, group: Ints) -> 
     return columns | {"best": untold, "choice": untold}
 
 
-def _score_across(
-    member: Member, documents: Documents, group: Ints, choices: npt.NDArray[np.int32]
-) -> Columns:
+def _score_across(member: Member, documents: Documents, group: Ints, choices: Tokens) -> Columns:
     """Return a group's columns from an expert of another vocabulary: what its bridge says of the
     base's tokens. What it leaves out is as likely as the least that it looks at.
 
@@ -385,7 +378,7 @@ def _score_locally(
     documents: Documents,
     group: Ints,
     n_shared: int,
-    choices: npt.NDArray[np.int32] | None,
+    choices: Tokens | None,
 ) -> Columns:
     """Return a group's columns from a model file; with hidden and features if the scorer has them.
 
@@ -415,11 +408,11 @@ def _score_locally(
 
 
 def _read_outputs(
-    logits: npt.NDArray[np.float32],
-    hidden: npt.NDArray[np.float32],
-    gold: npt.NDArray[np.int32],
+    logits: Floats,
+    hidden: Floats,
+    gold: Tokens,
     n_shared: int,
-    choices: npt.NDArray[np.int32] | None,
+    choices: Tokens | None,
 ) -> Columns:
     """Return the columns of some outputs and their gold tokens, (n, n_vocab) and (n,).
 

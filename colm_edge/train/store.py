@@ -19,11 +19,12 @@ from typing import Any, Self
 import numpy as np
 import numpy.typing as npt
 
-from colm_edge.arrays import read_array
+from colm_edge.arrays import Ints
 from colm_edge.errors import DataError
 from colm_edge.files import replacing
+from colm_edge.npy_files import read_array
 from colm_edge.train.columns import Columns, check_columns
-from colm_edge.train.documents import Documents, Ints
+from colm_edge.train.documents import Documents
 
 # Of each column, the type of a row: a number, or several, as in np.dtype((np.float32, (n_embd,))).
 RowTypes = dict[str, np.dtype[Any]]

@@ -16,8 +16,8 @@ from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
+from colm_edge.arrays import Bools, Doubles, Floats, Ints
 from colm_edge.errors import DataError
 from colm_edge.switch.file import FEATURE_SETS, Switch
 from colm_edge.switch.reading import HIDDEN, log_shares, sigmoids
@@ -31,13 +31,13 @@ from colm_edge.train.fit import (
     feature_columns,
     sample,
 )
-from colm_edge.train.heads import CHUNK_ROWS, Array, Columns, Head, Standardised, minimize
-from colm_edge.train.objectives import DEFER_RATES, REGRET_RATES, REJECTED, Rows
+from colm_edge.train.heads import CHUNK_ROWS, Head, Standardised, minimize
+from colm_edge.train.objectives import DEFER_RATES, REGRET_RATES, REJECTED
 from colm_edge.train.scores import Scores
 
 TEAM_OBJECTIVES = ("marginal", "regret")
 # d of every expert, (n, K) -> the loss and its gradient
-TeamLoss = Callable[[Array], tuple[float, Array]]
+TeamLoss = Callable[[Doubles], tuple[float, Doubles]]
 
 
 @dataclass(frozen=True)
@@ -52,11 +52,11 @@ class TeamScores:
     """
 
     scores: Sequence[Scores]
-    writer: npt.NDArray[np.int64]
+    writer: Ints
     told: bool
 
     @cached_property
-    def line(self) -> npt.NDArray[np.int64]:
+    def line(self) -> Ints:
         """The line of each row, (n,)."""
         return self.scores[0].line if self.told else np.concatenate([s.line for s in self.scores])
 
@@ -70,7 +70,7 @@ class TeamScores:
         """Whether the regret is known: a server's expert does not tell it."""
         return all(scores.tells_regret for scores in self.scores)
 
-    def features(self, rows: Rows, names: tuple[str, ...]) -> Columns:
+    def features(self, rows: Ints, names: tuple[str, ...]) -> Floats:
         """Return the features of some rows, (n, k): a copy, also of scores that are mapped."""
         if self.told:
             return feature_columns(self.scores[0], rows, names)
@@ -82,13 +82,13 @@ class TeamScores:
                 found[at[some]] = feature_columns(scores, own[some], names)
         return found
 
-    def gold(self, rows: Rows) -> Array:
+    def gold(self, rows: Ints) -> Doubles:
         """Return the log-probabilities of the gold tokens, (n, 1 + K): the base's first. Only where
         every expert has told them."""
         base = self.scores[0].base[rows]
         return np.column_stack([base, *(scores.expert[rows] for scores in self.scores)])
 
-    def regret(self, rows: Rows, *, weighed: bool = False) -> Array:
+    def regret(self, rows: Ints, *, weighed: bool = False) -> Doubles:
         """Return the nats by which the document's expert prefers its own choice to the base's;
         weighed: times their importance."""
         found = np.empty(len(rows))
@@ -96,7 +96,7 @@ class TeamScores:
             found[at] = scores.weighed_regret(own) if weighed else scores.regret(own)
         return found
 
-    def _by_writer(self, rows: Rows) -> list[tuple[Rows, Scores, Rows]]:
+    def _by_writer(self, rows: Ints) -> list[tuple[Ints, Scores, Ints]]:
         """Return for each expert: which of these rows are of its documents, the scores with it, and
         these rows' places in them."""
         found, first = [], 0
@@ -107,14 +107,14 @@ class TeamScores:
         return found
 
 
-def likeliest_writers(scores: Sequence[Scores]) -> npt.NDArray[np.int64]:
+def likeliest_writers(scores: Sequence[Scores]) -> Ints:
     """Return for each row the expert that finds its line's tokens likeliest, (n,)."""
     _, line = np.unique(scores[0].line, return_inverse=True)
     totals = np.stack([np.bincount(line, one.expert) for one in scores])
     return np.asarray(totals.argmax(axis=0)[line], np.int64)
 
 
-def marginal_loss(gold: Array, d: Array) -> tuple[float, Array]:
+def marginal_loss(gold: Doubles, d: Doubles) -> tuple[float, Doubles]:
     """Return the mean of −log Σ_j share_j · P_j, and its gradient in d, (n, K).
 
     gold: log-probabilities of the gold tokens, (n, 1 + K), the base's first. The gradient is each
@@ -127,7 +127,7 @@ def marginal_loss(gold: Array, d: Array) -> tuple[float, Array]:
     return float(-joint.mean()), gradient[:, 1:] / len(d)
 
 
-def regret_loss(regret: Array, writer: npt.NDArray[np.int64], d: Array) -> tuple[float, Array]:
+def regret_loss(regret: Doubles, writer: Ints, d: Doubles) -> tuple[float, Doubles]:
     """Return the weighted cross-entropy of whose each token is, and its gradient in d, (n, K)."""
     rejected = regret > REJECTED
     weight = np.where(rejected, regret, 1.0) / len(d)
@@ -138,12 +138,12 @@ def regret_loss(regret: Array, writer: npt.NDArray[np.int64], d: Array) -> tuple
     return float(-(weight * share[rows, label]).sum()), (weight[:, None] * gradient)[:, 1:]
 
 
-def share_of_experts(d: Array) -> Array:
+def share_of_experts(d: Doubles) -> Doubles:
     """Return p_defer, the experts' shares together, (n,)."""
     return sigmoids(np.logaddexp.reduce(d, axis=1))
 
 
-def regret_left(regret: Array, writer: npt.NDArray[np.int64], d: Array) -> float:
+def regret_left(regret: Doubles, writer: Ints, d: Doubles) -> float:
     """Return the mean share of the regret that is left where the tokens of the highest p_defer are
     deferred, at REGRET_RATES; it goes only where the document's expert is the one that writes."""
     order = np.argsort(-share_of_experts(d), kind="stable")
@@ -159,7 +159,7 @@ def fit_rows(
     """Fit a head for each expert under one loss, with l2 · |weight|² in the standard units."""
     n_rows, width = len(start), block.columns.shape[1]
 
-    def value(x: Array) -> tuple[float, Array]:
+    def value(x: Doubles) -> tuple[float, Doubles]:
         rows = x.reshape(n_rows, width + 1)
         weight, bias = rows[:, :-1], rows[:, -1]
         d = np.asarray(block.columns @ weight.T.astype(np.float32), np.float64) + bias
@@ -173,7 +173,7 @@ def fit_rows(
     return tuple(block.raw(row) for row in x.reshape(n_rows, width + 1))
 
 
-def d_of(heads: Sequence[Head], columns: Columns) -> Array:
+def d_of(heads: Sequence[Head], columns: Floats) -> Doubles:
     """Return d of every expert, (n, K)."""
     return np.stack([head(columns) for head in heads], axis=1)
 
@@ -230,15 +230,15 @@ def _search(
     team: TeamScores,
     objective: str,
     n_experts: int,
-    train: Rows,
-    valid: Rows,
-    columns: Callable[[Rows], Columns],
+    train: Ints,
+    valid: Ints,
+    columns: Callable[[Ints], Floats],
 ) -> tuple[Sequence[Head], float]:
     """Return the heads with the l2 of the grid that is judged the best, and that l2. With much data
     it is searched and judged on parts; the heads are then fitted on all, or on as much as FIT_BYTES
     hold."""
 
-    def loss_on(rows: Rows) -> TeamLoss:
+    def loss_on(rows: Ints) -> TeamLoss:
         if objective == "marginal":
             return partial(marginal_loss, team.gold(rows))
         return partial(regret_loss, team.regret(rows, weighed=True), team.writer[rows])
@@ -293,9 +293,9 @@ def checked_objective(objective: str, *, told: bool) -> str:
 
 def _switch(
     heads: Sequence[Head],
-    d: Array,
+    d: Doubles,
     team: TeamScores,
-    valid: Rows,
+    valid: Ints,
     objective: str,
     features: str,
     info: Mapping[str, str],
@@ -319,13 +319,13 @@ def _switch(
     )
 
 
-def of_chosen(gold: Array, d: Array) -> Array:
+def of_chosen(gold: Doubles, d: Doubles) -> Doubles:
     """Return the log-probability of each gold token by the expert that would write it, (n,)."""
     return np.asarray(np.take_along_axis(gold[:, 1:], d.argmax(axis=1)[:, None], axis=1)[:, 0])
 
 
 def _figures(
-    team: TeamScores, valid: Rows, d: Array, threshold: float, names: Sequence[str]
+    team: TeamScores, valid: Ints, d: Doubles, threshold: float, names: Sequence[str]
 ) -> dict[str, Any]:
     p, writer = share_of_experts(d), team.writer[valid]
     deferred = p > threshold
@@ -359,5 +359,5 @@ def _figures(
     }
 
 
-def _share(hits: npt.NDArray[np.bool_]) -> float | None:
+def _share(hits: Bools) -> float | None:
     return float(hits.mean()) if len(hits) else None

@@ -13,14 +13,12 @@ from itertools import pairwise
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
+from colm_edge.arrays import Bools, Doubles, Ints
 from colm_edge.decode.policy import REVIEW_SHARE
 from colm_edge.llama.costs import CostTable
 from colm_edge.train.fit import Fit
-from colm_edge.train.heads import Array
 
-Bools = npt.NDArray[np.bool_]
 TOLERANCES = (0.0, 0.5, 1.0, 2.0, 4.0, 8.0)  # nats
 RATES = tuple(round(0.05 * i, 2) for i in range(1, 13))  # of deferral alone, to compare with
 WINDOWS = (4, 8, 16)  # of drafts that wait, where the fastest is looked for
@@ -102,7 +100,7 @@ def review_figures(fit: Fit, tables: tuple[CostTable, CostTable], window: int) -
 
     def trial(
         deferred: Bools, rejected: Bools | None = None, looked_at: Bools | None = None
-    ) -> tuple[dict[str, float], Array]:
+    ) -> tuple[dict[str, float], Doubles]:
         reviews = rejected is not None
         by_expert = deferred if rejected is None else deferred | rejected
         lost = -np.where(by_expert, expert, base)
@@ -159,7 +157,7 @@ def _whole(
     return Course(calls, sum(part.n_undone for part in parts), len(deferred))
 
 
-def _texts(lines: npt.NDArray[np.int64]) -> Iterator[slice]:
+def _texts(lines: Ints) -> Iterator[slice]:
     """Yield the rows of each line, which stand together."""
     starts = [0, *(np.flatnonzero(np.diff(lines)) + 1).tolist(), len(lines)]
     for start, end in pairwise(starts):
@@ -173,13 +171,13 @@ def _at_speed(plain: list[dict[str, float]], tokens_per_second: float) -> float:
     return float(np.interp(1 / tokens_per_second, seconds, losses))
 
 
-def _recommended(paying: dict[float, Array]) -> float | None:
+def _recommended(paying: dict[float, Doubles]) -> float | None:
     """Return the highest tolerance within one standard error of the likeliest; None is off."""
     if not paying:
         return None
     best = min(paying.values(), key=lambda lost: float(lost.mean()))
 
-    def is_near(lost: Array) -> bool:
+    def is_near(lost: Doubles) -> bool:
         more = lost - best
         return bool(more.mean() <= more.std() / np.sqrt(len(more)))
 

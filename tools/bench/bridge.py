@@ -26,10 +26,10 @@ from pathlib import Path
 
 import numpy as np
 
+from colm_edge.arrays import Floats
 from colm_edge.cancel import Cancel
 from colm_edge.decode.bridge import Bridge
 from colm_edge.decode.spelling import Crossing
-from colm_edge.decode.timeline import Floats
 from colm_edge.llama.context import ContextOptions
 from colm_edge.llama.model import Model
 from colm_edge.llama.session import Session

@@ -22,6 +22,7 @@ from typing import Any, BinaryIO, NoReturn
 import numpy as np
 import numpy.typing as npt
 
+from colm_edge.arrays import Floats
 from colm_edge.errors import ModelError, printable
 from lib.json_files import MOST_JSON_BYTES, opened, parse_json, read_json
 from lib.torch_pickle import Described, ForbiddenError, read_pickle
@@ -84,7 +85,7 @@ class Tensor:
         steps = [s * self.itemsize for s in self.strides]
         return np.lib.stride_tricks.as_strided(flat, self.shape, steps, writeable=False)
 
-    def floats(self) -> npt.NDArray[np.float32]:
+    def floats(self) -> Floats:
         """Return a float32 copy. Raises ModelError for integers and 8-bit floats."""
         if self.dtype not in FLOATS:
             raise ModelError(

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
+from colm_edge.arrays import Floats
 from colm_edge.errors import ModelError, printable
 from colm_edge.switch.file import Switch
 from colm_edge.switch.reading import HIDDEN
@@ -48,7 +48,7 @@ LEFT_BEHIND = ("trainer_state.json", "all_results.json", "train_results.json")
 class FoundRow:
     """The switch as it was found: its row, and facts about it for the reader."""
 
-    weight: npt.NDArray[np.float32]  # (n_embd,), any scale folded in
+    weight: Floats  # (n_embd,), any scale folded in
     bias: float
     facts: list[tuple[str, str]]
 
@@ -286,9 +286,7 @@ def read_row(checkpoint: Checkpoint) -> FoundRow:
     return FoundRow(scaled, bias * scale, facts)
 
 
-def _describe_row(
-    name: str, tensor: Tensor, weight: npt.NDArray[np.float32]
-) -> list[tuple[str, str]]:
+def _describe_row(name: str, tensor: Tensor, weight: Floats) -> list[tuple[str, str]]:
     if not np.isfinite(weight).all():
         raise ModelError(
             f"{tensor.path}: {name} holds NaN or infinite numbers, so the training failed; take an "

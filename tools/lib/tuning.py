@@ -25,13 +25,13 @@ import torch
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from colm_edge.arrays import Doubles
 from colm_edge.errors import ColmError, DataError, ModelError
 from colm_edge.files import replacing
 from colm_edge.switch.file import Switch
 from colm_edge.switch.reading import HIDDEN, sigmoids
 from colm_edge.switch.rules import DEFER_TOKEN
 from colm_edge.train.fit import calibrate, choose_threshold
-from colm_edge.train.heads import Array
 from colm_edge.train.objectives import (
     DEFER_RATES,
     WEAK_POSITIVE_WEIGHT,
@@ -231,7 +231,7 @@ class Tuned(torch.nn.Module):
             self.row.copy_(row)
 
 
-def figures(base: Array, d: Array, expert: Array) -> dict[str, float]:
+def figures(base: Doubles, d: Doubles, expert: Doubles) -> dict[str, float]:
     """Return the losses of base, expert and collaboration, nats per scored token.
 
     nll_hard_R is the loss of hard decisions that defer the share R of highest d.

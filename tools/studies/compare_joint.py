@@ -23,13 +23,13 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # tools/, where imports begi
 from finetune_base import finetune
 
 from colm_edge import Pair, load
+from colm_edge.arrays import Doubles
 from colm_edge.cli.common import progress
 from colm_edge.evaluate.metrics import contains
 from colm_edge.switch.file import Switch
 from colm_edge.switch.reading import HIDDEN
 from colm_edge.train.documents import Row, read_rows, tokenized
 from colm_edge.train.fit import FitOptions, fit_switch
-from colm_edge.train.heads import Array
 from colm_edge.train.objectives import DEFER_RATES
 from colm_edge.train.scores import Scores
 from colm_edge.train.scoring import score, score_expert
@@ -82,7 +82,7 @@ def open_pair(entry: Entry, switch: str | Path = "margin", threads: int = 1) -> 
     return load(entry.base, expert, switch, lora=entry.lora, n_threads=threads)
 
 
-def deferral(switch: Switch, scores: Scores) -> Array:
+def deferral(switch: Switch, scores: Scores) -> Doubles:
     """Return d of every scored token under a switch of the hidden state or of both sets."""
     columns = scores.hidden
     if switch.features != (HIDDEN,):

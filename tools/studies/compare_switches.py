@@ -18,14 +18,14 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 
+from colm_edge.arrays import Bools, Doubles, Floats, Ints
 from colm_edge.cli.common import progress
 from colm_edge.pair import load
 from colm_edge.switch.file import FEATURE_SETS
 from colm_edge.train.documents import Documents, read_rows, tokenized
 from colm_edge.train.fit import L2_GRID, feature_columns
-from colm_edge.train.heads import Array, Columns, Loss, Standardised, minimize
+from colm_edge.train.heads import Loss, Standardised, minimize
 from colm_edge.train.objectives import (
     DEFER_RATES,
     budget_loss,
@@ -40,11 +40,11 @@ HIDDEN_UNITS = 64
 LATEST = 3  # tokens whose gain a context feature looks at
 
 Names = tuple[str, ...]
-Head = Callable[[Columns], Array]  # columns (n, k) -> d (n,)
-Method = Callable[[Columns, Loss, float], Head]  # columns, loss of d, l2 -> a fitted head
+Head = Callable[[Floats], Doubles]  # columns (n, k) -> d (n,)
+Method = Callable[[Floats, Loss, float], Head]  # columns, loss of d, l2 -> a fitted head
 
 
-def lagged(x: Array, position: npt.NDArray[np.int64], by: int) -> Array:
+def lagged(x: Doubles, position: Ints, by: int) -> Doubles:
     """Return what x was `by` tokens ago, 0 before the first."""
     out = np.zeros_like(x)
     out[by:] = x[:-by]
@@ -57,7 +57,7 @@ class Side:
     """Scored documents, to fit on or to judge by, and the context features of their tokens."""
 
     scores: Scores
-    context: dict[str, Array]
+    context: dict[str, Doubles]
 
     @classmethod
     def of(cls, scores: Scores, documents: Documents) -> Side:
@@ -72,13 +72,13 @@ class Side:
         }
         return cls(scores, context)
 
-    def columns(self, names: Names, extra: Names = ()) -> Columns:
+    def columns(self, names: Names, extra: Names = ()) -> Floats:
         """Return features of the switch by name, then context features, (n, k)."""
         features = feature_columns(self.scores, np.arange(len(self.scores.base)), names)
         more = [self.context[name][:, None].astype(np.float32) for name in extra]
         return np.concatenate([features, *more], 1)
 
-    def add_deferrals(self, deferred: npt.NDArray[np.bool_]) -> None:
+    def add_deferrals(self, deferred: Bools) -> None:
         """Add whether the last token was deferred, and how long ago the latest deferral was."""
         since = np.zeros(len(deferred))
         for i in range(1, len(since)):
@@ -91,17 +91,17 @@ class Side:
 class Layer:
     """One tanh layer on standardised columns, and a linear head on it."""
 
-    def __init__(self, columns: Columns) -> None:
+    def __init__(self, columns: Floats) -> None:
         self.block = Standardised(columns)
         self.k = columns.shape[1]
 
-    def _split(self, x: Array) -> tuple[Array, Array, Array, float]:
+    def _split(self, x: Doubles) -> tuple[Doubles, Doubles, Doubles, float]:
         n = self.k * HIDDEN_UNITS
         second = n + HIDDEN_UNITS
         return x[:n].reshape(self.k, -1), x[n:second], x[second:-1], float(x[-1])
 
-    def fit(self, loss_of_d: Loss, l2: float) -> Array:
-        def loss(x: Array) -> tuple[float, Array]:
+    def fit(self, loss_of_d: Loss, l2: float) -> Doubles:
+        def loss(x: Doubles) -> tuple[float, Doubles]:
             first, shift, second, bias = self._split(x)
             unit = np.tanh(self.block.columns @ first.astype(np.float32) + shift)
             value, by_d = loss_of_d(unit @ second + bias)
@@ -117,17 +117,17 @@ class Layer:
         x = np.concatenate((first, np.zeros(HIDDEN_UNITS), second, [0.0]))
         return minimize(loss, x, steps=300)
 
-    def d(self, x: Array, columns: Columns) -> Array:
+    def d(self, x: Doubles, columns: Floats) -> Doubles:
         first, shift, second, bias = self._split(x)
         standard = (columns - self.block.mean) / self.block.scale
         return np.asarray(np.tanh(standard @ first + shift) @ second + bias, np.float64)
 
 
-def linear(columns: Columns, loss: Loss, l2: float) -> Head:
+def linear(columns: Floats, loss: Loss, l2: float) -> Head:
     return Standardised(columns.copy()).fit(loss, l2)
 
 
-def layered(columns: Columns, loss: Loss, l2: float) -> Head:
+def layered(columns: Floats, loss: Loss, l2: float) -> Head:
     layer = Layer(columns.copy())
     return partial(layer.d, layer.fit(loss, l2))
 
@@ -158,7 +158,7 @@ class Comparison:
         for side in (self.fitted, self.judged):
             side.add_deferrals(first(side.columns(names)) > at)
 
-    def fit(self, columns: Columns, method: Method, objective: str) -> Head:
+    def fit(self, columns: Floats, method: Method, objective: str) -> Head:
         """Return a head of this method, its regularisation the best of the grid on valid lines."""
         base, expert = (side[self.valid] for side in self._likelihoods(self.fitted))
         found = []
@@ -172,7 +172,7 @@ class Comparison:
 
     def judge(
         self, names: Names, extra: Names, method: Method, objective: str
-    ) -> tuple[float, Array]:
+    ) -> tuple[float, Doubles]:
         """Return the joint loss of the best head on the judged side, and its d there."""
         x, x_test = (side.columns(names, extra) for side in (self.fitted, self.judged))
         head = self.fit(x, method, objective)
@@ -183,17 +183,17 @@ class Comparison:
         return marginal_loss(*self._likelihoods(self.judged), d_test)[0], d_test
 
     @staticmethod
-    def _likelihoods(side: Side) -> tuple[Array, Array]:
+    def _likelihoods(side: Side) -> tuple[Doubles, Doubles]:
         return side.scores.base, side.scores.expert
 
-    def show(self, name: str, objective: str, joint: float | None, d: Array) -> None:
+    def show(self, name: str, objective: str, joint: float | None, d: Doubles) -> None:
         """Print a row of the table."""
         losses = hard(d, *self._likelihoods(self.judged))
         cells = [name, objective, "–" if joint is None else f"{joint:.3f}"]
         print("| " + " | ".join([*cells, *(f"{loss:.3f}" for loss in losses)]) + " |", flush=True)
 
 
-def hard(d: Array, base: Array, expert: Array) -> list[float]:
+def hard(d: Doubles, base: Doubles, expert: Doubles) -> list[float]:
     """Return the losses of hard decisions at the usual defer rates."""
     curve = hard_curve(d, base, expert)
     return [float(curve[round(rate * len(d))]) for rate in DEFER_RATES]

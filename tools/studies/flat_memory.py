@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from colm_edge.decode.timeline import Floats
+from colm_edge.arrays import Floats
 from colm_edge.errors import ColmError
 from colm_edge.options import Options
 from colm_edge.pair import Pair, load

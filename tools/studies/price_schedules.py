@@ -23,12 +23,12 @@ from typing import Any
 
 import numpy as np
 
+from colm_edge.arrays import Floats
 from colm_edge.bench.replay import Trace, replay
 from colm_edge.cancel import Cancel
 from colm_edge.decode.fast import Fast
 from colm_edge.decode.loop import Schedule
 from colm_edge.decode.planner import Planner
-from colm_edge.decode.timeline import Floats
 from colm_edge.llama.costs import CostTable
 from colm_edge.llama.held import common_prefix
 from colm_edge.pair import Pair, load

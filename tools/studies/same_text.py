@@ -27,8 +27,9 @@ from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
+from colm_edge.arrays import Floats
 from colm_edge.decode.step import Step
-from colm_edge.decode.timeline import Floats, Timeline
+from colm_edge.decode.timeline import Timeline
 from colm_edge.options import Options
 from colm_edge.pair import Pair, load
 from colm_edge.slots import Slots

@@ -22,8 +22,8 @@ import click
 import numpy as np
 
 from colm_edge import load
+from colm_edge.arrays import Floats
 from colm_edge.cancel import Cancel
-from colm_edge.decode.timeline import Floats
 from colm_edge.evaluate.metrics import METRICS
 from colm_edge.llama.session import Session
 from colm_edge.options import Options

@@ -23,9 +23,9 @@ from typing import Any
 
 import click
 import numpy as np
-import numpy.typing as npt
 
 from colm_edge import load, readout
+from colm_edge.arrays import Bools, Doubles, Floats, Ints
 from colm_edge.decode.picker import likeliest
 from colm_edge.files import replacing, sha256_of
 from colm_edge.journal import Journal, is_count, key_of
@@ -44,20 +44,19 @@ from colm_edge.train.scoring import identity, score
 RATES = (0.03, 0.1, 0.2, 0.4)  # of round 2, drawn for each answer
 ENTROPY, N_NEXT = 0.3, 5  # rule W
 L2, FOLDS = 0.1, 4
-Array = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True)
 class Round:
     """The tokens of one round, and of each what it is fitted and judged by."""
 
-    columns: npt.NDArray[np.float32]  # the base's state
-    margin: Array
-    regret: Array
-    matters: npt.NDArray[np.bool_]  # by rule W
-    line: npt.NDArray[np.int64]
+    columns: Floats  # the base's state
+    margin: Doubles
+    regret: Doubles
+    matters: Bools  # by rule W
+    line: Ints
 
-    def some(self, rows: npt.NDArray[np.bool_]) -> Round:
+    def some(self, rows: Bools) -> Round:
         return Round(*(column[rows] for column in vars(self).values()))
 
     def and_(self, other: Round) -> Round:
@@ -65,7 +64,7 @@ class Round:
         return Round(*(np.concatenate(pair) for pair in pairs))
 
     @property
-    def weighed(self) -> Array:
+    def weighed(self) -> Doubles:
         """The regret of the tokens that matter."""
         return np.where(self.matters, self.regret, 0.0)
 
@@ -76,7 +75,7 @@ def bar(name: str, total: int) -> Iterator[Any]:
         yield SimpleNamespace(update=shown.update)
 
 
-def of_scores(scores: Scores, matters: npt.NDArray[np.bool_] | None = None) -> Round:
+def of_scores(scores: Scores, matters: Bools | None = None) -> Round:
     names = ("hidden", *readout.FEATURES)
     rows = np.arange(len(scores.base))
     regret = scores.regret(rows)
@@ -119,7 +118,7 @@ def _is_kept(entry: dict[str, Any]) -> bool:
     return all(is_count(token) for token in entry["tokens"])
 
 
-def unsure(pair: Pair, documents: Documents) -> npt.NDArray[np.bool_]:
+def unsure(pair: Pair, documents: Documents) -> Bools:
     """Return whether the expert is unsure of each scored token, (n,)."""
     found: list[bool] = []
     with (
@@ -137,7 +136,7 @@ def unsure(pair: Pair, documents: Documents) -> npt.NDArray[np.bool_]:
     return np.array(found)
 
 
-def by_rule_w(scores: Scores, is_unsure: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
+def by_rule_w(scores: Scores, is_unsure: Bools) -> Bools:
     """Return whether the base's choice at each position is a mismatch that matters."""
     n = len(scores.base)
     regret = scores.regret(np.arange(n))
@@ -150,7 +149,7 @@ def by_rule_w(scores: Scores, is_unsure: npt.NDArray[np.bool_]) -> npt.NDArray[n
     return np.asarray((regret > 0) & ~(wrote & is_unsure & goes_on), np.bool_)
 
 
-def fitted(data: Round, target: Array) -> Head:
+def fitted(data: Round, target: Doubles) -> Head:
     loss = partial(regret_loss, target)
     block = Standardised(data.columns.copy())
     weight = np.zeros(data.columns.shape[1])
@@ -164,7 +163,7 @@ def compare(first: Round, second: Round, common: set[int]) -> None:
     common: the prompts that were answered in both rounds.
     """
     lines = np.random.default_rng(0).permutation(sorted(common))
-    results: dict[str, list[Array]] = {}
+    results: dict[str, list[Doubles]] = {}
     for k in range(FOLDS):
         held = lines[k::FOLDS]
         fit_1, fit_2 = (data.some(~np.isin(data.line, held)) for data in (first, second))

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from lib.fuzz.zip import bomb, members_of, zipped
 
-from colm_edge.arrays import read_array, read_arrays
+from colm_edge.npy_files import read_array, read_arrays
 
 KINDS = {"a": np.int32, "b": np.bool_, "c": np.float64, "t": str, "u": np.uint8}
 ARRAYS = {
