@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -33,6 +34,18 @@ def serving(pair: Pair, **settings) -> Iterator[tuple[str, Server]]:
     finally:
         running.should_exit = True
         thread.join(60)
+
+
+def sent(url: str, body: bytes, length: int | None = None) -> socket.socket:
+    """Return a connection on which this was sent to /v1/completions, and nothing read. length: what
+    the request says that its body has, if more is to come."""
+    host, port = url.removeprefix("http://").split(":")
+    connection = socket.create_connection((host, int(port)), 60)
+    connection.sendall(
+        b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+        b"Content-Length: %d\r\n\r\n%b" % (length or len(body), body)
+    )
+    return connection
 
 
 def wait_for(condition, seconds: float = 30) -> None:

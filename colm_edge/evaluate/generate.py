@@ -94,7 +94,7 @@ def answers(
     with pair.switched(switch):
         if running_rate(switch, options) is None:
             options = options.with_changes(threshold=pair.threshold(options))
-        if pair.review(options) < math.inf:  # as it is by now, since the journal's key tells it
+        if pair.review(options) < math.inf:  # resolved here: a key must not depend on a default
             options = options.with_changes(review_floor=review_floor(switch, options))
 
         def task(i: int) -> Task:

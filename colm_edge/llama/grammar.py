@@ -68,7 +68,7 @@ class Grammar:
     def copy(self) -> Self:
         """Return a grammar in the same state."""
         sampler = llama.llama_sampler_clone(self._sampler)
-        twin = object.__new__(type(self))  # see Sampler.copy
+        twin = object.__new__(type(self))  # see ChainSampler.copy
         twin.__dict__.update({**self.__dict__, "_one": self._one.copy(), "_sampler": sampler})
         return twin
 

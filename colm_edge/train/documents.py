@@ -28,7 +28,8 @@ if TYPE_CHECKING:
 
 Row = tuple[int, dict[str, Any]]  # the line's number and its object
 TOKENS_FILE = "tokens.int32"
-VALID_SHARE, MIN_LINES = 0.2, 5  # of the data, that are held back; that there must be
+VALID_SHARE = 0.2  # of the lines, held back
+MIN_LINES = 5  # fewer leave none to hold back
 
 
 @dataclass(frozen=True)
@@ -303,9 +304,9 @@ def _text(row: dict[str, Any], key: str) -> str:
 
 
 def check_lines(n: int) -> None:
-    """Raise DataError when there are too few documents to hold any back."""
+    """Raise DataError when there are too few lines to hold any back."""
     if n < MIN_LINES:
-        raise DataError(f"{n} documents; expected at least {MIN_LINES}, to hold one back")
+        raise DataError(f"{n} lines; expected at least {MIN_LINES}, to hold one back")
 
 
 def held_back_lines(documents: Documents, seed: int) -> set[int]:

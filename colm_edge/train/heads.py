@@ -28,9 +28,6 @@ def check_fit() -> None:
         ) from e
 
 
-# As fast as the L-BFGS of our own that stood here: 200,000 tokens of 1,024 features took 13.4 s
-# (117 evaluations of a loss) and 13.5 s (135), one thread of an AMD EPYC, the median of three
-# interleaved runs of tools/bench/fit.py, 2026-11-27.
 def minimize(loss: Loss, x: Doubles, *, steps: int = 200, bounds: Bounds | None = None) -> Doubles:
     """Return the minimum of a smooth function from x on, by L-BFGS. bounds: of each number.
 

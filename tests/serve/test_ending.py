@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -13,6 +12,7 @@ from contextlib import contextmanager
 
 import httpx
 import pytest
+from serving import sent
 
 LONG = {"prompt": "hello", "max_tokens": 1900, "n": 16, "stream": True}  # many seconds of work
 
@@ -90,12 +90,7 @@ def test_a_second_signal_ends_answers_at_once(tiny):
 
 def test_a_half_sent_request_is_not_waited_for(tiny):
     with command(tiny) as (process, url):
-        host, port = url.removeprefix("http://").split(":")
-        with socket.create_connection((host, int(port)), 60) as connection:
-            connection.sendall(
-                b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\n"
-                b"Content-Type: application/json\r\nContent-Length: 1000\r\n\r\n{ "
-            )
+        with sent(url, b"{ ", 1000) as connection:
             assert httpx.get(f"{url}/health").status_code == 200  # it was read before this
             process.send_signal(signal.SIGTERM)
             assert connection.recv(100).startswith(b"HTTP/1.1 503 ")

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import socket
-
 import httpx
 import openai
 import pytest
 from click.testing import CliRunner
-from serving import serving, wait_for
+from serving import sent, serving, wait_for
 
 from colm_edge.cli import main
 from colm_edge.serve import app
@@ -49,6 +47,8 @@ def test_a_key_that_no_header_carries_is_refused_at_the_start(tiny, monkeypatch)
         result = CliRunner().invoke(main, args, env={"COLM_EDGE_API_KEY": key})
         assert result.exit_code == 2
         assert words in result.stderr
+    result = CliRunner().invoke(main, [*args, "--api-key", ""])
+    assert result.exit_code == 2
     result = CliRunner().invoke(main, args, env={"COLM_EDGE_API_KEY": "sesame\n"})
     assert result.exit_code == 0, result.output
     assert served == ["sesame"]
@@ -156,23 +156,12 @@ def test_anthropics_header_carries_the_key_too(pair):
 
 def test_the_key_is_asked_for_before_the_body_is_read(pair):
     """The client is refused while it still has most of the body to send."""
-    with serving(pair, api_key="sesame") as (url, _), half_sent(url) as connection:
+    with serving(pair, api_key="sesame") as (url, _), sent(url, b"{ ", 1000) as connection:
         assert connection.recv(200).startswith(b"HTTP/1.1 401 ")
 
 
-def half_sent(url: str) -> socket.socket:
-    """Return a connection on which a request with a body of 1,000 bytes has sent two."""
-    host, port = url.removeprefix("http://").split(":")
-    connection = socket.create_connection((host, int(port)), 60)
-    connection.sendall(
-        b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
-        b"Content-Length: 1000\r\n\r\n{ "
-    )
-    return connection
-
-
 def test_a_request_that_is_half_sent_does_not_hold_up_the_servers_end(pair):
-    with serving(pair) as (url, server), half_sent(url) as connection:
+    with serving(pair) as (url, server), sent(url, b"{ ", 1000) as connection:
         wait_for(lambda: server.stopping._waiters)  # the request is there and waits for more
         server.stopping._loop.call_soon_threadsafe(server.stopping.set)
         assert connection.recv(200).startswith(b"HTTP/1.1 503 ")

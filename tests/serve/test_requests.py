@@ -74,8 +74,7 @@ HALF = chr(0xD83D)  # of an emoji
 def test_null_means_not_given_anywhere(url, path, more):
     body = {"messages": CHAT, "max_tokens": 2, "stream": False, **more}
     answer = httpx.post(f"{url}{path}", json=body, timeout=60)
-    # The tiny base has no template of its own to be applied.
-    assert answer.status_code == 200 or "no chat template" in answer.text, answer.text
+    assert answer.status_code == 200, answer.text
 
 
 @pytest.mark.parametrize(
@@ -163,13 +162,6 @@ def test_the_limit_of_answers_is_not_the_length_of_one(monkeypatch):
     for flags in (("--max-tokens", "3"), ("-n", "3"), ("-n", "2", "--max-tokens", "3")):
         assert CliRunner().invoke(main, ["serve", *flags]).exit_code == 0
     assert found == [(-1, 3), (3, 2048), (2, 3)]
-
-
-@pytest.mark.parametrize("key", ["", " "])
-def test_an_empty_key_is_an_error_at_the_start(key):
-    result = CliRunner().invoke(main, ["serve", "--api-key", key])
-    assert result.exit_code == 2
-    assert "the API key is empty" in result.stderr
 
 
 @pytest.mark.parametrize("path", ["/", "/health", "/v1/models"])

@@ -190,7 +190,7 @@ def test_a_prompt_that_repeats_is_answered_once_and_on_one_side(tiny, tmp_path):
 
 def test_nothing_is_answered_for_a_fit_that_cannot_be(tiny, tmp_path, monkeypatch):
     result = train_on([row for _, row in ROWS[:4]], tiny, tmp_path)
-    assert "4 documents; expected at least 5" in result.stderr
+    assert "4 lines; expected at least 5" in result.stderr
     monkeypatch.setitem(sys.modules, "scipy", None)
     missing = train_on([row for _, row in ROWS], tiny, tmp_path)
     assert "fitting a switch needs scipy" in missing.stderr
