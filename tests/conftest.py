@@ -23,7 +23,7 @@ from remote_pairs import GREEDY
 
 from colm_edge.pair import Pair, load
 from colm_edge.remote import client as remote
-from colm_edge.remote.http import KEY_VARIABLE
+from colm_edge.remote.http import EXPERT_KEY_VARIABLE
 from colm_edge.switch.file import Switch
 
 pytest_plugins = ["pages"]
@@ -211,7 +211,7 @@ def models(tiny: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Te
 def no_back_off(monkeypatch):
     """Ask an expert's server again at once, and send it no key."""
     monkeypatch.setattr(remote, "BACK_OFF", 0.0)
-    monkeypatch.delenv(KEY_VARIABLE, raising=False)
+    monkeypatch.delenv(EXPERT_KEY_VARIABLE, raising=False)
 
 
 @pytest.fixture

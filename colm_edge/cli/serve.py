@@ -28,7 +28,7 @@ from colm_edge.errors import ColmError
 from colm_edge.options import ServerOptions
 
 SERVER = ServerOptions()
-KEY_VARIABLE = "COLM_EDGE_API_KEY"
+API_KEY_VARIABLE = "COLM_EDGE_API_KEY"
 ORIGIN = re.compile(r"\*|null|[a-z][a-z0-9+.-]*://[^/?#@\s]+")
 HOST = re.compile(r"[^:/?#@\s]+|[0-9a-f.]*(:[0-9a-f.]*){2,}")  # a name, or an address in IPv6
 
@@ -77,9 +77,9 @@ def matching(form: re.Pattern[str], expected: str) -> Callable[..., tuple[str, .
 )
 @click.option(
     "--api-key",
-    envvar=KEY_VARIABLE,
+    envvar=API_KEY_VARIABLE,
     metavar="KEY",
-    help=f"Require this key with every request; in the environment variable {KEY_VARIABLE} it "
+    help=f"Require this key with every request; in the environment variable {API_KEY_VARIABLE} it "
     "stays out of the process list.",
 )
 @click.option(
@@ -129,7 +129,7 @@ def serve_command(
 
     key = settings["api_key"]
     if key is None:  # Click takes an empty variable for none, and the server would be open
-        key = os.environ.get(KEY_VARIABLE)
+        key = os.environ.get(API_KEY_VARIABLE)
     if key is not None:
         key = settings["api_key"] = key.strip()
         if not key:

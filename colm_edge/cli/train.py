@@ -203,7 +203,7 @@ def train(
         if carried == "best" and not here:
             raise ColmError("--review best needs both models here; give a number of nats, or off")
         rows = _rows(text, twice="metric" in threshold_by)
-        documents, recorded, told = _text(text, rows, pair, raw, work)
+        documents, recorded, counts = _text(text, rows, pair, raw, work)
         fit = fit_switch(
             pair,
             documents,
@@ -220,7 +220,7 @@ def train(
         )
         fit = _with_review(fit, pair if here else None, carried)
         _save(fit, pair, outfile, report_dir)
-    report = {**fit.report, **told}
+    report = {**fit.report, **counts}
     say(_in_words(report))
     click.echo(json.dumps(report))
 
@@ -271,7 +271,7 @@ def _train_team(
     file = text.get("data") or text["prompts"]
     check_writable(outfile, file)
     check_fit()
-    checked_objective(fitting["objective"], told="data" in text)
+    checked_objective(fitting["objective"], by_all="data" in text)
     if work_dir is None and is_stream(outfile):
         raise click.UsageError(f"{outfile} is no plain file; give --work-dir for the scores")
     work = Path(work_dir or kept_beside(outfile))
@@ -290,10 +290,10 @@ def _train_team(
     switch, report = fit_team(found.team, found.held_back, [*experts], info=found.info, **fitting)
     switch.save(outfile)
     say(f"{outfile}: written")
-    told = {"n_cut": found.n_cut}
+    counts = {"n_cut": found.n_cut}
     if found.n_answers is not None:
-        told["n_answers"] = found.n_answers
-    click.echo(json.dumps({**report, **told}))
+        counts["n_answers"] = found.n_answers
+    click.echo(json.dumps({**report, **counts}))
 
 
 def _files_of(expert_scores: str | None = None, more_scores: Sequence[str] = ()) -> list[Path]:
@@ -381,8 +381,8 @@ def _text(
     answered = answer_prompts(pair, rows, progress, raw=raw, work=work, **how)
     if answered.n_cut:
         say(f"{answered.n_cut} answers were cut at {text['max_tokens']} tokens (-n), or by -c")
-    told = {"n_answers": len(answered.entries), "n_cut": answered.n_cut}
-    return answered.documents, answered.recorded, told
+    counts = {"n_answers": len(answered.entries), "n_cut": answered.n_cut}
+    return answered.documents, answered.recorded, counts
 
 
 def documents_of(rows: Iterable[Row], pair: Pair, raw: bool, work: Path | None) -> Documents:

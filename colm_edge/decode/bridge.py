@@ -14,8 +14,8 @@ healing, github.com/guidance-ai/guidance). Only within one vocabulary there is n
 behind a token that no other one goes on from.
 
 Its likelihoods are approximate: of all spellings of the unsettled bytes, those count that follow
-the expert's own tokens and then go on with one that is longer. Tokens more than NEAR nats below the
-likeliest are left out.
+the expert's own tokens and then go on with one that is longer. Tokens more than NEAR_NATS below the likeliest
+are left out.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from colm_edge.decode.timeline import Around, Timeline
 from colm_edge.errors import AbsentExpertError, ModelError
 from colm_edge.llama.held import common_prefix
 
-NEAR, MOST = 18.0, 2048  # nats, and tokens, of what an expert says that is looked at
+NEAR_NATS, MOST = 18.0, 2048  # nats, and tokens, of what an expert says that is looked at
 MOST_ROWS = 512  # of its states at once: as many as a batch has tokens
 MOST_KEPT = 8  # of its states, each as large as its vocabulary
 NO_STATE = np.empty(0, np.float32)  # nobody reads an expert's hidden state
@@ -159,7 +159,7 @@ class Bridge(Around):
         best = max((float(one.logprobs.max()) for one in said), default=-math.inf)
         targets, shares = [np.empty(0, np.int32)], [np.empty(0)]
         for one in said:
-            near = one.logprobs > best - NEAR
+            near = one.logprobs > best - NEAR_NATS
             targets.append(self._crossing.targets(one.tokens[near], one.n_skipped))
             shares.append(np.exp(one.logprobs[near] - best))
         found, p = np.concatenate(targets), np.concatenate(shares)
@@ -189,7 +189,7 @@ class Bridge(Around):
         logits = self._logits(row)
         ids = self._crossing.longer(given) if given else None
         told = logits if ids is None else logits[ids]
-        near = np.flatnonzero(told > logits.max() - NEAR)
+        near = np.flatnonzero(told > logits.max() - NEAR_NATS)
         if len(near) > MOST:
             near = near[np.argpartition(-told[near], MOST)[:MOST]]
         logprobs = told[near].astype(np.float64) - self._total(row)

@@ -13,7 +13,7 @@ import numpy as np
 
 from colm_edge.arrays import Doubles, Ints
 from colm_edge.cancel import Cancel
-from colm_edge.decode.bridge import NEAR, Bridge
+from colm_edge.decode.bridge import NEAR_NATS, Bridge
 from colm_edge.decode.spelling import Crossing
 from colm_edge.remote.rows import RowsSession
 
@@ -87,7 +87,7 @@ class BridgeAway(Bridge):
 
     def _goes_on(self, row: int, given: bytes) -> tuple[Ints, Doubles]:
         told = self._session.told(row)
-        least = max(told.values()) - NEAR
+        least = max(told.values()) - NEAR_NATS
 
         def goes_on(token: int) -> bool:
             piece = self._crossing.theirs.piece(token)

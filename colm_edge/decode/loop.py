@@ -24,7 +24,7 @@ from colm_edge.errors import AbsentExpertError
 from colm_edge.llama.owners import HomeLock
 
 # The share of its threshold that p_defer reaches before the expert is likely to be called.
-NEAR = 0.5
+NEAR_THRESHOLD = 0.5
 # Outputs evaluated at once when a prompt is read back; each takes n_vocab floats.
 PROMPT_OUTPUTS = 64
 Follow = Callable[["array[int]"], None]
@@ -221,7 +221,7 @@ class Decoder:
         """Return the switch's reading for position `at`, and the base's logits for it."""
         logits, hidden = self._base.state(at - 1)
         reading = self.policy.read(at, logits, hidden)
-        if self._near is not None and reading.p_defer > NEAR * self.policy.threshold:
+        if self._near is not None and reading.p_defer > NEAR_THRESHOLD * self.policy.threshold:
             self._come_near(reading.expert)
         return reading, logits
 

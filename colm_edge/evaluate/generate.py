@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
@@ -70,6 +70,18 @@ class Generated:
     deferred: Ints  # of the tokens
     seconds: Doubles  # that it took, without reading the expert's weights
     cut: Bools  # ended by max_tokens or the context, not by the model
+
+    @classmethod
+    def of(cls, entries: Sequence[Facts], rows: list[Row], metric: Metric) -> Self:
+        """Judge the answers that were given to the rows."""
+        pairs = zip(entries, rows, strict=True)
+        return cls(
+            np.array([metric(entry["text"], row) for entry, (_, row) in pairs], np.float64),
+            np.array([entry["tokens"] for entry in entries], np.int64),
+            np.array([entry["deferred"] for entry in entries], np.int64),
+            np.array([entry["seconds"] for entry in entries], np.float64),
+            np.array([entry["cut"] for entry in entries], np.bool_),
+        )
 
 
 def answers(
@@ -153,7 +165,7 @@ def judged(
             if journal is not None:
                 journal.add(keys[i], entries[i])
             bar.update(1)
-    return judge([entries[i] for i in range(len(rows))], rows, metric)
+    return Generated.of([entries[i] for i in range(len(rows))], rows, metric)
 
 
 def _is_kept(entry: Facts) -> bool:
@@ -164,21 +176,6 @@ def _is_kept(entry: Facts) -> bool:
         and is_count(entry["deferred"], entry["tokens"] + 1)
         and is_number(entry["seconds"], 0, MOST_SECONDS)
         and isinstance(entry["cut"], bool)
-    )
-
-
-def judge(entries: Iterable[Facts], rows: list[Row], metric: Metric) -> Generated:
-    """Judge the answers that were given to the rows."""
-    entries = list(entries)
-    return Generated(
-        right=np.array(
-            [metric(entry["text"], row) for entry, (_, row) in zip(entries, rows, strict=True)],
-            np.float64,
-        ),
-        tokens=np.array([entry["tokens"] for entry in entries], np.int64),
-        deferred=np.array([entry["deferred"] for entry in entries], np.int64),
-        seconds=np.array([entry["seconds"] for entry in entries], np.float64),
-        cut=np.array([entry["cut"] for entry in entries], np.bool_),
     )
 
 

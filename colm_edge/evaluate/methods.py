@@ -20,7 +20,6 @@ from colm_edge.arrays import Bools, Doubles, Ints
 from colm_edge.decode.policy import running_rate
 from colm_edge.errors import ColmError, MismatchError
 from colm_edge.evaluate.generate import ANSWERS_FILE, Facts, Generated, RandomSwitch, answers
-from colm_edge.evaluate.generate import judge as judged_answers
 from colm_edge.evaluate.metrics import METRICS, Metric, check_rows
 from colm_edge.evaluate.proxy_tuning import Proxy
 from colm_edge.journal import Journal
@@ -206,7 +205,7 @@ def evaluate(
         if judge is not None and by_expert and method.name == "expert" and options.is_plain:
             pace = [*pace_of(pair, comparison.n_slots), options.schedule]
             entries = [_facts(entry, pace) for entry in by_expert.entries]
-            row |= _generated(judged_answers(entries, rows, judge))
+            row |= _generated(Generated.of(entries, rows, judge))
         elif judge is not None:
             row |= _generated(
                 _answers(pair, method, options, comparison, rows, progress, answering)

@@ -35,7 +35,7 @@ COARSE = (1, 4, 16, 8, 2)
 HASTY, SECONDS = 0.5, 3.0  # of measuring, plus the decode in flight: in a hurry, and at length
 ROUNDS = 8
 OFTEN = 16  # sizes up to this one are measured in every round
-MOST_SECONDS = 3600.0  # of a decode, that a kept table may tell
+MOST_DECODE_SECONDS = 3600.0  # of a decode, that a kept table may tell
 LONG = 0.005  # seconds of a decode that make the time to build a graph negligible
 
 
@@ -54,9 +54,9 @@ def _kept(session: Session) -> tuple[CostTable, bool] | None:
             or not all(isinstance(n, int) and 0 < n <= SIZES[-1] for n in sizes)
             or sizes[:1] != [1]
             or sorted(set(sizes)) != sizes
-            or not all(isinstance(x, float) and 0 < x < MOST_SECONDS for x in seconds)
+            or not all(isinstance(x, float) and 0 < x < MOST_DECODE_SECONDS for x in seconds)
             or len(more) > len(OUTPUTS)
-            or not all(isinstance(x, float) and 0 <= x < MOST_SECONDS for x in more)
+            or not all(isinstance(x, float) and 0 <= x < MOST_DECODE_SECONDS for x in more)
         ):
             return None
         return CostTable(tuple(sizes), tuple(seconds), tuple(more)), bool(kept["hasty"])

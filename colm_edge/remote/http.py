@@ -15,7 +15,7 @@ from colm_edge.references import is_this_machine
 from colm_edge.remote.dialect import Body
 
 CONNECT_TIMEOUT = 5.0  # seconds
-KEY_VARIABLE = "COLM_EDGE_EXPERT_KEY"
+EXPERT_KEY_VARIABLE = "COLM_EDGE_EXPERT_KEY"
 MOST_BYTES = 64 << 20  # of an answer: the log-probabilities of a vocabulary take 10 MB
 TOLD = 200  # characters of a server's own words that an error repeats
 
@@ -62,11 +62,11 @@ class Server:
         self.is_local = is_this_machine(parsed.host)
         self.address = str(parsed.copy_with(userinfo=b"")).rstrip("/").removesuffix("/v1")
         self.name = f"{self.address}#{self.model}" if self.model else self.address
-        key = os.environ.get(KEY_VARIABLE, "")
+        key = os.environ.get(EXPERT_KEY_VARIABLE, "")
         if not (key.isascii() and key.isprintable()):
             raise ModelError(
-                f"the variable {KEY_VARIABLE} has characters that a key cannot have; expected "
-                "printable ASCII"
+                f"the variable {EXPERT_KEY_VARIABLE} has characters that a key cannot have; "
+                "expected printable ASCII"
             )
         self._timeout = timeout
         self._client = httpx.Client(
@@ -103,7 +103,7 @@ class Server:
         if status != 200:
             told = _told(content)
             if status in (401, 403):
-                told += f" (set the variable {KEY_VARIABLE} to its key)"
+                told += f" (set the variable {EXPERT_KEY_VARIABLE} to its key)"
             busy = status >= 500 or status in (408, 429)
             cause = f"HTTP {status}"
             raise RequestError(f"{path}: {cause}: {told}", cause, final=not busy)

@@ -282,7 +282,7 @@ def _trials(split: Split, names: tuple[str, ...], old: Head | None) -> dict[str,
             [starts[start] for start in objective.starts if start in starts],
             _margin_head(block, loss, names) if objective.by_margin else None,
             held_back,
-            partial(objective.judge, scores, judged),
+            partial(objective.held_back_loss, scores, judged),
         )
         # A head fitted to labels that are all alike would mislead those that start from it.
         if name != "weak" or len(np.unique(weak_label(scores, rows))) > 1:

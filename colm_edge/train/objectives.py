@@ -155,8 +155,8 @@ class Objective:
     """What a head can be fitted to.
 
     loss: (scores, rows) -> the loss of d on these rows, to minimise.
-    judge: (scores, rows, d) of held-back tokens -> a number; the regularisation with the lowest one
-    is taken.
+    held_back_loss: (scores, rows, d) of held-back tokens -> a number; the regularisation with the
+    lowest one is taken.
     starts: where the fit starts; of several, the best result is taken: "zero", "old" (the switch
     that is updated), or the head of an objective that stands earlier in OBJECTIVES.
     ranks: d says only which tokens come first, so it is rescaled to the likeliest mixture.
@@ -166,7 +166,7 @@ class Objective:
     """
 
     loss: Callable[[Scores, Ints], Loss]
-    judge: Callable[[Scores, Ints, Doubles], float]
+    held_back_loss: Callable[[Scores, Ints, Doubles], float]
     starts: tuple[str, ...] = ("zero",)
     ranks: bool = False
     by_margin: bool = False
@@ -178,25 +178,25 @@ OBJECTIVES = {
     # The paper's weak supervision.
     "weak": Objective(
         loss=lambda scores, rows: partial(weak_loss, weak_label(scores, rows)),
-        judge=hard_loss,
+        held_back_loss=hard_loss,
     ),
     # The paper's likelihood of the mixture.
     "marginal": Objective(
         loss=lambda scores, rows: partial(marginal_loss, scores.base[rows], scores.expert[rows]),
-        judge=_joint_loss,
+        held_back_loss=_joint_loss,
         starts=("zero", "old", "weak"),
     ),
     # The likelihood of hard decisions at the defer rates that people use.
     "budget": Objective(
         loss=lambda scores, rows: partial(budget_loss, scores.expert[rows] - scores.base[rows]),
-        judge=hard_loss,
+        held_back_loss=hard_loss,
         starts=("marginal",),
         ranks=True,
     ),
     # Whether the expert would reject the base's choice.
     "regret": Objective(
         loss=lambda scores, rows: partial(regret_loss, scores.weighed_regret(rows)),
-        judge=regret_left,
+        held_back_loss=regret_left,
         by_margin=True,
         needs_regret=True,
     ),

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from colm_edge.decode.bridge import NEAR
+from colm_edge.decode.bridge import NEAR_NATS
 from colm_edge.errors import DataError, PromptError
 from colm_edge.journal import MOST_SECONDS, Journal, is_count, is_number, key_of
 from colm_edge.options import Options
@@ -204,4 +204,4 @@ def _is_kept(entry: dict[str, Any], n_vocab: int) -> bool:
 def _top(step: Step) -> tuple[tuple[int, float], ...]:
     """Return the likeliest tokens, padded where fewer are known, as behind a bridge: what it leaves
     out is less likely than all that it looks at."""
-    return step.top + ((-1, min(step.top[-1][1], -NEAR)),) * (N_KEPT - len(step.top))
+    return step.top + ((-1, min(step.top[-1][1], -NEAR_NATS)),) * (N_KEPT - len(step.top))

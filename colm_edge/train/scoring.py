@@ -27,7 +27,7 @@ import numpy as np
 
 from colm_edge import readout
 from colm_edge.arrays import Doubles, Floats, Ints, Tokens
-from colm_edge.decode.bridge import NEAR
+from colm_edge.decode.bridge import NEAR_NATS
 from colm_edge.decode.step import ZERO_PROBABILITY
 from colm_edge.errors import AbsentExpertError, ColmError, DataError
 from colm_edge.journal import key_of
@@ -49,7 +49,6 @@ if TYPE_CHECKING:
 BRIDGE_OUTPUTS = 64  # of an expert of another vocabulary, at once; each takes n_vocab floats
 COPY_ROWS = 1 << 14  # written at once
 PACK_TOKENS = 1024  # of short documents, evaluated together
-LEAST_LOGPROB = -1e4  # stands for minus infinity, of what the expert never writes
 
 
 class Progress(Protocol):
@@ -364,12 +363,12 @@ def _score_across(member: Member, documents: Documents, group: Ints, choices: To
                 try:
                     logits, _ = timeline.state(at - 1)
                 except AbsentExpertError:  # it prefers nothing that the base could write
-                    logits = np.full(n_vocab, -NEAR, np.float32)
+                    logits = np.full(n_vocab, -NEAR_NATS, np.float32)
                 gold, best = span[at], float(logits.max())
-                columns["logprob"].append(max(float(logits[gold]), -NEAR))
-                columns["right"].append(float(logits[gold]) == best > -NEAR)
+                columns["logprob"].append(max(float(logits[gold]), -NEAR_NATS))
+                columns["right"].append(float(logits[gold]) == best > -NEAR_NATS)
                 columns["best"].append(best)
-                columns["choice"].append(max(float(logits[asked[at - start]]), -NEAR))
+                columns["choice"].append(max(float(logits[asked[at - start]]), -NEAR_NATS))
     return {name: np.array(values) for name, values in columns.items()}
 
 
@@ -433,7 +432,7 @@ def _read_outputs(
     else:
         columns["right"] = likeliest == gold
         columns["best"] = logits[rows, likeliest] - logsumexp
-        columns["choice"] = np.maximum(logits[rows, choices] - logsumexp, LEAST_LOGPROB)
+        columns["choice"] = np.maximum(logits[rows, choices] - logsumexp, ZERO_PROBABILITY)
     if features is not None:
         columns |= {"hidden": hidden.copy(), "features": features}
     return columns

@@ -44,21 +44,21 @@ TeamLoss = Callable[[Doubles], tuple[float, Doubles]]
 class TeamScores:
     """What base and experts said of every scored token, a row each.
 
-    scores: with each expert, in the switch's order; their base's columns are the same. Of documents
-    that the experts wrote themselves `told` is false: each has the rows of its own alone, one after
-    the other's, since what the other experts think of them is not known. They may be mapped, and
-    are never joined: the columns of features may be larger than memory.
+    scores: with each expert, in the switch's order. They may be mapped, and are never joined: the
+    columns of features may be larger than memory.
     writer: the expert of each row's document, (n,): the one that wrote it, or finds it likeliest.
+    by_all: every expert scored every document, so all have the same rows. Otherwise the experts
+    wrote the documents, each scored its own alone, and the rows of one follow those of another.
     """
 
     scores: Sequence[Scores]
     writer: Ints
-    told: bool
+    by_all: bool
 
     @cached_property
     def line(self) -> Ints:
         """The line of each row, (n,)."""
-        return self.scores[0].line if self.told else np.concatenate([s.line for s in self.scores])
+        return self.scores[0].line if self.by_all else np.concatenate([s.line for s in self.scores])
 
     @property
     def n_embd(self) -> int:
@@ -72,7 +72,7 @@ class TeamScores:
 
     def features(self, rows: Ints, names: tuple[str, ...]) -> Floats:
         """Return the features of some rows, (n, k): a copy, also of scores that are mapped."""
-        if self.told:
+        if self.by_all:
             return feature_columns(self.scores[0], rows, names)
         width = sum(self.n_embd if name == HIDDEN else 1 for name in names)
         found = np.empty((len(rows), width), np.float32)
@@ -103,7 +103,7 @@ class TeamScores:
         for k, scores in enumerate(self.scores):
             at = np.flatnonzero(self.writer[rows] == k)
             found.append((at, scores, rows[at] - first))
-            first += 0 if self.told else len(scores.line)
+            first += 0 if self.by_all else len(scores.line)
         return found
 
 
@@ -196,7 +196,7 @@ def fit_team(
     Returns the switch, and a report of its losses in nats per token of the held-back lines. Raises
     DataError for an objective that the scores do not tell.
     """
-    objective = checked_objective(objective, told=team.told)
+    objective = checked_objective(objective, by_all=team.by_all)
     if objective == "regret" and not team.tells_regret:
         raise DataError(
             "the objective regret needs the experts' view of the base's choices, which a server "
@@ -271,19 +271,19 @@ def _search(
     return heads, l2
 
 
-def checked_objective(objective: str, *, told: bool) -> str:
-    """Return an objective, or what "best" stands for. told: as in TeamScores.
+def checked_objective(objective: str, *, by_all: bool) -> str:
+    """Return an objective, or what "best" stands for. by_all: as in TeamScores.
 
     Raises DataError for one that does not go with several experts, or with such scores.
     """
     if objective == "best":
-        return "marginal" if told else "regret"
+        return "marginal" if by_all else "regret"
     if objective not in TEAM_OBJECTIVES:
         raise DataError(
             f"the objective {objective} is for one expert; for several there are "
             f"{' and '.join(TEAM_OBJECTIVES)}"
         )
-    if objective == "marginal" and not told:
+    if objective == "marginal" and not by_all:
         raise DataError(
             "the objective marginal needs what every expert thinks of every text; give --data, or "
             "--objective regret"
@@ -343,7 +343,7 @@ def _figures(
     }
     if team.tells_regret:
         figures["regret_removed"] = 1 - regret_left(team.regret(valid), writer, d)
-    if not team.told:
+    if not team.by_all:
         return figures
     gold = team.gold(valid)
     order, gain = np.argsort(-p, kind="stable"), of_chosen(gold, d) - gold[:, 0]

@@ -83,7 +83,7 @@ def score_texts(
     assert documents is not None, "there are experts"
     held_back = held_back_lines(documents, seed)
     return TeamData(
-        TeamScores(found, likeliest_writers(found), told=True), held_back, info, documents.n_cut
+        TeamScores(found, likeliest_writers(found), by_all=True), held_back, info, documents.n_cut
     )
 
 
@@ -124,7 +124,7 @@ def score_answers(
         writers += [k] * len(scores.base)
         held_back |= held_back_lines(documents, seed)
         n_cut, n_answers = n_cut + answered.n_cut, n_answers + len(answered.entries)
-    team = TeamScores(found, np.array(writers, np.int64), told=False)
+    team = TeamScores(found, np.array(writers, np.int64), by_all=False)
     return TeamData(team, held_back, info, n_cut, n_answers)
 
 

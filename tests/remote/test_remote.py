@@ -17,7 +17,7 @@ from colm_edge.cli import main
 from colm_edge.cli.terminal import summary
 from colm_edge.errors import AbsentExpertError, ColmError, MismatchError, ModelError
 from colm_edge.pair import load
-from colm_edge.remote.http import KEY_VARIABLE
+from colm_edge.remote.http import EXPERT_KEY_VARIABLE
 from colm_edge.remote.logprobs import logits_of
 
 pytestmark = pytest.mark.usefixtures("no_back_off")
@@ -125,7 +125,7 @@ def test_logits_are_the_told_ones_and_the_rest_shares_what_is_left():
 
 
 def test_a_key_that_no_header_may_have_is_named(tiny, monkeypatch):
-    monkeypatch.setenv(KEY_VARIABLE, "schlüssel")
+    monkeypatch.setenv(EXPERT_KEY_VARIABLE, "schlüssel")
     with pytest.raises(ModelError, match="COLM_EDGE_EXPERT_KEY has characters that a key cannot"):
         load(tiny["base"], "http://127.0.0.1:1", "margin")
 
@@ -213,7 +213,7 @@ def test_the_key_is_sent_and_no_password_shown(tiny, monkeypatch):
     with faking("vllm", tiny["expert"]) as (url, fake):
         with remote_pair(tiny, url.replace("//", "//me:secret@")) as pair:
             assert pair.expert.name == url
-        monkeypatch.setenv(KEY_VARIABLE, "a key")
+        monkeypatch.setenv(EXPERT_KEY_VARIABLE, "a key")
         with remote_pair(tiny, url):
             pass
         assert fake.keys[0].startswith("Basic ")
