@@ -27,8 +27,9 @@ from colm_edge.llama.quantize import file_type
 from colm_edge.llama.session import Session
 from colm_edge.llama.vocabulary import shared_vocab
 from colm_edge.references import is_url, references_of, resolve
-from colm_edge.switch.file import ARCHITECTURE, Switch
+from colm_edge.switch.file import ARCHITECTURE, Switch, role_of
 from colm_edge.switch.load import in_order, warnings_of
+from colm_edge.tables import threshold_text
 
 RATES = (0.05, 0.1, 0.2)  # of deferrals, that speeds are predicted for
 FASTEST = "Q4_0"  # of llama.cpp's types, on most CPUs
@@ -49,7 +50,7 @@ def describe_files(
     download, and where costs cannot be kept.
     Raises ModelError or SwitchError for a file that is neither.
     """
-    facts, models, tables, obstacle = [], [], list[CostTable | None](), ""
+    facts, models, tables, obstacle = list[dict[str, Any]](), [], list[CostTable | None](), ""
     switches: list[Switch] = []
     try:
         for ref in references_of(refs[0]) if len(refs) == 1 else refs:
@@ -65,19 +66,18 @@ def describe_files(
             models.append(model)
             tables.append(_costs(model, costs, n_threads, note))
             facts.append(_model_facts(model, tables[-1]))
-        if len(models) == 2:
-            pair, obstacle = _pair_facts(*models)
-            for switch in switches:
-                pair["switch"], missing = _fit_of(switch, *models)
-                obstacle = obstacle or missing
-            facts.append(pair | ({} if obstacle else _speed_facts(models, tables)))
-        elif len(models) > 2:
-            for expert in models[1:]:
-                pair, missing = _pair_facts(models[0], expert)
-                facts.append(pair)
-                obstacle = obstacle or missing
+        if len(models) > 1:
+            pairs = [_pair_facts(models[0], expert) for expert in models[1:]]
+            facts += [pair for pair, _ in pairs]
+            fits = [_fit_of(switch, models) for switch in switches]
+            obstacle = next((missing for _, missing in pairs + fits if missing), "")
+            if len(pairs) > 1:
+                facts.append(_team_facts(models))
+            if fits:
+                facts[-1]["switch"] = "; ".join(fit for fit, _ in fits)
             if not obstacle:
-                facts.append(_team_facts(models, tables))
+                speeds = _speed_facts if len(pairs) == 1 else _team_speeds
+                facts[-1] |= speeds(models, tables)
     finally:
         for model in models:
             model.close()
@@ -95,16 +95,20 @@ def _as_switch(path: str) -> Switch | None:
 
 def _switch_facts(switch: Switch) -> dict[str, Any]:
     calibration = zip(switch.defer_rates, switch.thresholds, strict=True)
-    told = [switch.info[role] for role in ("base", "expert") if role in switch.info]
+    roles = "base", *map(role_of, switch.expert_names or ("",))
+    told = [switch.info[role] for role in roles if role in switch.info]
+    names = {"expert_names": ", ".join(switch.expert_names)} if switch.expert_names else {}
     return {
         "switch": switch.name,
         "fitted_for": ", ".join(told) or "not told",
         "reads": ", ".join(switch.features),
         "hidden_state": f"{switch.n_embd} numbers" if switch.needs_hidden else "not read",
-        "experts": len(switch.bias),
-        "threshold": round(switch.threshold, 4),
+        "experts": switch.n_experts,
+        **names,
+        "threshold": float(threshold_text(switch.threshold)),
         "review": _review(switch.review),
-        "calibration": ", ".join(f"{rate:.0%}: {x:.3g}" for rate, x in calibration) or "none",
+        "calibration": ", ".join(f"{rate:.0%}: {threshold_text(x)}" for rate, x in calibration)
+        or "none",
     }
 
 
@@ -163,15 +167,24 @@ def _pair_facts(base: Model, expert: Model) -> tuple[dict[str, Any], str]:
     return {"pair": names, "can_collaborate": can}, obstacle
 
 
-def _fit_of(switch: Switch, base: Model, expert: Model) -> tuple[str, str]:
-    """Return whether a switch fits two models, and why it cannot be used with them ("" if it
-    can)."""
+def _fit_of(switch: Switch, models: Sequence[Model]) -> tuple[str, str]:
+    """Return whether a switch fits a base and experts, and why it cannot be used with them ("" if
+    it can). Where it has names for its experts, they are taken to be in that order."""
+    base, *others = models
+    names = switch.expert_names
+    if len(names) != len(others):
+        names = ("",) if len(others) == 1 else tuple(map(str, range(1, len(models))))
+    experts = dict(zip(names, others, strict=True))
     try:
-        in_order(switch, {"": expert})
+        in_order(switch, experts)
         switch.reader(base, base.n_vocab)
     except MismatchError as e:
         return f"no: {e}", str(e)
-    return "; ".join(warnings_of(switch, base, {"": expert})) or f"{switch.name}, fits", ""
+    if warnings := "; ".join(warnings_of(switch, base, experts)):
+        return warnings, ""
+    roles = "base", *map(role_of, names)
+    knows = all(f"{role}_fingerprint" in switch.info for role in roles)
+    return f"{switch.name}, fits" + ("" if knows else "; it does not say which files it is for"), ""
 
 
 def short_names(paths: Sequence[Path]) -> list[str]:
@@ -203,16 +216,20 @@ def _speed_facts(models: Sequence[Model], tables: Sequence[CostTable | None]) ->
     }
 
 
-def _team_facts(models: Sequence[Model], tables: Sequence[CostTable | None]) -> dict[str, Any]:
+def _team_facts(models: Sequence[Model]) -> dict[str, Any]:
+    names = short_names([model.path for model in models])
+    return {"team": f"{names[0]} with {', '.join(names[1:])}"}
+
+
+def _team_speeds(models: Sequence[Model], tables: Sequence[CostTable | None]) -> dict[str, Any]:
     """Return what speeds a base and several experts promise."""
     names = short_names([model.path for model in models])
-    facts: dict[str, Any] = {"team": f"{names[0]} with {', '.join(names[1:])}"}
     if (base := tables[0]) is None or not all(experts := tables[1:]):
-        return facts | {"predicted": None}
+        return {"predicted": None}
     known = [table for table in experts if table is not None]
     alone = {name: 1 / table(1) for name, table in zip(names[1:], known, strict=True)}
     speeds = [1 / team_seconds_per_token(base, known, rate) for rate in RATES]
-    return facts | {
+    return {
         "experts_tokens_per_second": alone,
         "predicted": [
             {

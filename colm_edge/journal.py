@@ -11,6 +11,7 @@ from typing import Any
 from colm_edge.errors import DataError
 
 MOST_SECONDS = 1e9  # of an answer
+START = b'{"key": '  # of every line
 
 
 class Journal:
@@ -28,8 +29,10 @@ class Journal:
                 file.seek(0)
                 whole = 0
                 for line in file:
-                    if not line.endswith(b"\n"):
-                        break  # the run was killed while it wrote this line
+                    if not line.endswith(b"\n"):  # the run was killed while it wrote this line
+                        if not (whole or line.startswith(START) or START.startswith(line)):
+                            raise ValueError("somebody else's file")
+                        break
                     entry = json.loads(line)
                     self._entries[str(entry["key"])] = entry
                     whole += len(line)

@@ -85,7 +85,9 @@ class Pair:
         trained = [n for n in (base.n_ctx_train, *map(trained_context, experts.values())) if n > 0]
         self.n_ctx = context.n_ctx or min([DEFAULT_N_CTX, *trained])
         if self.n_ctx > (known := min(trained, default=self.n_ctx)):
-            self._note(f"-c {self.n_ctx} is more than the {known} tokens the models are made for.")
+            (note or log.warning)(
+                f"-c {self.n_ctx} is more than the {known} tokens the models are made for."
+            )
         context = replace(context, n_ctx=self.n_ctx)
         self.base_session = Session(base, context, hidden=switch.needs_hidden)
         self.base_session.progress = _share(progress, "base prompt")
@@ -115,11 +117,8 @@ class Pair:
             return  # they are the parent's
         self._closing = True
         with self._lock.held():
-            close_each(*(member.close for member in self.members), self._close_base)
-
-    def _close_base(self) -> None:
-        self.base_session.close()
-        self.base.close()
+            experts = (member.close for member in self.members)
+            close_each(*experts, self.base_session.close, self.base.close)
 
     @property
     def n_shared(self) -> int:
@@ -286,7 +285,7 @@ class Pair:
         """Raise ColmError for what this pair cannot do."""
         if (options.reviews or options.doubts) and not self.expert_is_here:
             what = "review" if options.reviews else "doubt"
-            raise ColmError(f"{what} needs the expert in this process: {why_unread(self.members)}")
+            raise ColmError(f"{what}: {why_unread(self.members)}")
         self._grammars.parsed(options.grammar)
 
     def stream_tokens(
@@ -407,7 +406,7 @@ def load(
     n_ubatch: int = 0,
     n_gpu_layers: int = 0,
     n_gpu_layers_expert: int | None = None,
-    rpc: Sequence[str] = (),
+    rpc: str | Sequence[str] = (),
     flash_attn: Literal["auto", "on", "off"] = "auto",
     cache_type_k: str = "f16",
     cache_type_v: str = "f16",
@@ -427,7 +426,7 @@ def load(
         http://host:port#MODEL. Several, as a mapping of names or a list in which NAME=REF gives
         a name, need a switch that was trained for them.
     switch: a file, "margin" (the default beside two models), "entropy", or "defer-row".
-    pair: a name in models.txt instead.
+    pair: a name in models.txt instead; beside models, it stands for its switch.
     lora: a LoRA adapter for the base, a GGUF file.
     bridge: let the experts' vocabularies be others than the base's.
     n_ctx: tokens the contexts hold; 0 takes what both models were trained for, at most 4096.
@@ -454,8 +453,9 @@ def load(
 
     Raises ModelError, SwitchError or MismatchError, each saying what to do.
     """
-    if min(n_ctx, n_threads, n_ubatch) < 0:
-        raise ColmError("n_ctx, n_threads, n_ubatch must not be negative; 0 lets colm-edge choose")
+    if min(n_ctx, n_threads, n_ubatch, max_memory) < 0:
+        raise ColmError("n_ctx, n_threads, n_ubatch, max_memory must not be negative")
+    rpc = (rpc,) if isinstance(rpc, str) else rpc
     refs = [None if ref is None else os.fspath(ref) for ref in (model, switch)]
     told = note or log.info
     check_offline(rpc if offline else ())
@@ -496,5 +496,5 @@ def load(
         )  # fmt: skip
         opened.pop_all()
     for warning in warnings_of(head, base, experts):
-        told(warning)
+        (note or log.warning)(warning)
     return loaded

@@ -178,11 +178,7 @@ def _split_name(text: str) -> tuple[str, str]:
 
 def _switch_of(pair: str | None, *, offline: bool, note: Note) -> str:
     """Return the switch of a pair in models.txt, or margin where none is named."""
-    if pair is None:
-        return "margin"
-    roles = known_pairs().get(pair)
-    if roles is None:
-        raise ModelError(f"no pair named {pair!r} in {_models_txt()}")
+    roles = {} if pair is None else known_pairs()[pair]
     if "switch" not in roles:
         return "margin"
     return resolve(roles["switch"].reference, offline=offline, note=note)
@@ -281,6 +277,8 @@ def choose_pair(
     Raises ModelError when the choices contradict each other or are incomplete, and what `resolve`
     raises.
     """
+    if pair is not None and pair not in known_pairs():
+        listed_pair(pair)  # says which ones there are
     if switch is not None and switch.startswith("package:"):
         switch = resolve(switch)
     if (model is None) != (experts is None):
@@ -299,7 +297,7 @@ def choose_pair(
             },
             switch or _switch_of(pair, offline=offline, note=note),
         )
-    files = find_pair(pair or DEMO_PAIR, offline=offline, note=note)
+    files = find_pair(DEMO_PAIR if pair is None else pair, offline=offline, note=note)
     if switch is None:
         return files
     return PairFiles(files.base, files.experts, switch, files.is_demo)

@@ -284,7 +284,8 @@ class Slots:
         pair, n_slots = self.pair, self.n_slots
         if pair.room is not None:
             pair.room.share(n_slots)
-        pair.base_session.close()  # the slots have a context of their own
+        for session in (pair.base_session, *(m.session for m in pair.members if m.here)):
+            session.close()  # the slots have contexts of their own
         self.base = SharedContext(pair.base_session, n_slots)
         self._waiting[self.base] = []
         self._made: list[Callable[[int], Timeline]] = []  # of each expert, from a slot's number

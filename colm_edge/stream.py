@@ -55,6 +55,7 @@ class Stream:
         self.steps: list[Step] = []  # already handed out
         self._finish: Literal["stop", "length"] | None = None
         self._stopped_by: str | None = None
+        self._begun = False
         self._iterator = self._run()
 
     def __iter__(self) -> Iterator[Step]:
@@ -111,7 +112,7 @@ class Stream:
         """
         if self._unreadable:
             raise ColmError(self._unreadable)
-        if first < 1 or self.steps:
+        if first < 1 or self._begun:
             raise ColmError("read_prompt begins at token 1 at the earliest, before the first step")
         steps = self._decoder.read_prompt(first)
         utf8 = codecs.getincrementaldecoder("utf-8")("replace")
@@ -124,6 +125,7 @@ class Stream:
     def answer(self, n_steps: int | None = None) -> Answer:
         """Return what was written so far, or its first n_steps. Once the stream is exhausted, that
         is the whole answer."""
+        is_whole = n_steps is None or n_steps >= len(self.steps)
         steps = self.steps[:n_steps]
         written = Counter(step.source for step in steps)
         deferred = len(steps) - written["base"]
@@ -139,12 +141,12 @@ class Stream:
         return Answer(
             text,
             steps,
-            self.finish_reason,
+            self.finish_reason if is_whole else "stop",
             stats,
             self.prompt_tokens,
             self.threshold,
             undone,
-            self._stopped_by,
+            self._stopped_by if is_whole else None,
         )
 
     def _hand_out(self, step: Step) -> Step:
@@ -152,6 +154,7 @@ class Stream:
         return step
 
     def _run(self) -> Generator[Event, None, None]:
+        self._begun = True
         utf8 = codecs.getincrementaldecoder("utf-8")("replace")
         drafts = DraftTexts()
         held: list[Step] = []  # a later token may complete or cut their text

@@ -18,16 +18,17 @@ class Style(NamedTuple):
     end: Callable[[float], str]
 
 
-def _threshold(value: float) -> str:
+def threshold_text(value: float) -> str:
+    """Return a threshold in three digits, or in as many as tell it from 0 and 1."""
     text = f"{value:.3g}"
-    # 0 and 1 mean one model alone: nothing else may look like them.
+    # 0 and 1 mean one model alone.
     return repr(value) if float(text) in (0, 1) and value not in (0, 1) else text
 
 
 DECIMALS = Style("{:.3f}".format, "{:.3f}".format)
 AMOUNT = Style("{:,.1f}".format, lambda value: f"{value:,.{int(value < 10)}f}")
 SHARE = Style(lambda value: f"{100 * value:.1f} %", lambda value: f"{100 * value:.1f}")
-THRESHOLD = Style(_threshold, _threshold)
+THRESHOLD = Style(threshold_text, threshold_text)
 # Columns of fractions, by command. Any other has three decimals; texts and whole numbers are shown
 # as they are.
 STYLES = {

@@ -164,10 +164,14 @@ class Member:
     @property
     def n_bytes(self) -> int:
         """The size of its weights and its KV caches in this process, once it is loaded."""
+        return self.bytes_for(self.n_contexts)
+
+    def bytes_for(self, n_contexts: int) -> int:
+        """Return what `n_bytes` is with so many contexts."""
         if self.here is None:
             return 0
         model = self.here.model
-        cache = self._context.cache_bytes(model, self._context.n_ctx * self.n_contexts)
+        cache = self._context.cache_bytes(model, self._context.n_ctx * n_contexts)
         return sum(file.stat().st_size for file in model.files) + cache
 
     def unload(self) -> None:
@@ -231,13 +235,14 @@ class Room:
         Raises ColmError where an expert alone takes more than the limit.
         """
         for member in self._members:
-            member.n_contexts = n_answers
-            if 0 < self.limit < member.n_bytes:
+            if 0 < self.limit < (n_bytes := member.bytes_for(n_answers)):
                 raise ColmError(
-                    f"--max-memory allows {self.limit / 1e9:.2f} GB, and the expert {member.name} "
-                    f"alone takes {member.n_bytes / 1e9:.2f} GB with {n_answers} answer(s) at "
-                    "once; allow more, or use a smaller one"
+                    f"--max-memory allows {self.limit / 1e6:,.1f} MB, and the expert {member.name} "
+                    f"alone takes {n_bytes / 1e6:,.1f} MB with {n_answers} answer(s) at once; "
+                    "allow more, or use a smaller one"
                 )
+        for member in self._members:
+            member.n_contexts = n_answers
 
     def enter(self, member: Member, free: Callable[[], None]) -> None:
         """Make room for an expert that is about to evaluate. free: gives its memory back."""

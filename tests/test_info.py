@@ -23,9 +23,9 @@ from colm_edge.llama.quantize import quantize
 from colm_edge.switch.file import Switch
 
 
-def info(*args: str):
+def info(*args: str, exit_code: int = 0):
     result = CliRunner().invoke(main, ["info", *args, "-o", "json"])
-    assert result.exit_code == 0, result.output
+    assert result.exit_code == exit_code, result.output
     return json.loads(result.stdout)
 
 
@@ -58,7 +58,7 @@ def test_a_name_stands_for_all_of_its_files():
 def test_a_switch_is_compared_with_the_models_beside_it(tiny, tmp_path):
     *_, switch, pair = info("demo")
     assert switch["fitted_for"] == "base.gguf, expert.gguf"
-    assert pair["switch"].endswith("switch.gguf, fits")
+    assert pair["switch"].endswith("switch.gguf, fits; it does not say which files it is for")
     foreign = CliRunner().invoke(main, ["info", tiny["base"], tiny["expert"], switch["switch"]])
     assert foreign.exit_code == 1
     assert "reads a hidden state of 160 numbers" in foreign.stderr
@@ -67,6 +67,21 @@ def test_a_switch_is_compared_with_the_models_beside_it(tiny, tmp_path):
     replace(Switch.load(switch["switch"]), info={"expert_fingerprint": "f" * 64}).save(other)
     *_, pair = info(base, expert, str(other))
     assert "was fitted for another expert than expert.gguf" in pair["switch"]
+    *_, team = info(base, expert, expert, switch["switch"], exit_code=1)
+    assert team["switch"].startswith("no: ")
+    assert "predicted" not in team
+
+
+def test_the_experts_of_a_switch_are_named():
+    (facts,) = info(str(Path(__file__).parent / "data" / "team.gguf"))
+    assert facts["expert_names"] == "nature, countries"
+    assert facts["fitted_for"] == "base.gguf, expert.gguf, countries.gguf"
+
+
+def test_a_threshold_that_defers_is_not_shown_as_one():
+    *_, switch, _ = info("demo")
+    assert " 10%: 1," not in switch["calibration"]
+    assert float(switch["calibration"].split(" 10%: ")[1].split(",")[0]) < 1
 
 
 def test_two_models_are_compared(tiny):

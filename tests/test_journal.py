@@ -37,6 +37,24 @@ def test_another_file_is_refused(tmp_path, line):
         Journal(path)
 
 
+@pytest.mark.parametrize("text", ['{"my": "only copy"}', "notes", '{"key" : 1}'])
+def test_another_file_without_a_last_line_end_is_left_as_it_is(tmp_path, text):
+    path = tmp_path / "j.jsonl"
+    path.write_text(text)
+    with pytest.raises(DataError, match="not a file of kept results"):
+        Journal(path)
+    assert path.read_text() == text
+
+
+@pytest.mark.parametrize("n", [0, 1, 5, 9, 20])
+def test_a_first_line_that_was_not_finished_is_written_again(tmp_path, n):
+    Journal(tmp_path / "j.jsonl").add("a", {"b": 1})
+    line = (tmp_path / "j.jsonl").read_bytes()
+    (tmp_path / "j.jsonl").write_bytes(line[:n])
+    Journal(tmp_path / "j.jsonl").add("a", {"b": 1})
+    assert (tmp_path / "j.jsonl").read_bytes() == line
+
+
 def test_only_numbers_count_as_numbers():
     assert [is_count(x) for x in (0, 7, -1, True, 1.0, 10**400, None, "1")] == [True] * 2 + [
         False

@@ -13,9 +13,9 @@ HOME = Path(__file__).parents[1]
 ROOT = HOME / "colm_edge"
 # From the ground up: a module imports what stands before its own floor, and its own package.
 FLOORS = (
-    "errors", "cancel", "files", "arrays", "gguf_header", "journal", "tables", "options", "readout",
-    "hub", "llama", "references", "switch", "remote", "decode", "team", "stream",
-    "pair", "info", "slots", "together", "train", "evaluate", "bench", "serve", "cli",
+    "errors", "cancel", "files", "arrays", "npy_files", "gguf_header", "journal", "tables",
+    "options", "readout", "hub", "llama", "references", "switch", "remote", "decode", "team",
+    "stream", "pair", "info", "slots", "together", "train", "evaluate", "bench", "serve", "cli",
 )  # fmt: skip
 # The public names, which stand for modules of every floor.
 FACES = ("__init__", "__main__", "_pyinstaller")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import logging
 import threading
 from pathlib import Path
 
@@ -113,6 +114,31 @@ def test_cancelling_ends_reading_a_prompt_between_two_batches(tiny_pair, monkeyp
     assert len(stream.read_prompt()) == PROMPT_OUTPUTS
     assert list(stream) == []
     assert stream.finish_reason == "stop"
+
+
+@pytest.mark.parametrize("more", [{}, {"stop": ["e", "a", " "]}, {"review": 1.0}])
+def test_a_prompt_is_not_read_back_once_the_answer_has_begun(tiny_pair, more):
+    """Not a step need be out: a stop text cut it, or it waits for review."""
+    stream = tiny_pair.stream("hello", threshold=0.9, **GREEDY, **more)
+    next(stream.events(), None)
+    with pytest.raises(ColmError, match="before the first step"):
+        stream.read_prompt()
+
+
+def test_what_cannot_be_loaded_is_refused_before_files_are_read(tiny):
+    models = tiny["base"], tiny["expert"]
+    with pytest.raises(ColmError, match="max_memory must not be negative"):
+        load(*models, max_memory=-1)
+    with pytest.raises(ColmError, match=r"10\.0\.0\.1:50052: not asked with --offline"):
+        load(*models, rpc="10.0.0.1:50052", offline=True)
+
+
+def test_warnings_reach_a_log_of_warnings(tiny, caplog):
+    with (
+        caplog.at_level(logging.WARNING, "colm_edge"),
+        load(tiny["base"], tiny["expert"], "margin", n_threads=1, n_ctx=5000),
+    ):
+        assert "-c 5000 is more than" in caplog.text
 
 
 def test_threshold_one_is_the_base_alone_and_never_loads_the_expert(tiny, switch):

@@ -46,6 +46,8 @@ def test_beside_two_models_a_pair_names_the_switch():
         (("a", None, None, None), "-m without -me"),
         ((None, {"": "b"}, None, None), "-me without -m"),
         (("a", {"": "b"}, None, "nobody"), "no pair named 'nobody'"),
+        (("a", {"": "b"}, "c", "nobody"), "no pair named 'nobody'"),
+        ((None, None, None, ""), "no pair named ''"),
         ((None, None, None, "nobody"), r"no pair named 'nobody' in .*models.txt; known: demo"),
     ],
 )

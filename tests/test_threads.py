@@ -328,6 +328,23 @@ class Slow:
         return self._sync(tokens, *rest)
 
 
+def test_of_an_answer_that_was_left_it_tells_what_was_read(tiny_pair):
+    """The thread that writes is ahead of the reader, here at the end."""
+
+    async def run(**options):
+        async with tiny_pair.astream("hello", **GREEDY, **options) as stream:
+            await anext(stream)
+            await asyncio.to_thread(list, stream._stream)
+            return stream.answer()
+
+    whole = tiny_pair.generate("hello", **GREEDY)
+    word = whole.steps[2].text
+    for options in ({}, {"stop": [word]}):
+        answer = asyncio.run(run(**options))
+        assert len(answer.steps) == 1
+        assert (answer.finish_reason, answer.stopped_by) == ("stop", None)
+
+
 @pytest.mark.parametrize("leave", ["break", "async with", "cancel", "task", "raise"])
 def test_leaving_early_ends_the_answer_within_one_token(endless_pair, leave):
     pair = endless_pair
@@ -349,7 +366,9 @@ def test_leaving_early_ends_the_answer_within_one_token(endless_pair, leave):
                     n += 1
                     if n == 3:
                         break
-            assert len(stream.answer().steps) == 3
+            answer = stream.answer()
+            assert len(answer.steps) == 3
+            assert answer.finish_reason == "stop"
             return slow.n
         if leave == "cancel":
             stream = pair.astream("other", **options)

@@ -14,8 +14,8 @@ healing, github.com/guidance-ai/guidance). Only within one vocabulary there is n
 behind a token that no other one goes on from.
 
 Its likelihoods are approximate: of all spellings of the unsettled bytes, those count that follow
-the expert's own tokens and then go on with one that is longer. Tokens more than NEAR_NATS below the likeliest
-are left out.
+the expert's own tokens and then go on with one that is longer. Tokens more than NEAR_NATS below the
+likeliest are left out.
 """
 
 from __future__ import annotations

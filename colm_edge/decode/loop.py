@@ -83,7 +83,7 @@ class ExpertAlone:
     """One expert writes every token; the base is evaluated only where it is absent."""
 
     def __init__(self, writer: int = 0) -> None:
-        self.writer, self._together = writer, Sequential()
+        self.writer = writer
 
     def next(self, loop: Decoder) -> Step:
         writer = self.writer
@@ -91,7 +91,12 @@ class ExpertAlone:
             loop.evaluate_expert(writer, loop.tokens)
             told = loop.read_expert(writer, len(loop.tokens))
         except AbsentExpertError:
-            return self._together.next(loop)
+            loop.stats.expert_failures += 1
+            loop.evaluate_base(loop.tokens)
+            reading, logits = loop.read_base(len(loop.tokens))
+            return loop.picker.write(
+                "base", reading.p_defer, logits, reading.choice, reading.logsumexp
+            )
         return loop.picker.write(loop.sources[writer], 1.0, *told)
 
 

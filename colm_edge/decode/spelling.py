@@ -199,6 +199,7 @@ class Spelling:
         self.ids = array("i", () if begin is None else (begin,))
         self._n_begin = len(self.ids)
         self._tokens = array("i")
+        self._is_whole = True  # `ids` spells all of the tokens
         self._places: list[tuple[Part, int] | int] = []  # of each of them; a row behind a control
         self._part: Part | None = None  # that the text ends in
 
@@ -206,8 +207,9 @@ class Spelling:
         """Spell these tokens of the base, going on from what they share with those before."""
         tokens = tokens if isinstance(tokens, array) else array("i", tokens)
         keep = common_prefix(self._tokens, tokens)
-        if keep == len(tokens) == len(self._tokens):
+        if self._is_whole and keep == len(tokens) == len(self._tokens):
             return
+        self._is_whole = False  # until all is spelt: a server may fail on the way
         self._cut(keep)
         self._tokens = tokens[:keep]
         ours = self._crossing.ours
@@ -220,6 +222,7 @@ class Spelling:
                 self._places.append(len(self.ids) - 1)
         self._tokens = tokens[:]
         self._spell()
+        self._is_whole = True
 
     def _cut(self, keep: int) -> None:
         """Take back the tokens behind the first ones, and the spelling of what may go on."""

@@ -90,8 +90,10 @@ def greet(server: Server, base: Model) -> Greeting:
 
 
 def _chosen(server: Server, models: dict[str, Any]) -> Any:
-    """Return the model that the address names, or the only one."""
+    """Return the model that the address names, or the only one. Raises as `greet` does."""
     named, names = server.model, ", ".join(models)
+    if not models:
+        raise RequestError("its list of models is empty", "no model")
     if named in models:
         return models[named]
     if named:
@@ -100,7 +102,7 @@ def _chosen(server: Server, models: dict[str, Any]) -> Any:
         raise ModelError(
             f"{server.name}: the server has several models; add # and the name of one: {names}"
         )
-    return next(iter(models.values()), None)
+    return next(iter(models.values()))
 
 
 def _difference(base: Model, n_vocab: int | None, tokenized: Callable[[str], list[int]]) -> str:

@@ -90,7 +90,7 @@ class Server:
     def request(self, path: str, body: Body | None = None) -> Any:
         """Return the JSON that answers a GET, or a POST if there is a body.
 
-        Raises RequestError.
+        Raises RequestError, and ModelError once it is closed.
         """
         try:
             status, content = self._exchange(path, body)
@@ -100,6 +100,10 @@ class Server:
         except (self._httpx.HTTPError, UnicodeError) as e:
             what = type(e).__name__
             raise RequestError(f"{path}: {str(e) or what}", what) from e
+        except RuntimeError as e:
+            if not self._client.is_closed:
+                raise
+            raise ModelError("the pair is closed; load it again") from e
         if status != 200:
             told = _told(content)
             if status in (401, 403):

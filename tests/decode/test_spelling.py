@@ -208,7 +208,10 @@ def test_an_error_of_the_tokenizer_leaves_it_usable():
         try:
             spelling.turn_to(tokens[:n])
         except MismatchError:
-            continue
+            theirs.fails = False
+            if draw.random() < 0.5:
+                continue
+            spelling.turn_to(tokens[:n])  # a client asks the same again
         theirs.fails = False
         assert spelling.ids == spell(crossing, tokens[:n], [])[0]
 

@@ -340,6 +340,7 @@ def test_each_answer_at_once_takes_its_context_out_of_the_limit(models):
     with opened(models, max_memory=alone) as pair:
         with pytest.raises(ColmError, match=r"with 3 answer\(s\) at once; allow more"):
             Slots(pair, 3)
+        assert {member.n_contexts for member in pair.members} == {1}
         Slots(pair, 1).close()
 
 

@@ -88,6 +88,32 @@ def test_a_refusal_is_not_tried_again(tiny):
         assert pair.expert.expert.session().sync([1, 2, 4]) == 3
 
 
+def test_of_an_expert_alone_a_refused_token_is_asked_for_once(tiny, local):
+    alone = local.generate(PROMPT, threshold=1)
+    with faking("vllm", tiny["expert"]) as (url, fake), remote_pair(tiny, url) as pair:
+        fake.always = "400"
+        answer = pair.generate(PROMPT, threshold=0)
+        assert answer.text == alone.text
+        assert len(fake.asked) == answer.stats.expert_failures == len(answer.steps)
+
+
+def test_after_the_end_of_a_pair_its_answers_say_so(tiny):
+    with faking("llamacpp", tiny["expert"]) as (url, _):
+        with remote_pair(tiny, url) as pair:
+            stream = pair.stream(PROMPT, threshold=0)
+            next(stream)
+        with pytest.raises(ModelError, match="closed; load it again"):
+            next(stream)
+
+
+def test_a_server_without_a_model_says_so(tiny):
+    notes = []
+    with faking("llamacpp", tiny["expert"]) as (url, fake):
+        fake.listed = {"data": []}
+        with remote_pair(tiny, url, note=notes.append):
+            assert "its list of models is empty" in notes[0]
+
+
 def test_a_base_does_not_pass_for_the_expert(tiny, local):
     """Another colm-edge whose own expert is elsewhere, and absent."""
     with faking("colm-edge", tiny["expert"]) as (url, fake), remote_pair(tiny, url) as pair:
