@@ -15,14 +15,17 @@ START = b'{"key": '  # of every line
 
 
 class Journal:
-    """Results kept in a JSONL file, one line each, so that a run that was stopped can go on.
+    """Results kept in a JSONL file, one line each, so that a run that was stopped can go on;
+    without a path, in memory.
 
     Raises DataError when the file holds something else or cannot be written.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path | None = None) -> None:
         self._path = path
         self._entries: dict[str, dict[str, Any]] = {}
+        if path is None:
+            return
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             with path.open("ab+") as file:
@@ -59,6 +62,8 @@ class Journal:
     def add(self, key: str, entry: dict[str, Any]) -> None:
         """Keep an entry; it is in the file when this returns."""
         self._entries[key] = entry
+        if self._path is None:
+            return
         try:
             with self._path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps({"key": key, **entry}) + "\n")

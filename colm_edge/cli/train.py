@@ -415,7 +415,7 @@ def _chooser(
         return None
     metrics.check_rows(rows, metrics.METRICS[metric])
     options = Options(temperature=0.0, raw=raw, schedule="sequential")
-    journal = Journal(work / ANSWERS_FILE) if work is not None else None
+    journal = Journal(work and work / ANSWERS_FILE)
     return partial(
         choose_by_answers, pair, rows, metric, n_lines, options, progress, journal=journal
     )

@@ -120,15 +120,12 @@ def answers(
                 for done in written:
                     yield done.task.key, facts_of(done)
 
-        what: list[Any] = []
-        if journal is not None:
-            models = identity(pair, pair.members)
-            # The pace belongs to the key because the speed does: it is kept with the answers.
-            pace = pace_of(pair, n_slots)
-            reviews = pair.review(options) < math.inf
-            what = [*models, pair.n_ctx, pace, *_what_matters(switch, options, reviews)]
+        models, reviews = identity(pair, pair.members), pair.review(options) < math.inf
+        # The pace belongs to the key because the speed does: it is kept with the answers.
+        pace = pace_of(pair, n_slots)
+        what = [*models, pair.n_ctx, pace, *_what_matters(switch, options, reviews)]
         return judged(
-            write, rows, metric, progress, label=label, journal=journal, what=what,
+            write, rows, metric, progress, label=label, journal=journal or Journal(), what=what,
             by_line=isinstance(switch, RandomSwitch),
         )  # fmt: skip
 
@@ -140,7 +137,7 @@ def judged(
     progress: MakeProgress,
     *,
     label: str,
-    journal: Journal | None,
+    journal: Journal,
     what: list[Any],
     by_line: bool = False,
 ) -> Generated:
@@ -154,7 +151,7 @@ def judged(
     keys = [key_of(what, number if by_line else None, asked(row)) for number, row in rows]
     entries: dict[int, Facts] = {}
     for i, key in enumerate(keys):
-        entry = journal.get(key, _is_kept) if journal is not None else None
+        entry = journal.get(key, _is_kept)
         if entry is not None:
             entries[i] = entry
     todo = [i for i in range(len(rows)) if i not in entries]
@@ -162,8 +159,7 @@ def judged(
         bar.update(len(entries))
         for i, facts in write(todo) if todo else ():
             entries[i] = {"method": label, "line": rows[i][0], **facts}
-            if journal is not None:
-                journal.add(keys[i], entries[i])
+            journal.add(keys[i], entries[i])
             bar.update(1)
     return Generated.of([entries[i] for i in range(len(rows))], rows, metric)
 

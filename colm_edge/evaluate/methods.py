@@ -182,7 +182,7 @@ def evaluate(
         comparison = replace(comparison, **_point(pair, options))
     rows = list(islice(read_rows(data), comparison.limit))
     _check(pair, rows, options, comparison)
-    scoring, answering = (_journal(work, name) for name in ("proxy.jsonl", ANSWERS_FILE))
+    scoring, answering = (Journal(work and work / name) for name in ("proxy.jsonl", ANSWERS_FILE))
     by_expert = None
     if comparison.on_expert:
         by_expert = answer_prompts(
@@ -231,10 +231,6 @@ def _scored(
     return scores, _methods(pair.switch, scores, comparison)
 
 
-def _journal(work: Path | None, name: str) -> Journal | None:
-    return None if work is None else Journal(work / name)
-
-
 def _answers(
     pair: Pair,
     method: Method,
@@ -242,7 +238,7 @@ def _answers(
     comparison: Comparison,
     rows: list[Row],
     progress: MakeProgress,
-    journal: Journal | None,
+    journal: Journal,
 ) -> Generated:
     """Let a method answer the rows' prompts, and judge the answers."""
     judge = comparison.judge

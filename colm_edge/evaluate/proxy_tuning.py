@@ -137,13 +137,13 @@ class Proxy:
         self.model.close()
 
     def score(
-        self, documents: Sequence[Document], progress: MakeProgress, journal: Journal | None
+        self, documents: Sequence[Document], progress: MakeProgress, journal: Journal
     ) -> Doubles:
         """Return the log-probability of every scored token, (n,), normalised over the shared ids.
 
         journal: where each document's results are kept.
         """
-        what = self._key() if journal is not None else []
+        what = self._key()
         sessions = (self.pair.base_session, self.pair.expert_session, self.session)
         # No smaller than in use: some models scale their positions by the context's size.
         n_cells = self.pair.n_ctx
@@ -156,7 +156,7 @@ class Proxy:
                 self._check(tokens, document.line)
                 key = key_of(what, tokens, document.start)
                 is_kept = partial(_is_kept, n=len(tokens) - document.start)
-                entry = journal.get(key, is_kept) if journal is not None else None
+                entry = journal.get(key, is_kept)
                 if entry is None:
                     if not scorers:
                         scorers = [
@@ -164,8 +164,7 @@ class Proxy:
                             for session in sessions
                         ]
                     entry = {"logprob": self._score(scorers, tokens, document.start)}
-                    if journal is not None:
-                        journal.add(key, entry)
+                    journal.add(key, entry)
                 logprobs += entry["logprob"]
                 bar.update(len(tokens))
         return np.array(logprobs, np.float64)
@@ -199,7 +198,7 @@ class Proxy:
         metric: Metric,
         progress: MakeProgress,
         *,
-        journal: Journal | None = None,
+        journal: Journal,
     ) -> Generated:
         """Answer every row's prompt and judge the answers, as `generate.answers` does with a
         switch."""
@@ -217,7 +216,7 @@ class Proxy:
         # Options that have no effect here must not change the keys in the journal.
         without = {name: OPTIONS[name].default for name in NO_EFFECT}
         options = replace(options, **without)
-        what = [*self._key(), pace_of(self.pair, 1), options.changed] if journal is not None else []
+        what = [*self._key(), pace_of(self.pair, 1), options.changed]
         return judged(write, rows, metric, progress, label=NAME, journal=journal, what=what)
 
     def stream_tokens(self, tokens: Sequence[int], options: Options) -> Stream:

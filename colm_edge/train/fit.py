@@ -349,12 +349,13 @@ def _head(switch: Switch) -> Head:
 
 
 def _d(head: Head, scores: Scores, rows: Ints, names: tuple[str, ...]) -> Doubles:
-    return np.concatenate(
-        [
-            head(feature_columns(scores, rows[at : at + CHUNK_ROWS], names))
-            for at in range(0, len(rows), CHUNK_ROWS)
-        ]
-    )
+    return in_chunks(lambda some: head(feature_columns(scores, some, names)), rows)
+
+
+def in_chunks(values: Callable[[Ints], Doubles], rows: Ints) -> Doubles:
+    """Return the values of many rows, whose columns together may be larger than memory."""
+    starts = range(0, len(rows), CHUNK_ROWS)
+    return np.concatenate([values(rows[at : at + CHUNK_ROWS]) for at in starts])
 
 
 def _figures_of(trial: Trial, threshold: float, split: Split) -> dict[str, float]:
@@ -365,7 +366,7 @@ def _figures_of(trial: Trial, threshold: float, split: Split) -> dict[str, float
         "nll_expert": float(-expert.mean()),
         **trial.figures,
         "nll_oracle": float(-np.maximum(base, expert).mean()),
-        **_figures_at(threshold, trial.p, base, expert),
+        **figures_at(threshold, trial.p, base, expert),
     }
 
 
@@ -391,7 +392,7 @@ def _before(update: Switch, split: Split) -> tuple[Doubles, dict[str, float]]:
     p, gold = sigmoids(d), split.gold(split.valid)
     return p, {
         **loss_figures(split.scores, split.valid, d),
-        **_figures_at(update.threshold, p, *gold),
+        **figures_at(update.threshold, p, *gold),
     }
 
 
@@ -404,7 +405,7 @@ def _feature_sets(features: str, trial: Trial, split: Split) -> dict[str, dict[s
     return figures
 
 
-def _figures_at(threshold: float, p: Doubles, base: Doubles, expert: Doubles) -> dict[str, float]:
+def figures_at(threshold: float, p: Doubles, base: Doubles, expert: Doubles) -> dict[str, float]:
     """Return the loss and the share of deferrals at a threshold."""
     deferred = p > threshold
     return {

@@ -57,13 +57,11 @@ def regret_loss(weighed: Doubles, d: Doubles) -> tuple[float, Doubles]:
     return float(loss.sum()), weight * (sigmoids(d) - label)
 
 
-def regret_removed(
-    rank: Doubles, regret: Doubles, rates: tuple[float, ...] = REGRET_RATES
-) -> Doubles:
+def regret_removed(rank: Doubles, regret: Doubles) -> Doubles:
     """Return the share of all regret that is removed when the tokens of highest rank are deferred,
-    one number for each of the rates. Ties are taken in their order."""
+    one number for each of REGRET_RATES. Ties are taken in their order."""
     total = np.cumsum(np.concatenate(([0.0], regret[np.argsort(-rank, kind="stable")])))
-    places = np.round(np.array(rates) * len(rank)).astype(np.int64)
+    places = np.round(np.array(REGRET_RATES) * len(rank)).astype(np.int64)
     return np.asarray(total[places] / max(float(total[-1]), 1e-300), np.float64)
 
 

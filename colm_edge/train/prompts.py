@@ -81,7 +81,7 @@ def answer_prompts(
     prompts = list(read_prompts(rows, pair, raw))
     if not prompts:
         raise DataError("the data has no prompts; expected one JSON object a line")
-    journal = Journal(work / ANSWERS_FILE) if work is not None else None
+    journal = Journal(work and work / ANSWERS_FILE)
     options = Options(
         temperature=0.0, threshold=0.0, max_tokens=max_tokens, n_probs=N_KEPT, schedule=schedule
     )
@@ -93,7 +93,7 @@ def answer_prompts(
     entries: dict[int, dict[str, Any]] = {}
     is_kept = partial(_is_kept, n_vocab=pair.n_shared)
     for i, key in enumerate(keys):
-        known = journal.get(key, is_kept) if journal is not None else None
+        known = journal.get(key, is_kept)
         if known is not None and _is_whole(known, len(prompts[i].tokens), limits):
             entries[i] = known
     tasks = [Task(i, p.tokens, options) for i, p in enumerate(prompts) if i not in entries]
@@ -105,8 +105,7 @@ def answer_prompts(
         for done in written:
             i = done.task.key
             entry = entries[i] = {**_entry(done), "limits": limits, "pace": pace}
-            if journal is not None:
-                journal.add(keys[i], entry)
+            journal.add(keys[i], entry)
             bar.update(1)
     found = [(prompts[i], entries[i]) for i in sorted(entries) if entries[i]["tokens"]]
     if not found:

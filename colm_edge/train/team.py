@@ -29,10 +29,12 @@ from colm_edge.train.fit import (
     calibrate,
     choose_threshold,
     feature_columns,
+    figures_at,
+    in_chunks,
     sample,
 )
 from colm_edge.train.heads import CHUNK_ROWS, Head, Standardised, minimize
-from colm_edge.train.objectives import DEFER_RATES, REGRET_RATES, REJECTED
+from colm_edge.train.objectives import DEFER_RATES, REJECTED, hard_curve, regret_removed
 from colm_edge.train.scores import Scores
 
 TEAM_OBJECTIVES = ("marginal", "regret")
@@ -146,11 +148,9 @@ def share_of_experts(d: Doubles) -> Doubles:
 def regret_left(regret: Doubles, writer: Ints, d: Doubles) -> float:
     """Return the mean share of the regret that is left where the tokens of the highest p_defer are
     deferred, at REGRET_RATES; it goes only where the document's expert is the one that writes."""
-    order = np.argsort(-share_of_experts(d), kind="stable")
-    gone = np.where(d.argmax(axis=1) == writer, regret, 0.0)[order]
-    total = np.cumsum(np.concatenate(([0.0], gone)))
-    places = np.round(np.array(REGRET_RATES) * len(d)).astype(np.int64)
-    return 1.0 - float((total[places] / max(float(regret.sum()), 1e-300)).mean())
+    gone = np.where(d.argmax(axis=1) == writer, regret, 0.0)
+    removed = regret_removed(share_of_experts(d), gone).mean() * gone.sum()
+    return 1.0 - float(removed / max(float(regret.sum()), 1e-300))
 
 
 def fit_rows(
@@ -206,12 +206,7 @@ def fit_team(
     train, valid = np.flatnonzero(~is_valid), np.flatnonzero(is_valid)
     columns = partial(team.features, names=FEATURE_SETS[features])
     heads, l2 = _search(team, objective, len(names), train, valid, columns)
-    d = np.concatenate(
-        [
-            d_of(heads, columns(valid[at : at + CHUNK_ROWS]))
-            for at in range(0, len(valid), CHUNK_ROWS)
-        ]
-    )
+    d = in_chunks(lambda rows: d_of(heads, columns(rows)), valid)
     switch = _switch(heads, d, team, valid, objective, features, info)
     report = {
         "features": features,
@@ -331,8 +326,6 @@ def _figures(
     deferred = p > threshold
     to = d.argmax(axis=1)
     figures: dict[str, Any] = {
-        "threshold": threshold,
-        "defer_rate": float(deferred.mean()),
         # Of the deferred tokens of each expert's documents: the share that goes to each expert.
         "sent": {
             name: {
@@ -344,17 +337,17 @@ def _figures(
     if team.tells_regret:
         figures["regret_removed"] = 1 - regret_left(team.regret(valid), writer, d)
     if not team.by_all:
-        return figures
+        return figures | {"threshold": threshold, "defer_rate": float(deferred.mean())}
     gold = team.gold(valid)
-    order, gain = np.argsort(-p, kind="stable"), of_chosen(gold, d) - gold[:, 0]
-    curve = gold[:, 0].sum() + np.cumsum(np.concatenate(([0.0], gain[order])))
+    base, chosen = gold[:, 0], of_chosen(gold, d)
+    curve = hard_curve(p, base, chosen)
     return figures | {
-        "nll_base": float(-gold[:, 0].mean()),
+        **figures_at(threshold, p, base, chosen),
+        "nll_base": float(-base.mean()),
         "nll_expert": float(-gold[:, 1:].mean(axis=0).max()),
         "nll_experts": {name: float(-gold[:, 1 + k].mean()) for k, name in enumerate(names)},
         "nll_joint": marginal_loss(gold, d)[0],
-        "nll_hard": float(-np.where(deferred, gold[:, 0] + gain, gold[:, 0]).mean()),
-        **{f"nll_hard_{r}": float(-curve[round(r * len(p))] / len(p)) for r in DEFER_RATES},
+        **{f"nll_hard_{r}": float(curve[round(r * len(p))]) for r in DEFER_RATES},
         "nll_oracle": float(-gold.max(axis=1).mean()),
     }
 

@@ -15,6 +15,7 @@ from test_methods import GREEDY, HELD_OUT, WHOLE, timeless
 from colm_edge.errors import DataError, MismatchError, ModelError
 from colm_edge.evaluate.methods import Comparison, evaluate
 from colm_edge.evaluate.proxy_tuning import Proxy, _side_by_side
+from colm_edge.journal import Journal
 from colm_edge.pair import load
 from colm_edge.train.documents import read_rows, tokenized
 from colm_edge.train.scoring import score
@@ -53,7 +54,7 @@ def test_it_is_the_plain_sum_of_three(tiny, third):
         for d in documents
         for i in range(d.start, len(d.tokens))
     ]
-    assert proxy.score(documents, no_bar, None) == pytest.approx(np.array(expected), abs=1e-3)
+    assert proxy.score(documents, no_bar, Journal()) == pytest.approx(np.array(expected), abs=1e-3)
 
     for _, row in rows:
         prompt = pair.prompt_tokens([{"role": "user", "content": row["prompt"]}])
