@@ -4,7 +4,7 @@ LONGEST = 300  # characters of a message
 
 
 def printable(text: str) -> str:
-    """Return a text whose control characters, and what is no character, are written as escapes."""
+    """Return a text whose control characters, and half characters, are written as escapes."""
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 

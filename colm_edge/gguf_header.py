@@ -76,7 +76,7 @@ class Header:
 def read_header(path: str | os.PathLike[str]) -> Header:
     """Return what stands at the head of a GGUF file.
 
-    Raises ValueError where it is no such file or is broken, OSError where it cannot be read.
+    Raises ValueError where it is not such a file or is broken, OSError where it cannot be read.
     """
     with _opened(path) as reader:
         return reader.header()
@@ -126,7 +126,7 @@ def check_model(header: Header) -> None:
     for key, text in header.keys.items():
         is_text = key in TEXT_KEYS or key.startswith("tokenizer.chat_template.")
         if is_text and not isinstance(text, str):
-            raise ValueError(f"{_shown(key)} is no text")
+            raise ValueError(f"{_shown(key)} is not a text")
     for tensor in header.tensors.values():
         if tensor.kind in INTEGERS and MULTIPLIED.search(tensor.name):
             raise ValueError(f"the tensor {_shown(tensor.name)} has integers, which are no weights")
@@ -185,7 +185,7 @@ class _Reader:
         places = [self._tensor() for _ in range(self._n_tensors)]
         alignment = found.keys.get("general.alignment", 32)
         if not isinstance(alignment, int) or not 0 < alignment <= 1 << 20:
-            raise ValueError("general.alignment is no power of two")
+            raise ValueError("general.alignment is not a power of two")
         data_at = -(-self._at // alignment) * alignment
         for name, shape, kind, offset in places:
             n_bytes = _bytes_of(name, shape, kind)
@@ -281,7 +281,7 @@ def _bytes_of(name: str, shape: tuple[int, ...], kind: int) -> int:
     except (ValueError, KeyError):  # newer than the package gguf: llama.cpp may know it
         return 0
     if shape[-1] % block:
-        raise ValueError(f"a row of the tensor {_shown(name)} is no multiple of {block}")
+        raise ValueError(f"a row of the tensor {_shown(name)} is not a multiple of {block}")
     n_bytes: int = math.prod(shape) // block * size
     return n_bytes
 

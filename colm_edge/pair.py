@@ -248,7 +248,7 @@ class Pair:
         somebody's words are parted, so that nobody can forge a turn.
         variables: what the template may read besides, such as `enable_thinking`.
 
-        Raises PromptError for what is no conversation, and where the template refuses it.
+        Raises PromptError for what is not a conversation, and where the template refuses it.
         """
         chat_template.check(messages)
         if raw:

@@ -159,7 +159,7 @@ def named(experts: Experts | None) -> dict[str, str] | None:
         chosen = name or re.sub(r"[^\w.-]+", "-", Path(ref).stem).lstrip("-.")
         if not _NAME.fullmatch(chosen):
             raise ModelError(
-                f"{chosen!r} is no expert's name; use letters, digits, '_', and "
+                f"{chosen!r} is not a valid name of an expert; use letters, digits, '_', and "
                 "behind the first '.', '-'"
             )
         if chosen in found:

@@ -116,7 +116,7 @@ def recorded(path: str | os.PathLike[str]) -> Trace:
         prompt, ids = list(answer["prompt_tokens"]), [token["id"] for token in tokens]
         undone = {one["at"] for one in answer.get("withdrawn", ())}
         if not all(map(is_count, (*prompt, *ids, *undone))):
-            raise ValueError("a token or place that is no count")
+            raise ValueError("a token or place that is not a count")
         trace = Trace(
             prompt,
             ids,

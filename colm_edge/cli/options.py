@@ -27,7 +27,7 @@ class Size(click.ParamType[int]):
         found = re.fullmatch(r"(\d+(?:\.\d+)?) ?([kmgt]?)b?", str(value).strip().lower())
         size = float(found[1]) * 1000 ** " kmgt".index(found[2] or " ") if found else 0.0
         if not 1 <= size < 1e18:
-            self.fail(f"{value!r} is no size; expected a number with a unit, as 6G or 800M")
+            self.fail(f"{value!r} is not a size; expected a number with a unit, such as 6G or 800M")
         return int(size)
 
 

@@ -18,7 +18,7 @@ def part_of(_: click.Context, __: click.Parameter, value: str) -> tuple[int, int
     """Return K and N of K/N: the K-th of N parts."""
     k, _slash, n = value.partition("/")
     if not (k.isdecimal() and n.isdecimal() and 1 <= int(k) <= int(n)):
-        raise click.BadParameter(f"{value!r} is no part; expected K/N, with K from 1 to N")
+        raise click.BadParameter(f"{value!r} is not a part; expected K/N, with K from 1 to N")
     return int(k), int(n)
 
 

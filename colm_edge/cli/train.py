@@ -273,7 +273,7 @@ def _train_team(
     check_fit()
     checked_objective(fitting["objective"], by_all="data" in text)
     if work_dir is None and is_stream(outfile):
-        raise click.UsageError(f"{outfile} is no plain file; give --work-dir for the scores")
+        raise click.UsageError(f"{outfile} is not a regular file; give --work-dir for the scores")
     work = Path(work_dir or kept_beside(outfile))
     how: dict[str, Any] = {"raw": raw, "work": work, "seed": fitting.pop("seed")}
     rows = list(_rows(text))

@@ -102,7 +102,7 @@ def _date(day: datetime, form: str) -> str:
 
 
 def check(messages: Sequence[Message]) -> None:
-    """Raise PromptError for what is no list of messages, each a role and a content."""
+    """Raise PromptError for what is not a list of messages, each with a role and a content."""
     if isinstance(messages, str) or not isinstance(messages, Sequence):
         raise PromptError(f"a conversation is {messages!r}; expected a list of messages")
     for message in messages:

@@ -285,7 +285,7 @@ class Plain:
 
     @staticmethod
     def _check_limits(of_what: str, low: Any, high: Any, path: str) -> None:
-        """Raise ValueError for limits that are none."""
+        """Raise ValueError for limits that are not numbers, or contradict each other."""
         for key, value in (f"min{of_what}", low), (f"max{of_what}", high):
             if value is not None and (isinstance(value, bool) or not _is_count(value)):
                 raise ValueError(f"{key} of {_place(path)} is {str(value)[:40]}; expected a count")
@@ -326,7 +326,7 @@ class Plain:
         first = items if isinstance(items, list) else first
         if first is not None:  # exactly these are written
             if not isinstance(first, list):
-                raise ValueError(f"prefixItems of {_place(path)} is no list; expected schemas")
+                raise ValueError(f"prefixItems of {_place(path)} is not a list; expected schemas")
             if low > len(first) or (high is not None and high < len(first)):
                 self._refuse("minItems or maxItems beside prefixItems", path)
             return {"prefixItems": [self._of(x, f"{path}.{i}") for i, x in enumerate(first)]}

@@ -287,7 +287,7 @@ class Model:
             size = n + 1
 
     def number(self, key: str) -> int:
-        """Return a whole number of the architecture's keys, 0 for what is none of 64 bits."""
+        """Return a whole number of the architecture's keys, 0 if it is not a 64-bit integer."""
         found = self.metadata(f"{self.metadata('general.architecture')}.{key}") or ""
         return int(found) if found.isdecimal() and len(found) < 20 else 0
 

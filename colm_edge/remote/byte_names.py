@@ -25,7 +25,7 @@ BYTES = _byte_characters()
 
 
 def spelt_by(names: Sequence[str], text: str) -> list[bytes]:
-    """Return the bytes of each token of a text. A name that is none of either kind stands for
+    """Return the bytes of each token of a text. A name of neither kind stands for
     itself, as those of control tokens do."""
     raw = text.encode()
     level, pieces = list(map(_byte_level, names)), list(map(_sentence_piece, names))

@@ -43,7 +43,7 @@ class Server:
     """
 
     def __init__(self, url: str, timeout: float) -> None:
-        """timeout: seconds that an answer may take. Raises ModelError for what is no address."""
+        """timeout: seconds that an answer may take. Raises ModelError for an invalid address."""
         if not 0 < timeout <= MAX_TIMEOUT:
             raise ColmError(
                 f"expert_timeout is {timeout!r}; expected seconds, more than 0 and at most "

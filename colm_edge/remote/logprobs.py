@@ -38,7 +38,7 @@ def likely(top: Mapping[int, float], n_vocab: int) -> dict[int, float]:
 
 
 def check_logprobs(values: Iterable[float]) -> None:
-    """Raise ValueError for what is no log-probability."""
+    """Raise ValueError for what is not a log-probability."""
     for x in values:
         if math.isnan(x) or x > 1e-3:  # rounded numbers are off by less
-            raise ValueError(f"{x} is no log-probability")
+            raise ValueError(f"{x} is not a log-probability")

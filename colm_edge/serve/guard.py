@@ -67,7 +67,7 @@ class JSONRoute(APIRoute):
 def _finite(text: str) -> float:
     number = float(text)
     if not math.isfinite(number):
-        raise json.JSONDecodeError(f"{text[:20]} is no number of JSON's", text, 0)
+        raise json.JSONDecodeError(f"{text[:20]} is not a JSON number", text, 0)
     return number
 
 

@@ -168,7 +168,7 @@ def _constant(tensor: Message) -> tuple[str, Doubles]:
     shape = list(_whole_numbers(tensor, 1))
     if _whole_numbers(tensor, 2)[-1:] != [FLOAT] or 13 in tensor or len(shape) > 2:
         if not _is_shape(tensor):
-            raise ValueError("a tensor that is no float32 matrix, or lies in another file")
+            raise ValueError("a tensor that is not a float32 matrix, or lies in another file")
         return _text(tensor, 8), np.zeros(0)
     raw = b"".join(bytes(_bytes(part)) for part in tensor.get(9) or tensor.get(4, []))
     if len(raw) != 4 * math.prod(shape) or max(shape, default=0) > MOST_BYTES:

@@ -17,7 +17,7 @@ LEAST_NATS, ROUNDING, LARGEST = -1e6, 1e-4, 1e9
 
 def check_columns(columns: Columns, n_choose: int | None = None) -> None:
     """Raise ValueError for what no model says, and what would spoil a fit: NaN, infinities,
-    likelihoods above 1, tokens that are none.
+    likelihoods above 1, invalid tokens.
 
     n_choose: the size of the vocabulary that the base chooses from, if its choices are checked.
     """

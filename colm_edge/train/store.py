@@ -176,7 +176,7 @@ class FolderStore:
                     check_columns({name: column}, self._n_choose)
 
     def _check_index(self) -> None:
-        """Raise ValueError for numbers of rows that are none, or not those of our documents."""
+        """Raise ValueError for invalid numbers of rows, or others than those of our documents."""
         rows, keys, ours = self._index["rows"], self._index["key"], self._documents.keys
         if len(rows) and not 0 < rows.min() <= rows.max() < MOST_ROWS:
             raise ValueError(f"expected 1 to {MOST_ROWS} rows of a document")

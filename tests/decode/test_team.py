@@ -395,7 +395,7 @@ def test_names_and_references(tmp_path):
         with pytest.raises(ModelError, match="two experts are named a"):
             named(bad)
     for bad in (".", ".."):  # of a work folder
-        with pytest.raises(ModelError, match="is no expert's name"):
+        with pytest.raises(ModelError, match="is not a valid name of an expert"):
             named({bad: "a.gguf", "b": "b.gguf"})
     with pytest.raises(ModelError, match="no expert is given"):
         named([])

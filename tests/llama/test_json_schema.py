@@ -183,7 +183,7 @@ def test_or_is_left_out_where_that_is_wanted(keyword):
         ({"$ref": "#/nowhere"}, "which is not there"),
         ({"$ref": "http://a.example/b"}, "expected #/"),
         ({"enum": []}, "enum of the schema is []"),
-        ({"prefixItems": {"type": "null"}}, "prefixItems of the schema is no list"),
+        ({"prefixItems": {"type": "null"}}, "prefixItems of the schema is not a list"),
         ({"type": "integer", "minimum": 3, "maximum": 2}, "no number is between"),
         ({"type": "string", "const": 5}, "no const of the schema is of the type string"),
         ({"type": "null", "anyOf": [{"type": "string"}]}, "no anyOf of the schema is of the type"),

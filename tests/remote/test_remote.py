@@ -120,7 +120,7 @@ def test_logits_are_the_told_ones_and_the_rest_shares_what_is_left():
     alone = logits_of({2: 0.0}, 4)
     assert alone.tolist() == [-math.inf, -math.inf, 0.0, -math.inf]
     for garbage in ({}, {9: -1.0}, {1: math.nan}, {1: 2.0}):
-        with pytest.raises(ValueError, match=r"no token below 4|is no log-probability"):
+        with pytest.raises(ValueError, match=r"no token below 4|is not a log-probability"):
             logits_of(garbage, 4)
 
 

@@ -97,7 +97,7 @@ def test_numbers_that_are_not_jsons_are_refused(url, path, number):
     headers = {"Content-Type": "application/json"}
     answer = httpx.post(f"{url}{path}", content=body, headers=headers, timeout=60)
     assert answer.status_code == 400
-    assert f"{number} is no number of JSON's" in answer.text
+    assert f"{number} is not a JSON number" in answer.text
 
 
 def test_what_breaks_a_request_is_logged(url, monkeypatch, caplog):

@@ -101,7 +101,7 @@ def test_a_killed_run_goes_on_to_the_same_weights(tiny, scores, tmp_path, monkey
     state = tmp_path / "killed" / "state.pt"
     good = state.read_bytes()
     state.write_bytes(b"x")
-    assert "is no state of a run" in tune(
+    assert "is not the state of a run" in tune(
         tiny["base"], scores, tmp_path / "killed", *options, code=1
     )
     state.write_bytes(good)

@@ -102,7 +102,7 @@ def made(n_lines: int = 200, per_line: int = 20, seed: int = 0) -> team.TeamScor
                 importance=np.where(np.arange(n) % 3, 1.0, 10.0),
             )
         )
-    return team.TeamScores(scores, team.likeliest_writers(scores), told=True)
+    return team.TeamScores(scores, team.likeliest_writers(scores), by_all=True)
 
 
 @pytest.mark.parametrize("objective", ["best", "regret"])
@@ -122,7 +122,7 @@ def test_each_expert_is_called_for_what_it_knows(objective):
     if objective == "best":
         alone = [  # the mixture with one of them, as well as it can be fitted
             team.fit_team(
-                team.TeamScores([one], np.zeros(len(one.base), np.int64), told=True),
+                team.TeamScores([one], np.zeros(len(one.base), np.int64), by_all=True),
                 set(range(0, 200, 5)), ["x"], objective="marginal", info={},
             )[1]["nll_joint"]
             for one in scores.scores
@@ -141,7 +141,7 @@ def test_documents_of_each_expert_are_read_as_if_they_were_joined(seed, n):
     names = [field.name for field in fields(Scores)]
     joined = Scores(**{f: np.concatenate([getattr(p, f) for p in parts]) for f in names})
     writer = np.repeat(np.arange(len(n)), n)
-    apart = team.TeamScores(parts, writer, told=False)
+    apart = team.TeamScores(parts, writer, by_all=False)
     rows = rng.permutation(len(writer))[: rng.integers(1, len(writer) + 1)]
     assert np.array_equal(apart.line, joined.line)
     assert np.array_equal(apart.regret(rows), joined.regret(rows))
@@ -200,7 +200,7 @@ def test_objectives_that_the_scores_do_not_tell_are_refused():
     for objective in ("budget", "weak"):
         with pytest.raises(DataError, match="is for one expert"):
             team.fit_team(scores, {1}, ["a", "b"], objective=objective, info={})
-    written = team.TeamScores(scores.scores[:1], scores.writer, told=False)
+    written = team.TeamScores(scores.scores[:1], scores.writer, by_all=False)
     with pytest.raises(DataError, match="needs what every expert thinks"):
         team.fit_team(written, {1}, ["a", "b"], objective="marginal", info={})
 

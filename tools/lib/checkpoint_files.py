@@ -287,7 +287,7 @@ def _members(
 ) -> tuple[dict[str, tuple[int, int]], bytes]:
     """Return where the storages are, by name: their first byte and length; and the pickle.
 
-    Raises ValueError where it is no archive of torch.save, which compresses nothing.
+    Raises ValueError where it is not an archive of torch.save, which compresses nothing.
     """
     stored = {}
     for info in archive.infolist():

@@ -147,7 +147,7 @@ class _Machine:
     def add_items(self, items: list[Any]) -> None:
         self.push(target := self.pop())
         if not isinstance(target, dict) or len(items) % 2:
-            raise ValueError("items for what is no dict")
+            raise ValueError("items for what is not a dict")
         for name, value in zip(items[::2], items[1::2], strict=True):
             if not isinstance(name, str | int):
                 raise ValueError("a name that is neither text nor a number")
@@ -156,13 +156,13 @@ class _Machine:
     def append(self, values: list[Any]) -> None:
         self.push(target := self.pop())
         if not isinstance(target, list):
-            raise ValueError("values for what is no list")
+            raise ValueError("values for what is not a list")
         target += values
 
 
 def _text(value: Any) -> str:
     if not isinstance(value, str):
-        raise ValueError("a name that is no text")
+        raise ValueError("a name that is not a text")
     return value
 
 

@@ -272,7 +272,7 @@ class Run:
             state = torch.load(self.state, weights_only=True, map_location="cpu")
             key = state["key"]
         except (KeyError, TypeError, RuntimeError, pickle.UnpicklingError, EOFError) as e:
-            raise ColmError(f"{self.state}: is no state of a run ({e}); remove it") from e
+            raise ColmError(f"{self.state}: is not the state of a run ({e}); remove it") from e
         if key != self._key:
             ours, theirs = json.loads(self._key), json.loads(key)
             other = ", ".join(sorted(k for k in ours if ours[k] != theirs.get(k)))
