@@ -27,7 +27,7 @@ AnyPath = str | os.PathLike[str]
 FINGERPRINT_PLACES = 1024  # in a file, evenly spread
 FINGERPRINT_BYTES = 4096  # read at each place
 _PART = re.compile(r"-(\d{5})-of-(\d{5})\.gguf$")
-# Names of open files. To open one anew would write over what is written to it otherwise.
+# Names of open files. Opening one again would write over what others write to it.
 _DESCRIPTOR = re.compile(r"/(?:dev|proc/self)/fd/(\d+)")
 _STANDARD = {"/dev/stdout": "/dev/fd/1", "/dev/stderr": "/dev/fd/2"}
 

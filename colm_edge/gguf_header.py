@@ -83,7 +83,7 @@ def read_header(path: str | os.PathLike[str]) -> Header:
 
 
 def read_architecture(path: str | os.PathLike[str]) -> str | None:
-    """Return general.architecture, if it is a text, without reading what stands behind it.
+    """Return general.architecture, if it is a text, without reading what follows it.
 
     Raises as `read_header` does.
     """

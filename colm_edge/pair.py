@@ -261,7 +261,7 @@ class Pair:
         return chat_template.joined(messages)
 
     def tokens_of(self, text: str) -> list[int]:
-        """Return the token ids of a prompt, behind one begin token where the vocabulary has it."""
+        """Return the token ids of a prompt, after one begin token where the vocabulary has it."""
         bos = self.base.bos_text
         return self.base.tokenize(text, bos=not (bos and text.startswith(bos)))
 

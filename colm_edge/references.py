@@ -16,7 +16,7 @@ from colm_edge.hub import Note, fetch, find_cached, is_reference
 DEMO_PAIR = "demo"
 # A model to be quantised here: the reference it is made from, and its types.
 _QUANTISED = re.compile(r"(.+)@(\w+)(?:\+(\w+))?")
-_COMMENT = re.compile(r"(?:^|\s)#")  # a server's address has its model behind a #
+_COMMENT = re.compile(r"(?:^|\s)#")  # a server's address has its model after a #
 _ADDRESS = re.compile(r"[\w.-]+:\d{1,5}")
 _PACKAGE = Path(__file__).parent
 _NAME = re.compile(r"\w[\w.-]*")  # of an expert; a folder may be named so
@@ -160,7 +160,7 @@ def named(experts: Experts | None) -> dict[str, str] | None:
         if not _NAME.fullmatch(chosen):
             raise ModelError(
                 f"{chosen!r} is not a valid name of an expert; use letters, digits, '_', and "
-                "behind the first '.', '-'"
+                "after the first '.', '-'"
             )
         if chosen in found:
             raise ModelError(f"two experts are named {chosen}; give -me NAME=FILE for each")

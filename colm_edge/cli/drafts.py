@@ -1,4 +1,4 @@
-"""Drafts at a terminal: shown dim behind the text, and rewritten in place."""
+"""Drafts at a terminal: shown dim after the text, and rewritten in place."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ import unicodedata
 
 import click
 
-SAVE, BACK, ERASE = "\x1b7", "\x1b8", "\x1b[K"  # the cursor's place, and what stands behind it
+SAVE, BACK, ERASE = "\x1b7", "\x1b8", "\x1b[K"  # the cursor's place, and what follows it
 
 
 class Drafts:
-    """What stands behind the cursor, which stays at the end of the final text. Drafts that do not
+    """What follows the cursor, which stays at the end of the final text. Drafts that do not
     fit this line are not shown: a terminal cannot take them back."""
 
     def __init__(self, width: int) -> None:
@@ -63,7 +63,7 @@ class Drafts:
 
 
 def column_behind(text: str, column: int = 0, width: int = sys.maxsize) -> int:
-    """Return about the column of a terminal behind a text that begins in one; the width itself
+    """Return about the column of a terminal after a text that begins in one; the width itself
     where the text fills the line."""
     for c in text:
         if c == "\t":

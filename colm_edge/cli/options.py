@@ -92,7 +92,7 @@ BASE = click.option(
     "--model",
     metavar="REF",
     help="Base model: a GGUF file, a name in models.txt, or user/repo:file.gguf or "
-    "user/repo:Q4_K_M on the Hugging Face Hub; with @TYPE behind it in another quantisation.",
+    "user/repo:Q4_K_M on the Hugging Face Hub; with @TYPE after it in another quantisation.",
 )
 
 

@@ -50,7 +50,7 @@ class Mean:
 class Ahead(Around):
     """A base's timeline that also knows what was evaluated ahead; for one answer.
 
-    end_tokens: nothing is evaluated behind them. n_choose, defer_row: as for `Picker`.
+    end_tokens: nothing is evaluated after them. n_choose, defer_row: as for `Picker`.
     """
 
     def __init__(

@@ -11,7 +11,7 @@ The end of the text is never settled: the expert might spell its last bytes toge
 follows, as ":" and a new line. So it is asked from the last place before its last token that both
 agree on, and what it says is limited to spellings that begin with the bytes that are there (token
 healing, github.com/guidance-ai/guidance). Only within one vocabulary there is nothing to heal, nor
-behind a token that no other one goes on from.
+after a token that no other one goes on from.
 
 Its likelihoods are approximate: of all spellings of the unsettled bytes, those count that follow
 the expert's own tokens and then go on with one that is longer. Tokens more than NEAR_NATS below the
@@ -66,7 +66,7 @@ class Bridge(Around):
         self._places: dict[int, Place] = {}  # of the outputs, by the base's positions
         self._told: dict[int, Floats] = {}  # of them, what was read already
         self._ids = array("i")  # the expert's tokens at the last `sync`
-        # Of the rows of the last output, the logits: what is asked right behind it needs them.
+        # Of the rows of the last output, the logits: what is asked right after it needs them.
         self._last, self._kept = range(0), dict[int, Floats]()
         self._totals: dict[int, float] = {}  # of the rows that were read
         self._features = np.empty(len(readout.FEATURES), np.float32)

@@ -48,7 +48,7 @@ class Doubt:
     that wrote the token compares. They are in this process. It belongs to one answer.
 
     nats: a continuation is bad if its likeliest token costs more, for both models. window: tokens
-    that are watched behind a token of the expert's, and compared.
+    that are watched after a token of the expert's, and compared.
     """
 
     def __init__(self, nats: float, window: int, follow: Follow | None = None) -> None:
@@ -150,7 +150,7 @@ class Doubt:
 
     @staticmethod
     def _joint(loop: Decoder, expert: int, tokens: array[int], place: int, end: int) -> float:
-        """Return what both models think of the tokens behind `place`, in nats per token: the mean
+        """Return what both models think of the tokens after `place`, in nats per token: the mean
         of their log-probabilities. The base writes those that are missing up to `end`."""
         while len(tokens) < end and tokens[-1] not in loop.end_tokens:
             loop.evaluate_base(tokens)

@@ -62,7 +62,7 @@ class Bets:
         self._last = writer
 
     def placed(self, loop: Decoder, writer: int, guess: Step, tokens: array[int]) -> bool:
-        """Return whether to bet on `guess`, where the token behind these is an expert's."""
+        """Return whether to bet on `guess`, where the token after these is an expert's."""
         planner, at = self._planners[writer], len(tokens)
         if planner is None:
             return False

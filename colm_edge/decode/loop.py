@@ -64,7 +64,7 @@ class Sequential:
 def deferred(loop: Decoder, reading: Reading, logits: Floats, bet: Sequence[int] = ()) -> Step:
     """Return the step that an expert writes; the base's own where it is absent.
 
-    logits: the base's. bet: tokens that the expert evaluates behind the written ones.
+    logits: the base's. bet: tokens that the expert evaluates after the written ones.
     """
     p_defer, choice, logsumexp, writer, _ = reading
     tokens, at = loop.tokens, len(loop.tokens)

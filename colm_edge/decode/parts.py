@@ -25,7 +25,7 @@ from colm_edge.options import Options
 from colm_edge.remote.client import RemoteSession
 from colm_edge.switch.reading import AnySwitch, Base
 
-WATCHED = 4  # tokens behind one of the expert's that may make it doubtful
+WATCHED = 4  # tokens after one of the expert's that may make it doubtful
 
 
 def policy_of(

@@ -21,7 +21,7 @@ FINE, MOST_WINDOWS = 0.02, 1000  # the same of windows, and how many are kept
 Tables = Callable[[Cancel | None], tuple[CostTable, CostTable] | None]
 # An expert agrees more often where the base is sure of itself.
 CONFIDENCE = (0.25, 0.5, 0.75)
-# What an expert undoes stands together: it is most likely right behind its own tokens.
+# What an expert undoes stands together: it is most likely right after its own tokens.
 SINCE = (1, 4)
 
 
@@ -85,7 +85,7 @@ class Planner:
             self.rests = self._base.is_quick
 
     def forget_costs(self) -> None:
-        """Get the cost tables anew before the next answer."""
+        """Read the cost tables again before the next answer."""
         self._base, self._expert, self.rests = None, None, False
         self._saved.clear()
         self._windows.clear()

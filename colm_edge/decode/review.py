@@ -2,7 +2,7 @@
 
 A lazy expert's catch-up evaluates every token that it skipped. For the price of their outputs it
 also says what it thinks of each. So at every call the first token that a rule rejects is undone,
-with all behind it, and the expert's is put there; then the base goes on. The expert is also called
+with all after it, and the expert's is put there; then the base goes on. The expert is also called
 when `window` tokens have not been reviewed, and before the base may end the answer.
 
 Where the switch is sure, the expert hardly ever objects. So a review may look only at tokens whose
@@ -270,7 +270,7 @@ class Review:
         start, at = len(loop.tokens), len(loop.tokens) + len(drafts)
         places = [i for i, draft in enumerate(drafts, start) if draft.looked_at]
         if deferral is None:
-            del tokens[places[-1] :]  # of the drafts behind nothing is asked
+            del tokens[places[-1] :]  # nothing is asked of the drafts after them
         if known is not None and not loop.keeps(writer, tokens, start):
             known = None
         placed = False

@@ -2,7 +2,7 @@
 
 The base's tokens are spelt out, and the bytes between two control tokens, a part, are given to the
 expert's tokenizer. A part is spelt in windows: the tokens of a window of bytes are settled up to
-its last seam that has MARGIN bytes behind it, and the next window begins there. A seam is a place
+its last seam that has MARGIN bytes after it, and the next window begins there. A seam is a place
 where what follows has the same tokens by itself. So the tokens depend on the bytes alone, not on
 how the text came about, and what grows has no more than about a window to spell again. They are the
 tokenizer's own of the whole part, as far as a token depends only on what is near.
@@ -200,7 +200,7 @@ class Spelling:
         self._n_begin = len(self.ids)
         self._tokens = array("i")
         self._is_whole = True  # `ids` spells all of the tokens
-        self._places: list[tuple[Part, int] | int] = []  # of each of them; a row behind a control
+        self._places: list[tuple[Part, int] | int] = []  # of each of them; a row after a control
         self._part: Part | None = None  # that the text ends in
 
     def turn_to(self, tokens: Sequence[int]) -> None:
@@ -225,7 +225,7 @@ class Spelling:
         self._is_whole = True
 
     def _cut(self, keep: int) -> None:
-        """Take back the tokens behind the first ones, and the spelling of what may go on."""
+        """Take back the tokens after the first ones, and the spelling of what may go on."""
         del self._places[keep:]
         last = self._places[-1] if keep else self._n_begin - 1
         if isinstance(last, int):

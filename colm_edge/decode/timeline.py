@@ -66,7 +66,7 @@ class Around:
 
     def keeps(self, tokens: Sequence[int], n: int) -> bool:
         """Return whether these tokens can be evaluated, and what is told after the first n of them
-        is then what is told without the others. It is, unless a `Bridge` spells both anew."""
+        is then what is told without the others. It is, unless a `Bridge` spells both again."""
         return keeps(self._inner, tokens, n)
 
 

@@ -1,7 +1,7 @@
 """Run code that a model wrote, in a child process that is limited as far as the system allows.
 
-This guards against accidents: endless loops, runaway memory, files and sockets. It is not a jail for
-code that was written to break out; run untrusted models in a virtual machine or a container.
+This guards against accidents: endless loops, runaway memory, files and sockets. It is not a jail
+for code that was written to break out; run untrusted models in a virtual machine or a container.
 """
 
 from __future__ import annotations

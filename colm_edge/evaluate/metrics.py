@@ -42,7 +42,7 @@ def contains(text: str, row: dict[str, Any]) -> float:
 
 @metric
 def gsm8k(text: str, row: dict[str, Any]) -> float:
-    """The final number is the completion's: the one that stands right behind the last ####, or the
+    """The final number is the completion's: the one that stands right after the last ####, or the
     last of the text, since #### may also begin a heading. A text that ends with #### has none.
 
     Commas, a dollar sign and a full stop are not part of a number, as in lm-evaluation-harness,
@@ -94,7 +94,7 @@ def steps(text: str, row: dict[str, Any]) -> float:
 
 
 def _results(text: str) -> list[str]:
-    """Return what stands behind the last = of every annotation that has one."""
+    """Return what follows the last = of every annotation that has one."""
     found = re.findall(r"<<([^<>]*)>>", text)
     return [step.rpartition("=")[2] for step in found if "=" in step]
 

@@ -24,7 +24,7 @@ class ChatTemplate:
 
     def render(self, messages: Sequence[Message], /, **variables: Any) -> str:
         """Return a conversation as the template writes it, up to where the assistant goes on:
-        behind its last message, if that is the last and a text alone.
+        after its last message, if that is the last and a text alone.
 
         variables: what the template may read besides, such as `tools` or `enable_thinking`. Its
             clock, `strftime_now`, may be another than today's.

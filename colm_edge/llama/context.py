@@ -98,7 +98,7 @@ class ContextOptions:
         """Return whether a model is evaluated with flash attention.
 
         On a CPU, "auto" means off: flash attention slows decodes of a few tokens by a third or more
-        behind 500 tokens, and threefold behind 2,000 (docs/speed.md). Very small models keep it,
+        after 500 tokens, and threefold after 2,000 (docs/speed.md). Very small models keep it,
         because with it a token gives the same bits alone and in a batch, and so do the contexts of
         many sequences.
         """

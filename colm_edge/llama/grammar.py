@@ -59,7 +59,7 @@ class Grammar:
         llama.llama_sampler_apply(self._sampler, ctypes.byref(candidates))
 
     def accept(self, token: int) -> None:
-        """Go on behind a token. Raises ColmError where it is not allowed: llama.cpp would end the
+        """Go on after a token. Raises ColmError where it is not allowed: llama.cpp would end the
         process."""
         if not self.allows(token):
             raise ColmError("no token of the vocabulary goes on as the grammar says; change it")

@@ -19,7 +19,7 @@ SPACE: Ranges = [
 LINE_ENDS: Ranges = [(0x0A, 0x0A), (0x0D, 0x0D), (0x2028, 0x2029)]
 KINDS = {"d": DIGITS, "w": WORD, "s": SPACE}
 CONTROLS = {"t": 0x09, "n": 0x0A, "v": 0x0B, "f": 0x0C, "r": 0x0D, "0": 0x00}
-# Characters that JSON writes with a backslash, and the letter behind it.
+# Characters that JSON writes with a backslash, and the letter after it.
 ESCAPED = {0x08: "b", 0x09: "t", 0x0A: "n", 0x0C: "f", 0x0D: "r", 0x22: '"', 0x5C: "\\"}
 APART: Ranges = [(0x00, 0x1F), (0x22, 0x22), (0x5C, 0x5C), (0x7F, 0x7F), SURROGATES]
 # One character of a JSON string, in GBNF.

@@ -124,7 +124,7 @@ def refine(sessions: Iterable[Session | None], cancel: Cancel) -> bool:
 def measure(
     session: Session, cancel: Cancel | None = None, seconds: float = SECONDS
 ) -> tuple[CostTable, bool]:
-    """Time decodes of every size behind the same prefix, in a context of their own; return the
+    """Time decodes of every size after the same prefix, in a context of their own; return the
     table, and whether other programs wanted the threads' cores meanwhile.
 
     The sizes take turns, and the (lower) median of a size's times counts, so that a short

@@ -23,7 +23,7 @@ class ChainSampler:
     """Pick a token from logits. The same seed and the same logits give the same tokens.
 
     history: tokens already written, for the penalties.
-    never: ids that are never picked. grammar: allows what may be picked, behind what was.
+    never: ids that are never picked. grammar: allows what may be picked, after what was.
     """
 
     def __init__(
@@ -122,7 +122,7 @@ class ChainSampler:
         return left["id"].copy(), p / p.sum()
 
     def _fill(self, logits: Floats) -> Any:
-        """Return the candidates, written anew."""
+        """Return the candidates, written again."""
         n = min(len(logits), len(self._candidates))
         candidates = self._candidates[:n]
         candidates["id"] = self._ids[:n]

@@ -203,7 +203,7 @@ class Session:
         """Make this timeline equal to `tokens`; return the number of tokens evaluated.
 
         Keeps the common prefix, rolls back what differs, and evaluates the rest in batches. Where
-        the last batch told the state after these tokens, what it has behind them is kept too. Then
+        the last batch told the state after these tokens, what it has after them is kept too. Then
         `state` returns logits (n_vocab,) and, if wanted, the hidden state (n_embd,): views on
         llama.cpp's memory, valid until the next call.
 

@@ -273,7 +273,7 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
 
     def _bounded(self, name: str, run: Callable[..., Any]) -> Callable[..., Any]:
         """Return a filter that tells before how much it makes, and counts it."""
-        first = 1 if hasattr(run, "jinja_pass_arg") else 0  # behind Jinja's own argument
+        first = 1 if hasattr(run, "jinja_pass_arg") else 0  # after Jinja's own argument
         size = FILTER_SIZES.get(name)
 
         @wraps(run)

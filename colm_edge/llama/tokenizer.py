@@ -92,10 +92,10 @@ class Tokenizer:
         return not byte_pairs or self._model.metadata("tokenizer.ggml.pre") in OWN_SPLITS
 
     def _tokens_behind(self, text: str, special: bool) -> list[int]:
-        """Return the tokens of a text that goes on behind another, without the space that some
+        """Return the tokens of a text that goes on after another, without the space that some
         vocabularies put before the beginning of a text."""
         if self._begins_with_space and text:
-            for mark in "\n", "|":  # a token of its own behind the space, unless the text joins it
+            for mark in "\n", "|":  # a token of its own after the space, unless the text joins it
                 tokens, length = self._tokenize(mark + text, special, False), 0
                 for i, token in enumerate(tokens):
                     if length == len(" " + mark):

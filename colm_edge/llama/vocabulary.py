@@ -88,7 +88,7 @@ class Vocabulary:
         """Return the tokenizer's tokens of a text if they spell it, else none."""
         if text is None:
             return []
-        for before in ("", PARTED):  # behind it no space is put before the beginning of a text
+        for before in ("", PARTED):  # after it no space is put before the beginning of a text
             tokens = self._model.tokenize(before + text, special=False, bos=False)
             if b"".join(map(self.piece, tokens)) == raw:
                 return tokens

@@ -15,7 +15,7 @@ def _tokenize(
 
 
 def piece_of(told: Any) -> bytes:
-    """Return the bytes of a token, which are told as a text or, where they are not one, as numbers."""
+    """Return the bytes of a token, which come as a text or, where they are not one, as numbers."""
     if isinstance(told, str):
         return told.encode()
     if not all(isinstance(byte, int) for byte in told):

@@ -89,7 +89,7 @@ def _read(answer: Any) -> Reply:
 
 def _ask_rows(model: str, tokens: list[int], places: Sequence[int], n_probs: int) -> Body:
     """Ask for a few as prompts of their own, which share the server's prefix cache. What it tells
-    of a prompt's own tokens it evaluates anew."""
+    of a prompt's own tokens it evaluates again."""
     if len(places) > FEW:
         return _ask(model, tokens, n_probs) | {"prompt_logprobs": n_probs}
     return _ask(model, tokens, n_probs) | {"prompt": [tokens[: at + 1] for at in places]}
@@ -104,7 +104,7 @@ def _read_rows(answer: Any, places: Sequence[int]) -> list[Reply]:
 
 
 def read_inside(choice: Any, places: Sequence[int]) -> list[Reply]:
-    """Read what follows tokens of a prompt: the entry of the next one tells it, and behind the last
+    """Read what follows tokens of a prompt: the entry of the next one tells it, and after the last
     one the answer."""
     *inside, last = places
     told = [choice["prompt_logprobs"][at + 1] for at in inside]

@@ -105,7 +105,7 @@ class RemoteVocabulary:
     @cached_property
     def _controls(self) -> _Controls:
         first, *rest = self._asked.spelt("a", begin=True)
-        # A begin token, and the text behind it, which may have a space put before it.
+        # A begin token, and the text after it, which may have a space put before it.
         begins = bool(rest) and b"".join(piece for _, piece in rest).strip() == b"a"
         names = dict.fromkeys((*ENDS, *map(self._ours.name, sorted(self._ours.ends))))
         names = dict.fromkeys((self._asked.end_name(), *names))
@@ -240,7 +240,7 @@ class RemoteVocabulary:
 
     def _parted(self, spelt: Spelt, text: str) -> list[str]:
         """Return a text in parts where the server has read names in it as control tokens: each is
-        cut behind its first character."""
+        cut after its first character."""
         if self._asked.keeps_names():
             return []
         pieces = {

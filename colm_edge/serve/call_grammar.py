@@ -55,7 +55,7 @@ def grammar_for(
 
 
 def _calls(form: CallForm, tools: Sequence[Tool], *, several: bool) -> list[str]:
-    """Return the rules of one or several calls: `calls`, `calls-on` behind the first mark, and
+    """Return the rules of one or several calls: `calls`, `calls-on` after the first mark, and
     `bare` without marks."""
     rules = []
     for i, tool in enumerate(tools):

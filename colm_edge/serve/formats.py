@@ -234,7 +234,7 @@ class CompletionFormat:
 
 
 def told_piece(raw: bytes) -> str | list[int]:
-    """Return what a token spells as llama.cpp's server tells it: a text, or bytes that are not one."""
+    """Return what a token spells as llama.cpp's server does: a text, or bytes that are not one."""
     try:
         return raw.decode()
     except UnicodeDecodeError:

@@ -150,7 +150,7 @@ class Splitter:
             yield Thought(thought)
 
     def _after_thought(self, final: bool) -> Iterator[Part]:
-        """Blank lines behind a thought belong to neither."""
+        """Blank lines after a thought belong to neither."""
         self._held = self._held.lstrip("\n")
         if self._held or final:
             self._state = self._reply

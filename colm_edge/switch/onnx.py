@@ -99,7 +99,7 @@ class _Graph:
 
     def fold(self) -> tuple[Doubles, float]:
         """Return weight (n_embd,) and bias. They are carried from the end to the beginning: what is
-        behind a node reads its output o as weight · o + bias."""
+        after a node reads its output o as weight · o + bias."""
         nodes, weight, bias, at = dict(self.nodes), np.ones(1), 0.0, P_DEFER
         sigmoids = 0
         while at != HIDDEN:
@@ -119,7 +119,7 @@ class _Graph:
         return weight, float(bias)
 
     def _through(self, node: _Node, weight: Doubles, bias: float) -> tuple[str, Doubles, float]:
-        """Return what a node reads, and weight and bias of that, given those behind it."""
+        """Return what a node reads, and weight and bias of that, given those after it."""
         first, *others = [n for n in node.inputs if n and n not in self.constants] or [""]
         fixed = [self.constants[name] for name in node.inputs if name in self.constants]
         n_fixed, ahead = len(fixed), node.inputs[:1] == [first]

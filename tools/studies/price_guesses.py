@@ -46,7 +46,7 @@ def record(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def seconds_of(prompt: list[int], answer: list[int], table: CostTable, policy: Policy) -> float:
-    """Return what it costs to write an answer behind a prompt whose last state is known."""
+    """Return what it costs to write an answer after a prompt whose last state is known."""
     text, at, total = array("i", prompt + answer), len(prompt) + 1, 0.0
     lookup = Lookup()
     while at < len(text):

@@ -79,7 +79,7 @@ class Written:
 
 
 def drawn(pair: Pair, draw: random.Random, n_tokens: int, context: int) -> Request:
-    """Return a request: a question, often behind a system prompt or a passage that others share."""
+    """Return a request: a question, often after a system prompt or a passage that others share."""
     question = draw.choice(QUESTIONS)
     question = question.format(*draw.sample(THINGS, question.count("{}")))
     if draw.random() < 0.4:

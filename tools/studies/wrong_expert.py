@@ -6,7 +6,7 @@ The demo pair answers its held-back questions. A wrapper around its expert excha
 probability q, the likeliest digit for another one, always the same after the same tokens. Printed
 for each q and each bound of doubt: exact facts in the answers, all and those that are numbers,
 tokens that were undone, and what both models evaluated. Then, how well each model's likeliest next
-token tells a right digit from a wrong one: the probability that it costs more behind the wrong one.
+token tells a right digit from a wrong one: the probability that it costs more after the wrong one.
 """
 
 from __future__ import annotations

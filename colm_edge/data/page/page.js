@@ -185,7 +185,7 @@ function again(id, question) {
 }
 
 // Change a conversation, and offer to put it back as it was, unless it has gone on by then. `change`
-// returns the id of the turn that it has answered anew, if any: that answer may grow.
+// returns the id of the turn that it has answered again, if any: that answer may grow.
 async function undoably(words, change, chatId = openId) {
   await stopWriting(chatId);
   const before = store.getChat(chatId), grows = change(chatId);

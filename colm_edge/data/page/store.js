@@ -1,6 +1,6 @@
 // What the browser keeps: each conversation under a key of its own, and the settings.
 //
-// Tabs share it. Every change reads the conversation anew, so no tab writes back what another one
+// Tabs share it. Every change reads the conversation again, so no tab writes back what another one
 // has changed meanwhile.
 
 const CHAT = "colm-edge/chat/", SETTINGS = "colm-edge/settings";

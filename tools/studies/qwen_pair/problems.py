@@ -58,7 +58,7 @@ def mbpp(problems: Iterable[Row]) -> Iterator[Row]:
 
 
 def gsm8k(problems: Iterable[Row]) -> Iterator[Row]:
-    """A question and the number behind its worked answer."""
+    """A question and the number after its worked answer."""
     by_hash = {hash_of(problem["question"]): problem for problem in problems}
     for wanted in GSM8K_TEST.read_text().split():
         if wanted not in by_hash:

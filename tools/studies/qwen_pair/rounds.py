@@ -141,7 +141,7 @@ def by_rule_w(scores: Scores, is_unsure: Bools) -> Bools:
     n = len(scores.base)
     regret = scores.regret(np.arange(n))
     goes_on = np.ones(n, np.bool_)
-    for k in range(1, N_NEXT + 1):  # behind the end of an answer there is nothing that disagrees
+    for k in range(1, N_NEXT + 1):  # after the end of an answer there is nothing that disagrees
         same_line = scores.line[k:] == scores.line[:-k]
         goes_on[:-k] &= scores.expert_right[k:] | ~same_line
     # Where the expert wrote, what follows the base's choice is not known.
