@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -28,58 +28,10 @@ from colm_edge.switch.file import Switch
 
 pytest_plugins = ["pages"]
 
-N_VOCAB = 32
 TEMPLATE = (
     "{%- for m in messages -%}{{ m['role'] + ': ' + m['content'] + '\\n' }}{%- endfor -%}"
     "{%- if add_generation_prompt -%}assistant:{%- endif -%}"
 )
-
-
-class Scripted:
-    """A fake session whose next token is a function of the prefix.
-
-    It counts like a real session: sync evaluates only what differs from the last prefix.
-    """
-
-    def __init__(
-        self, choose: Callable[[tuple[int, ...]], int], n_ctx: int = 64, n_vocab: int = N_VOCAB
-    ) -> None:
-        self.choose, self.n_ctx, self.n_vocab = choose, n_ctx, n_vocab
-        self.n_evaluated = self.n_calls = 0
-        self.seconds = self.load_seconds = 0.0
-        self.held: list[int] = []
-        self.batches: list[list[int]] = []
-        self.n_outputs: list[int] = []  # of each batch
-        self.outputs: set[int] = set()
-
-    def turn_to(self, prompt: Sequence[int]) -> None:
-        self.prompt = list(prompt)
-
-    def sync(self, tokens: Sequence[int], outputs: Sequence[int] = (), cancel=None) -> int:
-        assert 0 < len(tokens) <= self.n_ctx
-        outputs = list(outputs) or [len(tokens) - 1]
-        assert outputs == sorted(outputs)
-        assert outputs[-1] == len(tokens) - 1
-        keep = 0
-        while keep < min(len(self.held), len(tokens)) and self.held[keep] == tokens[keep]:
-            keep += 1
-        if keep == len(tokens) == len(self.held) and outputs == [keep - 1]:
-            return 0  # its state is already known
-        keep = min(keep, outputs[0])
-        batch = list(tokens[keep:])
-        self.held, self.outputs = list(tokens), set(outputs)
-        self.batches.append(batch)
-        self.n_outputs.append(len(outputs))
-        self.n_calls += 1
-        self.n_evaluated += len(batch)
-        self.seconds += 1e-3 * len(batch)
-        return len(batch)
-
-    def state(self, i: int) -> tuple[np.ndarray, np.ndarray]:
-        assert i in self.outputs
-        logits = np.full(self.n_vocab, -4.0, np.float32)
-        logits[self.choose(tuple(self.held[: i + 1]))] = 4.0
-        return logits, np.array([i + 1], np.float32)
 
 
 def no_bar(name: str, total: int):

@@ -10,11 +10,10 @@ from types import SimpleNamespace
 import httpx
 import numpy as np
 import pytest
-from conftest import Scripted
-from decode.test_loop import END, decoder, reader
 from expert_servers import faking
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scripted import END, Scripted, decoder, reader
 from serving import serving
 
 from colm_edge.cancel import Cancel

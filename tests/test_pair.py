@@ -311,7 +311,7 @@ class Letters:
 
 
 def stream_of(data: bytes, stop: tuple[str, ...] = ()):
-    from conftest import Scripted
+    from scripted import Scripted
 
     from colm_edge.cancel import Cancel
     from colm_edge.decode.loop import Decoder

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
-from conftest import Scripted
+from scripted import Scripted
 from test_pair import Letters, stream_of
 
 from colm_edge.cancel import Cancel

@@ -8,12 +8,21 @@ from array import array
 from concurrent.futures import Future
 
 import pytest
-from conftest import N_VOCAB, Scripted
 from expert_servers import faking
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_fast import Bold, Sometimes, agreeing
-from test_loop import END, decoder, reader, writer
+from scripted import (
+    END,
+    N_VOCAB,
+    Bold,
+    Later,
+    Scripted,
+    Sometimes,
+    agreeing,
+    decoder,
+    reader,
+    writer,
+)
 
 from colm_edge.cancel import Cancel, CancelledError
 from colm_edge.decode import ahead as ahead_module
@@ -21,18 +30,6 @@ from colm_edge.decode.ahead import Ahead, Awaited
 from colm_edge.decode.fast import Fast
 from colm_edge.errors import AbsentExpertError, ModelError
 from colm_edge.pair import load
-
-
-class Later(Future):
-    """A reply that is there once it was asked for a number of times."""
-
-    def __init__(self, polls: int) -> None:
-        super().__init__()
-        self.polls = polls
-
-    def done(self) -> bool:
-        self.polls -= 1
-        return self.polls < 0
 
 
 class Distant(Scripted):

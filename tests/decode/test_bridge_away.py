@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 from hypothesis import Phase, example, given, settings
 from hypothesis import strategies as st
-from test_bridge import END, MARK, Speaker, Spellings
-from test_loop import reader
+from scripted import reader
+from spellings import MARK, Speaker, Spellings
+from test_bridge import END
 
 from colm_edge.decode.bridge import Bridge
 from colm_edge.decode.bridge_away import BridgeAway

@@ -10,9 +10,8 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_bridge import ALPHABET, MARK, Speaker, Spellings, vocabulary
-from test_fast import Bold, Sometimes
-from test_loop import reader
+from scripted import Bold, Eager, Later, Sometimes, reader
+from spellings import ALPHABET, MARK, Speaker, Spellings, vocabulary
 
 from colm_edge.decode.ahead import Ahead, Awaited
 from colm_edge.decode.background import MIN_GAP, Background
@@ -69,15 +68,7 @@ class Distant(Knowing):
     """Its replies come late, by a drawn number of polls."""
 
     def begin(self, tokens, outputs=(), cancel=None) -> Future:
-        polls = random.Random(str((self.seed, len(tokens)))).randrange(6)
-
-        class Later(Future):
-            def done(self) -> bool:
-                nonlocal polls
-                polls -= 1
-                return polls < 0
-
-        return Later()
+        return Later(random.Random(str((self.seed, len(tokens)))).randrange(6))
 
 
 SCHEDULES = {
@@ -222,16 +213,6 @@ def test_what_a_bet_told_is_not_used_where_the_text_that_is_evaluated_is_spelt_o
         return b"".join(ours.piece(step.token) for step in loop)
 
     assert written([Bold(0, 1.0, steady=True)]) == written([])
-
-
-class Eager(Bold):
-    """It bets wherever the expert has something to evaluate."""
-
-    def __init__(self) -> None:
-        super().__init__(0, 1.0)
-
-    def saves(self, agrees, n_pending) -> float:
-        return float(n_pending > 0)
 
 
 @pytest.mark.parametrize("same", [True, False])

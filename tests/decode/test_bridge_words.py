@@ -6,14 +6,13 @@ import random
 
 import numpy as np
 import pytest
-from test_bridge import MARK, SCHEDULES, Speaker, Spellings, vocabulary
-from test_loop import reader
+from scripted import Bold, reader
+from spellings import MARK, SCHEDULES, Speaker, Spellings, vocabulary
 
 from colm_edge.decode.bridge import Bridge
 from colm_edge.decode.fast import Fast
 from colm_edge.decode.loop import Decoder, ExpertAlone
 from colm_edge.decode.picker import Picker
-from colm_edge.decode.planner import Planner
 from colm_edge.decode.policy import Policy
 from colm_edge.decode.review import ByRule, Review, Tolerance
 from colm_edge.decode.spelling import Crossing
@@ -36,25 +35,17 @@ class Mute(Speaker):
         return found
 
 
-class Bold(Planner):
-    """It bets at every deferral."""
-
-    def __init__(self) -> None:
-        super().__init__(lambda cancel: None)
-
-    def prepare(self, cancel=None) -> None:
-        pass
-
-    def saves(self, agrees, gap) -> float:
-        return 1.0
+def bold() -> Bold:
+    """Return a planner that bets at every deferral."""
+    return Bold(0, 1.0, steady=True)
 
 
 MUTE_SCHEDULES = {
     **SCHEDULES,
     "lossless": lambda: Review(ByRule(Tolerance(0.0)), 6),
     "alone": ExpertAlone,
-    "fast": lambda: Fast([Bold()]),
-    "bets": lambda: Review(ByRule(Tolerance(0.0)), 6, planners=[Bold()]),
+    "fast": lambda: Fast([bold()]),
+    "bets": lambda: Review(ByRule(Tolerance(0.0)), 6, planners=[bold()]),
 }
 
 

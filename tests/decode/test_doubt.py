@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import numpy as np
-from conftest import N_VOCAB
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_loop import END, decoder, reader
-from test_review import THRESHOLD, Drawn, plain_of
+from scripted import END, N_VOCAB, Drawn, decoder, reader
+from test_review import THRESHOLD, plain_of
 
 from colm_edge.decode.doubt import Doubt
 from colm_edge.decode.loop import Decoder

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
-import random
-
 import pytest
-from conftest import N_VOCAB, Scripted
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_loop import decoder, reader, writer
+from scripted import (
+    FLAT,
+    N_VOCAB,
+    Bold,
+    Eager,
+    Scripted,
+    Sometimes,
+    agreeing,
+    decoder,
+    reader,
+    writer,
+)
 
 from colm_edge import team
 from colm_edge.bench.replay import Process, replay
@@ -21,54 +29,7 @@ from colm_edge.options import Options
 from colm_edge.pair import load
 from colm_edge.team import Member
 
-# The cost of a decode is constant (a GPU), or proportional to its size (a small model).
-FLAT = CostTable((1, 64), (1.0, 1.0))
 STEEP = CostTable((1, 64), (1.0, 64.0))
-
-
-class Bold(Planner):
-    """Bets at random, far more often than a sensible planner, and reviews at random times."""
-
-    def __init__(self, seed: int, share: float, *, steady: bool = False) -> None:
-        super().__init__(lambda cancel: (FLAT, FLAT), steady=steady)
-        self._draw, self._share = random.Random(seed), share
-
-    def saves(self, agrees: float, n_pending: int) -> float:
-        assert 0 <= agrees <= 1
-        assert n_pending >= 0
-        return float(self._draw.random() < self._share)
-
-    def window(self, most: int) -> int:
-        return most if self.steady else self._draw.randint(1, most)
-
-
-class Sometimes:
-    """A sampler whose picks depend on all its earlier picks, like those of a seeded one."""
-
-    def __init__(self, seed: int) -> None:
-        self.state = seed
-
-    def __call__(self, logits) -> int:
-        self.state = hash((self.state, 17)) % 2**32
-        best = int(logits.argmax())
-        return best if self.state % 3 else (best + self.state) % (len(logits) - 1) + 1
-
-    def knows(self, logits) -> bool:
-        return True
-
-    def copy(self) -> Sometimes:
-        return Sometimes(self.state)
-
-
-def agreeing(seed: int, other, agree: float):
-    """Return a writer that repeats another one at a given rate."""
-    own = writer(seed)
-
-    def choose(prefix):
-        same = random.Random(hash((seed, 99, prefix))).random() < agree
-        return other(prefix) if same else own(prefix)
-
-    return choose
 
 
 @settings(max_examples=300)
@@ -141,15 +102,10 @@ def test_a_deferral_after_a_repeated_choice_needs_no_call(compose):
     """The expert has evaluated that choice in the previous batch: it is called once for two
     deferrals in a row, and every token is evaluated once."""
 
-    class Eager(Planner):
-        def saves(self, agrees, n_pending):
-            return float(n_pending > 0)
-
     choose = writer(1)
     base, expert = Scripted(choose, 200), Scripted(choose, 200)
     read = lambda logits, hidden: (0.9, int(logits.argmax()), 0.0, 0)  # noqa: E731
-    eager = Eager(lambda cancel: (FLAT, FLAT))
-    run = fast(base, expert, read, eager, max_tokens=100, compose=compose)
+    run = fast(base, expert, read, Eager(), max_tokens=100, compose=compose)
     assert {s.source for s in run} == {"expert"}
     assert run.stats.expert_calls == expert.n_calls == 50
     assert expert.n_evaluated == 3 + 99

@@ -7,53 +7,15 @@ import random
 
 import numpy as np
 import pytest
-from conftest import N_VOCAB, Scripted
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scripted import END, N_VOCAB, Scripted, decoder, reader, writer
 
 from colm_edge.cancel import CancelledError
-from colm_edge.decode.loop import Decoder, ExpertAlone
-from colm_edge.decode.picker import Picker, mixture
-from colm_edge.decode.policy import Policy, RatePolicy
+from colm_edge.decode.loop import ExpertAlone
+from colm_edge.decode.picker import mixture
+from colm_edge.decode.policy import RatePolicy
 from colm_edge.options import Options
-
-END = 0
-
-
-def writer(seed: int, end_every: int = 0):
-    """Return a next-token function: pseudo-random by prefix, sometimes the end token."""
-
-    def choose(prefix: tuple[int, ...]) -> int:
-        draw = random.Random(hash((seed, prefix)))
-        if end_every and draw.random() < 1 / end_every:
-            return END
-        return draw.randrange(1, N_VOCAB)
-
-    return choose
-
-
-def reader(seed: int, rate: float):
-    """Return a switch that draws p_defer in (0, 1) by the length of the base's prefix."""
-
-    def p_of(n: int) -> float:
-        draw = random.Random(hash((seed, n)))
-        above = draw.random() < rate
-        return 0.5 + 0.5 * draw.random() if above else 0.5 * draw.random()
-
-    def read(logits, hidden):
-        peak = logits.max()
-        lse = float(peak + np.log(np.exp(logits - peak).sum()))
-        return p_of(int(hidden[0])), int(logits.argmax()), lse, 0
-
-    return read, p_of
-
-
-def decoder(
-    base, expert, read, prompt, threshold=0.5, n_choose=N_VOCAB, sampler=None, compose=False, **more
-):
-    """Return a Decoder of the parts that most tests need."""
-    policy, picker = Policy(read, threshold), Picker(n_choose, sampler, composes=compose)
-    return Decoder(base, [expert], policy, picker, prompt, end_tokens=frozenset({END}), **more)
 
 
 def reference(base_choose, expert_choose, p_of, prompt, threshold, end, max_tokens, n_ctx):

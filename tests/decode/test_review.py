@@ -8,11 +8,9 @@ from random import Random
 
 import numpy as np
 import pytest
-from conftest import N_VOCAB, Scripted
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_fast import Bold
-from test_loop import END, decoder, reader
+from scripted import END, N_VOCAB, Bold, Drawn, Scripted, decoder, reader
 
 from colm_edge.decode.fresh import Fresh
 from colm_edge.decode.loop import Decoder, ExpertAlone
@@ -24,26 +22,6 @@ from colm_edge.llama.sampling import ChainSampler
 from colm_edge.options import Options
 
 THRESHOLD = 0.5
-
-
-class Drawn(Scripted):
-    """A scripted session whose logits are drawn by the prefix: most of them alike for base and
-    expert, so that they often agree. `likes_end` raises the end token."""
-
-    def __init__(self, seed, n_ctx=64, n_vocab=N_VOCAB, likes_end=-2.0, own=1.0):
-        super().__init__(lambda prefix: 0, n_ctx, n_vocab)
-        self.seed, self.likes_end, self.own = seed, likes_end, own
-
-    def logits(self, prefix) -> np.ndarray:
-        shared = np.random.default_rng(abs(hash((7, prefix))))
-        own = np.random.default_rng(abs(hash((self.seed, prefix))))
-        logits = 3 * shared.normal(size=self.n_vocab) + self.own * own.normal(size=self.n_vocab)
-        logits[END] = logits.mean() + self.likes_end * abs(own.normal())
-        return logits.astype(np.float32)
-
-    def state(self, i):
-        assert i in self.outputs
-        return self.logits(tuple(self.held[: i + 1])), np.array([i + 1], np.float32)
 
 
 def reference(base, expert, p_of, prompt, nats, window, max_tokens, floor):

@@ -12,8 +12,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from real_models import files
+from spellings import ALPHABET, MARK, Spellings, vocabulary
 from spelt_anew import goes_on, spell
-from test_bridge import ALPHABET, MARK, Spellings, vocabulary
 
 from colm_edge.decode import spelling as module
 from colm_edge.decode.spelling import WINDOW, Crossing, Spelling

@@ -12,11 +12,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from conftest import N_VOCAB, Scripted
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_fast import Bold
-from test_loop import END, writer
+from scripted import END, N_VOCAB, Bold, Scripted, writer
 
 from colm_edge.cancel import Cancel
 from colm_edge.cli import main

@@ -6,10 +6,9 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from conftest import Scripted
-from decode.test_loop import decoder
 from hypothesis import given
 from hypothesis import strategies as st
+from scripted import Scripted, decoder
 
 from colm_edge.decode.loop import Sequential
 from colm_edge.decode.review import ByRule, Review, Tolerance
