@@ -192,7 +192,7 @@ def _download(repo: str, name: str, about: Any, file: Path, note: Note) -> None:
                 f"fetch it with huggingface_hub's own program, hf download {repo} {name}"
             )
         told = f"{as_size(known)} of {as_size(size)} are here" if known else as_size(size)
-        note(f"downloading {what} ({told})")
+        note(f"downloading {what} ({told}) …")
     _download_to(file, repo, name, about)
     if _SHA256.fullmatch(about.etag) is not None:
         found = sha256_of(file)

@@ -50,13 +50,13 @@ def describe_files(
     download, and where costs cannot be kept.
     Raises ModelError or SwitchError for a file that is neither.
     """
-    facts, models, tables, obstacle = list[dict[str, Any]](), [], list[CostTable | None](), ""
-    switches: list[Switch] = []
+    facts, obstacle = list[dict[str, Any]](), ""
+    models, tables, switches = list[Model](), list[CostTable | None](), list[Switch]()
     try:
         for ref in references_of(refs[0]) if len(refs) == 1 else refs:
             if is_url(ref):
                 raise ModelError(f"{ref}: a server is not described; give a GGUF file")
-            path = resolve(ref, note=note)
+            path = resolve(ref, "expert" if models else "base", note=note)
             switch = _as_switch(path)
             if switch is not None:
                 switches.append(switch)
@@ -66,6 +66,10 @@ def describe_files(
             models.append(model)
             tables.append(_costs(model, costs, n_threads, note))
             facts.append(_model_facts(model, tables[-1]))
+        if len(models) == 1:
+            of_switches = (fact for fact in facts if "switch" in fact)
+            for switch, fact in zip(switches, of_switches, strict=True):
+                fact["with_this_base"] = _fit_of(switch, models)[0]
         if len(models) > 1:
             pairs = [_pair_facts(models[0], expert) for expert in models[1:]]
             facts += [pair for pair, _ in pairs]
@@ -176,7 +180,8 @@ def _fit_of(switch: Switch, models: Sequence[Model]) -> tuple[str, str]:
         names = ("",) if len(others) == 1 else tuple(map(str, range(1, len(models))))
     experts = dict(zip(names, others, strict=True))
     try:
-        in_order(switch, experts)
+        if others:
+            in_order(switch, experts)
         switch.reader(base, base.n_vocab)
     except MismatchError as e:
         return f"no: {e}", str(e)

@@ -83,7 +83,8 @@ class Option:
         if not is_number or not low <= value <= high:
             what = "a whole number" if whole else "a number"
             words = "".join(f", or {word!r}" for word in self.words)
-            expected = f"{what} from {low:g}" + (f" to {high:g}" if high < math.inf else "") + words
+            low_, high_ = (f"{x:,}" if whole else f"{x:g}" for x in (low, high))
+            expected = f"{what} from {low_}" + (f" to {high_}" if high < math.inf else "") + words
             meaning = f", {self.meaning}" if self.meaning else ""
             raise ColmError(f"{self.name} is {value!r}; expected {expected}{meaning}")
 

@@ -67,6 +67,10 @@ def test_a_switch_is_compared_with_the_models_beside_it(tiny, tmp_path):
     replace(Switch.load(switch["switch"]), info={"expert_fingerprint": "f" * 64}).save(other)
     *_, pair = info(base, expert, str(other))
     assert "was fitted for another expert than expert.gguf" in pair["switch"]
+    *_, alone = info(expert, switch["switch"])
+    assert alone["with_this_base"].startswith("no: ")
+    *_, alone = info(base, switch["switch"])
+    assert "fits" in alone["with_this_base"]
     *_, team = info(base, expert, expert, switch["switch"], exit_code=1)
     assert team["switch"].startswith("no: ")
     assert "predicted" not in team

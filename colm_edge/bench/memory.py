@@ -22,7 +22,7 @@ CONTEXT = ("n_ctx", "n_threads", "n_ubatch", "flash_attn", "cache_type_k", "cach
 def memory_of(pair: Pair, trace: Trace, name: str, note: Note) -> float | None:
     """Return the peak memory, in MB, of a process that only runs a method once, or None where the
     system does not report it."""
-    note(f"memory: {name}")
+    note(f"memory: {name} …")
     base, expert = pair.base, pair.expert_session.model
     if name in ("expert", "expert-llama-cpp-python"):  # the base must not be loaded
         base = expert

@@ -223,11 +223,11 @@ def bench(
         alone: list[dict[str, float]] = []  # between the rounds
         for i in range(rounds + 1):
             for name, way in ways.items():
-                note(f"round {i} of {rounds}: {name}" if i else f"warming up: {name}")
+                note(f"round {i} of {rounds}: {name} …" if i else f"warming up: {name} …")
                 sample = way()
                 if i:
                     samples[name].append(sample)
-            note(f"after round {i} of {rounds}: decodes alone")
+            note(f"after round {i} of {rounds}: decodes alone …")
             alone.append(methods.decodes_alone(ways))
         # The mean of before and after a round, because machines drift.
         limits = [

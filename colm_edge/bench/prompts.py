@@ -198,17 +198,17 @@ def bench_prompts(
         ways = chosen(writers.names | programs, only, programs)
         taken: dict[str, list[list[Sample]]] = {name: [] for name in ways}
         for name, way in ways.items():
-            note(f"warming up: {name}")
+            note(f"warming up: {name} …")
             way(prompts[0].tokens)
         for i in range(1, rounds + 1):
             for samples in taken.values():
                 samples.append([])
             for k, prompt in enumerate(prompts, 1):
-                note(f"round {i} of {rounds}: prompt {k} of {len(prompts)}")
+                note(f"round {i} of {rounds}: prompt {k} of {len(prompts)} …")
                 for name, way in ways.items():
                     taken[name][-1].append(way(prompt.tokens))
     if any(prompt.judge for prompt in prompts):
-        note("judging the answers")
+        note("judging the answers …")
     sums = {name: [_total(samples) for samples in of_rounds] for name, of_rounds in taken.items()}
     return [_row(name, sums, len(prompts)) | _accuracy(taken[name][-1], prompts) for name in ways]
 

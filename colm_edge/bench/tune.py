@@ -50,7 +50,7 @@ def tune(pair: Pair, note: Callable[[str], None]) -> tuple[list[dict[str, Any]],
         ):
             tried = [options, *(o for o in (_with(options, field, v) for v in values))]
             tried = [o for i, o in enumerate(tried) if o not in tried[:i]]
-            note(f"{role}: {field.replace('_', ' ')}")
+            note(f"{role}: {field.replace('_', ' ')} …")
             times = _times([(session.model, o) for o in tried])
             keep = _best(times, 2 if field == "n_ubatch" else 0 if role == "base" else 1)
             rows += [

@@ -14,6 +14,7 @@ from colm_edge.cli.options import (
     LORA,
     OVERLAP,
     SWITCH,
+    Whole,
     check_exec,
     check_goes_with,
     check_goes_without,
@@ -93,7 +94,7 @@ prompt_options = gathered(
     "-n",
     "--n-predict",
     "n",
-    type=click.IntRange(2),
+    type=Whole(2),
     default=128,
     show_default=True,
     help="Number of tokens to generate, if the replay is drawn; at most so many an answer to "
@@ -101,7 +102,7 @@ prompt_options = gathered(
 )
 @click.option(
     "--rounds",
-    type=click.IntRange(1),
+    type=Whole(1),
     default=5,
     show_default=True,
     help="How often to measure; the table shows medians.",
@@ -117,7 +118,7 @@ prompt_options = gathered(
 @click.option(
     "--load",
     "n_busy",
-    type=click.IntRange(0, 1024),
+    type=Whole(0, 1024),
     default=0,
     metavar="N",
     help="Keep N other processes busy meanwhile, as on a machine with other work to do.",

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import TextIO
@@ -35,11 +37,15 @@ def read_lines() -> str | None:
     shown = sys.stdin.isatty()  # prompts between the answers to a file's lines are for nobody
     text = ""
     while True:
+        if shown:
+            click.echo(MORE if text else FIRST, nl=False, err=True)
         try:
-            text += input((MORE if text else FIRST) if shown else "")
+            text += input()
         except EOFError:
+            if text.strip() and not shown:  # a file that ends within quotes
+                return unquoted(text)
             if shown:
-                click.echo()
+                click.echo(err=True)
             return None
         except KeyboardInterrupt:
             text = ""
@@ -70,9 +76,18 @@ def unechoed() -> Iterator[None]:
     unseen[3] &= ~(termios.ECHO | termios.ICANON)
     unseen[3] |= termios.NOFLSH  # Ctrl-C does not throw away what was typed before it
     termios.tcsetattr(terminal, termios.TCSADRAIN, unseen)
+
+    def again(*_: object) -> None:  # after Ctrl-Z and fg: the shell has made it show what is typed
+        if _is_foreground():
+            termios.tcsetattr(terminal, termios.TCSANOW, unseen)
+
+    handles = threading.current_thread() is threading.main_thread()
+    before_stop = signal.signal(signal.SIGCONT, again) if handles else None
     try:
         yield
     finally:
+        if handles:
+            signal.signal(signal.SIGCONT, before_stop or signal.SIG_DFL)
         if _is_foreground():
             with suppress(termios.error):  # it was closed
                 termios.tcsetattr(terminal, termios.TCSADRAIN, before)

@@ -96,12 +96,11 @@ def quantize_command(
     from colm_edge.llama.quantize import quantize
     from colm_edge.references import resolve
 
-    if allow_requantize:
-        say("Quantising a second time loses quality; start from F16 or BF16 where you can.")
     path = resolve(source, note=say)
     quantize(
         path, target, type_name,
         output_type=output_type, allow_requantize=allow_requantize, n_threads=n_threads,
+        note=say,
     )  # fmt: skip
     sizes = ""
     if Path(target).is_file():  # a pipe does not tell what went through

@@ -18,6 +18,44 @@ from colm_edge.options import EXPERT_TIMEOUT, INT_MAX, MAX_TIMEOUT, OPTIONS, Opt
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 
+class Whole(click.IntRange):
+    name = "whole number"  # as messages and help say it
+
+
+class Number(click.FloatRange):
+    """A number in a range, or a word that stands for one; never NaN, which passes every check of a
+    range. meaning: told where one is refused."""
+
+    name = "number"
+
+    def __init__(
+        self,
+        low: float | None = None,
+        high: float | None = None,
+        words: Mapping[str, float] = {},
+        meaning: str = "",
+        *,
+        min_open: bool = False,
+    ) -> None:
+        super().__init__(low, None if high == math.inf else high, min_open)
+        self._words, self._meaning = words, meaning
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if value in self._words:
+            return self._words[value]
+        try:
+            number = super().convert(value, param, ctx)
+        except click.BadParameter as e:
+            why = e.message.removesuffix(".")
+        else:
+            if not math.isnan(number):
+                return number
+            why = f"{value!r} is not a number"
+        meant = self._meaning or " or ".join(["a number", *self._words])
+        expected = f"; expected {meant}" if meant != "a number" else ""
+        return self.fail(why + expected, param, ctx)
+
+
 class Size(click.ParamType[int]):
     """A number of bytes, with a unit: K, M, G or T, each a thousand times the one before."""
 
@@ -56,14 +94,12 @@ PARALLEL = click.option(
     "-np",
     "--parallel",
     "n_slots",
-    type=click.IntRange(1, 64),
+    type=Whole(1, 64),
     default=8,
     show_default=True,
     help="Answers written at once; each takes the memory of a context (-c).",
 )
-LIMIT = click.option(
-    "--limit", type=click.IntRange(1), help="Use only the first lines of the data."
-)
+LIMIT = click.option("--limit", type=Whole(1), help="Use only the first lines of the data.")
 ALLOW_EXEC = click.option(
     "--allow-exec",
     is_flag=True,
@@ -123,7 +159,7 @@ THREADS = click.option(
     "-t",
     "--threads",
     "n_threads",
-    type=click.IntRange(0, 512),  # GGML_MAX_N_THREADS
+    type=Whole(0, 512),  # GGML_MAX_N_THREADS
     default=0,
     help="CPU threads; 0: all cores, or one for a very small model.",
 )
@@ -162,7 +198,7 @@ REQUIRED = click.option(
 TIMEOUT = click.option(
     "--expert-timeout",
     metavar="SECONDS",
-    type=click.FloatRange(0, MAX_TIMEOUT, min_open=True),
+    type=Number(0, MAX_TIMEOUT, min_open=True),
     default=EXPERT_TIMEOUT,
     show_default=True,
     help="Seconds that a request to a remote expert may take.",
@@ -174,7 +210,7 @@ EVALUATION = (
         "-c",
         "--ctx-size",
         "n_ctx",
-        type=click.IntRange(0, INT_MAX),
+        type=Whole(0, INT_MAX),
         default=0,
         help="Context size in tokens; 0: what the models were trained for, at most 4096.",
     ),
@@ -188,7 +224,7 @@ EVALUATION = (
         "-ub",
         "--ubatch-size",
         "n_ubatch",
-        type=click.IntRange(0, 512),
+        type=Whole(0, 512),
         default=0,
         help="Prompt tokens evaluated at a time; 0: 512, or 128 on a CPU.",
     ),
@@ -297,7 +333,7 @@ def decoding_options(
     def decorate(command: Command) -> Command:
         @wraps(command)
         def with_grammar(*, grammars: dict[str, str], **values: Any) -> Any:
-            if grammar := _grammar_of(grammars | values["decoding"]):
+            if (grammar := _grammar_of(grammars | values["decoding"])) is not None:
                 values["decoding"]["grammar"] = grammar
             return command(**values)
 
@@ -339,7 +375,8 @@ def _read(path: str) -> str:
     try:
         return Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeError) as e:
-        raise click.UsageError(f"{path}: {e}; expected a text in UTF-8") from e
+        why = getattr(e, "strerror", None) or e
+        raise click.UsageError(f"{path or 'no name'}: {why}; expected a text in UTF-8") from e
 
 
 def _click_option(option: Option, default: Any) -> Any:
@@ -350,10 +387,9 @@ def _click_option(option: Option, default: Any) -> Any:
     if option.choices:
         type = click.Choice(option.choices)
     elif option.kind is int:
-        type = click.IntRange(low, high)
+        type = Whole(low, high)
     elif option.kind is float:
-        is_plain = low is high is None
-        type = float if is_plain else Number(low, high, option.words, option.meaning)
+        type = Number(low, high, option.words, option.meaning)
     return click.option(
         *option.flags,
         option.name,
@@ -364,38 +400,6 @@ def _click_option(option: Option, default: Any) -> Any:
         metavar="|".join(["NUMBER", *option.words]) if option.words else None,
         help=option.help + (f"  [default: {option.shown(default)}]" if _is_given(default) else ""),
     )
-
-
-def finite(_: click.Context, __: click.Parameter, value: float) -> float:
-    """Refuse NaN, which passes every range check."""
-    if math.isnan(value):
-        raise click.BadParameter("nan is not a number")
-    return value
-
-
-class Number(click.FloatRange):
-    """A number in a range, or a word that stands for one. meaning: told where one is refused."""
-
-    def __init__(
-        self,
-        low: float | None,
-        high: float | None,
-        words: Mapping[str, float],
-        meaning: str = "",
-    ) -> None:
-        super().__init__(low, None if high == math.inf else high)
-        self._words, self._meaning = words, meaning
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        if value in self._words:
-            return self._words[value]
-        try:
-            return super().convert(value, param, ctx)
-        except click.BadParameter as e:
-            if not self._meaning:
-                raise
-            what = e.message.replace("float range", "number").removesuffix(".")
-            return self.fail(f"{what}; expected {self._meaning}", param, ctx)
 
 
 def _is_given(value: Any) -> bool:

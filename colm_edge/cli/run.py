@@ -97,13 +97,21 @@ def answer(prompt: str, as_json: bool, system: str | None, **given: Any) -> None
         stream = pair.stream(prompt, system=system)
         if as_json:
             interrupted = drain(stream)
+            _end_line(interrupted)
             click.echo(json.dumps(describe(pair, stream), ensure_ascii=False))
         else:
             interrupted = write(stream)
             click.echo()
+            _end_line(interrupted)
             say_end(stream.answer(), pair.defaults.max_tokens)
-        if interrupted:
-            raise SystemExit(130)
+    if interrupted:
+        raise SystemExit(130)
+
+
+def _end_line(interrupted: bool) -> None:
+    """End the line in which a terminal shows ^C, if the answer goes elsewhere."""
+    if interrupted and sys.stderr.isatty() and not sys.stdout.isatty():
+        click.echo(err=True)
 
 
 def converse(*first: str, keep: bool, system: str | None, **given: Any) -> None:
@@ -149,7 +157,7 @@ def kept_prompts(pair: Pair, path: str | None) -> Iterator[None]:
     check_writable(path)
     pair.check_one_expert("a prompt cache")  # now, not after the answer
     _ = pair.expert_session  # raises now, too, if the expert is on a server
-    if Path(path).exists():
+    if Path(path).is_file():
         pair.load_prompts(path)
     yield
     pair.save_prompts(path)

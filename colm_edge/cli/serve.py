@@ -19,8 +19,9 @@ from colm_edge.cli.options import (
     RPC,
     SWITCH,
     TIMEOUT,
+    Number,
+    Whole,
     decoding_options,
-    finite,
     model_options,
 )
 from colm_edge.cli.terminal import say
@@ -54,7 +55,7 @@ def matching(form: re.Pattern[str], expected: str) -> Callable[..., tuple[str, .
 )
 @click.option(
     "--port",
-    type=click.IntRange(0, 65535),
+    type=Whole(0, 65535),
     default=SERVER.port,
     show_default=True,
     help="Port to listen on; 0: any free one.",
@@ -63,14 +64,14 @@ def matching(form: re.Pattern[str], expected: str) -> Callable[..., tuple[str, .
     "-np",
     "--parallel",
     "n_slots",
-    type=click.IntRange(1, 64),
+    type=Whole(1, 64),
     default=SERVER.n_slots,
     show_default=True,
     help="Answers generated at once; each has a context of -c tokens.",
 )
 @click.option(
     "--queue",
-    type=click.IntRange(0),
+    type=Whole(0),
     default=SERVER.queue,
     show_default=True,
     help="Requests that may wait for a slot; any more get status 503.",
@@ -103,16 +104,15 @@ def matching(form: re.Pattern[str], expected: str) -> Callable[..., tuple[str, .
 @click.option(
     "--max-tokens",
     "most_tokens",  # the decoding option -n has the other name
-    type=click.IntRange(1),
+    type=Whole(1),
     default=SERVER.max_tokens,
     show_default=True,
     help="Maximum number of tokens of an answer, whatever the request asks for.",
 )
 @click.option(
     "--expert-idle-unload",
-    type=click.FloatRange(0),
+    type=Number(0),
     default=SERVER.expert_idle_unload,
-    callback=finite,
     metavar="SECONDS",
     help="Free the expert's memory after this long without a request; 0: never.",
 )

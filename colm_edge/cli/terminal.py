@@ -55,7 +55,7 @@ Up, Down, Ctrl-R     go back to earlier messages, search them
 Ctrl-C               clear the line; in an answer: stop it, and keep what was generated"""
 COMMANDS = sorted(set(re.findall(r"/[a-z]+", HELP)))
 CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # all but tab and newline
-COMMAND = re.compile(r"/[a-z?]*(\s|$)")  # /etc/hosts is none
+COMMAND = re.compile(r"\s*/[a-zA-Z?]*(\s|$)")  # /etc/hosts is none
 COLOURS = ("cyan", "magenta", "yellow", "green", "blue", "red")  # of experts
 # When a conversation grows, 1 / ANSWER_SHARE of the context is kept free for the answer.
 ANSWER_SHARE = 4
@@ -69,7 +69,6 @@ def say(text: str) -> None:
 
 def note(text: str) -> None:
     """Say that something takes a while, or warn, on a line of its own even inside an answer."""
-    text = text if text.endswith((".", "…")) else f"{text} …"  # a whole sentence is a warning
     say(("\n" if _cursor.inside else "") + text)
     _cursor.inside = False
 
@@ -114,7 +113,8 @@ def drain(stream: Stream, show: Callable[[Event], object] = lambda event: None) 
         for event in stream.events():
             show(event)
     except KeyboardInterrupt:
-        stream.close()
+        with suppress(KeyboardInterrupt):  # a second one while this closes it
+            stream.close()
         return True
     return False
 
@@ -254,6 +254,8 @@ class Chat:
                     return
             except ColmError as e:
                 say(f"Error: {e}")
+            except KeyboardInterrupt:  # before an answer, or a second one at its end
+                say("")
 
     def _typed(self) -> str | None:
         """Return what is typed next, None at the end of input; meanwhile, measure at length what
@@ -281,9 +283,9 @@ class Chat:
         self.turns = kept
         stopped = write(stream)
         answer = stream.answer()
+        self.turns += [user, {"role": "assistant", "content": answer.text}]
         click.echo(" (stopped)" if stopped else "")
         say_end(answer, self.pair.defaults.max_tokens)
-        self.turns += [user, {"role": "assistant", "content": answer.text}]
 
     def _kept(self, system: list[dict[str, str]], user: dict[str, str]) -> list[dict[str, str]]:
         """Return the turns that fit in front of a message; the oldest go first."""
@@ -299,7 +301,7 @@ class Chat:
         """Run a /command; return False to leave."""
         name, _, rest = line.strip().partition(" ")
         rest = rest.strip()
-        match name:
+        match name.lower():
             case "/bye" | "/exit" | "/quit":
                 return False
             case "/help" | "/?":
@@ -347,7 +349,8 @@ class Chat:
         try:
             return Path(file).expanduser().read_text(encoding="utf-8")
         except (OSError, RuntimeError, UnicodeDecodeError) as e:
-            raise ColmError(f"cannot read {file!r} ({e}); give a text file") from e
+            why = getattr(e, "strerror", None) or e
+            raise ColmError(f"cannot read {file!r} ({why}); give a text file") from e
 
     def _set(self, change: str) -> None:
         """Show the settings, or change one: NAME VALUE; NAME alone resets it."""
@@ -381,7 +384,8 @@ class Chat:
         settings = self.pair.defaults.with_changes(**changed)
         self.pair.check_options(settings)  # now, not at the next message
         self.pair.defaults = settings
-        say(f"{name} {self._shown(name)}")
+        shown = self._shown(name)
+        say(f"{name} {'is not set' if shown is None else shown}")
 
     def _shown(self, name: str) -> Any:
         """Return the value of a setting; if it isn't set, what the switch says, if it does."""

@@ -23,6 +23,7 @@ from colm_edge.cli.options import (
     TIMEOUT,
     WORK_DIR,
     Number,
+    Whole,
     check_exec,
     check_goes_with,
     claim,
@@ -77,7 +78,7 @@ fit_options = gathered(
     click.option(
         "-s",
         "--seed",
-        type=click.IntRange(0),
+        type=Whole(0),
         default=0,
         show_default=True,
         help="Random seed that chooses the held-back lines; keep it for --update.",
@@ -96,7 +97,7 @@ threshold_options = gathered(
     click.option(
         "--threshold-lines",
         "n_lines",
-        type=click.IntRange(1),
+        type=Whole(1),
         default=100,
         show_default=True,
         help="Number of prompts that --threshold-by answers at each rate.",
@@ -115,7 +116,7 @@ text_options = gathered(
         "-n",
         "--n-predict",
         "max_tokens",
-        type=click.IntRange(1),
+        type=Whole(1),
         default=512,
         show_default=True,
         help="The most tokens of an answer to --prompts.",
@@ -128,6 +129,7 @@ score_files = gathered(
     click.option(
         "--expert-scores",
         metavar="FILE.npz…",
+        multiple=True,
         help="File that `colm-edge score` wrote on the expert's machine, or those of all its "
         "shards; then -m is enough.",
     ),
@@ -296,10 +298,10 @@ def _train_team(
     click.echo(json.dumps({**report, **counts}))
 
 
-def _files_of(expert_scores: str | None = None, more_scores: Sequence[str] = ()) -> list[Path]:
+def _files_of(expert_scores: Sequence[str] = (), more_scores: Sequence[str] = ()) -> list[Path]:
     """Return the files of --expert-scores, which takes as many as a shell's * names."""
-    if expert_scores is not None:
-        return [Path(file) for file in (expert_scores, *more_scores)]
+    if expert_scores:
+        return [Path(file) for file in (*expert_scores, *more_scores)]
     if more_scores:
         raise click.UsageError(f"unexpected argument {more_scores[0]!r}")
     return []

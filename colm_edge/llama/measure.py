@@ -84,7 +84,7 @@ def cost_table(
     if kept is not None and (hasty or not kept[1]):
         return kept[0]
     name = session.model.path.name
-    note(f"measuring {name} on this machine, once")
+    note(f"measuring {name} on this machine, once …")
     table, crowded = measure(session, cancel, HASTY if hasty else SECONDS)
     if crowded:
         note(f"other programs use the cores, so {name} will be measured again the next time")

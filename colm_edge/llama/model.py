@@ -88,7 +88,7 @@ class Model:
     def files(self) -> tuple[Path, ...]:
         """The files that make up the model: its weights, all parts of them if they are split, and
         its adapter if it has one."""
-        weights = [self.path.with_name(name) for name in parts_of(self.path.name)]
+        weights = [self.path.parent / name for name in parts_of(self.path.name)]
         return tuple(weights) if self.lora is None else (*weights, self.lora)
 
     @cached_property

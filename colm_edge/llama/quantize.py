@@ -53,12 +53,14 @@ def quantize(
     output_type: str | None = None,
     allow_requantize: bool = False,
     n_threads: int = 0,
+    note: Callable[[str], None] = lambda text: None,
 ) -> None:
     """Write a model's weights in another type; nothing is left behind where that fails.
 
     type_name: one of TYPES, in either case. output_type: one of TENSOR_TYPES, for the output
     matrix, which llama.cpp would keep in a larger type than the rest. allow_requantize: also from a
-    file that is quantised already, which loses more than quantising the original would.
+    file that is quantised already, which loses more than quantising the original would. note: told
+    where it is.
 
     Raises ModelError for an unknown type, a file that is not a model, and one that is quantised
     already, WriteError when the result cannot be written.
@@ -70,12 +72,15 @@ def quantize(
         known = file_type(model)
     finally:
         model.close()
-    if known not in ("", *FLOATS) and not allow_requantize:
+    again = known not in ("", *FLOATS)
+    if again and not allow_requantize:
         raise ModelError(
             f"{source}: is quantised already ({known}); quantise the {' or '.join(FLOATS)} file, "
             "or accept the loss (--allow-requantize)"
         )
     check_writable(target, source)
+    if again:
+        note("Quantising a second time loses quality; start from F16 or BF16 where you can.")
     params = llama.llama_model_quantize_default_params()
     params.ftype, params.nthread = number, n_threads or n_cores()
     params.allow_requantize = allow_requantize
@@ -120,7 +125,7 @@ class Recipe:
         name = f"{Path(source).stem}@{types}.gguf"
         target = cache_folder() / "quantized" / content[:16] / name
         if not target.exists():
-            note(f"quantising {Path(source).name} to {types}, once")
+            note(f"quantising {Path(source).name} to {types}, once …")
             try:
                 target.parent.mkdir(parents=True, exist_ok=True)
             except OSError as e:

@@ -211,7 +211,8 @@ class Switch:
             keys = header.keys
             tensors = {name: read_tensor(path, one) for name, one in header.tensors.items()}
         except OSError as e:
-            raise SwitchError(f"{path}: {e.strerror or e}; expected a switch file") from e
+            expected = "a switch file, or margin, entropy or defer-row"
+            raise SwitchError(f"{path}: {e.strerror or e}; expected {expected}") from e
         except ValueError as e:
             raise SwitchError(f"{path}: {e}; expected a switch file") from e
         try:

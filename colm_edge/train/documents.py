@@ -306,7 +306,8 @@ def _text(row: dict[str, Any], key: str) -> str:
 def check_lines(n: int) -> None:
     """Raise DataError when there are too few lines to hold any back."""
     if n < MIN_LINES:
-        raise DataError(f"{n} lines; expected at least {MIN_LINES}, to hold one back")
+        lines = "1 line" if n == 1 else f"{n} lines"
+        raise DataError(f"{lines}; expected at least {MIN_LINES}, to hold one back")
 
 
 def held_back_lines(documents: Documents, seed: int) -> set[int]:

@@ -294,6 +294,7 @@ def test_a_chat_is_read_from_a_file_too(tiny):
     chat = ask("chat", said='hello\n/clear\n"""hello\n"""\n/bye\nnot this')
     assert chat.stdout == one.stdout * 2
     assert ask("chat", "hello").stdout == one.stdout
+    assert ask("chat", said='"""hello').stdout == one.stdout  # the end of the file closes it
     assert ask("chat", "-", said="hello").stdout == one.stdout
     assert "tok/s" in ask("chat", said=b"caf\xe9 and more").stderr
 
@@ -304,7 +305,7 @@ def test_the_manual_shows_the_help_of_the_chat():
 
 
 def test_a_path_is_a_message_and_no_command():
-    for line in ("/help", "/?", "/set temperature 0", "/nonsense"):
+    for line in ("/help", "/?", "/set temperature 0", "/nonsense", " /help", "/Help"):
         assert COMMAND.match(line)
     for line in ("/etc/hosts is a file", "/usr/bin", "hello", "// a comment"):
         assert not COMMAND.match(line)
@@ -349,6 +350,23 @@ def test_what_cuts_an_answer_says_so(tiny):
         assert sum(line.endswith("; " + end) for line in say_of(run)) == 1
     run = CliRunner().invoke(main, ["run", "-t", "1", "--temp", "0", "What is the symbol of iron?"])
     assert "cut" not in run.stderr
+
+
+def test_a_second_ctrl_c_at_the_end_of_an_answer_leaves_the_chat_as_it_is(tiny_pair, monkeypatch):
+    tiny_pair.defaults = tiny_pair.defaults.with_changes(temperature=0.0, max_tokens=2)
+    lines, ends = iter(["hello", " /Set top_k 3", "again", None]), []
+
+    def interrupted(*args) -> None:
+        ends.append(args)
+        if len(ends) == 1:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr("colm_edge.cli.terminal.say_end", interrupted)
+    chat = Chat(tiny_pair, read=lambda: next(lines))
+    chat.loop()
+    assert len(ends) == 2
+    assert [turn["content"] for turn in chat.turns[::2]] == ["hello", "again"]
+    assert tiny_pair.defaults.top_k == 3
 
 
 def test_a_message_that_does_not_fit_leaves_the_conversation(tiny_pair, capsys):

@@ -215,6 +215,40 @@ def test_a_progress_bar_fits_its_terminal(monkeypatch, columns):
         assert bar.width == 36
 
 
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (["run", "--temp", "nan", "x"], "'nan' is not a number"),
+        (["run", "--review", "foo", "x"], "'foo' is not a valid number; expected a number or off"),
+        (["run", "-n", "x", "x"], "'x' is not a valid whole number"),
+        (["train", "--data", "d", "--outfile", "o", "--review", "nan"], "'nan' is not a number"),
+        (["eval", "--data", "d", "--alpha", "nan"], "'nan' is not a number"),
+        (["serve", "--expert-timeout", "nan"], "'nan' is not a number"),
+        (["run", "-j", "nosuch", "x"], "nosuch: No such file or directory; expected a text"),
+    ],
+)
+def test_what_is_not_a_number_or_a_file_is_refused_at_the_start(args, words):
+    result = invoke(*args)
+    assert result.exit_code == 2
+    assert words in result.stderr
+
+
+def test_an_empty_file_is_not_a_grammar(tmp_path):
+    (tmp_path / "empty").touch()
+    result = invoke("run", "--grammar-file", tmp_path / "empty", "-t", "1", "x")
+    assert result.exit_code == 1
+    assert "it has no root" in result.stderr
+
+
+@pytest.mark.parametrize("path", ["", ".", "/"])
+def test_a_folder_is_not_a_model(path):
+    for args in (["info", path], ["run", "-m", path, "-me", path, "x"]):
+        result = invoke(*args)
+        assert result.exit_code == 1
+        assert result.stderr.startswith("Error: ")
+        assert result.stderr.count("\n") == 1
+
+
 def test_every_command_has_help():
     assert invoke("-h").exit_code == 0
     for name in main.commands:
@@ -275,6 +309,8 @@ def test_expert_scores_come_from_elsewhere(tiny, tmp_path, monkeypatch):
         assert invoke("score", *options).exit_code == 0
     refused = invoke("score", "--data", data, "--outfile", parts[0], "--shard", "3/2")
     assert "expected K/N, with K from 1 to N" in refused.stderr
+    both = [parts[0], "--expert-scores", parts[1]]
+    assert invoke(*apart[:-1], *both, "-m", tiny["base"], "-t", "1").exit_code == 0
     result = invoke(*apart[:-1], *parts, "-m", tiny["base"], "-t", "1")
     assert result.exit_code == 0, result.output
     assert np.array_equal(Switch.load(switches[1]).weight, one.weight)
