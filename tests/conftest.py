@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import json
+import signal
 from collections.abc import Iterator
-from contextlib import nullcontext, suppress
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+from lib.rows import write_rows
 
 # A model that was loaded before PyTorch uses AMX, and crashes once PyTorch releases the tiles
 # (docs/speed.md).
@@ -21,6 +21,7 @@ with suppress(ImportError):
 from lib.random_model import SHAPES, write_model
 from remote_pairs import GREEDY
 
+from colm_edge.llama.model import Model
 from colm_edge.pair import Pair, load
 from colm_edge.remote import client as remote
 from colm_edge.remote.http import EXPERT_KEY_VARIABLE
@@ -34,8 +35,19 @@ TEMPLATE = (
 )
 
 
-def no_bar(name: str, total: int):
-    return nullcontext(SimpleNamespace(update=lambda n: None))
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """A process that was started in the background ignores SIGINT."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.fixture
+def model(tiny) -> Iterator[Model]:
+    found = Model(tiny["base"])
+    yield found
+    found.close()
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -130,7 +142,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> str:
     rows = [
         {"prompt": f"p{i}", "completion": f"c{i} and more", "answer": "more"} for i in range(12)
     ]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_rows(path, rows)
     return str(path)
 
 

@@ -11,6 +11,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 import numpy as np
+from reference import log_softmax
 
 from colm_edge.llama.context import ContextOptions
 from colm_edge.llama.model import Model
@@ -162,11 +163,6 @@ def told_piece(raw: bytes) -> str | list[int]:
         return raw.decode()
     except UnicodeDecodeError:
         return list(raw)
-
-
-def log_softmax(logits: np.ndarray) -> np.ndarray:
-    x = logits.astype(np.float64)
-    return x - np.log(np.exp(x - x.max()).sum()) - x.max()
 
 
 def handler(fake: Fake) -> type[BaseHTTPRequestHandler]:

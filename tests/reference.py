@@ -127,3 +127,8 @@ def assert_same(steps, plain: list[PlainStep], threshold: float) -> None:
             assert other.lead < 1e-2
             return
     assert len(steps) == len(plain)
+
+
+def log_softmax(logits: np.ndarray) -> np.ndarray:
+    x = logits.astype(np.float64)
+    return x - x.max() - np.log(np.exp(x - x.max()).sum())

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from conftest import no_bar
+from progress import no_bar
 from reference import PlainModel, assert_same, plain_loop
 from studies.demo_pair import text, wordings
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 
 import pytest
-from conftest import no_bar
 from lib.fuzz.mutate import DEPTH
+from progress import no_bar
 
 from colm_edge.errors import DataError
 from colm_edge.evaluate import methods

@@ -3,7 +3,6 @@ a name, and on the disk what docs/trust.md says. Nothing is `--offline` here."""
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shutil
@@ -18,6 +17,7 @@ from pathlib import Path
 import httpx
 import numpy as np
 import pytest
+from lib.rows import write_rows
 
 import colm_edge
 from colm_edge.llama.model import Model
@@ -101,7 +101,7 @@ def home(tmp_path: Path) -> Path:
     given = tmp_path / "home" / "given"
     given.mkdir(parents=True)
     rows = [{"prompt": f"{i}: {QUESTION}", "completion": "W, of course"} for i in range(8)]
-    (given / "d.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_rows(given / "d.jsonl", rows)
     return given.parent
 
 

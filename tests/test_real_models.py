@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import no_bar
+from progress import no_bar
 from real_models import files
 
 from colm_edge.errors import ContextError

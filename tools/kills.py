@@ -33,6 +33,7 @@ from typing import Any
 import click
 from lib.local_hub import local_hub
 from lib.random_model import shape_of, write_model
+from lib.rows import write_rows
 
 HOME = Path(__file__).parents[1]
 MODELS = HOME / "colm_edge" / "data"
@@ -244,9 +245,7 @@ def prepared(n_lines: int, base: Path, expert: Path, size: int) -> Iterator[tupl
         lines = DATA.read_text(encoding="utf-8").splitlines(keepends=True)
         rows = [json.loads(line) for line in lines[: max(8, n_lines // 4)]]
         (folder / "d.jsonl").write_text("".join(lines[i % len(lines)] for i in range(n_lines)))
-        (folder / "p.jsonl").write_text(
-            "".join(json.dumps({"prompt": row["prompt"]}) + "\n" for row in rows)
-        )
+        write_rows(folder / "p.jsonl", ({"prompt": row["prompt"]} for row in rows))
         write_model(folder / "f32.gguf", shape_of(f"{size}M") if size else shape_of("tiny"))
         content = (folder / "f32.gguf").read_bytes()
         with local_hub(content, wait=0.005 if size else 0.0) as hub:

@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import pytest
 from click.testing import CliRunner
+from lib.rows import write_rows
 
 from colm_edge.bench import prompts as bench_module
 from colm_edge.bench.prompts import Prompt, Writers, bench_prompts, load_prompts
@@ -31,9 +32,7 @@ def quiet(text: str) -> None:
 
 
 def file_of(folder, *rows):
-    path = folder / "prompts.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return str(path)
+    return str(write_rows(folder / "prompts.jsonl", rows))
 
 
 @pytest.fixture

@@ -14,6 +14,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from click.testing import CliRunner
+from lib.rows import write_rows
 
 from colm_edge.cli import main
 from colm_edge.cli.common import progress
@@ -276,7 +277,7 @@ def test_choices_are_what_the_code_knows():
 def test_train_writes_a_switch_that_runs(tiny, tmp_path):
     data = tmp_path / "data.jsonl"
     lines = [{"prompt": f"p{i}", "completion": f"c{i} and more"} for i in range(10)]
-    data.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    write_rows(data, lines)
     switch = tmp_path / "s.gguf"
     result = invoke("train", "--data", data, "--outfile", switch, *models_of(tiny))
     assert result.exit_code == 0, result.output
@@ -292,7 +293,7 @@ def test_expert_scores_come_from_elsewhere(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr("colm_edge.train.scoring.PACK_TOKENS", 40)
     data = tmp_path / "data.jsonl"
     lines = [{"prompt": f"p{i}", "completion": f"c{i} and more"} for i in range(10)]
-    data.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    write_rows(data, lines)
     scores, switches = tmp_path / "scores.npz", [tmp_path / "a.gguf", tmp_path / "b.gguf"]
     result = invoke("score", "--data", data, "--outfile", scores, *models_of(tiny))
     assert result.exit_code == 0, result.output
@@ -314,7 +315,7 @@ def test_expert_scores_come_from_elsewhere(tiny, tmp_path, monkeypatch):
     result = invoke(*apart[:-1], *parts, "-m", tiny["base"], "-t", "1")
     assert result.exit_code == 0, result.output
     assert np.array_equal(Switch.load(switches[1]).weight, one.weight)
-    data.write_text("".join(json.dumps(line) + "\n" for line in lines[1:]))
+    write_rows(data, lines[1:])
     result = invoke(*apart, "-m", tiny["base"], "-t", "1")
     assert result.exit_code == 1
     assert "holds scores of other data" in result.stderr.splitlines()[-1]

@@ -86,15 +86,7 @@ def test_info_ends_at_once(tiny, tmp_path):
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
 
 
-@pytest.fixture
-def default_handler():
-    """A process that was started in the background ignores SIGINT."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
-
-
-def test_it_is_not_lost_while_llama_cpp_quantises(tiny, tmp_path, monkeypatch, default_handler):
+def test_it_is_not_lost_while_llama_cpp_quantises(tiny, tmp_path, monkeypatch, interruptible):
     go_on, ended = threading.Event(), threading.Event()
 
     def quantise(*args):
@@ -112,7 +104,7 @@ def test_it_is_not_lost_while_llama_cpp_quantises(tiny, tmp_path, monkeypatch, d
     assert list(tmp_path.iterdir()) == []
 
 
-def test_it_ends_a_download_that_goes_on_later(tmp_path, monkeypatch, default_handler):
+def test_it_ends_a_download_that_goes_on_later(tmp_path, monkeypatch, interruptible):
     from huggingface_hub import constants
 
     from colm_edge import hub

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 from expert_servers import free_port
+from lib.rows import write_rows
 from test_shared_options import shared_options
 from watching import Seen, options_of, watched
 
@@ -256,7 +257,7 @@ def names(tiny, tmp_path_factory) -> dict[str, Any]:
     for name, n in (("data", 24), ("more", 25)):
         names[name] = folder / f"{name}.jsonl"
         rows = [{"prompt": f"p{i}", "completion": f"c{i} and", "tests": ""} for i in range(n)]
-        names[name].write_text("".join(json.dumps(row) + "\n" for row in rows))
+        write_rows(names[name], rows)
     names["other"] = folder / "other"
     for name, command in (
         ("scores", SCORE.replace("{here}/s.npz", "{made}")),

@@ -124,14 +124,6 @@ def test_a_cancelled_answer_does_not_cancel_the_next(session):
     expert.close()
 
 
-@pytest.fixture
-def interruptible():
-    """A process that was started in the background ignores SIGINT."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
-
-
 @pytest.mark.skipif(os.name == "nt", reason="sends SIGINT, which Windows lacks")
 def test_an_interrupt_lets_no_second_thread_into_the_context(session, monkeypatch, interruptible):
     expert = Background(session)

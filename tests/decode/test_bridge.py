@@ -12,6 +12,7 @@ import pytest
 from click.testing import CliRunner
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from lib.rows import write_rows
 from scripted import reader
 from spellings import ALPHABET, END, MARK, SCHEDULES, Speaker, Spellings, vocabulary
 
@@ -345,8 +346,8 @@ def test_what_reads_the_experts_own_tokens_refuses_a_bridge(tiny, other):
 def test_the_switch_is_trained_across(tiny, other, tmp_path):
     data, prompts, out = (tmp_path / name for name in ("d.jsonl", "p.jsonl", "s.gguf"))
     rows = [{"prompt": f"say {i}", "completion": f"it is {i * 7}"} for i in range(10)]
-    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    prompts.write_text("".join(json.dumps({"prompt": row["prompt"]}) + "\n" for row in rows))
+    write_rows(data, rows)
+    write_rows(prompts, ({"prompt": row["prompt"]} for row in rows))
     models = ["-m", tiny["base"], "-me", other, "--bridge", "-t", "1", "-c", "128"]
     for text in (["--data", str(data)], ["--prompts", str(prompts), "-n", "8", "-np", "2"]):
         ran = CliRunner().invoke(main, ["train", *models, *text, "--outfile", str(out)])

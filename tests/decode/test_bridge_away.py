@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from hypothesis import Phase, example, given, settings
 from hypothesis import strategies as st
+from reference import log_softmax
 from scripted import reader
 from spellings import MARK, Speaker, Spellings
 from test_bridge import END
@@ -138,8 +139,7 @@ class Served:
 
     def reply(self, prefix: tuple[int, ...]) -> Reply:
         self.prefixes.append(prefix)
-        x = self.speaker.logits(prefix).astype(float)
-        x -= np.log(np.exp(x - x.max()).sum()) + x.max()
+        x = log_softmax(self.speaker.logits(prefix))
         top = {int(t): float(x[t]) for t in np.argsort(-x)[: self.n]}
         tells = self.dialect.spelling.pieces is None
         return Reply(top, 1, {t: self.speaker.words.piece(t) for t in top} if tells else {})

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from reference import log_softmax
 from scripted import END, N_VOCAB, Drawn, decoder, reader
 from test_review import THRESHOLD, plain_of
 
@@ -22,11 +22,6 @@ parts = {
     "max_tokens": st.integers(-1, 40),
     "likes_end": st.sampled_from([-2.0, 4.0, 8.0]),
 }
-
-
-def log_softmax(logits: np.ndarray) -> np.ndarray:
-    x = logits.astype(np.float64)
-    return x - x.max() - np.log(np.exp(x - x.max()).sum())
 
 
 def reference(base, expert, p_of, prompt, nats, window, max_tokens):

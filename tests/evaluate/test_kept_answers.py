@@ -7,7 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from conftest import no_bar
+from lib.rows import write_rows
+from progress import no_bar
 
 from colm_edge.errors import DataError
 from colm_edge.evaluate import methods as ev
@@ -97,7 +98,7 @@ def test_a_conversation_is_answered_as_its_last_question(tiny_pair, tmp_path):
     rows = [{"prompt": "p"}, {"messages": turns}, {"messages": known}]
     file = tmp_path / "d.jsonl"
     told = [{"completion": "c and more", "answer": "more", **row} for row in rows]
-    file.write_text("".join(json.dumps(row) + "\n" for row in told))
+    write_rows(file, told)
     wanted = Comparison(metric="contains", methods=["expert"], on_expert=True)
     ev.evaluate(tiny_pair, file, GREEDY, wanted, progress=no_bar, work=tmp_path / "w")
     wanted = replace(wanted, methods=["base"])

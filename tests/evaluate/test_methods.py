@@ -6,17 +6,16 @@ import csv
 import io
 import json
 import sys
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from conftest import no_bar
 from hypothesis import example, given
 from hypothesis import strategies as st
+from lib.rows import write_rows
+from progress import KilledError, killing, no_bar
 
 from colm_edge import tables
 from colm_edge.cli import main
@@ -217,7 +216,7 @@ def test_on_the_experts_own_text_rates_and_rows_need_no_completion(tiny_pair, da
     """Its own answers are scored: the expert has nothing to regret there, and its row is them."""
     rows = [{"prompt": row["prompt"], "tests": ["pass"]} for _, row in read_rows(data)]
     path = tmp_path / "prompts.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_rows(path, rows)
     comparison = Comparison(
         metric="python", defer_rates=(0.25, 0.5), on_expert=True, n_slots=3, methods=METHODS
     )
@@ -242,26 +241,6 @@ def test_on_the_experts_own_text_rates_and_rows_need_no_completion(tiny_pair, da
     assert table() == first  # all from the work folder
 
 
-class KilledError(Exception):
-    pass
-
-
-def killed_in(name: str, after: int):
-    """Return progress bars of which the one of that name raises after so many updates."""
-
-    @contextmanager
-    def bar(label: str, total: int):
-        left = iter(range(after))
-
-        def update(n: int) -> None:
-            if label == name and next(left, None) is None:
-                raise KilledError
-
-        yield SimpleNamespace(update=update)
-
-    return bar
-
-
 def test_a_killed_evaluation_goes_on(tiny, data, tmp_path):
     def run(progress, work):
         with (
@@ -281,7 +260,7 @@ def test_a_killed_evaluation_goes_on(tiny, data, tmp_path):
     assert again == whole  # times too
     assert n_again == [0, 0, 0]
     work = tmp_path / "killed"
-    nothing, n_first = run(killed_in("entropy", 3), work)
+    nothing, n_first = run(killing("entropy", 3), work)
     assert nothing is None
     with (work / "answers.jsonl").open("a") as file:
         file.write('{"key": "half a li')
@@ -393,7 +372,7 @@ def test_what_does_not_fit_the_context_is_said(tiny, tmp_path):
     """A long completion is cut with a note; a long prompt cannot be answered: its line is named."""
     path = tmp_path / "d.jsonl"
     rows = [{"prompt": "p", "completion": "c " * 90}, {"prompt": "q" * 300, "completion": "c"}]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_rows(path, rows)
     args = ["eval", "--data", str(path), "-m", tiny["base"], "-me", tiny["expert"], "-t", "1",
             "-c", "64", "--methods", "base"]  # fmt: skip
     result = CliRunner().invoke(main, args)

@@ -8,8 +8,8 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from conftest import no_bar
-from reference import PlainModel
+from progress import no_bar
+from reference import PlainModel, log_softmax
 from test_methods import GREEDY, HELD_OUT, WHOLE, timeless
 
 from colm_edge.errors import DataError, MismatchError, ModelError
@@ -29,11 +29,6 @@ def third(tiny):
         Proxy(pair, Path(tiny["defer"]), alpha=0.7, n_threads=1) as proxy,
     ):
         yield pair, proxy
-
-
-def log_softmax(logits):
-    logits = logits - logits.max()
-    return logits - np.log(np.exp(logits).sum())
 
 
 def test_it_is_the_plain_sum_of_three(tiny, third):

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from conftest import no_bar
+from progress import no_bar
 
 from colm_edge import tables
 from colm_edge.cli import main

@@ -5,14 +5,12 @@ from __future__ import annotations
 
 import random
 from array import array
-from collections.abc import Iterator
 
 import numpy as np
 import pytest
 
 from colm_edge.llama.context import Context, ContextOptions
 from colm_edge.llama.held import Held
-from colm_edge.llama.model import Model
 from colm_edge.llama.session import Session
 from colm_edge.options import Options
 from colm_edge.pair import load
@@ -21,13 +19,6 @@ from colm_edge.switch.file import Switch
 BLOCK = 16
 CONTEXT = ContextOptions(n_ctx=256, n_threads=1, n_batch=40, n_ubatch=BLOCK)
 Batches = dict[int, tuple[int, int]]  # by position, where its batch began, and its tokens
-
-
-@pytest.fixture
-def model(tiny) -> Iterator[Model]:
-    model = Model(tiny["base"])
-    yield model
-    model.close()
 
 
 @pytest.fixture

@@ -12,13 +12,7 @@ from colm_edge.llama.interrupts import interrupts_noted
 from colm_edge.llama.model import Model
 from colm_edge.llama.owners import Alone, HomeLock
 
-
-@pytest.fixture(autouse=True)
-def default_handler():
-    """A process that was started in the background ignores SIGINT."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
+pytestmark = pytest.mark.usefixtures("interruptible")
 
 
 def test_it_is_raised_where_that_is_asked_for():

@@ -14,13 +14,6 @@ from colm_edge.llama.context import Context, ContextOptions
 from colm_edge.llama.model import Model
 
 
-@pytest.fixture
-def model(tiny):
-    model = Model(tiny["base"])
-    yield model
-    model.close()
-
-
 def test_the_size_is_that_of_keys_and_values(model):
     """Two layers, two heads of keys and values, 32 numbers each, of two bytes; of 256 tokens."""
     assert memory.cache_bytes(model, 512) == 2 * 2 * 32 * 512 * 2 * 2

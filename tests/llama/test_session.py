@@ -27,13 +27,6 @@ from colm_edge.llama.vocabulary import shared_vocab
 CONTEXT = ContextOptions(n_ctx=128, n_threads=1, n_batch=16)
 
 
-@pytest.fixture
-def model(tiny):
-    model = Model(tiny["base"])
-    yield model
-    model.close()
-
-
 def test_sync_evaluates_only_what_differs(model):
     session = Session(model, CONTEXT, hidden=True)
     assert not session.created

@@ -15,6 +15,7 @@ import pytest
 from click.testing import CliRunner
 from expert_servers import faking, free_port
 from lib.random_model import END, SHAPES, write_model
+from lib.rows import write_rows
 
 from colm_edge.cli import main
 from colm_edge.errors import LONGEST, AbsentExpertError, MismatchError, ModelError
@@ -386,8 +387,8 @@ def test_our_own_server_is_an_expert(base, other):
 def test_the_switch_is_trained_across(base, other, tmp_path, all_told, owner):
     data, prompts, out = (tmp_path / name for name in ("d.jsonl", "p.jsonl", "s.gguf"))
     rows = [{"prompt": f"say {i}", "completion": f"it is {i * 7} é"} for i in range(10)]
-    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    prompts.write_text("".join(json.dumps({"prompt": row["prompt"]}) + "\n" for row in rows))
+    write_rows(data, rows)
+    write_rows(prompts, ({"prompt": row["prompt"]} for row in rows))
     told = {}
     with served(owner, other) as (url, fake):
         for expert in (other, url):

@@ -11,10 +11,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from conftest import no_bar
 from gguf import GGUFReader
 from hypothesis import given
 from hypothesis import strategies as st
+from lib.rows import write_rows
+from progress import no_bar
 from reference import PlainModel
 from scipy import optimize
 
@@ -425,9 +426,7 @@ def test_a_result_never_replaces_what_it_was_made_from(tiny, tmp_path, monkeypat
 
 def test_a_switch_names_the_expert_that_was_scored(tiny, tmp_path):
     data, out = tmp_path / "d.jsonl", tmp_path / "s.gguf"
-    data.write_text(
-        "".join(json.dumps({"prompt": f"p{i}", "completion": "c"}) + "\n" for i in range(8))
-    )
+    write_rows(data, ({"prompt": f"p{i}", "completion": "c"} for i in range(8)))
     scores = str(tmp_path / "e.npz")
     common = ["--data", str(data), "-m", tiny["base"], "-t", "1"]
     score_args = ["score", *common, "-me", tiny["expert"], "--outfile", scores]

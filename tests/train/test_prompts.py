@@ -5,14 +5,13 @@ from __future__ import annotations
 import json
 import math
 import sys
-from contextlib import contextmanager
 from datetime import datetime
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from conftest import no_bar
+from lib.rows import write_rows
+from progress import KilledError, killing, no_bar
 
 from colm_edge.cli import main
 from colm_edge.errors import DataError, ModelError
@@ -83,21 +82,8 @@ def test_regret_is_the_experts_best_less_its_view_of_the_bases_choice(tiny, tiny
 
 
 def test_a_killed_run_goes_on_with_what_it_has(tiny_pair, tmp_path):
-    class KilledError(Exception):
-        pass
-
-    @contextmanager
-    def killing(name, total):
-        left = iter(range(3))
-
-        def update(n):
-            if next(left, None) is None:
-                raise KilledError
-
-        yield SimpleNamespace(update=update)
-
     with pytest.raises(KilledError):
-        answer_prompts(tiny_pair, ROWS, killing, work=tmp_path, **HOW)
+        answer_prompts(tiny_pair, ROWS, killing("answers", 3), work=tmp_path, **HOW)
     kept = (tmp_path / ANSWERS_FILE).read_text().splitlines()
     assert 0 < len(kept) < len(ROWS)
     answered = answer_prompts(tiny_pair, ROWS, no_bar, work=tmp_path, **HOW)
@@ -149,7 +135,7 @@ def test_prompts_may_be_added_to_a_work_folder(tiny, tmp_path):
     args = ["train", "--prompts", str(prompts), "--outfile", str(out), "-n", "6", "-c", "256"]
     args += ["-m", tiny["base"], "-me", tiny["expert"], "-t", "1", "-np", "2"]
     for n in (5, 6):
-        prompts.write_text("".join(json.dumps(row) + "\n" for _, row in ROWS[:n]))
+        write_rows(prompts, (row for _, row in ROWS[:n]))
         result = CliRunner().invoke(main, args)
         assert result.exit_code == 0, result.output
         assert json.loads(result.stdout.splitlines()[-1])["n_answers"] == n
@@ -171,7 +157,7 @@ def test_another_limit_answers_anew_only_what_it_changes(tiny_pair, tmp_path):
 
 def train_on(rows, tiny, tmp_path, *more: str):
     prompts = tmp_path / "p.jsonl"
-    prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_rows(prompts, rows)
     args = ["train", "--prompts", str(prompts), "--outfile", str(tmp_path / "s.gguf"), *more]
     args += ["-m", tiny["base"], "-me", tiny["expert"], "-t", "1", "-np", "2", "-c", "256"]
     return CliRunner().invoke(main, args)
@@ -210,7 +196,7 @@ def test_of_the_experts_own_text_a_fifth_is_deferred_by_default(tiny, tmp_path, 
 
 def test_the_command_trains_from_prompts_and_resumes(tiny, tmp_path):
     prompts, out = tmp_path / "p.jsonl", tmp_path / "s.gguf"
-    prompts.write_text("".join(json.dumps(row) + "\n" for _, row in ROWS))
+    write_rows(prompts, (row for _, row in ROWS))
     args = ["train", "--prompts", str(prompts), "--outfile", str(out), "-n", "8", "-c", "256"]
     args += ["-m", tiny["base"], "-me", tiny["expert"], "-t", "1", "-np", "2", "--review", "best"]
     result = CliRunner().invoke(main, args)
@@ -233,7 +219,7 @@ def test_a_fit_is_not_lost_where_decodes_cannot_be_measured(tiny, tmp_path, monk
 
     monkeypatch.setattr(Pair, "cost_tables", fails)
     prompts, out = tmp_path / "p.jsonl", tmp_path / "s.gguf"
-    prompts.write_text("".join(json.dumps(row) + "\n" for _, row in ROWS))
+    write_rows(prompts, (row for _, row in ROWS))
     args = ["train", "--prompts", str(prompts), "--outfile", str(out), "-n", "8", "-c", "256"]
     args += ["-m", tiny["base"], "-me", tiny["expert"], "-t", "1", "--review", "best"]
     result = CliRunner().invoke(main, args)

@@ -8,7 +8,7 @@ import sys
 
 import numpy as np
 import pytest
-from conftest import no_bar
+from progress import no_bar
 
 from colm_edge.errors import ColmError, DataError
 from colm_edge.pair import load

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import no_bar
+from progress import no_bar
 
 from colm_edge.errors import DataError
 from colm_edge.pair import load

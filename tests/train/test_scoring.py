@@ -7,13 +7,11 @@ import shutil
 import subprocess
 import sys
 import tracemalloc
-from contextlib import contextmanager
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from conftest import no_bar
 from lib.random_model import SHAPES, write_model
+from progress import KilledError, killing, no_bar
 
 from colm_edge.errors import ColmError, DataError
 from colm_edge.pair import load
@@ -23,26 +21,6 @@ from colm_edge.train.fit import FitOptions, fit_switch
 from colm_edge.train.scoring import score, score_expert
 
 ROWS = [{"prompt": f"p{i}", "completion": f"c{i} and some more"} for i in range(20)]
-
-
-class KilledError(Exception):
-    pass
-
-
-def killing(name: str, after: int):
-    """A progress bar that ends the run at the n-th update of one model's pass."""
-
-    @contextmanager
-    def bar(this: str, total: int):
-        done = iter(range(1000))  # the first update says what an earlier run had done
-
-        def update(n: int) -> None:
-            if next(done) >= after and this == name:
-                raise KilledError
-
-        yield SimpleNamespace(update=update)
-
-    return bar
 
 
 @pytest.fixture

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 from dataclasses import fields
-from pathlib import Path
 
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from conftest import no_bar
 from hypothesis import given
 from hypothesis import strategies as st
+from lib.rows import write_rows
+from progress import no_bar
 
 from colm_edge.cli import main
 from colm_edge.errors import DataError
@@ -205,11 +205,6 @@ def test_objectives_that_the_scores_do_not_tell_are_refused():
         team.fit_team(written, {1}, ["a", "b"], objective="marginal", info={})
 
 
-def lines(path: Path, rows) -> str:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return str(path)
-
-
 def trained(tiny, tmp_path, *text, experts=("a", "b")):
     files = dict(zip(experts, (tiny["expert"], tiny["base"]), strict=True))
     given = [part for name, file in files.items() for part in ("-me", f"{name}={file}")]
@@ -221,7 +216,7 @@ def trained(tiny, tmp_path, *text, experts=("a", "b")):
 
 
 def test_train_makes_a_switch_that_both_experts_answer_with(tiny, tmp_path):
-    data = lines(
+    data = write_rows(
         tmp_path / "data.jsonl",
         [
             {"prompt": f"say {i}", "completion": f"it is {i * 7}", "answer": str(i * 7)}
@@ -277,7 +272,7 @@ def test_a_listed_pair_of_several_experts_is_trained_as_one_team(tiny, tmp_path,
     )
     monkeypatch.setattr("colm_edge.references._models_txt", lambda: listing)
     rows = [{"prompt": f"say {i}", "completion": f"it is {i * 7}"} for i in range(8)]
-    data, out = lines(tmp_path / "d.jsonl", rows), tmp_path / "team.gguf"
+    data, out = write_rows(tmp_path / "d.jsonl", rows), tmp_path / "team.gguf"
     how = ["--pair", "team", "--data", data, "-t", "1", "-c", "128"]
     ran = CliRunner().invoke(main, ["train", *how, "--outfile", str(out)])
     assert ran.exit_code == 0, ran.output
@@ -291,7 +286,7 @@ def test_a_listed_pair_of_several_experts_is_trained_as_one_team(tiny, tmp_path,
 def test_train_from_prompts_each_with_its_expert(tiny, tmp_path):
     rows = [{"prompt": f"say {i}", "expert": "ab"[i % 2]} for i in range(12)]
     out, ran = trained(
-        tiny, tmp_path, "--prompts", lines(tmp_path / "p.jsonl", rows), "-n", "8", "-np", "2"
+        tiny, tmp_path, "--prompts", write_rows(tmp_path / "p.jsonl", rows), "-n", "8", "-np", "2"
     )
     assert ran.exit_code == 0, ran.output
     report = json.loads(ran.stdout.splitlines()[-1])
@@ -312,7 +307,7 @@ def test_train_from_prompts_each_with_its_expert(tiny, tmp_path):
     ],
 )
 def test_what_does_not_go_with_several_experts_is_said(tiny, tmp_path, rows, more, words):
-    _, ran = trained(tiny, tmp_path, "--prompts", lines(tmp_path / "p.jsonl", rows), *more)
+    _, ran = trained(tiny, tmp_path, "--prompts", write_rows(tmp_path / "p.jsonl", rows), *more)
     assert ran.exit_code in (1, 2)
     assert words in ran.stderr
     assert "base" not in ran.stderr.partition("Error")[0]  # nothing was evaluated for that

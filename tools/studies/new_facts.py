@@ -28,6 +28,7 @@ from typing import Any
 import click
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # tools/, where imports begin
+from lib.rows import write_rows
 from lib.small_llama import Training, cut_windows, export, import_gguf, load_vocab, train_model
 
 from studies.demo_pair import text
@@ -85,10 +86,6 @@ def teach(work: Path, threads: int) -> None:
     )  # fmt: skip
 
 
-def write_lines(path: Path, rows: Iterator[dict[str, str]]) -> None:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-
-
 def colm_edge(*args: str | Path) -> Any:
     """Run the command line and return the JSON on its last line, with the seconds it took."""
     begun = time.perf_counter()
@@ -116,12 +113,12 @@ def main(work: Path, threads: int) -> None:
     work.mkdir(parents=True, exist_ok=True)
     old = text.read_facts()
     of = {part: [fact for fact in old if fact.part == part] for part in ("switch", "test")}
-    write_lines(work / "old.jsonl", text.exam(of["test"], unseen=False, seed=SEED))
-    write_lines(work / "new.jsonl", text.exam(new_facts(), unseen=False, seed=SEED))
+    write_rows(work / "old.jsonl", text.exam(of["test"], unseen=False, seed=SEED))
+    write_rows(work / "new.jsonl", text.exam(new_facts(), unseen=False, seed=SEED))
     lines = itertools.chain(
         text.exam(of["switch"], unseen=False, seed=SEED, per_fact=6), text.small_talk(SEED)
     )
-    write_lines(work / "switch.jsonl", lines)
+    write_rows(work / "switch.jsonl", lines)
     begun = time.perf_counter()
     if not (work / "expert.gguf").exists():
         teach(work, threads)

@@ -19,7 +19,6 @@ import json
 import random
 import subprocess
 import sys
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +26,7 @@ import click
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # tools/, where imports begin
 from lib.llama_gguf import Shape
+from lib.rows import write_rows
 from lib.small_llama import Training, cut_windows, export, import_gguf, load_vocab, train_model
 
 from studies.demo_pair import text
@@ -94,11 +94,6 @@ def train_expert(work: Path, out: Path, threads: int) -> None:
     )  # fmt: skip
 
 
-def write_lines(path: Path, rows: Iterable[dict[str, str]]) -> Path:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
-
-
 def colm_edge(*args: str | Path) -> Any:
     """Run the command line and return the JSON that it prints last."""
     command = [sys.executable, "-m", "colm_edge", *map(str, args)]
@@ -131,10 +126,10 @@ def main(work: Path, out: Path, threads: int) -> None:
     talk = list(text.small_talk(SEED))
     train, exams = questions("switch"), {}
     for name, rows in questions("test").items():
-        exams[name] = write_lines(work / f"exam-{name}.jsonl", rows)
+        exams[name] = write_rows(work / f"exam-{name}.jsonl", rows)
     mixed = [row for rows in train.values() for row in rows] + talk
     random.Random(SEED).shuffle(mixed)
-    data = write_lines(work / "mixed.jsonl", mixed)
+    data = write_rows(work / "mixed.jsonl", mixed)
     base, how = ("-m", DATA / "base.gguf"), ("--objective", "marginal", "-t", "1")
     named = [f"{name}={file}" for name, file in files.items()]
     both = out / "team.gguf"
@@ -149,7 +144,7 @@ def main(work: Path, out: Path, threads: int) -> None:
             work / f"{name}-mixed.gguf",
         )  # fmt: skip
         print(f"{name} alone: joint {one['nll_joint']:.4f}")
-        own = write_lines(work / f"{name}.jsonl", [*train[name], *talk])
+        own = write_rows(work / f"{name}.jsonl", [*train[name], *talk])
         switch = work / f"{name}.gguf"
         colm_edge("train", *base, *how, "-me", file, "--data", own, "--outfile", switch)
         alone, team = exact(exams[name], switch, file), exact(exams[name], both, *named)

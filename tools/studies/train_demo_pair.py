@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import random
 import subprocess
 import sys
@@ -26,6 +25,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # tools/, where imports begin
 from lib.llama_gguf import Shape
+from lib.rows import write_rows
 from lib.small_llama import (
     Piece,
     Training,
@@ -117,7 +117,7 @@ def write_data(work: Path, exams: Path) -> None:
         if part is switch:  # it must also learn when the base can answer alone
             rows += text.small_talk(SEED)
         random.Random(SEED).shuffle(rows)
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        write_rows(path, rows)
         print(f"{path}: {len(rows)} lines")
 
 

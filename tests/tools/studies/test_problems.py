@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner, Result
+from lib.rows import write_rows
 from studies.qwen_pair import problems, prompts
 from studies.qwen_pair.problems import hash_of, main
 
@@ -85,9 +86,9 @@ def test_three_hundred_questions_are_listed_once_each():
 def test_a_switch_is_fitted_to_no_task_of_mbpps_test_part(tmp_path):
     questions, tasks, out = (tmp_path / name for name in ("g.jsonl", "m.jsonl", "p.jsonl"))
     asked = [{"question": f"{i} + 1?", "answer": "#### 2"} for i in range(300)]
-    questions.write_text("".join(json.dumps(row) + "\n" for row in asked))
+    write_rows(questions, asked)
     rows = [MBPP | {"task_id": i, "text": f"task {i}"} for i in range(1, 975)]
-    tasks.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_rows(tasks, rows)
     given = ["--gsm8k", str(questions), "--mbpp", str(tasks), "--outfile", str(out)]
     result = CliRunner().invoke(prompts.main, given)
     assert result.exit_code == 0, result.output

@@ -8,6 +8,7 @@ from collections import Counter
 
 import pytest
 from click.testing import CliRunner
+from lib.rows import write_rows
 from studies import second_expert
 
 from colm_edge.cli import main
@@ -41,7 +42,7 @@ def test_each_answers_its_own_kind(questions):
 
 def test_together_they_find_the_answers_likelier_than_either(questions, tmp_path):
     data = tmp_path / "mixed.jsonl"
-    data.write_text("".join(json.dumps(row) + "\n" for rows in questions.values() for row in rows))
+    write_rows(data, (row for rows in questions.values() for row in rows))
     experts = [part for name, file in EXPERTS.items() for part in ("-me", f"{name}={file}")]
     models = ["-m", str(DATA / "base.gguf"), *experts, "-sw", str(HERE / "team.gguf"), "-t", "1"]
     ran = CliRunner().invoke(main, ["eval", "--data", str(data), *models, "-o", "json"])

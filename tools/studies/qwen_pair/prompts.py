@@ -10,7 +10,6 @@ file, which were written for this. Lines are {"prompt": …}.
 
 from __future__ import annotations
 
-import json
 import random
 import sys
 from pathlib import Path
@@ -18,6 +17,8 @@ from pathlib import Path
 import click
 
 sys.path.insert(0, str(Path(__file__).parents[2]))  # tools/, where imports begin
+from lib.rows import write_rows
+
 from colm_edge.train.documents import read_rows
 from studies.qwen_pair.problems import mbpp_prompt
 
@@ -48,7 +49,7 @@ def main(gsm8k: Path, mbpp: Path, outfile: Path) -> None:
     questions = [row["question"] for _, row in read_rows(gsm8k)]
     tasks = [row for _, row in read_rows(mbpp) if row["task_id"] not in MBPP_TEST]
     rows = mixed(questions, [mbpp_prompt(task) for task in tasks])
-    outfile.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in rows))
+    write_rows(outfile, ({"prompt": text} for text in rows))
 
 
 if __name__ == "__main__":
