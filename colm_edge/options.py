@@ -83,8 +83,8 @@ class Option:
         if not is_number or not low <= value <= high:
             what = "a whole number" if whole else "a number"
             words = "".join(f", or {word!r}" for word in self.words)
-            low_, high_ = (f"{x:,}" if whole else f"{x:g}" for x in (low, high))
-            expected = f"{what} from {low_}" + (f" to {high_}" if high < math.inf else "") + words
+            shown = [f"{x:,}" if whole else f"{x:g}" for x in self.limits if x < math.inf]
+            expected = f"{what} from {' to '.join(shown)}" + words
             meaning = f", {self.meaning}" if self.meaning else ""
             raise ColmError(f"{self.name} is {value!r}; expected {expected}{meaning}")
 

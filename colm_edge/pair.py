@@ -454,7 +454,7 @@ def load(
     Raises ModelError, SwitchError or MismatchError, each saying what to do.
     """
     if min(n_ctx, n_threads, n_ubatch, max_memory) < 0:
-        raise ColmError("n_ctx, n_threads, n_ubatch, max_memory must not be negative")
+        raise ColmError("n_ctx, n_threads, n_ubatch and max_memory must be 0 or more")
     rpc = (rpc,) if isinstance(rpc, str) else rpc
     refs = [None if ref is None else os.fspath(ref) for ref in (model, switch)]
     told = note or log.info

@@ -127,7 +127,7 @@ def test_a_prompt_is_not_read_back_once_the_answer_has_begun(tiny_pair, more):
 
 def test_what_cannot_be_loaded_is_refused_before_files_are_read(tiny):
     models = tiny["base"], tiny["expert"]
-    with pytest.raises(ColmError, match="max_memory must not be negative"):
+    with pytest.raises(ColmError, match="max_memory must be 0 or more"):
         load(*models, max_memory=-1)
     with pytest.raises(ColmError, match=r"10\.0\.0\.1:50052: not asked with --offline"):
         load(*models, rpc="10.0.0.1:50052", offline=True)

@@ -19,7 +19,7 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 
 
 class Whole(click.IntRange):
-    name = "whole number"  # as messages and help say it
+    name = "integer"  # as messages and help say it
 
 
 class Number(click.FloatRange):
@@ -389,7 +389,8 @@ def _click_option(option: Option, default: Any) -> Any:
     elif option.kind is int:
         type = Whole(low, high)
     elif option.kind is float:
-        type = Number(low, high, option.words, option.meaning)
+        is_any = low is high is None  # of which `Options` refuses NaN
+        type = float if is_any else Number(low, high, option.words, option.meaning)
     return click.option(
         *option.flags,
         option.name,

@@ -221,7 +221,7 @@ def test_a_progress_bar_fits_its_terminal(monkeypatch, columns):
     [
         (["run", "--temp", "nan", "x"], "'nan' is not a number"),
         (["run", "--review", "foo", "x"], "'foo' is not a valid number; expected a number or off"),
-        (["run", "-n", "x", "x"], "'x' is not a valid whole number"),
+        (["run", "-n", "x", "x"], "'x' is not a valid integer"),
         (["train", "--data", "d", "--outfile", "o", "--review", "nan"], "'nan' is not a number"),
         (["eval", "--data", "d", "--alpha", "nan"], "'nan' is not a number"),
         (["serve", "--expert-timeout", "nan"], "'nan' is not a number"),
