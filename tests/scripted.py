@@ -8,11 +8,13 @@ from concurrent.futures import Future
 
 import numpy as np
 
+from colm_edge.cancel import Cancel
 from colm_edge.decode.loop import Decoder
 from colm_edge.decode.picker import Picker
 from colm_edge.decode.planner import Planner
 from colm_edge.decode.policy import Policy
 from colm_edge.llama.costs import CostTable
+from colm_edge.stream import Stream
 
 N_VOCAB = 32
 END = 0
@@ -188,3 +190,19 @@ class Later(Future):
     def done(self) -> bool:
         self.polls -= 1
         return self.polls < 0
+
+
+class Letters:
+    """A vocabulary of single bytes: every character outside ASCII spans several tokens."""
+
+    def piece(self, token: int) -> bytes:
+        return bytes([token])
+
+
+def stream_of(data: bytes, stop: tuple[str, ...] = ()):
+    choose = lambda prefix: data[len(prefix) - 1] if len(prefix) <= len(data) else 256  # noqa: E731
+    base = Scripted(choose, n_vocab=257)
+    policy, cancel = Policy(lambda x, h: (0.0, int(x.argmax()), 0.0, 0), 0.5), Cancel()
+    ends = frozenset({256})
+    decoder = Decoder(base, [base], policy, Picker(257), [1], end_tokens=ends, cancel=cancel)
+    return Stream(decoder, Letters(), stop, cancel)

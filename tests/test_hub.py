@@ -91,7 +91,7 @@ def test_a_download_that_was_killed_goes_on(server, tmp_path, monkeypatch):
     said: list[str] = []
     path = fetch("them/model:m.gguf", note=said.append)
     assert path.read_bytes() == content
-    assert said == ["downloading them/model:m.gguf (1.4 MB of 2.5 MB are here)"]
+    assert said == ["downloading them/model:m.gguf (1.4 MB of 2.5 MB are here) …"]
     assert downloads(server) == [None, f"bytes={15 << 16}-", f"bytes={22 << 16}-"]
     assert list(path.resolve().parent.iterdir()) == [path.resolve()]
 

@@ -12,6 +12,7 @@ import pytest
 from conftest import TEMPLATE
 from lib.random_model import SHAPES, write_model
 from reference import PlainModel, assert_same, plain_loop
+from scripted import stream_of
 
 import colm_edge
 from colm_edge.decode.loop import PROMPT_OUTPUTS
@@ -123,14 +124,6 @@ def test_a_prompt_is_not_read_back_once_the_answer_has_begun(tiny_pair, more):
     next(stream.events(), None)
     with pytest.raises(ColmError, match="before the first step"):
         stream.read_prompt()
-
-
-def test_what_cannot_be_loaded_is_refused_before_files_are_read(tiny):
-    models = tiny["base"], tiny["expert"]
-    with pytest.raises(ColmError, match="max_memory must be 0 or more"):
-        load(*models, max_memory=-1)
-    with pytest.raises(ColmError, match=r"10\.0\.0\.1:50052: not asked with --offline"):
-        load(*models, rpc="10.0.0.1:50052", offline=True)
 
 
 def test_warnings_reach_a_log_of_warnings(tiny, caplog):
@@ -301,30 +294,6 @@ def test_a_stop_string_that_only_begins_removes_nothing(tiny_pair):
     text = tiny_pair.generate("hello", **GREEDY).text
     answer = tiny_pair.generate("hello", stop=(text[5:9] + "\x00", text[-1] + "\x00"), **GREEDY)
     assert answer.text == text
-
-
-class Letters:
-    """A vocabulary of single bytes: every character outside ASCII spans several tokens."""
-
-    def piece(self, token: int) -> bytes:
-        return bytes([token])
-
-
-def stream_of(data: bytes, stop: tuple[str, ...] = ()):
-    from scripted import Scripted
-
-    from colm_edge.cancel import Cancel
-    from colm_edge.decode.loop import Decoder
-    from colm_edge.decode.picker import Picker
-    from colm_edge.decode.policy import Policy
-    from colm_edge.stream import Stream
-
-    choose = lambda prefix: data[len(prefix) - 1] if len(prefix) <= len(data) else 256  # noqa: E731
-    base = Scripted(choose, n_vocab=257)
-    policy, cancel = Policy(lambda x, h: (0.0, int(x.argmax()), 0.0, 0), 0.5), Cancel()
-    ends = frozenset({256})
-    decoder = Decoder(base, [base], policy, Picker(257), [1], end_tokens=ends, cancel=cancel)
-    return Stream(decoder, Letters(), stop, cancel)
 
 
 def test_characters_that_span_tokens_are_not_split():
@@ -501,8 +470,11 @@ def test_pairs_that_do_not_fit_are_refused_before_the_first_token(tiny, tmp_path
         load(tiny["base"], tiny["expert"], "defer-row")
     with pytest.raises(ModelError, match="-m without -me"):
         load(tiny["base"])
-    with pytest.raises(ColmError, match="must not be negative"):
-        load(n_ctx=-1)
+    for absurd in ({"n_ctx": -1}, {"max_memory": -1}):
+        with pytest.raises(ColmError, match="must be 0 or more"):
+            load(**absurd)
+    with pytest.raises(ColmError, match=r"10\.0\.0\.1:50052: not asked with --offline"):
+        load(rpc="10.0.0.1:50052", offline=True)
 
 
 def test_a_closed_pair_is_freed_and_raises_errors(tiny):

@@ -148,7 +148,7 @@ def test_a_model_is_quantised_once_and_kept(tiny):
     said: list[str] = []
     path = references.resolve(f"{tiny['base']}@q8_0", note=said.append)
     assert types_of(path) == ("Q8_0", "Q8_0")
-    assert said == ["quantising base.gguf to Q8_0, once"]
+    assert said == ["quantising base.gguf to Q8_0, once …"]
     made = Path(path).stat()
     assert references.resolve(f"{tiny['base']}@Q8_0", note=said.append) == path
     assert (Path(path).stat().st_mtime_ns, len(said)) == (made.st_mtime_ns, 1)

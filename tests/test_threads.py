@@ -13,8 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
-from scripted import Scripted
-from test_pair import Letters, stream_of
+from scripted import Letters, Scripted, stream_of
 
 from colm_edge.cancel import Cancel
 from colm_edge.decode.loop import Decoder

@@ -37,10 +37,12 @@ def read_lines() -> str | None:
     shown = sys.stdin.isatty()  # prompts between the answers to a file's lines are for nobody
     text = ""
     while True:
-        if shown:
-            click.echo(MORE if text else FIRST, nl=False, err=True)
+        prompt = (MORE if text else FIRST) if shown else ""
+        if not sys.stdout.isatty():  # input() would write it there
+            click.echo(prompt, nl=False, err=True)
+            prompt = ""
         try:
-            text += input()
+            text += input(prompt)
         except EOFError:
             if text.strip() and not shown:  # a file that ends within quotes
                 return unquoted(text)

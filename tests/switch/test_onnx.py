@@ -222,7 +222,7 @@ def test_an_onnx_head_is_scored_like_any_trained_switch(tmp_path):
         ([("MatMul", ["d", "w"], "d"), ONE], {"w": ROW}, {}, "matrix of another shape|nothing"),
         ([ONE], {}, {}, "nothing makes 'd'"),
         ([("MatMul", ["hidden", "w"], "d"), ONE], {"w": SQUARE}, {}, "another shape"),
-        ([("MatMul", ["hidden", "w"], "d"), ONE], {"w": ROW.astype(np.float64)}, {}, "no float32"),
+        ([("MatMul", ["hidden", "w"], "d"), ONE], {"w": ROW.astype(np.float64)}, {}, "a float32"),
         ([("MatMul", ["hidden", "w"], "d"), ONE], {"w": ROW * np.nan}, {}, "NaN or infinite"),
         ([("Add", ["hidden", "c"], "a0")]
          + [("Add", [f"a{i}", "c"], f"a{i + 1}") for i in range(70)], {"c": MANY}, {},
