@@ -67,7 +67,7 @@ def describe_files(
             tables.append(_costs(model, costs, n_threads, note))
             facts.append(_model_facts(model, tables[-1]))
         if len(models) == 1:
-            of_switches = (fact for fact in facts if "switch" in fact)
+            of_switches = (fact for fact in facts if "reads" in fact)
             for switch, fact in zip(switches, of_switches, strict=True):
                 fact["with_this_base"] = _fit_of(switch, models)[0]
         if len(models) > 1:
@@ -98,28 +98,22 @@ def _as_switch(path: str) -> Switch | None:
 
 
 def _switch_facts(switch: Switch) -> dict[str, Any]:
-    calibration = zip(switch.defer_rates, switch.thresholds, strict=True)
     roles = "base", *map(role_of, switch.expert_names or ("",))
-    told = [switch.info[role] for role in roles if role in switch.info]
-    names = {"expert_names": ", ".join(switch.expert_names)} if switch.expert_names else {}
+    nats = switch.review
     return {
         "switch": switch.name,
-        "fitted_for": ", ".join(told) or "not told",
-        "reads": ", ".join(switch.features),
-        "hidden_state": f"{switch.n_embd} numbers" if switch.needs_hidden else "not read",
+        "fitted_for": [switch.info[role] for role in roles if role in switch.info],
+        "reads": switch.features,
+        "n_embd": switch.n_embd if switch.needs_hidden else 0,
         "experts": switch.n_experts,
-        **names,
-        "threshold": float(threshold_text(switch.threshold)),
-        "review": _review(switch.review),
-        "calibration": ", ".join(f"{rate:.0%}: {threshold_text(x)}" for rate, x in calibration)
-        or "none",
+        "expert_names": switch.expert_names,
+        "threshold": switch.threshold,
+        "review": "off" if nats == math.inf else nats,  # None: it does not say
+        "calibration": [
+            {"defer_rate": rate, "threshold": threshold}
+            for rate, threshold in zip(switch.defer_rates, switch.thresholds, strict=True)
+        ],
     }
-
-
-def _review(nats: float | None) -> str:
-    if nats is None:
-        return "off"
-    return f"{nats:g} nats" if math.isfinite(nats) else "off, the switch says"
 
 
 def _costs(model: Model, measures: bool, n_threads: int, note: Note) -> CostTable | None:
@@ -136,27 +130,24 @@ def _model_facts(model: Model, table: CostTable | None) -> dict[str, Any]:
     n_ctx = _n_ctx(model)
     weights = model.header()
     size, n_params = (f(weights) for f in (llama.llama_model_size, llama.llama_model_n_params))
-    cache = cache_bytes(model, n_ctx)
     return {
         "model": str(model.path),
-        "name": model.metadata("general.name") or "–",
-        "architecture": model.metadata("general.architecture") or "–",
-        "quantisation": file_type(model) or "–",
-        "parameters": f"{n_params:,}",
+        "name": model.metadata("general.name"),
+        "architecture": model.metadata("general.architecture"),
+        "quantisation": file_type(model),
+        "parameters": n_params,
         "bits_per_weight": round(8 * size / max(1, n_params), 2),
         "trained_context": model.n_ctx_train,
-        "vocabulary": f"{model.n_vocab:,} tokens, {model.vocabulary_hash[:12]}",
-        "chat_template": "yes" if model.chat_template else "none",
-        "memory": f"{size / 1e6:,.0f} MB of weights, {cache / 1e6:,.0f} MB of cache at {n_ctx:,} "
-        "tokens in f16",
-        "decode_costs_in_ms": "not measured (--costs)" if table is None else _as_line(table),
+        "n_vocab": model.n_vocab,
+        "vocabulary_hash": model.vocabulary_hash,
+        "chat_template": model.chat_template is not None,
+        "weights_bytes": size,
+        "cache_bytes": cache_bytes(model, n_ctx),
+        "cache_tokens": n_ctx,
+        "decode_costs": None
+        if table is None
+        else {"sizes": table.sizes, "seconds": table.seconds, "more": table.more},
     }
-
-
-def _as_line(table: CostTable) -> str:
-    costs = [f"{n}: {1e3 * s:.3g}" for n, s in zip(table.sizes, table.seconds, strict=True)]
-    costs += [f"{n} states: {1e3 * s:.2g} more" for n, s in zip(OUTPUTS, table.more, strict=False)]
-    return ", ".join(costs)
 
 
 def _pair_facts(base: Model, expert: Model) -> tuple[dict[str, Any], str]:
@@ -277,19 +268,60 @@ def _speed_lines(fact: dict[str, Any]) -> dict[str, str]:
     return {"tokens_per_second": f"expert alone {_speed(alone)}; together {at}", "pays": pays}
 
 
+def _model_lines(fact: dict[str, Any]) -> dict[str, Any]:
+    weights, cache = (f"{fact[key] / 1e6:,.0f} MB" for key in ("weights_bytes", "cache_bytes"))
+    costs = fact["decode_costs"]
+    return {
+        **{key: fact[key] or "–" for key in ("model", "name", "architecture", "quantisation")},
+        "parameters": f"{fact['parameters']:,}",
+        "bits_per_weight": fact["bits_per_weight"],
+        "trained_context": fact["trained_context"],
+        "vocabulary": f"{fact['n_vocab']:,} tokens, {fact['vocabulary_hash'][:12]}",
+        "chat_template": "yes" if fact["chat_template"] else "none",
+        "memory": f"{weights} of weights, {cache} of cache at {fact['cache_tokens']:,} tokens in "
+        "f16",
+        "decode_costs_in_ms": "not measured (--costs)" if costs is None else _cost_line(**costs),
+    }
+
+
+def _cost_line(sizes: Sequence[int], seconds: Sequence[float], more: Sequence[float]) -> str:
+    costs = [f"{n}: {1e3 * s:.3g}" for n, s in zip(sizes, seconds, strict=True)]
+    costs += [f"{n} states: {1e3 * s:.2g} more" for n, s in zip(OUTPUTS, more, strict=False)]
+    return ", ".join(costs)
+
+
+def _switch_lines(fact: dict[str, Any]) -> dict[str, Any]:
+    names, review = ", ".join(fact["expert_names"]), fact["review"]
+    rates = (
+        f"{row['defer_rate']:.0%}: {threshold_text(row['threshold'])}"
+        for row in fact["calibration"]
+    )
+    lines = {
+        "switch": fact["switch"],
+        "fitted_for": ", ".join(fact["fitted_for"]) or "not told",
+        "reads": ", ".join(fact["reads"]),
+        "hidden_state": f"{fact['n_embd']} numbers" if fact["n_embd"] else "not read",
+        "experts": f"{fact['experts']}: {names}" if names else fact["experts"],
+        "threshold": threshold_text(fact["threshold"]),
+        "review": {None: "off", "off": "off, the switch says"}.get(review, f"{review} nats"),
+        "calibration": ", ".join(rates) or "none",
+    }
+    known = "with_this_base"
+    return lines | ({known: fact[known]} if known in fact else {})
+
+
 def as_text(facts: list[dict[str, Any]]) -> str:
     """Return facts as lines, a blank line between two files."""
 
     def lines(fact: dict[str, Any]) -> str:
-        hidden = (
-            "predicted",
-            "break_even",
-            "fastest_type",
-            "expert_tokens_per_second",
-            "experts_tokens_per_second",
-        )
-        fact = {key: x for key, x in fact.items() if key not in hidden} | _speed_lines(fact)
-        width = max(map(len, fact)) + 2
-        return "\n".join(f"{key.replace('_', ' '):{width}}{value}" for key, value in fact.items())
+        if "model" in fact:
+            shown = _model_lines(fact)
+        elif "reads" in fact:
+            shown = _switch_lines(fact)
+        else:
+            names = ("pair", "team", "can_collaborate", "switch")
+            shown = {name: fact[name] for name in names if name in fact} | _speed_lines(fact)
+        width = max(map(len, shown)) + 2
+        return "\n".join(f"{key.replace('_', ' '):{width}}{value}" for key, value in shown.items())
 
     return "\n\n".join(map(lines, facts))
