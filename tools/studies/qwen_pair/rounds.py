@@ -8,7 +8,7 @@ for it, and both models are scored on those answers. A token of the base matters
 (after FLy, arXiv 2511.22972), unless the expert is unsure itself, by the entropy of its three
 likeliest tokens, and the next five tokens are its own choices. Heads are fitted on round 1 and on
 both, and judged on answers of both rounds that were held back: by the share of the regret, of all
-tokens or of those that matter, that they remove.
+tokens or of those that matter, that they remove. What came out is in docs/studies/qwen-pair.md.
 """
 
 from __future__ import annotations
