@@ -241,6 +241,9 @@ class ChatWindow(Qw.QMainWindow):
     def _on_failed(self, error: str) -> None:
         self.statusBar().showMessage(error)
         if self.turns and self.turns[-1]["role"] == "user":
+            self._rub_out_drafts()
+            self._drafts.clear()
+            self._append("\n\n", QTextCharFormat())
             self.turns.pop()
             self._set_busy(False)
         self.failed.emit(error)

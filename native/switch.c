@@ -283,6 +283,12 @@ static int is_native(const char *format, const char *wanted) {
     return strcmp(format, wanted) == 0;
 }
 
+static int holds(const char *format, const Kind *kind) {
+    /* where a C long has 32 bits, numpy's int32 is one */
+    return is_native(format, kind->format) ||
+           (kind == &int32 && sizeof(long) == sizeof(int32_t) && is_native(format, "l"));
+}
+
 /* Borrow `object` as C-contiguous native numbers, or raise. Free it with `release`. */
 static int borrow(Borrowed *floats, const char *name, PyObject *object, const Kind *kind,
                   int writable) {
@@ -298,7 +304,7 @@ static int borrow(Borrowed *floats, const char *name, PyObject *object, const Ki
     /* accept any buffer and check it here, because exporters' own messages differ */
     if (PyObject_GetBuffer(object, view, PyBUF_FULL_RO) < 0)
         return -1;
-    if (!is_native(view->format, kind->format))
+    if (!holds(view->format, kind))
         PyErr_Format(PyExc_TypeError, "%s: expected %s (format '%s'), got format '%s'", name,
                      kind->name, kind->format, view->format != NULL ? view->format : "B");
     else if (!PyBuffer_IsContiguous(view, 'C'))

@@ -146,6 +146,17 @@ def test_the_slider_sets_which_model_writes(window):
     assert answer == "".join(text for text, underlined in runs(window) if underlined)
 
 
+def test_a_failure_leaves_no_drafts_that_later_tokens_would_replace(endless_window):
+    window = endless_window
+    window.turns.append({"role": "user", "content": "one"})
+    window._on_wrote(colm_edge.Step(1, "base", 0.1, -0.1, "Kept"))
+    window._on_wrote(colm_edge.Drafted(colm_edge.Step(1, "base", 0.1, -0.1, " and withdrawn")))
+    window._on_failed("the expert is gone")
+    window.text.textCursor().insertText("two")
+    window._on_wrote(colm_edge.Step(1, "base", 0.1, -0.1, "Yes"))
+    assert window.text.toPlainText() == "Kept\n\ntwoYes"
+
+
 def test_an_answer_is_stopped(endless_window):
     window = endless_window
     steps = []

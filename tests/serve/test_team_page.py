@@ -62,3 +62,8 @@ def test_the_page_tells_the_experts_apart(team_url, page):
             (one) => getComputedStyle(one).backgroundColor)"""
     )
     assert len(set(colours)) == 2
+    written = [one.get_attribute("class") for one in page.locator(".answer .token").all()]
+    page.reload()
+    page.locator("#experts .who").nth(1).wait_for()
+    kept = [one.get_attribute("class") for one in page.locator(".answer .token").all()]
+    assert kept == written

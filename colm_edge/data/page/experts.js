@@ -3,9 +3,12 @@
 const COLOURS = 6; // in page.css
 let names = [];
 
-/** Take the experts' names from the server's entry for its pair; one expert has none. */
+/** Take the experts' names from the server's entry for its pair; one expert has none. Returns
+ *  whether these are others than before. */
 export function setExperts(meta) {
+  const before = names.join();
   names = Object.keys(meta?.experts ?? {});
+  return names.join() !== before;
 }
 
 /** Who wrote a token, as it is kept: 0 the base, 1 the expert, or the expert's name. */

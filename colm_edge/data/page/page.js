@@ -9,7 +9,7 @@ import * as server from "./server.js";
 import { askKey, settingsPanel } from "./settings.js";
 import * as store from "./store.js";
 import { tips } from "./tip.js";
-import { submitOnEnter, TurnView } from "./turn.js";
+import { composes, submitOnEnter, TurnView } from "./turn.js";
 import { Writing } from "./writing.js";
 
 const log = $("log"), turns = $("turns"), toast = $("toast");
@@ -29,7 +29,7 @@ async function model() {
 }
 
 function name({ meta }) {
-  setExperts(meta);
+  if (setExperts(meta)) redraw(); // in the experts' colours
   const several = Object.entries(meta?.experts ?? {});
   if (several.length) {
     $("experts").replaceChildren(...several.map(([expert, file]) => element("span",
@@ -47,19 +47,25 @@ function name({ meta }) {
 
 const placed = () => location.hash.slice(1) || null;
 
-function open(id) {
+// instead: of a conversation that is no more, which Back must not lead to.
+function open(id, instead = false) {
   if (id === openId) return;
   openId = id;
-  if (placed() !== id) history.pushState(null, "", id ? `#${id}` : location.pathname);
+  const place = id ? `#${id}` : location.pathname;
+  if (placed() !== id) history[instead ? "replaceState" : "pushState"](null, "", place);
+  redraw();
+  toEnd();
+}
+
+function redraw() {
   views.clear();
   turns.replaceChildren();
   draw();
-  toEnd();
 }
 
 function draw() {
   const chat = openId && store.getChat(openId);
-  if (openId && !chat) return open(null); // deleted, here or in another tab
+  if (openId && !chat) return open(null, true); // deleted, here or in another tab
   const title = titleOf(chat);
   $("title").textContent = title;
   document.title = chat ? `${title} – colm-edge` : "colm-edge";
@@ -72,6 +78,7 @@ function draw() {
 
 function drawTurns(all) {
   const writing = writings.get(openId);
+  if (writing && !all.some((turn) => turn.id === writing.turnId)) writing.stop();
   const shown = all.map((turn, i) => {
     if (!views.has(turn.id)) views.set(turn.id, new TurnView(turn, actions));
     const view = views.get(turn.id), here = writing?.turnId === turn.id;
@@ -120,6 +127,7 @@ async function recover(chatId, turnId) {
 async function write(chatId, turnId) {
   const writing = new Writing(chatId, turnId, { model, askKey: newKey, show });
   writings.set(chatId, writing);
+  store.changeChat(chatId, (chat) => { chat.changed = Date.now(); });
   draw();
   $("said").textContent = "The answer is being written.";
   writing.over = writing.run();
@@ -145,13 +153,17 @@ async function stopWriting(chatId) {
   await writing?.over;
 }
 
+// Whether another tab writes in the open conversation; then the reader is told.
+function isElsewhere() {
+  const all = (!writings.has(openId) && openId && store.getChat(openId)?.turns) || [];
+  const found = all.some(({ answer }) => answer.state === "writing");
+  if (found) say("Another tab is writing in this conversation.");
+  return found;
+}
+
 function ask(question) {
-  if (writings.has(openId)) return false;
+  if (writings.has(openId) || isElsewhere()) return false;
   const chat = (openId && store.getChat(openId)) || newChat();
-  if (chat.turns.at(-1)?.answer.state === "writing") {
-    say("Another tab is writing in this conversation.");
-    return false;
-  }
   const turn = newTurn(question);
   chat.turns.push(turn);
   store.putChat(chat);
@@ -167,12 +179,13 @@ const actions = {
   edit: (id, question) => again(id, question),
   again: (id) => again(id, turnOf(store.getChat(openId), id).question),
   goOn: (id) => write(openId, id),
-  remove: (id) => undoably("Deleted.", (chatId) => {
+  remove: (id) => isElsewhere() || undoably("Deleted.", (chatId) => {
     store.changeChat(chatId, (chat) => removeTurn(chat, id));
   }),
 };
 
 function again(id, question) {
+  if (isElsewhere()) return;
   const { turns: all } = store.getChat(openId);
   const nothing = all.at(-1).id === id && !all.at(-1).answer.tokens.length;
   undoably(nothing ? "" : "Replaced.", (chatId) => {
@@ -189,13 +202,23 @@ function again(id, question) {
 async function undoably(words, change, chatId = openId) {
   await stopWriting(chatId);
   const before = store.getChat(chatId), grows = change(chatId);
+  // What was pressed may be gone. On a touch screen the prompt would bring up the keyboard.
+  if (document.activeElement === document.body && matchMedia("(pointer: fine)").matches) {
+    prompt.focus({ preventScroll: true });
+  }
   if (!words) return;
   const shape = () => store.getChat(chatId)?.turns.map(
     ({ id, answer }) => (id === grows ? id : `${id} ${answer.tokens.length}`)).join();
   const after = shape();
+  const late = () => {
+    if (shape() === after) return false;
+    say("The conversation has gone on since, and stays as it is.");
+    return true;
+  };
   say(words, button("Undo", async () => {
+    if (late()) return;
     await stopWriting(chatId);
-    if (shape() !== after) return say("The conversation has gone on since, and stays as it is.");
+    if (late()) return;
     say("");
     store.putChat({ ...before, title: store.getChat(chatId)?.title ?? before.title });
     open(chatId);
@@ -221,13 +244,13 @@ prompt.onkeydown = (event) => {
   submitOnEnter(event, form);
   if (event.key === "ArrowUp" && !prompt.value && views.size) {
     event.preventDefault();
-    [...views.values()].at(-1).edit();
+    views.get(store.getChat(openId).turns.at(-1).id).edit();
   }
 };
 
 document.addEventListener("keydown", (event) => {
   const closes = document.querySelector(":popover-open, dialog[open]"); // Escape closes that
-  if (event.key === "Escape" && !closes) stopWriting(openId);
+  if (event.key === "Escape" && !closes && !composes(event)) stopWriting(openId);
 });
 
 $("stop").onclick = () => stopWriting(openId);

@@ -44,13 +44,19 @@ function inLines(content, lines, first) {
       if (shown) return null;
       break; // the end of a code block that is not closed yet
     }
-    const closed = line.text.replace(/\s+#+\s*$/, ""); // of a heading
-    const whole = [line.text.trimEnd(), closed].find((one) => one.endsWith(shown));
-    if (whole === undefined) return null;
+    let whole = line.text.trimEnd();
+    if (!whole.endsWith(shown)) whole = withoutHashes(whole); // a heading's
+    if (!whole.endsWith(shown)) return null;
     const start = line.start + whole.length - shown.length;
     for (let k = 0; k <= text.length; k++) at.push(start + k); // and the end of the line
   }
   return at;
+}
+
+function withoutHashes(text) {
+  let end = text.length; // a pattern would take quadratic time for very long runs
+  while (text[end - 1] === "#") end--;
+  return text.slice(0, end).trimEnd();
 }
 
 function inCell(content, row) {

@@ -4,10 +4,12 @@
 // has changed meanwhile.
 
 const CHAT = "colm-edge/chat/", SETTINGS = "colm-edge/settings";
+const ALIVE = "colm-edge/alive/"; // by conversation: when the tab that writes it said so last
+const SILENCE = 70_000; // ms; a hidden tab may say it only once a minute
 const unsaved = new Map(); // by key: what the browser could not keep
 const watchers = [];
 
-/** Whether the last writing failed: the storage is full, or the window private. */
+/** Whether something could not be kept: the storage is full, or the window private. */
 export let full = false;
 
 function read(key) {
@@ -22,12 +24,20 @@ function write(key, value) {
   try {
     localStorage.setItem(key, text);
     unsaved.delete(key);
-    full = false;
   } catch {
     unsaved.set(key, text);
-    full = true;
   }
+  full = unsaved.size > 0;
   tell(key);
+}
+
+// There may be room again.
+function tryUnsaved() {
+  for (const [key, text] of unsaved) {
+    try { localStorage.setItem(key, text); } catch { continue; }
+    unsaved.delete(key);
+  }
+  full = unsaved.size > 0;
 }
 
 function keys() {
@@ -47,7 +57,11 @@ export function watch(watcher) {
   watchers.push(watcher);
 }
 
-window.addEventListener("storage", (event) => tell(event.key));
+window.addEventListener("storage", ({ key }) => {
+  if (key?.startsWith(ALIVE)) return;
+  tryUnsaved();
+  tell(key);
+});
 
 export const getChat = (id) => read(CHAT + id);
 export const putChat = (chat) => write(CHAT + chat.id, chat);
@@ -63,7 +77,6 @@ export function changeChat(id, change) {
   const chat = getChat(id);
   if (!chat) return null;
   change(chat);
-  chat.changed = Date.now();
   putChat(chat);
   return chat;
 }
@@ -71,6 +84,7 @@ export function changeChat(id, change) {
 export function removeChat(id) {
   unsaved.delete(CHAT + id);
   try { localStorage.removeItem(CHAT + id); } catch { /* it was in `unsaved` only */ }
+  tryUnsaved();
   tell(CHAT + id);
 }
 
@@ -84,16 +98,45 @@ export const settings = () => ({ ...OWN, ...read(SETTINGS) });
 export const set = (changes) => write(SETTINGS, { ...settings(), ...changes });
 
 // While a tab writes into a conversation it holds a lock. So other tabs know that it is being
-// written, and that what is found unfinished without a lock was cut.
+// written, and that what is found unfinished without a lock was cut. Over plain http to another
+// machine there are no locks: there it says the time, again and again.
 
 /** Do some work while no other tab writes into a conversation. Throws if one does. */
-export function alone(id, work) {
-  if (!navigator.locks) return work(); // plain http to another machine
-  const signal = AbortSignal.timeout(1000);
-  return navigator.locks.request(CHAT + id, { signal }, work);
+export async function alone(id, work) {
+  if (navigator.locks) {
+    const signal = AbortSignal.timeout(1000);
+    return navigator.locks.request(CHAT + id, { signal }, work);
+  }
+  if (isWritten(id)) throw new DOMException("another tab writes", "TimeoutError");
+  const beat = () => { try { localStorage.setItem(ALIVE + id, Date.now()); } catch { /* full */ } };
+  beat();
+  const beating = setInterval(beat, 2000);
+  const end = () => {
+    clearInterval(beating);
+    try { localStorage.removeItem(ALIVE + id); } catch { /* forbidden */ }
+  };
+  window.addEventListener("pagehide", end);
+  try {
+    return await work();
+  } finally {
+    window.removeEventListener("pagehide", end);
+    end();
+  }
 }
 
 /** Returns once no tab writes into a conversation. */
 export async function whenFree(id) {
-  await navigator.locks?.request(CHAT + id, { mode: "shared" }, () => {});
+  if (navigator.locks) {
+    await navigator.locks.request(CHAT + id, { mode: "shared" }, () => {});
+    return;
+  }
+  while (isWritten(id)) await new Promise((go) => { setTimeout(go, 500); });
+}
+
+function isWritten(id) {
+  try {
+    return Date.now() - Number(localStorage.getItem(ALIVE + id)) < SILENCE;
+  } catch {
+    return false;
+  }
 }

@@ -29,10 +29,10 @@ export class TurnView {
     this.note = element("p", { className: "note" });
     this.speed = element("span", { className: "speed" });
     this.buttons = element("div", { className: "buttons" });
+    this.editor = button("Edit", () => this.edit(), { title: "Ask another question here" });
     this.asked = element("article", { className: "question" }, element("h2", {}, "You"), this.words,
       element("div", { className: "buttons" },
-        copyButton(() => this.question, "Copy the question"),
-        button("Edit", () => this.edit(), { title: "Ask another question here" }),
+        copyButton(() => this.question, "Copy the question"), this.editor,
         button("Delete", () => actions.remove(this.id), { title: "Delete this turn" })));
     this.answered = element("article", { className: "answer" }, element("h2", {}, "Answer"),
       this.text, this.wait, this.note, this.buttons);
@@ -134,6 +134,7 @@ export class TurnView {
     const close = () => {
       form.replaceWith(this.words);
       this.asked.classList.remove("editing");
+      this.editor.focus();
     };
     form.onsubmit = (event) => {
       event.preventDefault();
@@ -141,7 +142,7 @@ export class TurnView {
       if (question) this.actions.edit(this.id, question);
     };
     form.onkeydown = (event) => {
-      if (event.key === "Escape") {
+      if (event.key === "Escape" && !composes(event)) {
         event.stopPropagation();
         close();
       }
@@ -154,9 +155,12 @@ export class TurnView {
   }
 }
 
+/** Whether a key belongs to an input method; Safari tells the one that ends it by 229 alone. */
+export const composes = (event) => event.isComposing || event.keyCode === 229;
+
 /** Enter sends, Shift+Enter is a new line; an input method's Enter is its own. */
 export function submitOnEnter(event, form) {
-  if (event.key !== "Enter" || event.shiftKey || event.isComposing) return;
+  if (event.key !== "Enter" || event.shiftKey || composes(event)) return;
   if (event.target.type !== "textarea") return;
   event.preventDefault();
   form.requestSubmit();
