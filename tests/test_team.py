@@ -39,7 +39,7 @@ from colm_edge.together import Task, answer_together
 from colm_edge.train.documents import read_rows, tokenized
 from colm_edge.train.scoring import score_each
 
-DATA = Path(__file__).parents[1] / "data"
+DATA = Path(__file__).parent / "data"
 SOURCES = ("expert:a", "expert:b", "expert:c")
 GREEDY = {"temperature": 0.0, "max_tokens": 40}
 
@@ -277,7 +277,7 @@ def test_what_cannot_choose_among_experts_is_refused_before_a_model_is_read(
     ],
 )
 def test_the_experts_of_the_repository_answer_as_the_docs_show(question, answer, calls):
-    home = Path(__file__).parents[2]
+    home = Path(__file__).parents[1]
     files = {"nature": home / "colm_edge/data/expert.gguf", "countries": DATA / "countries.gguf"}
     base, switch = home / "colm_edge/data/base.gguf", DATA / "team.gguf"
     with load(base, files, switch, n_threads=1) as pair:

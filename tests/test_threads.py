@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 from scripted import Letters, Scripted, stream_of
+from serving import wait_for
 
 from colm_edge.cancel import Cancel
 from colm_edge.decode.loop import Decoder
@@ -330,10 +331,13 @@ class Slow:
 def test_of_an_answer_that_was_left_it_tells_what_was_read(tiny_pair):
     """The thread that writes is ahead of the reader, here at the end."""
 
+    def is_writing() -> bool:
+        return any(thread.name == "colm-edge-answer" for thread in threading.enumerate())
+
     async def run(**options):
         async with tiny_pair.astream("hello", **GREEDY, **options) as stream:
             await anext(stream)
-            await asyncio.to_thread(list, stream._stream)
+            await asyncio.to_thread(wait_for, lambda: not is_writing())
             return stream.answer()
 
     whole = tiny_pair.generate("hello", **GREEDY)
