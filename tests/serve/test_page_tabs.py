@@ -101,6 +101,27 @@ def test_what_was_not_kept_is_kept_once_there_is_room(script):
     assert page.locator(".answer .text").last.inner_text() == "answer"
 
 
+def test_what_was_not_kept_does_not_replace_what_another_tab_wrote(script):
+    page = script.page
+    script.answers("one", "x")
+    page.evaluate("localStorage.setItem('filling', 'z'.repeat(5 * 2 ** 20 - 3000))")
+    ask(page, "two " + "y" * 4000)
+    page.get_by_text("The browser keeps no more").wait_for()
+    script.asked(2)
+    script.end()
+    kept = page.evaluate(
+        """() => {
+          const key = "colm-edge/chat/" + location.hash.slice(1);
+          const chat = { ...JSON.parse(localStorage[key]), title: "elsewhere" };
+          localStorage.removeItem("filling");
+          localStorage[key] = JSON.stringify(chat);
+          dispatchEvent(new StorageEvent("storage", { key }));
+          return JSON.parse(localStorage[key]).title;
+        }"""
+    )
+    assert kept == "elsewhere"
+
+
 def test_back_leads_to_no_conversation_that_is_gone(script):
     page = script.page
     script.answers("one", "x")

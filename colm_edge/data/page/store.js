@@ -6,15 +6,18 @@
 const CHAT = "colm-edge/chat/", SETTINGS = "colm-edge/settings";
 const ALIVE = "colm-edge/alive/"; // by conversation: when the tab that writes it said so last
 const SILENCE = 70_000; // ms; a hidden tab may say it only once a minute
-const unsaved = new Map(); // by key: what the browser could not keep
+const unsaved = new Map(); // by key: {text, over}: what could not be kept, and what is instead
 const watchers = [];
 
 /** Whether something could not be kept: the storage is full, or the window private. */
 export let full = false;
 
+function kept(key) {
+  try { return localStorage.getItem(key); } catch { return null; } // forbidden
+}
+
 function read(key) {
-  let text = unsaved.get(key);
-  try { text ??= localStorage.getItem(key); } catch { /* forbidden: what this tab holds */ }
+  const text = unsaved.get(key)?.text ?? kept(key);
   if (!text) return null;
   try { return JSON.parse(text); } catch { return null; }
 }
@@ -25,15 +28,16 @@ function write(key, value) {
     localStorage.setItem(key, text);
     unsaved.delete(key);
   } catch {
-    unsaved.set(key, text);
+    unsaved.set(key, { text, over: unsaved.has(key) ? unsaved.get(key).over : kept(key) });
   }
   full = unsaved.size > 0;
   tell(key);
 }
 
-// There may be room again.
+// There may be room again. What another tab has changed meanwhile is not written over.
 function tryUnsaved() {
-  for (const [key, text] of unsaved) {
+  for (const [key, { text, over }] of unsaved) {
+    if (kept(key) !== over) continue;
     try { localStorage.setItem(key, text); } catch { continue; }
     unsaved.delete(key);
   }
@@ -134,9 +138,5 @@ export async function whenFree(id) {
 }
 
 function isWritten(id) {
-  try {
-    return Date.now() - Number(localStorage.getItem(ALIVE + id)) < SILENCE;
-  } catch {
-    return false;
-  }
+  return Date.now() - Number(kept(ALIVE + id)) < SILENCE;
 }
