@@ -127,7 +127,8 @@ def _cache_of(repo: str) -> Path:
 
 def _file_of(repo: str, quantisation: str) -> str:
     """Return the name of a repository's file of a quantisation, as the Hub tells it."""
-    names = _api().list_repo_files(repo)
+    # `list_repo_files` would try for 24 s where there is no network.
+    names = [file.rfilename for file in _api().model_info(repo).siblings or ()]
     found = _of_quantisation(names, quantisation)
     if found is None:
         files = sorted(filter(_is_gguf, names))

@@ -77,15 +77,9 @@ class Handler(BaseHTTPRequestHandler):
         elif repo in hub.gated and self.headers.get("Authorization") != f"Bearer {hub.token}":
             self.fail(401, "GatedRepo")
         elif at:
-            files = hub.repos[repo].items()
-            body: object = [
-                {"type": "file", "path": name, "size": len(content), "oid": hub.commit}
-                for name, content in files
-            ]
-            if "tree" not in parts:
-                siblings = [{"rfilename": name} for name, _ in files]
-                body = {"id": repo, "sha": hub.commit, "siblings": siblings, "private": False}
-                body |= {"downloads": 0, "likes": 0, "tags": []}
+            siblings = [{"rfilename": name} for name in hub.repos[repo]]
+            body = {"id": repo, "sha": hub.commit, "siblings": siblings, "private": False}
+            body |= {"downloads": 0, "likes": 0, "tags": []}
             self.send(200, {"Content-Type": "application/json"}, json.dumps(body).encode())
         elif "/".join(parts[4:]) not in hub.repos[repo]:
             self.fail(404, "EntryNotFound")

@@ -296,6 +296,7 @@ def test_a_cached_quantisation_needs_no_hub(server, monkeypatch):
     assert fetch("them/model:Q4_0") == path
     with pytest.raises(ModelError, match="the Hub answers 503"):
         fetch("them/model:Q8_0")
+    assert len(server.requests) == n + 1  # a user waits for no further tries
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:1")
     assert fetch("them/model:Q4_0") == path
     with pytest.raises(ModelError, match="cannot be downloaded"):
