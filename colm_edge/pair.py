@@ -28,7 +28,7 @@ from colm_edge.llama.owners import HomeLock, close_each
 from colm_edge.llama.prompt_cache import load_prompts, save_prompts
 from colm_edge.llama.session import Session
 from colm_edge.options import EXPERT_TIMEOUT, Options
-from colm_edge.references import Experts, check_offline, choose_pair, is_url, named
+from colm_edge.references import Experts, check_offline, choose_pair, is_url, named, resolve
 from colm_edge.remote.client import RemoteExpert
 from colm_edge.stream import Answer, AsyncStream, Stream
 from colm_edge.switch.load import check_rule, in_order, load_switch, warnings_of
@@ -421,13 +421,13 @@ def load(
 ) -> Pair:
     """Load a pair: a base, an expert or several, and a switch; or the pair that ships here.
 
-    model, expert: GGUF files, names in models.txt, or user/repo:file.gguf on the Hugging Face Hub.
+    model, expert, switch, lora (an adapter for the base): GGUF files, names in models.txt, or
+        user/repo:file.gguf on the Hugging Face Hub.
     expert: may be the address of a llama.cpp, vLLM or colm-edge server, http://host:port or
         http://host:port#MODEL. Several, as a mapping of names or a list in which NAME=REF gives
         a name, need a switch that was trained for them.
-    switch: a file, "margin" (the default beside two models), "entropy", or "defer-row".
+    switch: may be "margin" (the default beside two models), "entropy" or "defer-row".
     pair: a name in models.txt instead; beside models, it stands for its switch.
-    lora: a LoRA adapter for the base, a GGUF file.
     bridge: let the experts' vocabularies be others than the base's.
     n_ctx: tokens the contexts hold; 0 takes what both models were trained for, at most 4096.
     n_threads: 0 takes every core that other programs leave, or one for a very small model.
@@ -456,23 +456,23 @@ def load(
     if min(n_ctx, n_threads, n_ubatch, max_memory) < 0:
         raise ColmError("n_ctx, n_threads, n_ubatch and max_memory must be 0 or more")
     rpc = (rpc,) if isinstance(rpc, str) else rpc
-    refs = [None if ref is None else os.fspath(ref) for ref in (model, switch)]
+    refs = [None if ref is None else os.fspath(ref) for ref in (model, switch, lora)]
     told = note or log.info
     check_offline(rpc if offline else ())
     experts_given = named(expert)
     if pair is None:
         check_rule(refs[1], experts_given)
     files = choose_pair(refs[0], experts_given, refs[1], pair, offline=offline, note=told)
+    adapter = None if refs[2] is None else resolve(refs[2], "lora", offline=offline, note=told)
     if max_memory and len(files.experts) == 1:
         raise ColmError("--max-memory is shared by several experts, and one is given; leave it out")
     head = load_switch(files.switch)
     in_order(head, files.experts)  # refused now, not after seconds of reading
     with ExitStack() as opened:  # closed again if something does not fit
-        base = Model(files.base, n_gpu_layers, lora, _share(progress, "base"))
+        base = Model(files.base, n_gpu_layers, adapter, _share(progress, "base"))
         opened.callback(base.close)
-        layers = n_gpu_layers_expert
-        if layers is None:
-            layers = -1 if rpc else n_gpu_layers
+        more = -1 if rpc else n_gpu_layers
+        layers = more if n_gpu_layers_expert is None else n_gpu_layers_expert
         experts: dict[str, Model | RemoteExpert] = {}
         for name, file in files.experts.items():
             if is_url(file) and rpc:

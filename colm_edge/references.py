@@ -83,13 +83,21 @@ def known_pairs() -> dict[str, dict[str, ListedModel]]:
     return pairs
 
 
-def find_pair(name: str, *, offline: bool = False, note: Note = lambda text: None) -> PairFiles:
+def find_pair(
+    name: str,
+    switch: str | None = None,
+    *,
+    offline: bool = False,
+    note: Note = lambda text: None,
+) -> PairFiles:
     """Return the files of a pair in models.txt, downloaded if need be.
+
+    switch: one to use instead of the pair's own.
 
     Raises ModelError when models.txt has no pair of that name, and what `resolve` raises.
     """
     base, experts = listed_pair(name)
-    switch = _switch_of(name, offline=offline, note=note)
+    switch = _switch_of(name, switch, offline=offline, note=note)
     files = {expert: resolve(ref, offline=offline, note=note) for expert, ref in experts.items()}
     base = resolve(base, offline=offline, note=note)
     return PairFiles(base, files, switch, is_demo=name == DEMO_PAIR)
@@ -127,7 +135,7 @@ def check_offline(servers: Iterable[str]) -> None:
     for server in servers:
         if not is_this_machine(server.rpartition(":")[0]):
             raise ModelError(
-                f"{server}: not asked with --offline; leave that out, or leave out rpc"
+                f"{server}: --offline allows only servers on this machine; leave it out, or rpc"
             )
 
 
@@ -176,8 +184,10 @@ def _split_name(text: str) -> tuple[str, str]:
     return "", text
 
 
-def _switch_of(pair: str | None, *, offline: bool, note: Note) -> str:
-    """Return the switch of a pair in models.txt, or margin where none is named."""
+def _switch_of(pair: str | None, switch: str | None, *, offline: bool, note: Note) -> str:
+    """Return the switch that a user chose; else that of a pair in models.txt; else margin."""
+    if switch is not None:  # the name of a rule resolves to itself
+        return resolve(switch, "switch", offline=offline, note=note)
     roles = {} if pair is None else known_pairs()[pair]
     if "switch" not in roles:
         return "margin"
@@ -279,8 +289,6 @@ def choose_pair(
     """
     if pair is not None and pair not in known_pairs():
         listed_pair(pair)  # says which ones there are
-    if switch is not None and switch.startswith("package:"):
-        switch = resolve(switch)
     if (model is None) != (experts is None):
         given, missing = ("-m", "-me") if model else ("-me", "-m")
         raise ModelError(f"{given} without {missing}: give both models, or neither")
@@ -295,9 +303,6 @@ def choose_pair(
                 name: resolve(ref, "expert", offline=offline, note=note)
                 for name, ref in experts.items()
             },
-            switch or _switch_of(pair, offline=offline, note=note),
+            _switch_of(pair, switch, offline=offline, note=note),
         )
-    files = find_pair(DEMO_PAIR if pair is None else pair, offline=offline, note=note)
-    if switch is None:
-        return files
-    return PairFiles(files.base, files.experts, switch, files.is_demo)
+    return find_pair(DEMO_PAIR if pair is None else pair, switch, offline=offline, note=note)

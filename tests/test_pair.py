@@ -473,7 +473,7 @@ def test_pairs_that_do_not_fit_are_refused_before_the_first_token(tiny, tmp_path
     for absurd in ({"n_ctx": -1}, {"max_memory": -1}):
         with pytest.raises(ColmError, match="must be 0 or more"):
             load(**absurd)
-    with pytest.raises(ColmError, match=r"10\.0\.0\.1:50052: not asked with --offline"):
+    with pytest.raises(ColmError, match=r"10\.0\.0\.1:50052: --offline allows only servers"):
         load(rpc="10.0.0.1:50052", offline=True)
 
 

@@ -40,6 +40,32 @@ def test_beside_two_models_a_pair_names_the_switch():
     assert references.choose_pair("a", {"": "b"}, "package:switch.gguf").switch == files.switch
 
 
+def test_a_switch_is_named_in_the_ways_a_model_is(tmp_path, monkeypatch):
+    shipped = references.choose_pair(None, None, None)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setattr(references, "fetch", lambda reference, **how: Path("/hub", reference))
+    for name, file in {
+        "~/mine.gguf": str(tmp_path / "mine.gguf"),
+        "they/have:a.gguf": "/hub/they/have:a.gguf",
+        "demo": shipped.switch,
+        "entropy": "entropy",
+    }.items():
+        (tmp_path / "mine.gguf").touch()
+        assert references.choose_pair("a", {"": "b"}, name).switch == file
+        assert references.choose_pair(None, None, name, "demo").switch == file
+
+
+def test_a_pair_s_own_switch_is_not_fetched_where_another_is_given(tmp_path, monkeypatch):
+    listed = tmp_path / "models.txt"
+    listed.write_text(
+        "mine base a.gguf MIT\nmine expert b.gguf MIT\nmine switch they/have:s.gguf MIT\n"
+    )
+    monkeypatch.setattr(references, "_models_txt", lambda: listed)
+    assert references.find_pair("mine", "entropy", offline=True).switch == "entropy"
+    with pytest.raises(ModelError, match="not in the cache"):
+        references.find_pair("mine", offline=True)
+
+
 @pytest.mark.parametrize(
     ("choice", "words"),
     [

@@ -44,7 +44,7 @@ class HighLevel:
                 n_threads_batch=session.n_threads,
                 n_gpu_layers=session.model.n_gpu_layers,
                 n_ubatch=session.n_ubatch,
-                flash_attn=session.flash_attn == "on",
+                flash_attn=session.flash_attn != "off",  # it has no "auto"
                 type_k=CACHE_TYPES[session.options.cache_type_k],
                 type_v=CACHE_TYPES[session.options.cache_type_v],
                 verbose=False,

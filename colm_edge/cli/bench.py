@@ -113,7 +113,8 @@ prompt_options = gathered(
     metavar="DIR",
     type=click.Path(file_okay=False, exists=True),
     help="Folder of llama-bench and llama-speculative-simple; adds a row for each. With --prompts "
-    "also for llama-lookup, if it is there, but not for llama-bench, which answers nothing.",
+    "also for llama-lookup, if it is there, but not for llama-bench, which answers nothing. They "
+    "use their own defaults of flash attention, cache types and batches.",
 )
 @click.option(
     "--load",

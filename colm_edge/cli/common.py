@@ -30,6 +30,13 @@ def open_pair(models: dict[str, Any], **more: Any) -> Pair:
     return loaded
 
 
+def file_of(reference: str, role: str, models: dict[str, Any]) -> str:
+    """Return the file that an option names, in any of the ways in which -m and -sw name theirs."""
+    from colm_edge.references import resolve
+
+    return resolve(reference, role, offline=models.get("offline", False), note=note)
+
+
 def keeping_models(pair: Pair, outfile: str) -> Pair:
     """Return a pair; where a result would replace one of its models, close it and raise
     WriteError."""

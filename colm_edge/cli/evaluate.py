@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from colm_edge.cli.common import open_pair, progress
+from colm_edge.cli.common import file_of, open_pair, progress
 from colm_edge.cli.options import (
     ALLOW_EXEC,
     BRIDGE,
@@ -203,7 +203,7 @@ def eval_command(
             limit=limit,
             methods=methods,
             reviews=reviews,
-            weak=Switch.load(weak) if weak else None,
+            weak=Switch.load(file_of(weak, "switch", models)) if weak else None,
             proxy=third,
             on_expert=score_on == "expert",
             n_slots=n_slots,
@@ -271,7 +271,7 @@ def proxy_of(
         return nullcontext()
     return Proxy(
         pair,
-        Path(anti_expert).expanduser(),
+        Path(file_of(anti_expert, "base", models)),
         alpha=alpha,
         n_threads=models.get("n_threads", 0),
         n_gpu_layers=models.get("n_gpu_layers", 0),

@@ -280,10 +280,9 @@ class Chat:
         stream = self.pair.stream_chat([*system, *kept, user])  # raises if it does not fit alone
         if forgotten := (len(self.turns) - len(kept)) // 2:
             say(f"(the context is full: {forgotten} old turn(s) forgotten)")
-        self.turns = kept
         stopped = write(stream)
         answer = stream.answer()
-        self.turns += [user, {"role": "assistant", "content": answer.text}]
+        self.turns = [*kept, user, {"role": "assistant", "content": answer.text}]
         click.echo(" (stopped)" if stopped else "")
         say_end(answer, self.pair.defaults.max_tokens)
 
@@ -334,13 +333,13 @@ class Chat:
     def _regenerate(self) -> None:
         if not self.turns:
             raise ColmError("there is no answer yet; ask something first")
-        last = self.turns[-2:]
-        del self.turns[-2:]
+        before = self.turns
+        shorter = self.turns = before[:-2]
         try:
-            self.ask(last[0]["content"])
-        except ColmError:
-            self.turns += last
-            raise
+            self.ask(before[-2]["content"])
+        finally:
+            if self.turns is shorter:  # nothing took the place of the last answer
+                self.turns = before
 
     @staticmethod
     def _text_of(file: str) -> str:

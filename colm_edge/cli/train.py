@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from colm_edge.cli.common import keeping_models, progress
+from colm_edge.cli.common import file_of, keeping_models, progress
 from colm_edge.cli.options import (
     ALLOW_EXEC,
     BRIDGE,
@@ -197,7 +197,8 @@ def train(
         return _train_team(text, outfile, fitting, work_dir, raw, models, unfit)
     check_writable(outfile, data, text.get("prompts"), *scores)
     folder = work_dir if data or work_dir or is_stream(outfile) else kept_beside(outfile)
-    old, work = Switch.load(update) if update else None, Path(folder) if folder else None
+    old = Switch.load(file_of(update, "switch", models)) if update else None
+    work = Path(folder) if folder else None
     _check_libraries(report_dir)
     with keeping_models(load(**models, switch="margin"), outfile) as pair:
         _check_update(old, pair)

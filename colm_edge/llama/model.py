@@ -109,17 +109,21 @@ class Model:
         devices = None if vocab_only or not self.rpc else device_list(self.rpc)
         if devices is not None:
             params.devices = ctypes.cast(devices, ctypes.c_void_p)
-        with interrupts_noted() as raise_interrupt:
-            if not vocab_only:
-                # `params` keeps the callback alive.
-                checks = (raise_interrupt,) if check is None else (raise_interrupt, check)
-                params.progress_callback = _progress_callback(progress, checks, raised)
-            last_errors.clear()
-            handle = llama.llama_model_load_from_file(os.fsencode(self.path), params)
-        if raised:
+        handle: Any = None
+        try:
+            with interrupts_noted() as raise_interrupt:
+                if not vocab_only:
+                    # `params` keeps the callback alive.
+                    checks = (raise_interrupt,) if check is None else (raise_interrupt, check)
+                    params.progress_callback = _progress_callback(progress, checks, raised)
+                last_errors.clear()
+                handle = llama.llama_model_load_from_file(os.fsencode(self.path), params)
+            if raised:
+                raise raised[0]
+        except BaseException:  # an interrupt may come when all is read
             if handle:
                 llama.llama_model_free(handle)
-            raise raised[0]
+            raise
         if not handle:
             reason = next((m for m in last_errors if "error loading" in m), "")
             reason = reason.split("error loading model: ")[-1] or "llama.cpp refused the file"

@@ -21,7 +21,7 @@ from colm_edge.cli import main
 from colm_edge.cli.keyboard import LEAVE
 from colm_edge.cli.terminal import COMMAND, HELP, Chat, harmless, mark
 from colm_edge.decode.step import Step
-from colm_edge.errors import ContextError
+from colm_edge.errors import ColmError, ContextError
 
 posix_only = pytest.mark.skipif(os.name == "nt", reason="needs a POSIX terminal")
 PROMPT = r"(?s)\x1b\[\?2004h.*?>>>"  # pastes are bracketed while a prompt reads
@@ -381,6 +381,28 @@ def test_a_message_that_does_not_fit_leaves_the_conversation(tiny_pair, capsys):
     chat.ask("x y z " * 30)  # it fits alone
     assert chat.turns[-2]["content"] == "x y z " * 30
     assert "1 old turn(s) forgotten" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("stop", [KeyboardInterrupt, ColmError])
+@pytest.mark.parametrize("at", ["stream_chat", "write"])
+def test_whatever_ends_a_message_early_leaves_the_conversation(tiny_pair, monkeypatch, at, stop):
+    tiny_pair.defaults = tiny_pair.defaults.with_changes(temperature=0.0, max_tokens=5)
+    chat = Chat(tiny_pair)
+    chat.ask("hello")
+    chat.ask("x y z " * 10)
+    turns = chat.turns[:]
+
+    def ends(*args) -> None:
+        raise stop("here")
+
+    if at == "write":
+        monkeypatch.setattr("colm_edge.cli.terminal.write", ends)
+    else:
+        monkeypatch.setattr(tiny_pair, at, ends)
+    for run in (lambda: chat.command("/regen"), lambda: chat.ask("x y z " * 30)):
+        with pytest.raises(stop):
+            run()
+        assert chat.turns == turns
 
 
 def test_a_context_beyond_training_and_lost_roles_warn_once(tiny):

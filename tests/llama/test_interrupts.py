@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
+from colm_edge.llama import model
 from colm_edge.llama.interrupts import interrupts_noted
 from colm_edge.llama.model import Model
 from colm_edge.llama.owners import Alone, HomeLock
@@ -46,13 +47,31 @@ def test_on_another_thread_nothing_changes():
 
 
 def test_a_load_ends_with_it_every_time(tiny, capfd):
-    model = Model(tiny["base"], progress=lambda share: signal.raise_signal(signal.SIGINT))
+    reading = Model(tiny["base"], progress=lambda share: signal.raise_signal(signal.SIGINT))
     for _ in range(20):
         with pytest.raises(KeyboardInterrupt):
-            model.load()
-        assert not model.loaded
-    model.close()
+            reading.load()
+        assert not reading.loaded
+    reading.close()
     assert "ignored" not in capfd.readouterr().err
+
+
+def test_one_that_comes_when_all_is_read_leaves_nothing_in_memory(tiny, monkeypatch):
+    read, free = model.llama.llama_model_load_from_file, model.llama.llama_model_free
+    opened, freed = [], []
+
+    def interrupted(*args) -> object:
+        opened.append(read(*args))
+        signal.raise_signal(signal.SIGINT)
+        return opened[-1]
+
+    monkeypatch.setattr(model.llama, "llama_model_load_from_file", interrupted)
+    monkeypatch.setattr(
+        model.llama, "llama_model_free", lambda handle: (freed.append(handle), free(handle))
+    )
+    with pytest.raises(KeyboardInterrupt):
+        Model(tiny["base"])
+    assert freed == opened != []
 
 
 @pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="a POSIX system")

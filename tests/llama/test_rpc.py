@@ -82,7 +82,7 @@ def test_offline_does_not_ask_another_machine(tiny):
     runner, models = CliRunner(), ["-m", tiny["base"], "-me", tiny["expert"]]
     offline = runner.invoke(main, ["run", "hello", *models, "--rpc", "192.0.2.1:1", "--offline"])
     assert offline.exit_code == 1
-    assert "192.0.2.1:1: not asked with --offline" in offline.stderr
+    assert "192.0.2.1:1: --offline allows only servers" in offline.stderr
 
 
 @contextmanager
