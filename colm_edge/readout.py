@@ -282,3 +282,10 @@ def _in_use() -> tuple[Read, ReadRows, str]:
 
 
 read, read_rows, implementation = _in_use()
+
+
+def read_alone(
+    logits: Buffer, out: Buffer, n_choose: SupportsIndex, defer_row: SupportsIndex = -1
+) -> tuple[int, float]:
+    """Read logits as `read` does, without a head; out: (8,), or (9,) with a defer row."""
+    return read(logits, None, None, None, None, out, n_choose, defer_row)

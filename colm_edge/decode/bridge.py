@@ -204,7 +204,7 @@ class Bridge(Around):
         if row not in self._totals:
             logits, out = self._logits(row), self._features
             try:
-                _, total = readout.read(logits, None, None, None, None, out, len(logits), -1)
+                _, total = readout.read_alone(logits, out, len(logits))
             except ValueError as e:
                 raise ModelError(f"the expert is broken: {e}; use another file") from e
             self._totals[row] = total

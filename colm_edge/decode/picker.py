@@ -56,7 +56,7 @@ class Picker:
         row = self._defer_row if self._defer_row < len(logits) else -1
         out = self._features[: len(readout.FEATURES) + (row >= 0)]
         try:
-            return readout.read(logits, None, None, None, None, out, n_choose, row)
+            return readout.read_alone(logits, out, n_choose, row)
         except ValueError as e:
             who = "base" if of_base else "expert"
             raise ModelError(f"the {who} is broken: {e}; use another file") from e

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 from colm_edge.arrays import Floats
-from colm_edge.errors import ModelError, SwitchError
+from colm_edge.errors import ModelError
 from colm_edge.options import Options
 from colm_edge.switch.file import Switch
 from colm_edge.switch.reading import AnySwitch, Reader
@@ -106,9 +106,10 @@ def threshold_of(switch: AnySwitch, options: Options) -> float:
         return options.threshold
     if (rate := running_rate(switch, options)) is not None:
         return 1 - rate
-    if options.defer_rate is None:
+    known = _calibrated(switch)
+    if options.defer_rate is None or known is None:
         return switch.threshold
-    return switch.threshold_for(options.defer_rate)
+    return known.threshold_for(options.defer_rate)
 
 
 def running_rate(switch: AnySwitch, options: Options) -> float | None:
@@ -117,13 +118,12 @@ def running_rate(switch: AnySwitch, options: Options) -> float | None:
     rate = options.defer_rate
     if rate is None and isinstance(switch, Untrained):
         rate = DEFAULT_RATE
-    if options.threshold is not None or rate is None:
-        return None
-    try:
-        switch.threshold_for(rate)
-    except SwitchError:
-        return rate
-    return None
+    return rate if options.threshold is None and _calibrated(switch) is None else None
+
+
+def _calibrated(switch: AnySwitch) -> Switch | None:
+    """Return a switch that knows its threshold for every defer rate, or None."""
+    return switch if isinstance(switch, Switch) and switch.defer_rates else None
 
 
 def review_of(switch: AnySwitch, options: Options, *, possible: bool) -> float:
@@ -143,10 +143,10 @@ def review_floor(switch: AnySwitch, options: Options) -> float:
         return 0.0
     if options.review_floor is not None:
         return options.review_floor
-    deferred = expected_rate(switch, options)
-    if deferred is None or not isinstance(switch, Switch) or not switch.defer_rates:
+    deferred, known = expected_rate(switch, options), _calibrated(switch)
+    if deferred is None or known is None:
         return 0.0
-    return switch.threshold_for(deferred + REVIEW_SHARE * (1 - deferred))
+    return known.threshold_for(deferred + REVIEW_SHARE * (1 - deferred))
 
 
 def expected_rate(switch: AnySwitch, options: Options) -> float | None:
@@ -155,6 +155,6 @@ def expected_rate(switch: AnySwitch, options: Options) -> float | None:
     threshold = threshold_of(switch, options)
     if options.threshold is None and (rate := options.defer_rate or running_rate(switch, options)):
         return rate if rate < 1 else None
-    if isinstance(switch, Switch) and switch.defer_rates and 0 < threshold < 1:
-        return float(np.interp(-threshold, np.negative(switch.thresholds), switch.defer_rates))
+    if (known := _calibrated(switch)) is not None and 0 < threshold < 1:
+        return float(np.interp(-threshold, np.negative(known.thresholds), known.defer_rates))
     return None

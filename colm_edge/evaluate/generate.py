@@ -14,7 +14,6 @@ import numpy as np
 from colm_edge import readout
 from colm_edge.arrays import Bools, Doubles, Floats, Ints
 from colm_edge.decode.policy import review_floor, running_rate
-from colm_edge.errors import SwitchError
 from colm_edge.evaluate.metrics import Metric, check_rows
 from colm_edge.journal import MOST_SECONDS, Journal, is_count, is_number, key_of
 from colm_edge.switch.file import Switch
@@ -52,13 +51,10 @@ class RandomSwitch:
         out = np.empty(N_LOGIT, np.float32)
 
         def read(logits: Floats, hidden: Floats) -> tuple[float, int, float, int]:
-            choice, logsumexp = readout.read(logits, None, None, None, None, out, n_choose, -1)
+            choice, logsumexp = readout.read_alone(logits, out, n_choose)
             return rng.random(), choice, logsumexp, 0
 
         return read
-
-    def threshold_for(self, defer_rate: float) -> float:
-        raise SwitchError("random deferral has no calibration; give --threshold")
 
 
 @dataclass(frozen=True)

@@ -46,13 +46,6 @@ class AnySwitch(Protocol):
         one of the ids below n_choose. Raises MismatchError when the base does not fit."""
         ...
 
-    def threshold_for(self, defer_rate: float) -> float:
-        """Return the threshold that defers about this share of the tokens.
-
-        Raises SwitchError when the switch is not calibrated.
-        """
-        ...
-
 
 @runtime_checkable
 class FeatureSwitch(AnySwitch, Protocol):

@@ -12,7 +12,7 @@ import numpy as np
 
 from colm_edge import readout
 from colm_edge.arrays import Doubles, Floats
-from colm_edge.errors import MismatchError, SwitchError
+from colm_edge.errors import MismatchError
 from colm_edge.switch.reading import N_LOGIT, Base, Reader, sigmoid
 
 DEFER_TOKEN = "<|defer|>"  # the token Co-LLM's training adds; its output row is the switch
@@ -37,11 +37,10 @@ class Untrained:
 
     def reader(self, base: Base, n_choose: int) -> Reader:
         out = np.empty(N_LOGIT, np.float32)
-        read_native = readout.read
         rule, column = RULES[self.name], readout.FEATURES.index(self.name)
 
         def read(logits: Floats, hidden: Floats) -> tuple[float, int, float, int]:
-            choice, logsumexp = read_native(logits, None, None, None, None, out, n_choose, -1)
+            choice, logsumexp = readout.read_alone(logits, out, n_choose)
             return rule(float(out[column]), math), choice, logsumexp, 0
 
         return read
@@ -49,9 +48,6 @@ class Untrained:
     def p_defer(self, logit_features: Floats, hidden: Floats | None) -> Doubles:
         column = logit_features[:, readout.FEATURES.index(self.name)]
         return np.asarray(RULES[self.name](column.astype(np.float64), np))
-
-    def threshold_for(self, defer_rate: float) -> float:
-        raise SwitchError(f"the untrained {self.name} switch has no calibration; give --threshold")
 
 
 @dataclass(frozen=True)
@@ -70,13 +66,10 @@ class Only:
         out = np.empty(N_LOGIT, np.float32)
 
         def read(logits: Floats, hidden: Floats) -> tuple[float, int, float, int]:
-            choice, logsumexp = readout.read(logits, None, None, None, None, out, n_choose, -1)
+            choice, logsumexp = readout.read_alone(logits, out, n_choose)
             return 1.0, choice, logsumexp, self.expert
 
         return read
-
-    def threshold_for(self, defer_rate: float) -> float:
-        raise SwitchError("one expert alone has no defer rate")
 
 
 @dataclass(frozen=True)
@@ -92,13 +85,9 @@ class DeferRow:
         if row is None:
             raise MismatchError(f"the base's vocabulary has no token {DEFER_TOKEN}")
         out = np.empty(N_LOGIT + 1, np.float32)
-        read_native = readout.read
 
         def read(logits: Floats, hidden: Floats) -> tuple[float, int, float, int]:
-            choice, logsumexp = read_native(logits, None, None, None, None, out, n_choose, row)
+            choice, logsumexp = readout.read_alone(logits, out, n_choose, row)
             return sigmoid(float(out[N_LOGIT])), choice, logsumexp, 0
 
         return read
-
-    def threshold_for(self, defer_rate: float) -> float:
-        raise SwitchError("the defer row has no calibration for defer rates; give --threshold")
