@@ -128,8 +128,7 @@ def _n_ctx(model: Model) -> int:
 
 def _model_facts(model: Model, table: CostTable | None) -> dict[str, Any]:
     n_ctx = _n_ctx(model)
-    weights = model.header()
-    size, n_params = (f(weights) for f in (llama.llama_model_size, llama.llama_model_n_params))
+    size, n_params = llama.llama_model_size(model.header()), model.n_params
     return {
         "model": str(model.path),
         "name": model.metadata("general.name"),

@@ -31,6 +31,7 @@ class Fake:
         self.listed: dict | None = None  # instead of these
         self.max_logprobs, self.tells_cached = 20, True  # as vLLM's options
         self.n_connections = self.n_absent = 0
+        self.cuts_characters = False
         self.requests: list[tuple[str, dict]] = []
         self.keys: list[str | None] = []
         self.failures: list[str] = []
@@ -101,11 +102,10 @@ class Fake:
                 {"id": int(i), "logprob": float(x[i]), "bytes": list(self.model.piece(int(i)))}
                 for i in best[: body["n_probs"]]
             ]
-            return {
-                "tokens": [top[0]["id"]],
-                "timings": {"prompt_n": n},
-                "completion_probabilities": [{**top[0], "top_logprobs": top}],
-            }
+            told = {"tokens": [top[0]["id"]], "timings": {"prompt_n": n}}
+            if self.cuts_characters and "logit_bias" not in body:
+                return told  # as llama.cpp's server, of a token that ends inside a character
+            return told | {"completion_probabilities": [{**top[0], "top_logprobs": top}]}
         assert path == "/v1/completions"
         told = {f"token_id:{i}": float(x[i]) for i in best[: body["logprobs"]]}
         answer: dict = {"choices": [{"index": 0, "logprobs": {"top_logprobs": [told]}, **inside}]}

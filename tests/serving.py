@@ -14,7 +14,7 @@ import uvicorn
 from colm_edge.options import Options, ServerOptions
 from colm_edge.pair import Pair
 from colm_edge.serve.answers import Server
-from colm_edge.serve.app import create_app
+from colm_edge.serve.app import config_of, listen
 
 GREEDY = Options(temperature=0.0, threshold=0.4)
 
@@ -23,14 +23,12 @@ GREEDY = Options(temperature=0.0, threshold=0.4)
 def serving(pair: Pair, **settings) -> Iterator[tuple[str, Server]]:
     """Run a real server on a free port."""
     server = Server(pair, ServerOptions(port=0, **settings), "tiny")
-    config = uvicorn.Config(create_app(server), port=0, log_level="warning", lifespan="on")
-    running = uvicorn.Server(config)
-    thread = threading.Thread(target=running.run)
+    running, listening = uvicorn.Server(config_of(server)), listen("127.0.0.1", 0)
+    thread = threading.Thread(target=running.run, args=([listening],))
     thread.start()
     wait_for(lambda: running.started)
-    port = running.servers[0].sockets[0].getsockname()[1]
     try:
-        yield f"http://127.0.0.1:{port}", server
+        yield f"http://127.0.0.1:{listening.getsockname()[1]}", server
     finally:
         running.should_exit = True
         thread.join(60)

@@ -11,6 +11,7 @@ from colm_edge.llama.owners import HomeLock
 
 THINK, THINK_END = "<think>", "</think>"
 LONGEST_FORM = 200  # of a date
+MAX_DEPTH = 200  # of objects and lists in each other
 Message = Mapping[str, Any]  # role, content, and what the template reads besides
 
 
@@ -134,17 +135,19 @@ def each_text(given: Any, change: Callable[[str], str]) -> Any:
 
     Raises PromptError where it is nested too deep.
     """
-    try:
-        return _changed(given, change)
-    except RecursionError as e:
-        raise PromptError("the conversation is nested too deep; send less of it") from e
+    return _changed(given, change, MAX_DEPTH)
 
 
-def _changed(given: Any, change: Callable[[str], str]) -> Any:
+def _changed(given: Any, change: Callable[[str], str], depth: int) -> Any:
+    if depth == 0:  # what Python's own limit ends, it ends in the middle of llama.cpp's work too
+        raise PromptError("the conversation is nested too deep; send less of it")
     if isinstance(given, str):
         return change(given)
     if isinstance(given, Mapping):
-        return {_changed(key, change): _changed(value, change) for key, value in given.items()}
+        return {
+            change(key) if isinstance(key, str) else key: _changed(value, change, depth - 1)
+            for key, value in given.items()
+        }
     if isinstance(given, list | tuple):
-        return [_changed(value, change) for value in given]
+        return [_changed(value, change, depth - 1) for value in given]
     return given

@@ -305,6 +305,11 @@ class Model:
         """Width of the hidden state."""
         return self.number("embedding_length")
 
+    @property
+    def n_params(self) -> int:
+        """How many weights it has, without an adapter's."""
+        return int(llama.llama_model_n_params(self.header()))
+
     @cached_property
     def n_ctx_train(self) -> int:
         return self.number("context_length")

@@ -34,6 +34,9 @@ def _ask(model: str, tokens: list[int], n_probs: int) -> Body:
         "n_predict": 1,
         "n_probs": n_probs,
         "temperature": 0,
+        # Where the sampled token ends inside a character, the server tells no probabilities; those
+        # that it tells are as before any bias.
+        "logit_bias": [["\n", 1000]],
         "cache_prompt": True,
         "return_tokens": True,
         "stream": False,

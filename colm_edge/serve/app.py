@@ -22,6 +22,8 @@ from colm_edge.serve.errors import HANDLERS
 from colm_edge.serve.guard import Guard
 
 if TYPE_CHECKING:
+    import uvicorn
+
     from colm_edge.pair import Pair
 
 ROUTERS = (page.router, routes.router, responses.router, messages.router, ollama.router)
@@ -70,6 +72,20 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     await asyncio.to_thread(server.close)
 
 
+def config_of(server: Server) -> uvicorn.Config:
+    """Return how uvicorn runs a server."""
+    import uvicorn
+
+    return uvicorn.Config(
+        create_app(server),
+        log_level="critical",  # it would report the tasks that it cancels
+        timeout_graceful_shutdown=SHUTDOWN + 5,
+        lifespan="on",
+        access_log=False,
+        proxy_headers=False,  # a proxy's clients would all be one, with one place in the queue
+    )
+
+
 def listen(host: str, port: int) -> socket.socket:
     """Return a socket that is bound to an address. Raises ColmError when it is not available."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
@@ -110,14 +126,7 @@ def serve(pair: Pair, settings: ServerOptions, name: str, note: Callable[[str], 
 
     host = f"[{settings.host}]" if ":" in settings.host else settings.host
     note(f"listening on http://{host}:{listening.getsockname()[1]}")
-    config = uvicorn.Config(
-        create_app(server),
-        log_level="critical",  # it would report the tasks that it cancels
-        timeout_graceful_shutdown=SHUTDOWN + 5,
-        lifespan="on",
-        access_log=False,
-    )
     try:
-        Uvicorn(config).run(sockets=[listening])
+        Uvicorn(config_of(server)).run(sockets=[listening])
     finally:
         server.close()  # a second signal has left it open

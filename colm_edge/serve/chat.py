@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 
 from colm_edge.errors import ColmError
 from colm_edge.serve.dialogue import Conversation, arguments_of, thinking_of
-from colm_edge.serve.requests import MAX_LOGPROBS, Body, Sampling, TextPart, joined
+from colm_edge.serve.requests import MAX_LOGPROBS, Body, List, Sampling, TextPart, joined
 from colm_edge.serve.tools import Tool, use_of
 
 
@@ -33,8 +33,8 @@ class ToolCall(Body):
 
 class Message(Body):
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | list[Part] | None = None
-    tool_calls: list[ToolCall] | None = None
+    content: str | List[Part] | None = None
+    tool_calls: List[ToolCall] | None = None
     tool_call_id: str | None = None
     name: str | None = None
     reasoning_content: str | None = None
@@ -113,8 +113,8 @@ class ResponseFormat(Body):
 class Messages(Body):
     """A conversation, and what its template reads besides."""
 
-    messages: list[Message] = Field(min_length=1)
-    tools: list[FunctionTool] | None = None
+    messages: List[Message] = Field(min_length=1)
+    tools: List[FunctionTool] | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedTool = "auto"
     parallel_tool_calls: bool = True
     chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)  # llama.cpp's, vLLM's
@@ -131,7 +131,8 @@ class Messages(Body):
             [message.as_dict() for message in self.messages],
             use_of(
                 [tool.function.as_tool() for tool in self.tools or ()],
-                choice if isinstance(choice, str) else choice.function.name,
+                choice if isinstance(choice, str) else "required",
+                only=None if isinstance(choice, str) else choice.function.name,
                 parallel=self.parallel_tool_calls,
             ),
             self.schema_wanted(),

@@ -15,9 +15,8 @@ from fastapi.responses import JSONResponse, Response
 from colm_edge.decode.step import Drafted, Step, Undone
 from colm_edge.serve.answers import Ended, Events, Job, Server
 from colm_edge.serve.dialogue import Prompt
-from colm_edge.serve.errors import RefusalError
 from colm_edge.serve.formats import Format, Json, colm_of, usage_of
-from colm_edge.serve.requests import MAX_CHOICES, Sampling
+from colm_edge.serve.requests import Sampling
 from colm_edge.serve.streaming import DONE, EventStream, sse, while_connected
 
 
@@ -44,28 +43,22 @@ async def respond(
         colm["trace"] = [
             {"choice": i, **step.record()} for i, e in enumerate(ended) for step in e.answer.steps
         ]
-    return JSONResponse(
-        {
-            **head,
-            "object": form.kind,
-            "choices": [form.choice(i, e) for i, e in enumerate(ended)],
-            "usage": usage_of(n_prompt, ended),
-            "colm": colm,
-        }
-    )
+
+    def whole() -> Response:
+        choices = [form.choice(i, e) for i, e in enumerate(ended)]
+        more = {"choices": choices, "usage": usage_of(n_prompt, ended), "colm": colm}
+        return JSONResponse({**head, "object": form.kind, **more})
+
+    # With log-probabilities of many tokens it takes seconds, for which nobody else is to wait.
+    return await asyncio.to_thread(whole)
 
 
 def jobs_of(server: Server, body: Sampling, prompts: Sequence[Prompt]) -> list[Job]:
     """Return one job for each choice: `n` of each prompt, one prompt after the other.
 
-    Raises RefusalError for too many, ColmError for options or a prompt that this pair cannot take.
+    Raises ColmError for options or a prompt that this pair cannot take.
     """
     jobs = list[Job]()
-    n = len(prompts) * body.n
-    if n > MAX_CHOICES:
-        raise RefusalError(
-            400, f"the request asks for {n} answers; at most {MAX_CHOICES} are allowed", param="n"
-        )
     limit = server.settings.max_tokens
     for prompt in prompts:
         for _ in range(body.n):

@@ -3,8 +3,9 @@ that its answer keeps to, and the parts that the answer is told in."""
 
 from __future__ import annotations
 
+import asyncio
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -93,6 +94,12 @@ class Dialogue:
     def reply(self, answer: Answer) -> Reply:
         """Return a whole answer's parts."""
         return reply_of(self.splitter(), answer.text)
+
+
+async def dialogue_of(pair: Pair, conversation: Callable[[], Conversation]) -> Dialogue:
+    """Return the dialogue of a conversation, both made on another thread: where they are long, that
+    takes seconds, and other clients are not to wait for it."""
+    return await asyncio.to_thread(lambda: Dialogue(pair, conversation()))
 
 
 def arguments_of(text: str) -> Any:

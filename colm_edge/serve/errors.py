@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import logging
+import asyncio
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -13,8 +13,6 @@ from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
 from colm_edge.errors import ColmError, ContextError, ModelError
-
-log = logging.getLogger("colm_edge")
 
 
 class RefusalError(Exception):
@@ -125,11 +123,6 @@ async def _half_a_character(request: Request, _: UnicodeEncodeError) -> JSONResp
     return RefusalError(400, message).response(request.url.path)
 
 
-async def _broken(request: Request, e: Exception) -> JSONResponse:
-    log.error("a request failed: %s", request.url.path, exc_info=e)
-    return INTERNAL.response(request.url.path)
-
-
 async def _invalid(request: Request, e: RequestValidationError) -> JSONResponse:
     # Of a value that may be of several types there is an error for each: the one that lies deepest
     # in the body is of the type that was meant; of these, one about a name, and then a value.
@@ -146,7 +139,8 @@ async def _invalid(request: Request, e: RequestValidationError) -> JSONResponse:
 async def _other(request: Request, e: HTTPException) -> JSONResponse:
     message = str(e.detail)
     if e.status_code == 404:
-        paths = ", ".join(sorted(request.app.openapi()["paths"]))
+        document = await asyncio.to_thread(request.app.openapi)  # the first takes half a second
+        paths = ", ".join(sorted(document["paths"]))
         message = f"no endpoint {request.url.path[:100]!r}; there are {paths}"
     return RefusalError(e.status_code, message, headers=e.headers).response(request.url.path)
 
@@ -158,7 +152,6 @@ HANDLERS: dict[int | type[Exception], Any] = {
     RequestValidationError: _invalid,
     HTTPException: _other,
     UnicodeEncodeError: _half_a_character,
-    Exception: _broken,
 }
 
 UNSUPPORTED = ("logit_bias", "best_of", "suffix")
@@ -169,9 +162,10 @@ def _place(error: Mapping[str, Any], body: Any) -> tuple[str | int, ...]:
     found: list[str | int] = []
     at, parts = body, error["loc"][1:]
     for i, part in enumerate(parts):
-        inside = (
-            part in at if isinstance(at, dict) else isinstance(at, list) and part in range(len(at))
-        )
+        if isinstance(at, list):
+            inside = isinstance(part, int) and part < len(at)
+        else:
+            inside = isinstance(at, dict) and part in at
         if inside:
             at = at[part]
             found.append(part)

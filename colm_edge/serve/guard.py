@@ -5,9 +5,12 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import math
 import secrets
+import socket
 from collections.abc import Callable, Coroutine
+from ipaddress import ip_address
 from typing import Annotated, Any
 
 from fastapi import Depends, Request
@@ -17,7 +20,9 @@ from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from colm_edge.serve.answers import Server
-from colm_edge.serve.errors import RefusalError
+from colm_edge.serve.errors import INTERNAL, RefusalError
+
+log = logging.getLogger("colm_edge")
 
 MAX_BODY = 4 << 20  # bytes of a request
 LOCAL = ("127.0.0.1", "localhost", "::1")
@@ -80,17 +85,22 @@ class Guard:
         self._key, self._stopping = server.settings.api_key, server.stopping
         # Any site can point its own name at 127.0.0.1, and its pages could then read what this
         # server answers. So a local server answers only to local names, and those it is given.
-        allowed = [name.lower() for name in server.settings.allowed_hosts]
-        names = {f"[{name}]" if ":" in name else name for name in (*LOCAL, *allowed)}
-        self._hosts = names if allowed or server.settings.host in LOCAL else None
+        host, allowed = server.settings.host, server.settings.allowed_hosts
+        names = [name.lower() for name in (*LOCAL, host, *allowed)]
+        known = {f"[{name}]" if ":" in name else name for name in names}
+        self._hosts = known if allowed or _is_local(host) else None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
 
+        has_begun = False
+
         async def counted(message: Message) -> None:
+            nonlocal has_begun
             if message["type"] == "http.response.start":
+                has_begun = True
                 # The route's own path: one label for each endpoint, whatever clients make up.
                 path = getattr(scope.get("route"), "path", "other")
                 self._metrics.requests.labels(path, message["status"]).inc()
@@ -103,6 +113,11 @@ class Guard:
             return
         try:
             await self._bounded(scope, receive, counted)
+        except Exception:  # here, so that it is counted too, and other sites' pages can read it
+            log.exception("a request failed: %s", path)
+            if has_begun:
+                raise
+            await INTERNAL.response(path)(scope, receive, counted)
         finally:
             client = scope.get("client")
             self._leave(client and tuple(client))
@@ -174,6 +189,15 @@ class Guard:
         finally:
             receiving.cancel()
             stopping.cancel()
+
+
+def _is_local(host: str) -> bool:
+    """Return whether a name or an address, however it is written, is this machine's own."""
+    try:
+        found = {address[0] for *_, address in socket.getaddrinfo(host, None)}
+    except OSError:
+        return False
+    return all(ip_address(str(address).partition("%")[0]).is_loopback for address in found)
 
 
 def _of_length(headers: Headers) -> RefusalError | None:

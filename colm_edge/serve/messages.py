@@ -7,6 +7,8 @@ import json
 import secrets
 from collections.abc import AsyncGenerator, Iterator
 from contextlib import aclosing
+from itertools import chain, groupby
+from operator import itemgetter
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Request
@@ -15,14 +17,14 @@ from pydantic import Field
 
 from colm_edge.serve.answers import Began, Ended, Events
 from colm_edge.serve.completions import jobs_of
-from colm_edge.serve.dialogue import Conversation, Dialogue
+from colm_edge.serve.dialogue import Conversation, Dialogue, dialogue_of
 from colm_edge.serve.errors import ANTHROPIC_REFUSALS, RefusalError, anthropic
 from colm_edge.serve.formats import colm_of
 from colm_edge.serve.guard import JSONRoute, TheServer
 from colm_edge.serve.parts import CallArguments, CallBegan, Part, Reply, Text, Thought
-from colm_edge.serve.requests import Body, Sampling, Stop, TextPart, joined
+from colm_edge.serve.requests import Body, List, Sampling, Stop, TextPart, joined
 from colm_edge.serve.streaming import EventStream, sse, while_connected
-from colm_edge.serve.tools import Tool, use_of
+from colm_edge.serve.tools import Choice, Tool, use_of
 
 router = APIRouter(route_class=JSONRoute, responses=ANTHROPIC_REFUSALS)
 Json = dict[str, Any]
@@ -47,16 +49,16 @@ class UseBlock(Body):
 class ResultBlock(Body):
     type: Literal["tool_result"]
     tool_use_id: str
-    content: str | list[TextBlock] = ""
+    content: str | List[TextBlock] = ""
 
 
-Texts = str | list[TextBlock]
+Texts = str | List[TextBlock]
 Block = Annotated[TextBlock | ThinkingBlock | UseBlock | ResultBlock, Field(discriminator="type")]
 
 
 class Message(Body):
     role: Literal["system", "user", "assistant"]
-    content: str | list[Block]
+    content: str | List[Block]
 
     def as_dicts(self) -> list[Json]:
         """Return it as messages of OpenAI's: each tool's result is one of its own, before what
@@ -91,14 +93,14 @@ class OfferedTool(Body):
     type: Literal["custom"] = "custom"  # Anthropic's own tools have other types
 
 
+# Anthropic's words for what OpenAI's API says.
+USE: dict[str, Choice] = {"auto": "auto", "any": "required", "tool": "required", "none": "none"}
+
+
 class ToolChoice(Body):
     type: Literal["auto", "any", "tool", "none"] = "auto"
     name: str = ""
     disable_parallel_tool_use: bool = False
-
-    @property
-    def choice(self) -> str:
-        return {"any": "required", "tool": self.name}.get(self.type, self.type)
 
 
 class Format(Body):
@@ -117,9 +119,9 @@ class Thinking(Body):
 class CountRequest(Body):
     """A conversation whose tokens a client wants to count."""
 
-    messages: list[Message] = Field(min_length=1)
+    messages: List[Message] = Field(min_length=1)
     system: Texts = ""
-    tools: list[OfferedTool] = Field(default_factory=list)
+    tools: List[OfferedTool] = Field(default_factory=list)
     tool_choice: ToolChoice = ToolChoice()
     output_config: OutputConfig = OutputConfig()
     thinking: Thinking | None = None
@@ -133,32 +135,39 @@ class CountRequest(Body):
         chosen, form, variables = self.tool_choice, self.output_config.format, Json()
         if self.thinking is not None:
             variables["enable_thinking"] = self.thinking.type != "disabled"
-        for message in self.messages:
-            for one in message.as_dicts():
-                if messages and {one["role"], messages[-1]["role"]} in ({"user"}, {"assistant"}):
-                    messages[-1] = _as_one_turn(messages[-1], one)
-                else:
-                    messages.append(one)
+        given = (one for message in self.messages for one in message.as_dicts())
+        for role, group in groupby(given, itemgetter("role")):
+            turns = list(group)
+            messages += [_as_one(turns)] if role in ("user", "assistant") else turns
         return Conversation(
             messages,
-            use_of(tools, chosen.choice, parallel=not chosen.disable_parallel_tool_use),
+            use_of(
+                tools,
+                USE[chosen.type],
+                only=chosen.name if chosen.type == "tool" else None,
+                parallel=not chosen.disable_parallel_tool_use,
+            ),
             form.schema_ if form is not None else None,
             {**variables, **self.chat_template_kwargs},
         )
 
 
-def _as_one_turn(before: Json, after: Json) -> Json:
-    """Return two messages of one role as one, as Anthropic's API takes turns that follow."""
-    texts = "\n\n".join(filter(None, [before["content"], after["content"]]))
-    calls = [*before.get("tool_calls", ()), *after.get("tool_calls", ())]
-    return {**after, **before, "content": texts, **({"tool_calls": calls} if calls else {})}
+def _as_one(turns: list[Json]) -> Json:
+    """Return messages of one role as one, as Anthropic's API takes turns that follow."""
+    whole: Json = {}
+    for turn in reversed(turns):  # of thoughts, the first ones stay
+        whole |= turn
+    whole["content"] = "\n\n".join(turn["content"] for turn in turns if turn["content"])
+    if calls := [call for turn in turns for call in turn.get("tool_calls", ())]:
+        whole["tool_calls"] = calls
+    return whole
 
 
 class MessagesRequest(CountRequest, Sampling):
     elsewhere = ("stop", "json_schema", "trace", "provisional")
 
     max_tokens: int = Field(ge=0)
-    stop_sequences: list[Stop] | None = None
+    stop_sequences: List[Stop] | None = None
     n: Literal[1] = 1
 
     def stops(self) -> tuple[str, ...] | None:
@@ -176,7 +185,7 @@ def count_tokens(body: CountRequest, server: TheServer) -> dict[str, int]:
 )
 async def messages(body: MessagesRequest, server: TheServer, request: Request) -> Response:
     server.check_queue(request.client)
-    dialogue = await asyncio.to_thread(Dialogue, server.pair, body.conversation())
+    dialogue = await dialogue_of(server.pair, body.conversation)
     (job,) = await asyncio.to_thread(jobs_of, server, body, [dialogue.prompt])
     head = {
         "id": "msg_" + secrets.token_hex(12),
@@ -241,10 +250,12 @@ class Blocks:
 
     def __init__(self) -> None:
         self._n = 0
+        self.says_something = False  # a thought alone does not
         self._kind: type[Part] | None = None  # of the block that is open
 
     def add(self, part: Part) -> Iterator[Json]:
         kind = CallBegan if isinstance(part, CallArguments) else type(part)
+        self.says_something |= kind is not Thought
         if isinstance(part, CallBegan) or kind is not self._kind:
             yield from self.close()
             self._kind = kind
@@ -292,7 +303,8 @@ async def _events(stream: Events, head: Json, dialogue: Dialogue) -> AsyncGenera
                 for data in blocks.add(part):
                     yield _event(data)
             if isinstance(one, Ended):
-                for data in blocks.close():
+                rest = () if blocks.says_something else blocks.add(Text(""))  # as in `blocks_of`
+                for data in chain(rest, blocks.close()):
                     yield _event(data)
                 delta = end_of(one, is_call=splitter.is_call)
                 counts = {"output_tokens": one.answer.stats.n_generated}

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import time
+from collections import defaultdict, deque
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from datetime import UTC, datetime
@@ -18,7 +20,7 @@ from colm_edge.llama.chat_template import THINK_END
 from colm_edge.serve.answers import Ended, Events, Server
 from colm_edge.serve.chat import FunctionTool
 from colm_edge.serve.completions import jobs_of
-from colm_edge.serve.dialogue import Conversation, Dialogue, arguments_of
+from colm_edge.serve.dialogue import Conversation, Dialogue, arguments_of, dialogue_of
 from colm_edge.serve.errors import OLLAMA_REFUSALS, RefusalError
 from colm_edge.serve.formats import colm_of
 from colm_edge.serve.guard import JSONRoute, TheServer
@@ -27,6 +29,7 @@ from colm_edge.serve.requests import (
     Body,
     BodyOptions,
     ColmFields,
+    List,
     Sampling,
     Seed,
     Stop,
@@ -48,7 +51,7 @@ class SamplingOptions(BodyOptions):
 
     num_predict: int | None = Field(default=None, ge=-2)  # -1, -2: as much as there is room for
     seed: Seed | None = None
-    stop: Stop | list[Stop] | None = None
+    stop: Stop | List[Stop] | None = None
     repeat_last_n: Literal[64] | None = None  # what llama.cpp's penalties look at here
 
     @model_validator(mode="before")
@@ -116,7 +119,7 @@ class Message(Body):
     role: Literal["system", "user", "assistant", "tool"]
     content: str = ""
     thinking: str | None = None
-    tool_calls: list[ToolCall] = Field(default_factory=list)
+    tool_calls: List[ToolCall] = Field(default_factory=list)
     images: list[Any] = Field(default_factory=list, max_length=0)
     tool_name: str | None = None  # whose result it is
 
@@ -136,25 +139,30 @@ class Message(Body):
 def with_ids(messages: list[Json]) -> list[Json]:
     """Return a conversation whose calls have ids, and results the id and name of their calls: of
     the first one that waits, by its name where it is told."""
-    waiting: list[Json] = []
+    names: dict[str, str] = {}  # of the calls that wait, by their ids
+    in_order, by_name = deque[str](), defaultdict[str, deque[str]](deque)  # their ids
     n_calls = 0
     for message in messages:
         for call in message.get("tool_calls", ()):
-            call["id"] = f"call_{n_calls}"
+            call["id"] = key = f"call_{n_calls}"
             n_calls += 1
-            waiting.append(call)
-        if message["role"] == "tool":
-            name = message.get("name")
-            own = (c for c in waiting if name is None or c["function"]["name"] == name)
-            if (call := next(own, None)) is not None:
-                waiting.remove(call)
-                message |= {"tool_call_id": call["id"], "name": call["function"]["name"]}
+            names[key] = name = call["function"]["name"]
+            in_order.append(key)
+            by_name[name].append(key)
+        if message["role"] != "tool":
+            continue
+        queue = by_name[message["name"]] if "name" in message else in_order
+        while queue and queue[0] not in names:  # its result came by the other queue
+            queue.popleft()
+        if queue:
+            key = queue.popleft()
+            message |= {"tool_call_id": key, "name": names.pop(key)}
     return messages
 
 
 class ChatRequest(Asked):
-    messages: list[Message] = Field(default_factory=list)
-    tools: list[FunctionTool] = Field(default_factory=list)
+    messages: List[Message] = Field(default_factory=list)
+    tools: List[FunctionTool] = Field(default_factory=list)
 
     def conversation(self) -> Conversation:
         """Return the conversation. Raises ColmError for tools that cannot be."""
@@ -190,7 +198,7 @@ async def chat(body: ChatRequest, server: TheServer, request: Request) -> Respon
 
     if not body.messages:
         return _loaded(server, written)
-    return await _respond(body, body.conversation(), written, server, request)
+    return await _respond(body, written, server, request)
 
 
 @router.post("/api/generate", responses=BODY_OR_LINES)
@@ -200,26 +208,35 @@ async def generate(body: GenerateRequest, server: TheServer, request: Request) -
 
     if not body.prompt:
         return _loaded(server, written)
-    return await _respond(body, body.conversation(), written, server, request)
+    return await _respond(body, written, server, request)
 
 
 @router.get("/api/tags")
 def tags(server: TheServer) -> Json:
     name, changed = server.name, _now(server.created)
-    model = {"name": name, "model": name, "modified_at": changed, "size": 0, "digest": ""}
+    digest = hashlib.sha256(name.encode()).hexdigest()  # Ollama's program shows its first 12
+    model = {"name": name, "model": name, "modified_at": changed, "size": 0, "digest": digest}
     return {"models": [{**model, "details": _details(server)}]}
 
 
 @router.post("/api/show")
 def show(server: TheServer) -> Json:
     base = server.pair.base
+    family = base.metadata("general.architecture") or ""
     able = ["completion", "tools"]
     if THINK_END in (base.chat_template or ""):
         able.append("thinking")
     return {
         "template": base.chat_template or "",
+        "modified_at": _now(server.created),
         "details": _details(server),
-        "model_info": {"general.architecture": base.metadata("general.architecture")},
+        "model_info": {
+            "general.architecture": family,
+            "general.basename": server.name,
+            "general.parameter_count": base.n_params,
+            f"{family}.context_length": server.pair.n_ctx,
+            f"{family}.embedding_length": base.n_embd,
+        },
         "capabilities": able,
     }
 
@@ -244,10 +261,10 @@ def _loaded(server: Server, written: Written) -> Response:
 
 
 async def _respond(
-    body: Asked, conversation: Conversation, written: Written, server: Server, request: Request
+    body: ChatRequest | GenerateRequest, written: Written, server: Server, request: Request
 ) -> Response:
     server.check_queue(request.client)
-    dialogue = await asyncio.to_thread(Dialogue, server.pair, conversation)
+    dialogue = await dialogue_of(server.pair, body.conversation)
     (job,) = await asyncio.to_thread(jobs_of, server, body.sampling, [dialogue.prompt])
     if body.stream:
         stream = server.stream([job], request.client)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, create_model, model_validator
 
@@ -11,6 +11,7 @@ from colm_edge.errors import ColmError
 from colm_edge.llama.grammar import grammar_of
 from colm_edge.options import OPTIONS, Option, Options
 from colm_edge.serve.dialogue import Prompt, check_length
+from colm_edge.serve.errors import RefusalError
 
 if TYPE_CHECKING:
     from colm_edge.pair import Pair
@@ -32,6 +33,11 @@ REFUSED: dict[str, tuple[Any, ...]] = {
          "use_beam_search", "xtc_probability"), (0,)),
     **dict.fromkeys(("length_penalty", "repetition_penalty", "tfs_z", "typical_p"), (1,)),
 }  # fmt: skip
+
+
+T = TypeVar("T")
+# The first wrong element ends the reading: 4 MB of them would be made into 5 GB of errors.
+List = Annotated[list[T], Field(fail_fast=True)]
 
 
 class Body(BaseModel):
@@ -117,7 +123,7 @@ class Sampling(BodyOptions):
     # -1 is llama.cpp's: no limit but the server's.
     max_tokens: int | None = Field(default=None, ge=-1)
     seed: Seed | None = None
-    stop: Stop | list[Stop] | None = Field(default=None)
+    stop: Stop | List[Stop] | None = Field(default=None)
     n: int = Field(default=1, ge=1, le=MAX_CHOICES)
     stream: bool = False
     stream_options: StreamOptions | None = None
@@ -185,7 +191,7 @@ class Sampling(BodyOptions):
 
 
 class CompletionRequest(Sampling):
-    prompt: str | list[int] | list[str] | list[list[int]]
+    prompt: str | List[int] | List[str] | List[List[int]]
     logprobs: int | None = Field(default=None, ge=0, le=MAX_LOGPROBS)
     prompt_logprobs: int | None = Field(default=None, ge=0, le=MAX_LOGPROBS)  # vLLM's
     prompt_logprobs_from: int = Field(default=1, ge=1)  # of the tokens from this one on
@@ -215,11 +221,17 @@ class CompletionRequest(Sampling):
     def prompts(self, pair: Pair) -> list[Prompt]:
         """Return what to go on from; a list of numbers is one prompt.
 
-        Raises ColmError for a schema that cannot be used.
+        Raises ColmError for a schema that cannot be used, RefusalError for too many answers.
         """
         prompts: Sequence[Any] = [self.prompt]
         if isinstance(self.prompt, list) and not all(isinstance(i, int) for i in self.prompt):
             prompts = self.prompt
+        if (n := len(prompts) * self.n) > MAX_CHOICES:
+            raise RefusalError(
+                400,
+                f"the request asks for {n} answers; at most {MAX_CHOICES} are allowed",
+                param="n",
+            )
         grammar = None if self.json_schema is None else grammar_of(self.json_schema)
         return [Prompt(self._tokens(prompt, pair), grammar) for prompt in prompts]
 
@@ -244,4 +256,4 @@ class TokenizeRequest(Body):
 class DetokenizeRequest(Body):
     """vLLM's: token ids whose text a client wants."""
 
-    tokens: list[Annotated[int, Field(ge=0)]]
+    tokens: List[Annotated[int, Field(ge=0)]]

@@ -19,12 +19,12 @@ from pydantic import Field, field_validator, model_validator
 from colm_edge.serve.answers import Ended, Event, Events
 from colm_edge.serve.chat import Function, Message, ResponseFormat, ToolCall
 from colm_edge.serve.completions import jobs_of
-from colm_edge.serve.dialogue import Conversation, Dialogue, thinking_of
+from colm_edge.serve.dialogue import Conversation, Dialogue, dialogue_of, thinking_of
 from colm_edge.serve.errors import REFUSALS, RefusalError
 from colm_edge.serve.formats import colm_of, usage_of
 from colm_edge.serve.guard import JSONRoute, TheServer
 from colm_edge.serve.parts import CallArguments, CallBegan, Part, Text, Thought
-from colm_edge.serve.requests import Body, Sampling, TextPart, joined
+from colm_edge.serve.requests import Body, List, Sampling, TextPart, joined
 from colm_edge.serve.streaming import EventStream, sse, while_connected
 from colm_edge.serve.tools import use_of
 
@@ -38,7 +38,7 @@ class InputText(TextPart):
     type: Literal["input_text", "output_text", "text"]
 
 
-Texts = str | list[InputText]
+Texts = str | List[InputText]
 
 
 class InputMessage(Body):
@@ -69,7 +69,7 @@ class InputReasoning(Body):
     """What was thought before an earlier answer."""
 
     type: Literal["reasoning"]
-    content: list[ReasoningText] = Field(default_factory=list)
+    content: List[ReasoningText] = Field(default_factory=list)
 
 
 class Reasoning(Body):
@@ -114,11 +114,11 @@ class NamedTool(Body):
 class ResponsesRequest(Sampling):
     elsewhere = ("max_tokens", "json_schema", "trace", "provisional")
 
-    input: str | Annotated[list[Item], Field(min_length=1)]
+    input: str | Annotated[List[Item], Field(min_length=1)]
     instructions: str | None = None
     max_output_tokens: int | None = Field(default=None, ge=0)
     text: TextOptions = TextOptions()
-    tools: list[FunctionTool] = Field(default_factory=list)
+    tools: List[FunctionTool] = Field(default_factory=list)
     tool_choice: Literal["none", "auto", "required"] | NamedTool = "auto"
     parallel_tool_calls: bool = True
     reasoning: Reasoning = Reasoning()
@@ -150,7 +150,8 @@ class ResponsesRequest(Sampling):
             [message.as_dict() for message in self._messages()],
             use_of(
                 [tool.as_tool() for tool in self.tools],
-                choice if isinstance(choice, str) else choice.name,
+                choice if isinstance(choice, str) else "required",
+                only=None if isinstance(choice, str) else choice.name,
                 parallel=self.parallel_tool_calls,
             ),
             self.text.format.wanted if self.text.format is not None else None,
@@ -176,7 +177,8 @@ class ResponsesRequest(Sampling):
                         found[-1].reasoning_content, thought = thought, None
                     function = {"name": item.name, "arguments": item.arguments}
                     call = ToolCall.model_validate({"id": item.call_id, "function": function})
-                    found[-1].tool_calls = [*(found[-1].tool_calls or ()), call]
+                    found[-1].tool_calls = found[-1].tool_calls or []
+                    found[-1].tool_calls.append(call)
                 case InputResult():
                     output = joined(item.output)
                     found.append(Message(role="tool", content=output, tool_call_id=item.call_id))
@@ -189,7 +191,7 @@ class ResponsesRequest(Sampling):
 )
 async def responses(body: ResponsesRequest, server: TheServer, request: Request) -> Response:
     server.check_queue(request.client)
-    dialogue = await asyncio.to_thread(Dialogue, server.pair, body.conversation())
+    dialogue = await dialogue_of(server.pair, body.conversation)
     (job,) = await asyncio.to_thread(jobs_of, server, body, [dialogue.prompt])
     head = Head(server.name, body, len(job.tokens))
     if body.stream:

@@ -13,7 +13,7 @@ from prometheus_client import generate_latest
 
 from colm_edge.serve.chat import ChatRequest, TemplateRequest
 from colm_edge.serve.completions import respond
-from colm_edge.serve.dialogue import Dialogue, check_length
+from colm_edge.serve.dialogue import Dialogue, check_length, dialogue_of
 from colm_edge.serve.errors import REFUSALS, RefusalError
 from colm_edge.serve.formats import ChatFormat, CompletionFormat, told_piece
 from colm_edge.serve.guard import JSONRoute, TheServer
@@ -72,7 +72,7 @@ def one_model(model: str, server: TheServer) -> dict[str, Any]:
 @router.post("/v1/chat/completions", responses=BODY_OR_STREAM)
 async def chat(body: ChatRequest, server: TheServer, request: Request) -> Response:
     server.check_queue(request.client)
-    dialogue = await asyncio.to_thread(Dialogue, server.pair, body.conversation())
+    dialogue = await dialogue_of(server.pair, body.conversation)
     form = ChatFormat(body, dialogue, server.pair.base.piece)
     return await respond(server, form, body, [dialogue.prompt], request)
 

@@ -11,6 +11,7 @@ from typing import Any, Literal
 from colm_edge.errors import ColmError
 
 NAME = re.compile(r"[A-Za-z0-9_.-]{1,128}")
+Choice = Literal["auto", "none", "required"]
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ class ToolUse:
     """
 
     tools: tuple[Tool, ...] = ()
-    choice: str | Tool = "auto"
+    choice: Choice | Tool = "auto"
     parallel: bool = True
 
     @property
@@ -59,8 +60,15 @@ class ToolUse:
         return self.choice == "required" or isinstance(self.choice, Tool)
 
 
-def use_of(tools: Sequence[Tool], choice: str = "auto", *, parallel: bool = True) -> ToolUse:
-    """Return the tools of a request. choice: "auto", "none", "required", or a tool's name.
+def use_of(
+    tools: Sequence[Tool],
+    choice: Choice = "auto",
+    *,
+    only: str | None = None,
+    parallel: bool = True,
+) -> ToolUse:
+    """Return the tools of a request, and how they are to be used. only: the name of the one that
+    has to be called, whatever the choice.
 
     Raises ColmError for names that are wrong, that come twice, or that no tool has.
     """
@@ -73,15 +81,11 @@ def use_of(tools: Sequence[Tool], choice: str = "auto", *, parallel: bool = True
             )
     if len(by_name) < len(tools):
         raise ColmError("two tools have the same name; give each one its own")
-    if choice in ("auto", "none"):
-        return ToolUse(tuple(tools), choice, parallel)
-    if not tools:
-        raise ColmError(f"tool_choice is {choice!r}, but there are no tools; give them")
-    if choice == "required":
-        return ToolUse(tuple(tools), choice, parallel)
-    if choice not in by_name:
-        raise ColmError(f"tool_choice is {choice!r}; expected one of {', '.join(by_name)}")
-    return ToolUse(tuple(tools), by_name[choice], parallel)
+    if not tools and (only is not None or choice == "required"):
+        raise ColmError(f"tool_choice is {only or choice!r}, but there are no tools; give them")
+    if only is not None and only not in by_name:
+        raise ColmError(f"tool_choice is {only!r}; expected one of {', '.join(by_name)}")
+    return ToolUse(tuple(tools), choice if only is None else by_name[only], parallel)
 
 
 @dataclass(frozen=True)

@@ -48,9 +48,18 @@ def test_a_remote_expert_writes_what_a_local_one_writes(tiny, local, owner):
         assert [body["prompt"] for body in fake.asked] == prefixes
 
 
+def test_a_token_that_ends_inside_a_character_is_no_failure(tiny, local):
+    expected = local.generate(PROMPT)
+    with faking("llamacpp", tiny["expert"]) as (url, fake), remote_pair(tiny, url) as pair:
+        fake.cuts_characters = True
+        answer = pair.generate(PROMPT)
+    assert (answer.text, answer.stats.expert_failures) == (expected.text, 0)
+
+
 BODIES = {
     "llamacpp": {
         "model": "the model", "n_predict": 1, "n_probs": 64, "temperature": 0,
+        "logit_bias": [["\n", 1000]],
         "cache_prompt": True, "return_tokens": True, "stream": False,
     },
     "vllm": {

@@ -6,12 +6,20 @@ import httpx
 import openai
 import pytest
 from click.testing import CliRunner
-from serving import sent, serving, wait_for
+from pydantic import ValidationError
+from serving import metrics_of, sent, serving, wait_for
 
 from colm_edge.cli import main
 from colm_edge.serve import app
+from colm_edge.serve.answers import Server
+from colm_edge.serve.chat import ChatRequest
 from colm_edge.serve.dialogue import Dialogue
+from colm_edge.serve.errors import RefusalError
 from colm_edge.serve.guard import MAX_BODY
+from colm_edge.serve.messages import CountRequest
+from colm_edge.serve.ollama import ChatRequest as OllamaRequest
+from colm_edge.serve.requests import CompletionRequest, DetokenizeRequest
+from colm_edge.serve.responses import ResponsesRequest
 
 CHAT = [{"role": "user", "content": "hello"}]
 
@@ -111,6 +119,70 @@ def test_what_breaks_a_request_is_logged(url, monkeypatch, caplog):
     (record,) = [r for r in caplog.records if r.name == "colm_edge"]
     assert "/v1/chat/completions" in record.getMessage()
     assert str(record.exc_info[1]) == "out of order"
+
+
+def test_what_breaks_is_counted_and_other_sites_can_read_it(pair, monkeypatch):
+    monkeypatch.setattr(Dialogue, "__init__", lambda *_: 1 / 0)
+    with serving(pair, cors=("http://page.example",)) as (url, _):
+        asked = {"json": {"messages": CHAT}, "headers": {"Origin": "http://page.example"}}
+        answer = httpx.post(f"{url}/v1/chat/completions", timeout=60, **asked)
+        assert answer.status_code == 500
+        assert answer.headers["access-control-allow-origin"] == "http://page.example"
+        counted = 'colm_requests_total{path="/v1/chat/completions",status="500"}'
+        assert metrics_of(url)[counted] == 1
+
+
+def test_of_many_wrong_elements_one_is_named():
+    """A body of 4 MB would else be made into millions of errors."""
+    many: list[object] = [{}] * 1000
+    for kind, given in (
+        (CompletionRequest, {"prompt": many}),
+        (DetokenizeRequest, {"tokens": many}),
+        (ChatRequest, {"messages": many}),
+        (ChatRequest, {"messages": [{"role": "user", "content": many}]}),
+        (CountRequest, {"messages": [{"role": "user", "content": many}]}),
+        (ResponsesRequest, {"input": many}),
+        (OllamaRequest, {"messages": many}),
+        (OllamaRequest, {"messages": CHAT, "options": {"stop": many}}),
+    ):
+        with pytest.raises(ValidationError) as wrong:
+            kind.model_validate(given)
+        assert wrong.value.error_count() < 20
+
+
+def test_too_many_prompts_are_refused_before_they_are_read(pair, monkeypatch):
+    monkeypatch.setattr(pair.base, "tokenize", None)
+    with pytest.raises(RefusalError, match="asks for 100 answers; at most 16"):
+        CompletionRequest(prompt=["a"] * 50, n=2).prompts(pair)
+
+
+@pytest.mark.parametrize("depth", [150, 300, 900])
+def test_what_is_nested_too_deep_is_the_requests_own_fault(url, depth):
+    nested: dict[str, object] = {}
+    for _ in range(depth):
+        nested = {"a": nested}
+    asked = {"messages": CHAT, "max_tokens": 1, "chat_template_kwargs": {"x": nested}}
+    answer = httpx.post(f"{url}/v1/chat/completions", json=asked, timeout=60)
+    assert answer.status_code == (200 if depth < 200 else 400)
+
+
+def test_the_clients_of_a_proxy_are_not_one(pair, monkeypatch):
+    owners = set()
+    monkeypatch.setattr(Server, "check_queue", lambda self, owner: owners.add(owner))
+    with serving(pair) as (url, _):
+        for _ in range(2):  # each on a connection of its own
+            asked = {"json": {"prompt": "x", "max_tokens": 1}}
+            httpx.post(f"{url}/v1/completions", headers={"X-Forwarded-For": "9.9.9.9"}, **asked)
+    assert len(owners) == 2
+
+
+@pytest.mark.parametrize("host", ["127.0.0.2", "LOCALHOST", "127.1", "0:0:0:0:0:0:0:1"])
+def test_a_local_server_is_one_however_its_address_is_written(pair, host):
+    written = f"[{host}]" if ":" in host else host
+    with serving(pair, host=host) as (url, _):
+        for name, status in (("evil.example", 400), ("localhost", 200), (written, 200)):
+            answer = httpx.get(f"{url}/health", headers={"Host": f"{name}:80"})
+            assert answer.status_code == status
 
 
 def test_a_template_may_have_any_variable(url):

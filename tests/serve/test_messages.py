@@ -31,6 +31,12 @@ def events_of(url: str, **more) -> list[dict]:
     return events
 
 
+def test_an_empty_answer_is_an_empty_text_streamed_or_not(url):
+    assert post(url, max_tokens=0).json()["content"] == [{"type": "text", "text": ""}]
+    started = [e for e in events_of(url, max_tokens=0) if e["type"] == "content_block_start"]
+    assert [e["content_block"] for e in started] == [{"type": "text", "text": ""}]
+
+
 def test_the_text_is_that_of_a_chat(url):
     given = {"messages": ASKED["messages"], "max_tokens": 12}
     system = [{"role": "system", "content": "be short"}]

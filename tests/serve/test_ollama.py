@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import random
+from copy import deepcopy
 
 import httpx
 import jsonschema
 import pytest
 
-from colm_edge.serve.ollama import ChatRequest, GenerateRequest
+from colm_edge.serve.ollama import ChatRequest, GenerateRequest, with_ids
 from colm_edge.serve.tools import told
 
 CHAT = [{"role": "user", "content": "hello"}]
@@ -108,6 +110,30 @@ def test_each_result_is_its_own_tools(named):
     assert [m["role"] for m in told(found, ())] == ["user", "assistant", "user"]
 
 
+def test_each_result_is_of_the_first_call_that_waits():
+    rng = random.Random(0)
+    for _ in range(300):
+        messages: list[dict] = []
+        for _ in range(rng.randrange(12)):
+            if rng.random() < 0.4:
+                calls = [{"function": {"name": rng.choice("ab")}} for _ in range(rng.randrange(4))]
+                messages.append({"role": "assistant", "tool_calls": calls})
+            else:
+                name = {"name": rng.choice("ab")} if rng.random() < 0.6 else {}
+                messages.append({"role": "tool", **name})
+        waiting: list[dict] = []
+        for asked, found in zip(messages, with_ids(deepcopy(messages)), strict=True):
+            waiting += found.get("tool_calls", ())
+            if asked["role"] == "tool":
+                own = [
+                    call
+                    for call in waiting
+                    if asked.get("name") in (None, call["function"]["name"])
+                ]
+                waiting = [c for c in waiting if c not in own[:1]]
+                assert found.get("tool_call_id") == (own[0]["id"] if own else None)
+
+
 @pytest.mark.parametrize("options", [{"mirostat": 2}, {"typical_p": 0.2}, {"repeat_last_n": 8}])
 def test_options_that_would_change_the_answer_are_refused(url, options):
     asked = {"prompt": "hi", "stream": False, "options": {**OPTIONS, **options}}
@@ -122,7 +148,12 @@ def test_options_that_would_change_the_answer_are_refused(url, options):
 def test_what_there_is(url):
     (model,) = httpx.get(f"{url}/api/tags").json()["models"]
     assert model["name"] == "tiny"
-    assert "completion" in post(url, "/api/show", model="tiny")["capabilities"]
+    assert len(model["digest"]) == 64  # Ollama's program shows a part of it
+    shown = post(url, "/api/show", model="tiny")
+    assert "completion" in shown["capabilities"]
+    about = shown["model_info"]
+    assert about[f"{about['general.architecture']}.context_length"] == 256
+    assert about["general.parameter_count"] > 1000
     assert httpx.get(f"{url}/api/version").json()["version"]
 
 

@@ -241,6 +241,22 @@ def test_the_end_is_followed_unless_the_reader_scrolled_up(script):
     script.end()
 
 
+def test_what_a_token_tells_stays_while_the_keyboard_scrolls_to_it(script):
+    page = script.page
+    script.answers("Long?", *(f"Line {i}.\n\n" for i in range(60)))
+    tip, log = page.get_by_role("tooltip"), page.locator("#log")
+    log.evaluate("e => { e.scrollTop = 0; }")
+    page.locator(".token").first.focus()
+    for _ in range(40):
+        page.keyboard.press("ArrowRight")
+    page.wait_for_function("() => document.querySelector('#log').scrollTop > 0")
+    page.evaluate("() => new Promise(done => requestAnimationFrame(() => setTimeout(done)))")
+    assert tip.is_visible()
+    assert page.evaluate("document.activeElement.getAttribute('aria-describedby')") == "tip"
+    page.locator("#prompt").focus()
+    tip.wait_for(state="hidden")
+
+
 def test_the_reader_is_told_that_an_answer_is_awaited_and_when_it_is_there(script):
     page = script.page
     ask(page, "Slow?")

@@ -179,6 +179,23 @@ def test_the_keyboard_stays_where_it_was(script):
     page.wait_for_function("() => document.activeElement.id === 'prompt'")
 
 
+def test_the_keyboard_goes_on_at_what_takes_a_buttons_place(script):
+    page = script.page
+    page.get_by_label("Your message").fill("one")
+    while page.evaluate(FOCUS) != "Send":
+        page.keyboard.press("Tab")
+    page.keyboard.press("Enter")
+    script.asked(1)
+    page.wait_for_function("() => document.activeElement.id === 'stop'")
+    script.end()
+    page.wait_for_function("() => document.activeElement.id === 'prompt'")
+    page.get_by_role("button", name="More of one").press("Enter")
+    page.get_by_role("button", name="Rename").press("Enter")
+    page.keyboard.type("two")
+    page.keyboard.press("Enter")
+    assert page.evaluate(FOCUS) == "two"
+
+
 def test_the_key_that_ends_a_composition_sends_nothing(script):
     """Safari says it by its number alone."""
     page = script.page

@@ -18,6 +18,9 @@ from colm_edge.errors import ColmError
 from colm_edge.llama.model import Model
 from colm_edge.pair import load
 from colm_edge.serve.call_grammar import grammar_for
+from colm_edge.serve.chat import ChatRequest
+from colm_edge.serve.messages import CountRequest
+from colm_edge.serve.responses import ResponsesRequest
 from colm_edge.serve.tools import GENERIC, HERMES, LLAMA, Tool, ToolUse, form_of, told, use_of
 
 TURNS = r"{% for m in messages %}{{ m.role + ': ' + m.content + '\n' }}"
@@ -280,10 +283,25 @@ def test_the_form_is_read_off_the_template():
 
 def test_a_choice_is_one_of_the_tools():
     tool = Tool("f")
-    assert use_of([tool], "f") == ToolUse((tool,), tool)
+    assert use_of([tool], only="f") == ToolUse((tool,), tool)
     assert use_of([tool], "none").callable == ()
     with pytest.raises(ColmError, match="expected one of f"):
-        use_of([tool], "g")
+        use_of([tool], only="g")
+
+
+@pytest.mark.parametrize("name", ["none", "auto", "required"])
+def test_a_tool_that_is_named_like_a_choice_can_be_chosen(name):
+    chat = {"tools": [{"function": {"name": name}}]}
+    chat["tool_choice"] = {"type": "function", "function": {"name": name}}
+    responses = {"tools": [{"type": "function", "name": name}], "input": "x"}
+    responses["tool_choice"] = {"type": "function", "name": name}
+    message = {"tools": [{"name": name, "input_schema": {}}], "max_tokens": 1}
+    message["tool_choice"] = {"type": "tool", "name": name}
+    messages = [{"role": "user", "content": "x"}]
+    for kind, asked in (ChatRequest, chat), (ResponsesRequest, responses), (CountRequest, message):
+        use = kind.model_validate({"messages": messages, **asked}).conversation().use
+        assert use.callable == (use.choice,) == use.tools
+        assert use.forced
 
 
 @pytest.fixture(scope="module")

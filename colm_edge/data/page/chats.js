@@ -33,7 +33,7 @@ export function chatList(page) {
   }
 
   function rename(id) {
-    const item = list.querySelector(`[data-chat="${CSS.escape(id)}"]`);
+    const item = rowOf(id);
     const box = element("input", { value: titleOf(getChat(id)) });
     box.ariaLabel = "Name of the conversation";
     const form = element("form", {}, box);
@@ -45,6 +45,7 @@ export function chatList(page) {
       form.remove();
       shown = ""; // its row is drawn again
       changeChat(id, (chat) => { if (keep && title) chat.title = title; });
+      if (document.activeElement === document.body) rowOf(id)?.querySelector(".title").focus();
     };
     form.onsubmit = (event) => { event.preventDefault(); done(true); };
     form.onkeydown = (event) => {
@@ -60,8 +61,10 @@ export function chatList(page) {
   }
 
   async function save(suffix, type, text) {
-    const link = element("a", { download: fileName(getChat(chosen)) + suffix });
-    link.href = URL.createObjectURL(new Blob([await text(getChat(chosen))], { type }));
+    const chat = getChat(chosen);
+    if (!chat) return; // deleted in another tab
+    const link = element("a", { download: fileName(chat) + suffix });
+    link.href = URL.createObjectURL(new Blob([await text(chat)], { type }));
     link.click();
     setTimeout(() => URL.revokeObjectURL(link.href), 10_000); // once it is saved
   }
@@ -83,8 +86,10 @@ export function chatList(page) {
   return draw;
 }
 
+const rowOf = (id) => list.querySelector(`[data-chat="${CSS.escape(id)}"]`);
+
 function placeMenu(id) {
-  const at = list.querySelector(`[data-chat="${CSS.escape(id)}"] .more`).getBoundingClientRect();
+  const at = rowOf(id).querySelector(".more").getBoundingClientRect();
   const fits = at.bottom + menu.offsetHeight < innerHeight;
   menu.style.left = `${Math.max(8, Math.min(at.left, innerWidth - menu.offsetWidth - 8))}px`;
   menu.style.top = `${fits ? at.bottom : at.top - menu.offsetHeight}px`;

@@ -72,8 +72,11 @@ function draw() {
   drawList(openId);
   drawTurns(chat?.turns ?? []);
   const busy = writings.has(openId);
+  const button = document.querySelector(":focus-visible"); // of the keyboard: it is to go on there
   $("stop").hidden = !busy;
   $("send").hidden = busy;
+  if (button === $("send") && busy) $("stop").focus();
+  if (button === $("stop") && !busy) prompt.focus({ preventScroll: true });
 }
 
 function drawTurns(all) {

@@ -33,7 +33,11 @@ export function tips(area, factOf) {
   }
   area.addEventListener("focusout", hide);
   area.addEventListener("pointerleave", (event) => { if (event.pointerType === "mouse") hide(); });
-  area.addEventListener("scroll", hide);
+  // The focus scrolls to its token; what it tells stays beside it.
+  area.addEventListener("scroll", () => {
+    if (over && over === document.activeElement) place(tip, over);
+    else hide();
+  });
   document.addEventListener("keydown", (event) => {
     if (event.key === "Escape") hide();
     else if (area.contains(document.activeElement)) step(event);
