@@ -436,8 +436,8 @@ def load(
     n_gpu_layers: as in llama.cpp, each model its own.
     rpc: machines that hold the expert, HOST:PORT of llama.cpp's RPC servers; all its layers unless
         n_gpu_layers_expert says how many.
-    flash_attn, cache_type_k, cache_type_v: as in llama.cpp, of both models' contexts; flash
-        attention that is "auto" is on with a GPU only.
+    flash_attn, cache_type_k, cache_type_v: as in llama.cpp, of both models' contexts; on a CPU,
+        "auto" is on for very small models and for eight or more answers at once only.
     overlap: whether the base goes on while a loaded expert evaluates, which catches up with long
         gaps then; None: where they are on different machines or devices, or there are cores enough.
     max_memory: bytes that the weights and contexts of several experts may take together; the one

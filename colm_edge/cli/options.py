@@ -161,7 +161,7 @@ THREADS = click.option(
     "n_threads",
     type=Whole(0, 512),  # GGML_MAX_N_THREADS
     default=0,
-    help="CPU threads; 0: all cores, or one for a very small model.",
+    help="CPU threads; 0: every core that other programs leave, or one for a very small model.",
 )
 PAIR = click.option("--pair", metavar="NAME", help="Name of a pair in models.txt.")
 LORA = click.option("--lora", metavar="GGUF", help="LoRA adapter for the base.")

@@ -114,14 +114,14 @@ def matching(form: re.Pattern[str], expected: str) -> Callable[..., tuple[str, .
     type=Number(0),
     default=SERVER.expert_idle_unload,
     metavar="SECONDS",
-    help="Free the expert's memory after this long without a request; 0: never.",
+    help="Free the expert's memory after this long without an answer; 0: never.",
 )
 @model_options(SWITCH, LORA, BRIDGE, RPC, OVERLAP, MAX_MEMORY, REQUIRED, TIMEOUT)
 @decoding_options()
 def serve_command(
     models: dict[str, Any], decoding: dict[str, Any], most_tokens: int, **settings: Any
 ) -> None:
-    """Serve the pair: OpenAI's API at /v1, and a chat page at /.
+    """Serve the pair: OpenAI's and Anthropic's API at /v1, Ollama's at /api, a chat page at /.
 
     The decoding options are the defaults for requests that do not set them.
     """

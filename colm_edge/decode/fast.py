@@ -6,8 +6,8 @@ choice is already computed: a deferral at the next token needs no call, and a la
 token shorter. This is speculative decoding with a draft of one token, only at deferred positions.
 
 Longer drafts and runs of tokens written ahead by the expert were tried as well. On real text, at
-defer rates up to 15 %, they save less than 1 %: deferrals are far apart, and at two in five of them
-the expert writes another token (docs/speed.md).
+defer rates up to 15 %, they save less than 1 %: deferrals are far apart, and at about half of them
+the expert writes another token (docs/studies/speed.md).
 """
 
 from __future__ import annotations
