@@ -21,7 +21,7 @@ import numpy as np
 from colm_edge.arrays import Floats
 
 MAGIC = b"GGUF"
-ARCHITECTURE = "general.architecture"
+ARCHITECTURE_KEY = "general.architecture"
 VERSIONS = (2, 3)
 MOST_DIMENSIONS = 4
 MOST_LAYERS = 512  # llama.cpp's
@@ -69,7 +69,7 @@ class Header:
     @property
     def architecture(self) -> str | None:
         """The text of general.architecture, if there is one."""
-        found = self.keys.get(ARCHITECTURE)
+        found = self.keys.get(ARCHITECTURE_KEY)
         return found if isinstance(found, str) else None
 
 
@@ -88,7 +88,7 @@ def read_architecture(path: str | os.PathLike[str]) -> str | None:
     Raises as `read_header` does.
     """
     with _opened(path) as reader:
-        found = next((value for key, value in reader.entries() if key == ARCHITECTURE), None)
+        found = next((value for key, value in reader.entries() if key == ARCHITECTURE_KEY), None)
     return found if isinstance(found, str) else None
 
 
@@ -185,7 +185,7 @@ class _Reader:
         places = [self._tensor() for _ in range(self._n_tensors)]
         alignment = found.keys.get("general.alignment", 32)
         if not isinstance(alignment, int) or not 0 < alignment <= 1 << 20:
-            raise ValueError("general.alignment is not a power of two")
+            raise ValueError(f"general.alignment is {_shown(alignment)}; expected 1 to 1,048,576")
         data_at = -(-self._at // alignment) * alignment
         for name, shape, kind, offset in places:
             n_bytes = _bytes_of(name, shape, kind)

@@ -18,7 +18,6 @@ from colm_edge.llama.costs import (
     CostTable,
     break_even,
     seconds_per_token,
-    team_seconds_per_token,
 )
 from colm_edge.llama.measure import cost_table, kept_table
 from colm_edge.llama.memory import cache_bytes
@@ -196,19 +195,23 @@ def _speed_facts(models: Sequence[Model], tables: Sequence[CostTable | None]) ->
     base, expert = tables
     if base is None or expert is None:
         return {"predicted": None, "break_even": None}
-    predicted = []
-    for rate in RATES:
-        seconds = seconds_per_token(base, expert, rate)
-        ratio = expert(1) / seconds
-        predicted.append(
-            {"defer_rate": rate, "tokens_per_second": 1 / seconds, "ratio_expert": ratio}
-        )
     return {
         "expert_tokens_per_second": 1 / expert(1),
-        "predicted": predicted,
+        "predicted": _predicted(base, [expert]),
         "break_even": break_even(base, expert),
         "fastest_type": all(file_type(model) == FASTEST for model in models),
     }
+
+
+def _predicted(base: CostTable, experts: Sequence[CostTable]) -> list[dict[str, float]]:
+    """Return at each of RATES what a pair should write, and how that compares with its slowest
+    expert alone."""
+    slowest, found = max(expert(1) for expert in experts), []
+    for rate in RATES:
+        seconds = seconds_per_token(base, experts, rate)
+        ratio = slowest / seconds
+        found.append({"defer_rate": rate, "tokens_per_second": 1 / seconds, "ratio_expert": ratio})
+    return found
 
 
 def _team_facts(models: Sequence[Model]) -> dict[str, Any]:
@@ -223,18 +226,7 @@ def _team_speeds(models: Sequence[Model], tables: Sequence[CostTable | None]) ->
         return {"predicted": None}
     known = [table for table in experts if table is not None]
     alone = {name: 1 / table(1) for name, table in zip(names[1:], known, strict=True)}
-    speeds = [1 / team_seconds_per_token(base, known, rate) for rate in RATES]
-    return {
-        "experts_tokens_per_second": alone,
-        "predicted": [
-            {
-                "defer_rate": rate,
-                "tokens_per_second": speed,
-                "ratio_expert": speed / min(alone.values()),
-            }
-            for rate, speed in zip(RATES, speeds, strict=True)
-        ],
-    }
+    return {"experts_tokens_per_second": alone, "predicted": _predicted(base, known)}
 
 
 def _speed(x: float) -> str:

@@ -20,7 +20,7 @@ from colm_edge.errors import ColmError, ContextError, ModelError, PromptError
 from colm_edge.llama import chat_template
 from colm_edge.llama.chat_template import ChatTemplate, Message
 from colm_edge.llama.context import ContextOptions
-from colm_edge.llama.costs import CostTable, slower
+from colm_edge.llama.costs import CostTable, slowness_note
 from colm_edge.llama.grammar import Grammars
 from colm_edge.llama.measure import kept_table, refine
 from colm_edge.llama.model import Model
@@ -34,7 +34,7 @@ from colm_edge.stream import Answer, AsyncStream, Stream
 from colm_edge.switch.load import check_rule, in_order, load_switch, warnings_of
 from colm_edge.switch.reading import AnySwitch
 from colm_edge.switch.rules import DEFER_TOKEN, DeferRow, Only
-from colm_edge.team import Member, Progress, Room, bets_on, ends_of, trained_context, why_unread
+from colm_edge.team import Member, Progress, Room, ends_of, plan_bets, trained_context, why_unread
 
 log = logging.getLogger("colm_edge")
 
@@ -180,7 +180,7 @@ class Pair:
     def _weighed(self, base: CostTable | None, expert: CostTable | None) -> None:
         rate = expected_rate(self.switch, self.defaults)
         # No expert alone does what several do.
-        if len(self.members) == 1 and (slow := slower(base, expert, rate)):
+        if len(self.members) == 1 and (slow := slowness_note(base, expert, rate)):
             self._note(slow)
 
     def save_prompts(self, path: str | os.PathLike[str]) -> None:
@@ -333,7 +333,7 @@ class Pair:
                 floor=review_floor(switch, options),
                 follow=(self.room or self.members[0]).follow if alone and threshold < 1 else None,
                 # Bets are priced for an answer alone: slots share their batches.
-                planners=bets_on(self.members, options, threshold) if alone else (),
+                planners=plan_bets(self.members, options, threshold) if alone else (),
                 alone=writer,
             ),
             cancel=cancel,

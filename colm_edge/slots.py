@@ -313,7 +313,9 @@ class Slots:
         wanted = self._held_as(array("i", tokens))
         with self._changed:
             free = [slot for slot in range(self.n_slots) if slot not in self._taken]
-            if self._closed or not free:
+            if self._closed:
+                raise ColmError("the models are closed")
+            if not free:
                 raise BusyError("every slot is taken; ask again later")
             slot = max(free, key=lambda slot: self._worth(slot, wanted))
             self._taken.add(slot)

@@ -305,9 +305,12 @@ def ends_of(base: Model, members: Sequence[Member]) -> frozenset[int]:
     return base.end_tokens.union(*(member.end_tokens for member in members))
 
 
-def bets_on(members: Sequence[Member], options: Options, threshold: float) -> list[Planner | None]:
+def plan_bets(
+    members: Sequence[Member], options: Options, threshold: float
+) -> list[Planner | None]:
     """Return what places the fast schedule's bets on each expert, nothing where there are none: a
-    bet needs the costs of decodes, which a server does not report."""
+    bet needs the costs of decodes, which a server does not report. With bets an expert's batches
+    are cut by these costs as well, without them no longer."""
     bets = options.schedule == "fast" and 0 < threshold < 1
     planners: list[Planner | None] = []
     for member in members:

@@ -1,7 +1,7 @@
 /* The switch's arithmetic, once per generated token: eight features of the base's logits, then one
  * dot product per expert. Its slow twin is colm_edge/readout.py; tests check that the two agree.
  *
- * The kernels come first and do not use Python; the binding comes last. 737 lines in one file,
+ * The kernels come first and do not use Python; the binding comes last. Over 700 lines in one file,
  * because a second one would need a header for the kernels' static functions.
  *
  * Every kernel is written once, as plain loops that gcc and clang vectorise (-O3 -fopenmp-simd),

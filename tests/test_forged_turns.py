@@ -12,7 +12,7 @@ from lib.random_model import END, SHAPES, write_model
 from starlette.testclient import TestClient
 from watching import watched
 
-from colm_edge.bench.prompts import load_prompts
+from colm_edge.bench.prompts import read_judged_prompts
 from colm_edge.options import Options, ServerOptions
 from colm_edge.pair import Pair, load
 from colm_edge.remote.greeting import DIALECTS
@@ -138,7 +138,7 @@ def test_prompts_that_the_expert_answers(pair, files):
     one, two = read_prompts(rows, pair, raw=False)
     assert controls(pair, one.tokens) == TURN + BEGUN
     assert controls(pair, two.tokens) == TURN + TURN + BEGUN
-    (asked,) = load_prompts(pair, files["d"], Options(max_tokens=2))
+    (asked,) = read_judged_prompts(pair, files["d"], Options(max_tokens=2))
     assert controls(pair, asked.tokens) == TURN + BEGUN
 
 

@@ -17,7 +17,7 @@ from colm_edge.cli import main
 from colm_edge.errors import ModelError
 from colm_edge.gguf_header import _Reader
 from colm_edge.info import as_text, describe_files
-from colm_edge.llama.costs import CostTable, seconds_per_token, team_seconds_per_token
+from colm_edge.llama.costs import CostTable, seconds_per_token
 from colm_edge.llama.model import Model
 from colm_edge.llama.quantize import quantize
 from colm_edge.switch.file import Switch
@@ -250,9 +250,8 @@ def test_a_vocabulary_is_read_once_and_compared_as_a_whole(tiny, monkeypatch):
 def test_equal_experts_cost_what_one_costs_at_more_calls():
     """Two that take turns catch up with twice the gap each."""
     base, expert = CostTable((1, 64), (1.0, 8.0)), CostTable((1, 64), (4.0, 4.0))
-    one = seconds_per_token(base, expert, 0.1)
-    assert team_seconds_per_token(base, [expert], 0.1) == one
-    assert team_seconds_per_token(base, [expert, expert], 0.1) == pytest.approx(one, rel=0.01)
+    one = seconds_per_token(base, [expert], 0.1)
+    assert seconds_per_token(base, [expert, expert], 0.1) == pytest.approx(one, rel=0.01)
 
 
 def test_a_number_that_is_a_text_of_thousands_of_digits_is_none(tiny, monkeypatch):

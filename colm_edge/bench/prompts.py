@@ -47,7 +47,7 @@ class Prompt:
     judge: Callable[[str], float] | None = None
 
 
-def load_prompts(
+def read_judged_prompts(
     pair: Pair,
     path: str | os.PathLike[str],
     options: Options,

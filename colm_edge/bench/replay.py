@@ -165,8 +165,8 @@ class ReplayPicker(Picker):
         super().__init__(n_choose)
         self._trace = trace
 
-    def likeliest(self, at: int, logits: Floats, *, of_base: bool = False) -> tuple[int, float]:
-        _, logsumexp = super().likeliest(at, logits, of_base=of_base)
+    def read(self, at: int, logits: Floats, *, of_base: bool = False) -> tuple[int, float]:
+        _, logsumexp = super().read(at, logits, of_base=of_base)
         return self._trace.tokens[at - len(self._trace.prompt)], logsumexp
 
 

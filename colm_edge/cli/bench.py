@@ -220,13 +220,13 @@ def answered(
     tools: str | None,
 ) -> Report:
     """Let every method answer the prompts of a file."""
-    from colm_edge.bench.prompts import bench_prompts, load_prompts
+    from colm_edge.bench.prompts import bench_prompts, read_judged_prompts
     from colm_edge.options import Options
 
     path: str = asked["prompts"]
     limit, metric = asked.get("limit"), asked.get("metric")
     options = Options(temperature=0.0, max_tokens=n, **decoding)
-    prompts = load_prompts(pair, path, options, limit=limit, metric=metric)
+    prompts = read_judged_prompts(pair, path, options, limit=limit, metric=metric)
     folder = Path(tools) if tools else None
     table = bench_prompts(pair, prompts, options, rounds, say, only=methods, tools=folder)
     judged = sum(prompt.judge is not None for prompt in prompts)

@@ -1,4 +1,4 @@
-"""`colm-edge models`, `pull` and `info`: list, download and describe models."""
+"""`colm-edge models`, `pull`, `info` and `quantize`: list, download, describe and make models."""
 
 from __future__ import annotations
 

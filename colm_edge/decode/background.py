@@ -32,10 +32,8 @@ class Background:
         self._home = Home()  # a child of fork has no worker
         self._worker = ThreadPoolExecutor(1, "colm-edge-expert")
         self._job: Future[int] | None = None
+        # A copy, updated by `sync`: work in the background counts for the next call.
         self._account = replace(session.account)
-
-    # A copy of the session's account, updated by `sync`: work in the background counts for the next
-    # call.
 
     @property
     def n_evaluated(self) -> int:

@@ -46,8 +46,8 @@ NO_STATE = np.empty(0, np.float32)  # nobody reads an expert's hidden state
 
 
 class Said(NamedTuple):
-    """Tokens of the expert that begin with bytes that are there and go on, (n,), their
-    log-probabilities, and how many bytes are there."""
+    """Tokens of the expert that begin with the bytes written already and go beyond them, (n,),
+    their log-probabilities, and how many such bytes there are."""
 
     tokens: Ints
     logprobs: Doubles

@@ -34,7 +34,7 @@ class BridgeAway(Bridge):
         """session: this bridge's own. note: as for `Bridge`."""
         super().__init__(session, crossing, note)
         self._session = session
-        self._spelling_seconds = 0.0  # seconds
+        self._spelling_seconds = 0.0
         self._begun: tuple[array[int], Future[int]] | None = None
 
     @property

@@ -71,9 +71,10 @@ class Doubt:
             self._follow(loop.tokens)
         at, before = len(tokens), picker.mark()
         loop.evaluate_base(tokens)
-        (p_defer, choice, logsumexp, writer, expert), logits = loop.read_base(at)
+        reading, logits = loop.read_base(at)
+        p_defer, choice, logsumexp, writer, expert = reading
         deferred, best = writer != BASE, float(logits[choice]) - logsumexp
-        step, rival = picker.write("base", p_defer, logits, choice, logsumexp), None
+        step, rival = picker.write_own(reading, logits), None
         suspect = self._suspect() if best < -self._nats else None
         if deferred or suspect is not None:
             try:

@@ -17,7 +17,7 @@ from array import array
 from collections.abc import Sequence
 from time import perf_counter
 
-from colm_edge.decode.loop import Decoder, Follow, Sequential, deferred
+from colm_edge.decode.loop import Decoder, Follow, Sequential, write_deferred
 from colm_edge.decode.planner import Planner
 from colm_edge.decode.policy import BASE
 from colm_edge.decode.step import Step
@@ -124,15 +124,15 @@ class Fast:
             self._follow(tokens)
         loop.evaluate_base(tokens)
         reading, logits = loop.read_base(at)
-        p_defer, choice, logsumexp, writer, _ = reading
+        writer = reading.writer
         self._bets.saw(writer)
         before = picker.mark() if writer != BASE else None
-        guess = picker.write("base", p_defer, logits, choice, logsumexp)
+        guess = picker.write_own(reading, logits)
         if writer == BASE:
             return guess
         picker.rollback(before)
         bets = self._bets.placed(loop, writer, guess, tokens)
-        step = deferred(loop, reading, logits, (guess.token,) if bets else ())
+        step = write_deferred(loop, reading, logits, (guess.token,) if bets else ())
         if step.by_expert:
             self._bets.settle(writer, guess, step, at, bets)
         return step

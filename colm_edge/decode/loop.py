@@ -57,16 +57,18 @@ class Sequential:
         at = len(tokens)
         reading, logits = loop.read_base(at)
         if reading.writer == BASE:
-            return picker.write("base", reading.p_defer, logits, reading.choice, reading.logsumexp)
-        return deferred(loop, reading, logits)
+            return picker.write_own(reading, logits)
+        return write_deferred(loop, reading, logits)
 
 
-def deferred(loop: Decoder, reading: Reading, logits: Floats, bet: Sequence[int] = ()) -> Step:
+def write_deferred(
+    loop: Decoder, reading: Reading, logits: Floats, bet: Sequence[int] = ()
+) -> Step:
     """Return the step that an expert writes; the base's own where it is absent.
 
     logits: the base's. bet: tokens that the expert evaluates after the written ones.
     """
-    p_defer, choice, logsumexp, writer, _ = reading
+    p_defer, writer = reading.p_defer, reading.writer
     tokens, at = loop.tokens, len(loop.tokens)
     if bet:
         tokens = tokens + array("i", bet)
@@ -75,7 +77,7 @@ def deferred(loop: Decoder, reading: Reading, logits: Floats, bet: Sequence[int]
         told = loop.read_expert(writer, at, logits, p_defer)
     except AbsentExpertError:  # the user was told why
         loop.stats.expert_failures += 1
-        return loop.picker.write("base", p_defer, logits, choice, logsumexp)
+        return loop.picker.write_own(reading, logits)
     return loop.picker.write(loop.sources[writer], p_defer, *told)
 
 
@@ -94,9 +96,7 @@ class ExpertAlone:
             loop.stats.expert_failures += 1
             loop.evaluate_base(loop.tokens)
             reading, logits = loop.read_base(len(loop.tokens))
-            return loop.picker.write(
-                "base", reading.p_defer, logits, reading.choice, reading.logsumexp
-            )
+            return loop.picker.write_own(reading, logits)
         return loop.picker.write(loop.sources[writer], 1.0, *told)
 
 
@@ -239,7 +239,7 @@ class Decoder:
         """Return the base's logits for position `at`, their likeliest token and their log-sum-exp,
         without asking the switch."""
         logits, _ = self._base.state(at - 1)
-        return logits, *self.picker.likeliest(at, logits, of_base=True)
+        return logits, *self.picker.read(at, logits, of_base=True)
 
     def evaluate_expert(self, writer: int, tokens: array[int], outputs: Sequence[int] = ()) -> None:
         """Evaluate an expert so that its states after the tokens at `outputs` can be read; by
@@ -277,10 +277,10 @@ class Decoder:
         """
         logits, _ = self._experts[writer].state(at - 1)
         if base is not None:
-            logits = self.picker.deferred(base, logits, p_defer)
+            logits = self.picker.logits_of_deferred(base, logits, p_defer)
         if not self.picker.knows(logits):
             raise AbsentExpertError("the expert names no token that the grammar allows")
-        return logits, *self.picker.likeliest(at, logits)
+        return logits, *self.picker.read(at, logits)
 
     # Reading a prompt back.
 

@@ -10,6 +10,7 @@ import numpy as np
 
 from colm_edge import readout
 from colm_edge.arrays import Doubles, Floats
+from colm_edge.decode.policy import Reading
 from colm_edge.decode.step import ZERO_PROBABILITY, Source, Step
 from colm_edge.errors import ModelError
 
@@ -48,7 +49,7 @@ class Picker:
         self.composes, self._defer_row = composes, defer_row
         self._features = np.empty(len(readout.FEATURES) + 1, np.float32)  # and a defer row's
 
-    def likeliest(self, at: int, logits: Floats, *, of_base: bool = False) -> tuple[int, float]:
+    def read(self, at: int, logits: Floats, *, of_base: bool = False) -> tuple[int, float]:
         """Return the likeliest token and the log-sum-exp of an expert's logits, a mixture's, or the
         base's, for position `at`, without the base's defer row. Raises ModelError for NaN and the
         like."""
@@ -65,7 +66,7 @@ class Picker:
         """Return whether logits tell of a token that may be written."""
         return self.sampler is None or self.sampler.knows(logits[: self.n_choose])
 
-    def deferred(self, base: Floats, expert: Floats, p_defer: float) -> Floats:
+    def logits_of_deferred(self, base: Floats, expert: Floats, p_defer: float) -> Floats:
         """Return the logits that a deferred token is picked from."""
         if self.composes and p_defer < 1:
             return mixture(base, expert, p_defer, self.n_choose, self._defer_row)
@@ -78,6 +79,10 @@ class Picker:
         if self.sampler is not None:
             choice = self.sampler(logits[: self.n_choose])
         return self.tell(choice, source, p_defer, logits, logsumexp)
+
+    def write_own(self, reading: Reading, logits: Floats) -> Step:
+        """Pick the base's token, from its logits, at the place of a reading."""
+        return self.write("base", reading.p_defer, logits, reading.choice, reading.logsumexp)
 
     def tell(
         self, token: int, source: Source, p_defer: float, logits: Floats, logsumexp: float

@@ -235,11 +235,12 @@ class Review:
         elif self._follow is not None:
             self._follow(loop.tokens)
         loop.evaluate_base(tokens)
-        (p_defer, choice, logsumexp, writer, self._expert), logits = loop.read_base(len(tokens))
+        reading, logits = loop.read_base(len(tokens))
+        p_defer, writer, self._expert = reading.p_defer, reading.writer, reading.expert
         if bets is not None:
             bets.saw(writer)
         mark = picker.mark()
-        guess = picker.write("base", p_defer, logits, choice, logsumexp)
+        guess = picker.write_own(reading, logits)
         if writer != BASE:
             picker.rollback(mark)
             return self._call(loop, tokens, bets, Deferral(writer, guess, logits))
@@ -347,7 +348,7 @@ class Review:
     def _own(loop: Decoder, deferral: Deferral, at: int) -> Step:
         """Return what the base writes itself where no expert can."""
         picker, logits = loop.picker, deferral.logits
-        told = picker.likeliest(at, logits, of_base=True)
+        told = picker.read(at, logits, of_base=True)
         return picker.write("base", deferral.guess.p_defer, logits, *told)
 
     @staticmethod

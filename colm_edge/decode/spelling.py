@@ -169,7 +169,7 @@ class Part:
     """Text between control tokens, in the tokens of both.
 
     n_before: the expert's tokens before it. ours, theirs: where their tokens end in it, rising.
-    seams: rising. seen: bytes that were looked at in vain for another seam.
+    seams: rising. seen: bytes already searched for another seam, in vain.
     """
 
     n_before: int

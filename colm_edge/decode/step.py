@@ -69,7 +69,7 @@ Event = Step | Drafted | Undone
 
 @dataclass(slots=True)
 class ExpertStats:
-    """What one of several experts did in an answer; the fields are those of `Stats`."""
+    """What one of several experts did in an answer: fields of `Stats`, without "expert_"."""
 
     n_deferred: int = 0
     calls: int = 0

@@ -1,4 +1,5 @@
-"""Cut tokens into the batches that cost least, by a table of what a decode of k tokens costs.
+"""What a decode of k tokens costs, as a table: the batches that cost least, and the speed that a
+pair should have.
 
 `measure` fills the table.
 """
@@ -97,14 +98,14 @@ class CostTable:
         return filled[n] if n < len(filled) else self(n)
 
     def best(self, n: int) -> float:
-        """Return the seconds of n tokens in the cheapest pieces."""
+        """Return the seconds of n tokens in the cheapest chunks."""
         plan = self._plan
         return plan[n][0] if n < len(plan) else self(n)
 
-    def pieces(self, n: int, room: int, *, whole: bool = False) -> list[tuple[int, int]]:
+    def chunks(self, n: int, room: int, *, whole: bool = False) -> list[tuple[int, int]]:
         """Return how to evaluate n tokens: a list of (tokens, size of the padded batch), in order.
 
-        room: the largest possible batch. whole: use one piece, because all outputs are needed.
+        room: the largest possible batch. whole: use one chunk, because all outputs are needed.
         """
         plan = self._plan
         if n >= len(plan):
@@ -113,9 +114,9 @@ class CostTable:
             return [(n, self.padded(n, room))]
         found = []
         while n:
-            piece = plan[n][1]
-            found.append((piece, self.padded(piece, room)))
-            n, room = n - piece, room - piece
+            chunk = plan[n][1]
+            found.append((chunk, self.padded(chunk, room)))
+            n, room = n - chunk, room - chunk
         return found
 
     def padded(self, n: int, room: int, *, all_states: bool = False) -> int:
@@ -134,26 +135,19 @@ class CostTable:
 
     @cached_property
     def _plan(self) -> list[tuple[float, int]]:
-        """For each n: (seconds, tokens of the first piece), by dynamic programming."""
+        """For each n: (seconds, tokens of the first chunk), by dynamic programming."""
         plan, cost = [(0.0, 0)], self._filled_up
         for n in range(1, len(cost)):
-            piece = min(range(1, n + 1), key=lambda k: (cost[k] + plan[n - k][0], -k))
-            cut = cost[piece] + plan[n - piece][0]
-            plan.append((cut, piece) if cut < (1 - MARGIN) * cost[n] else (cost[n], n))
+            chunk = min(range(1, n + 1), key=lambda k: (cost[k] + plan[n - k][0], -k))
+            cut = cost[chunk] + plan[n - chunk][0]
+            plan.append((cut, chunk) if cut < (1 - MARGIN) * cost[n] else (cost[n], n))
         return plan
 
 
-def seconds_per_token(base: CostTable, expert: CostTable, defer_rate: float) -> float:
+def seconds_per_token(base: CostTable, experts: Sequence[CostTable], defer_rate: float) -> float:
     """Return what a token costs a pair that defers at random at a rate: the base at every token,
-    and at each deferral the expert's batch of the tokens since the last."""
-    return base(1) + _calls_per_token(expert, defer_rate)
-
-
-def team_seconds_per_token(
-    base: CostTable, experts: Sequence[CostTable], defer_rate: float
-) -> float:
-    """Return the same of several experts that are called equally often, and defer_rate of all
-    tokens together."""
+    and at each deferral the expert's batch of the tokens since the last. Several experts are called
+    equally often."""
     return base(1) + sum(_calls_per_token(one, defer_rate / len(experts)) for one in experts)
 
 
@@ -166,7 +160,7 @@ def best_window(
     looked_at: float = 1.0,
 ) -> int:
     """Return after how many drafts of the base an expert that reviews them is best called: longer
-    batches are cheaper by the token, and more of them is for nothing. Fewer than `most` have to
+    batches cost less per token, but more of each is thrown away. Fewer than `most` have to
     promise a tenth more tokens per second.
 
     deferred, undone: how likely a place is deferred, and a draft there undone if it is not, by the
@@ -236,21 +230,23 @@ def break_even(base: CostTable, expert: CostTable) -> float | None:
     if base(1) >= expert(1):
         return 0.0
     low, high = 0.0, 1.0
-    if seconds_per_token(base, expert, high) <= expert(1):
+    if seconds_per_token(base, [expert], high) <= expert(1):
         return None
     for _ in range(20):
         middle = (low + high) / 2
-        slower = seconds_per_token(base, expert, middle) > expert(1)
+        slower = seconds_per_token(base, [expert], middle) > expert(1)
         low, high = (low, middle) if slower else (middle, high)
     return low
 
 
-def slower(base: CostTable | None, expert: CostTable | None, defer_rate: float | None) -> str:
+def slowness_note(
+    base: CostTable | None, expert: CostTable | None, defer_rate: float | None
+) -> str:
     """Return a line that says so if the pair is slower than its expert alone; "" if it is not, is
     too fast for anybody to wait, or something is not known."""
     if base is None or expert is None or defer_rate is None or base.is_quick:
         return ""
-    together = seconds_per_token(base, expert, defer_rate)
+    together = seconds_per_token(base, [expert], defer_rate)
     if together <= expert(1):
         return ""
     return (

@@ -28,7 +28,7 @@ TYPES: dict[str, int] = {
     for name in dir(llama)
     if name.startswith(prefix)
 }
-# Of those, the weights that nothing was quantised away from yet.
+# Those that are not quantised.
 FLOATS = ("F32", "F16", "BF16")
 # The types of a single tensor.
 TENSOR_TYPES: dict[str, int] = {

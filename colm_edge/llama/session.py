@@ -38,7 +38,7 @@ def check_outputs(n_outputs: int, n_batch: int) -> None:
         raise ValueError(f"{n_outputs} outputs, but a batch of at most {n_batch}")
 
 
-class Piece(NamedTuple):
+class Chunk(NamedTuple):
     """Tokens start to end of a prefix, evaluated in one batch that is padded to `size`."""
 
     start: int
@@ -66,7 +66,7 @@ class Session:
         self._held = Held(self.block)
         self._prompt = array("i")  # the last one that it was turned to
         self._torn = False  # a decode was interrupted: the cache may hold more than it says
-        self._first_output = 0  # the first token of it whose state it tells, as of all behind
+        self._first_output = 0  # from this token on the states of the last batch can be read
         self._fresh = False  # llama.cpp's outputs belong to the last of these tokens
         self._first = 0  # the position of the first token of the last decode
         self._saved: Snapshot | None = None  # restored when the context is created
@@ -262,24 +262,24 @@ class Session:
         n, n_done = len(tokens), 0
         is_long = n - keep > self.n_batch
         self._torn, self._fresh = True, False
-        done = list[Piece]()
-        for piece in self._pieces(n, keep, outputs[0]):
+        done = list[Chunk]()
+        for chunk in self._chunks(n, keep, outputs[0]):
             if is_long and cancel is not None:
                 cancel.check()
-            n_done += self._decode(tokens, piece, outputs if piece.end == n else ())
-            done.append(piece)
+            n_done += self._decode(tokens, chunk, outputs if chunk.end == n else ())
+            done.append(chunk)
             if is_long and self.progress is not None:
-                self.progress((piece.end - keep) / (n - keep))
-        self._first = piece.start
+                self.progress((chunk.end - keep) / (n - keep))
+        self._first = chunk.start
         # Of gaps between outputs nothing is told.
         self._first_output = outputs[0] if n - outputs[0] == len(outputs) else n - 1
         self._held.tokens = tokens[:]
-        for piece in done:
-            self._held.evaluated(piece.start, piece.end)
+        for chunk in done:
+            self._held.evaluated(chunk.start, chunk.end)
         self._torn, self._fresh = False, True
         return n_done
 
-    def _pieces(self, n: int, start: int, first_output: int) -> Iterator[Piece]:
+    def _chunks(self, n: int, start: int, first_output: int) -> Iterator[Chunk]:
         """Cut the tokens from start to n into batches, with all outputs in the last one."""
         most = self.n_batch // self.block * self.block
         n_outputs = n - first_output
@@ -290,12 +290,12 @@ class Session:
             tail = n_outputs if end == n else 0
             while end - start > max(most, tail):
                 take = most if end - start - most >= tail else end - start - tail
-                yield Piece(start, start + take, take)
+                yield Chunk(start, start + take, take)
                 start += take
             if end > start:
                 whole = tail > 1 or (end == n and self.wants_hidden)
                 for length, size in self._cheapest(end - start, start, whole):
-                    yield Piece(start, start + length, size)
+                    yield Chunk(start, start + length, size)
                     start += length
 
     def _cheapest(self, n: int, start: int, whole: bool) -> list[tuple[int, int]]:
@@ -304,11 +304,11 @@ class Session:
         costs = self.costs  # another thread may change it
         if costs is None:
             return [(n, n)]
-        return costs.pieces(n, min(self.n_batch, self.n_ctx - start), whole=whole)
+        return costs.chunks(n, min(self.n_batch, self.n_ctx - start), whole=whole)
 
-    def _decode(self, tokens: array[int], piece: Piece, outputs: Sequence[int]) -> int:
-        """Evaluate a piece; return how many tokens that took."""
-        start, end, size = piece
+    def _decode(self, tokens: array[int], chunk: Chunk, outputs: Sequence[int]) -> int:
+        """Evaluate a chunk; return how many tokens that took."""
+        start, end, size = chunk
         batch, n = self._context.batch, end - start
         block = tokens[start:end]
         if size > n:

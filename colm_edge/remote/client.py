@@ -144,7 +144,7 @@ class RemoteExpert:
         return self.read(dialect, body, lambda told: self._checked(dialect.read(told), n_probs))
 
     def _checked(self, reply: Reply, n_probs: int) -> Reply:
-        """Return what a server told without tokens that there are not, and learn what it spells.
+        """Return a server's reply without ids that no token has, and learn what it spells.
         Raises ValueError for what cannot be."""
         n = reply.n_evaluated
         if n is not None and not 0 <= n < 2**31:
@@ -257,7 +257,7 @@ class RemoteExpert:
     ) -> T:
         """Return the result of `work`, tried again after a pause where that may help.
 
-        settles: whether it shows that the expert is well again, so that warnings may come again.
+        settles: whether success ends an outage, after which warnings are given anew.
 
         Raises what `ask` raises; after AbsentExpertError the server is left alone for a while.
         """

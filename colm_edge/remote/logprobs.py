@@ -26,7 +26,7 @@ def logits_of(top: Mapping[int, float], n_vocab: int) -> Floats:
 
 
 def likely(top: Mapping[int, float], n_vocab: int) -> dict[int, float]:
-    """Return what is said of tokens that there are.
+    """Return the log-probabilities of the ids that the vocabulary has.
 
     Raises ValueError where that is nothing, or not log-probabilities.
     """

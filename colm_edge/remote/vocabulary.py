@@ -46,7 +46,7 @@ RARE = "".join(
 
 
 class _Controls(NamedTuple):
-    """begin, end: as `bridge.Words` has them. names: of the tokens that end a text."""
+    """begin, end: as `spelling.Words` has them. names: of the tokens that end a text."""
 
     begin: int | None
     end: int
@@ -54,8 +54,8 @@ class _Controls(NamedTuple):
 
 
 class RemoteVocabulary:
-    """A vocabulary for a `bridge.Crossing`; any thread may use it. Its methods ask the server where
-    something is not known yet, but for `piece`.
+    """A vocabulary for a `spelling.Crossing`; any thread may use it. Its methods ask the server
+    where something is not known yet, but for `piece`.
 
     Raises AbsentExpertError where the server fails, or cannot spell a text.
     """

@@ -40,9 +40,7 @@ def marginal_loss(base: Doubles, expert: Doubles, d: Doubles) -> tuple[float, Do
 
 def weak_loss(label: Doubles, d: Doubles) -> tuple[float, Doubles]:
     """Return the weak supervision's weighted binary cross-entropy and its gradient in d."""
-    weight = np.where(label > 0, WEAK_POSITIVE_WEIGHT, 1.0) / len(d)
-    loss = weight * (np.logaddexp(0, d) - label * d)
-    return float(loss.sum()), weight * (sigmoids(d) - label)
+    return _cross_entropy(label, np.where(label > 0, WEAK_POSITIVE_WEIGHT, 1.0), d)
 
 
 def regret_loss(weighed: Doubles, d: Doubles) -> tuple[float, Doubles]:
@@ -51,10 +49,14 @@ def regret_loss(weighed: Doubles, d: Doubles) -> tuple[float, Doubles]:
 
     weighed: the regret of each token times its importance, (n,).
     """
-    label = weighed > REJECTED
-    weight = np.where(label, weighed, 1.0) / len(d)
+    label = (weighed > REJECTED).astype(np.float64)
+    return _cross_entropy(label, np.where(label > 0, weighed, 1.0), d)
+
+
+def _cross_entropy(label: Doubles, weight: Doubles, d: Doubles) -> tuple[float, Doubles]:
+    """Return the weighted mean binary cross-entropy of σ(d), and its gradient in d."""
     loss = weight * (np.logaddexp(0, d) - label * d)
-    return float(loss.sum()), weight * (sigmoids(d) - label)
+    return float(loss.mean()), weight * (sigmoids(d) - label) / len(d)
 
 
 def regret_removed(rank: Doubles, regret: Doubles) -> Doubles:

@@ -11,7 +11,7 @@ from click.testing import CliRunner
 from lib.rows import write_rows
 
 from colm_edge.bench import prompts as bench_module
-from colm_edge.bench.prompts import Prompt, Writers, bench_prompts, load_prompts
+from colm_edge.bench.prompts import Prompt, Writers, bench_prompts, read_judged_prompts
 from colm_edge.cli import main
 from colm_edge.errors import ColmError, DataError
 from colm_edge.options import Options
@@ -131,13 +131,13 @@ def test_a_share_of_the_answers_is_right(tiny_pair, tmp_path):
         {"prompt": "hello", "completion": answer},
         {"prompt": "nobody knows"},
     )
-    prompts = load_prompts(tiny_pair, path, GREEDY, metric="exact")
+    prompts = read_judged_prompts(tiny_pair, path, GREEDY, metric="exact")
     assert prompts[0].tokens == prompts[1].tokens
     rows = bench_prompts(tiny_pair, prompts, GREEDY, 1, quiet, only=["expert", "colm"])
     assert [(row["method"], row["accuracy"]) for row in rows] == [("expert", 0.25), ("colm", 0.5)]
-    assert len(load_prompts(tiny_pair, path, GREEDY, limit=2)) == 2
+    assert len(read_judged_prompts(tiny_pair, path, GREEDY, limit=2)) == 2
     with pytest.raises(DataError, match="no line has an answer for exact"):
-        load_prompts(tiny_pair, file_of(tmp_path, {"prompt": "p"}), GREEDY, metric="exact")
+        read_judged_prompts(tiny_pair, file_of(tmp_path, {"prompt": "p"}), GREEDY, metric="exact")
 
 
 @pytest.mark.parametrize(
@@ -215,7 +215,7 @@ def test_llama_cpps_own_programs_answer_the_prompts(tiny_pair, tmp_path):
     """Stand-ins that print what the real ones do; those are run where they are built."""
     end = tiny_pair.base.text([min(tiny_pair.base.end_tokens)])
     rows = [{"prompt": "hello", "completion": f"#### {n}"} for n in (4, 5, 5)]
-    prompts = load_prompts(tiny_pair, file_of(tmp_path, *rows), GREEDY, metric="gsm8k")
+    prompts = read_judged_prompts(tiny_pair, file_of(tmp_path, *rows), GREEDY, metric="gsm8k")
     names = ["llama-speculative-simple", "llama-lookup"]
     with pytest.raises(ColmError, match="llama-speculative-simple: No such file"):
         bench_prompts(tiny_pair, prompts, GREEDY, 1, quiet, tools=tmp_path)

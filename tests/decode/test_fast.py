@@ -182,7 +182,7 @@ class Priced(Scripted):
 
     def sync(self, tokens, outputs=(), cancel=None):
         n = super().sync(tokens, outputs)
-        pieces = self.table.pieces(n, n + 64, whole=len(outputs) > 1) if self.cuts else [(n, n)]
+        pieces = self.table.chunks(n, n + 64, whole=len(outputs) > 1) if self.cuts else [(n, n)]
         self.cost += sum(self.table(size) for _, size in pieces if n)
         self.cost += self.table.outputs(len(outputs)) if outputs else 0.0
         return n

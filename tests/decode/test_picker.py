@@ -61,8 +61,8 @@ def test_the_defer_row_is_never_written(of_base):
     """Nor by an expert whose vocabulary is padded to that id."""
     logits = np.array([1.0, 3.0, 2.0, 0.0], np.float32)
     logits[3] = 9.0
-    choice, logsumexp = Picker(4, None, defer_row=3).likeliest(5, logits, of_base=of_base)
+    choice, logsumexp = Picker(4, None, defer_row=3).read(5, logits, of_base=of_base)
     assert choice == 1
     assert logsumexp == pytest.approx(np.log(np.exp(logits[:3]).sum()))
-    assert Picker(4, None, defer_row=9).likeliest(5, logits, of_base=of_base)[0] == 3
+    assert Picker(4, None, defer_row=9).read(5, logits, of_base=of_base)[0] == 3
     assert picker.mixture(logits, logits, 0.5, 4, 3).argmax() == 1

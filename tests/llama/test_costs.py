@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from colm_edge.cancel import Cancel, CancelledError
 from colm_edge.llama import measure as costs
 from colm_edge.llama.context import Context, ContextOptions
-from colm_edge.llama.costs import CostTable, break_even, seconds_per_token, slower
+from colm_edge.llama.costs import CostTable, break_even, seconds_per_token, slowness_note
 from colm_edge.llama.measure import cost_table, kept_table, refine
 from colm_edge.llama.model import Model
 from colm_edge.llama.session import Session
@@ -35,8 +35,8 @@ def test_a_size_that_was_not_measured_costs_its_blocks_and_its_single_tokens():
     table = CostTable((1, 2, 4, 5, 8, 12, 16), (1.0, 1.7, 1.63, 2.34, 2.83, 4.02, 4.15))
     for n, taken in ((3, 2.38), (6, 3.03), (7, 3.72), (13, 4.75), (14, 5.39), (15, 6.14)):
         assert table(n) == pytest.approx(taken, rel=0.02)
-    assert [table.pieces(n, 100, whole=True)[0][1] for n in (3, 13, 14, 15)] == [4, 16, 16, 16]
-    assert table.pieces(15, 15, whole=True) == [(15, 15)]  # no room left
+    assert [table.chunks(n, 100, whole=True)[0][1] for n in (3, 13, 14, 15)] == [4, 16, 16, 16]
+    assert table.chunks(15, 15, whole=True) == [(15, 15)]  # no room left
 
 
 def test_more_outputs_never_cost_less():
@@ -55,11 +55,11 @@ def test_padding_is_weighed_with_its_outputs_where_they_are_computed_too():
 
 
 def test_a_batch_is_padded_if_a_larger_one_costs_less():
-    assert FOURS.pieces(3, 100) == [(3, 4)]
-    assert FOURS.pieces(3, 3) == [(3, 3)]  # no room left
-    assert FOURS.pieces(7, 100, whole=True) == [(7, 8)]
-    assert FOURS.pieces(7, 100) in ([(7, 8)], [(4, 4), (3, 4)])
-    assert FOURS.pieces(500, 512) == [(500, 500)]
+    assert FOURS.chunks(3, 100) == [(3, 4)]
+    assert FOURS.chunks(3, 3) == [(3, 3)]  # no room left
+    assert FOURS.chunks(7, 100, whole=True) == [(7, 8)]
+    assert FOURS.chunks(7, 100) in ([(7, 8)], [(4, 4), (3, 4)])
+    assert FOURS.chunks(500, 512) == [(500, 500)]
 
 
 @given(
@@ -70,7 +70,7 @@ def test_a_batch_is_padded_if_a_larger_one_costs_less():
 )
 def test_pieces_add_up_and_cost_no_more_than_one(seconds, n, room, whole):
     table = CostTable((1, 2, 4, 8, 16, 32), tuple(seconds))
-    pieces = table.pieces(n, room, whole=whole)
+    pieces = table.chunks(n, room, whole=whole)
     assert sum(size for size, _ in pieces) == n
     assert all(size <= padded for size, padded in pieces)
     done = 0
@@ -250,26 +250,26 @@ def test_a_table_that_cannot_be_cached_is_still_measured(session, monkeypatch, t
 
 def test_a_predicted_speed_is_that_of_the_batches():
     base, expert = CostTable((1, 64), (1.0, 64.0)), CostTable((1, 64), (10.0, 640.0))
-    assert seconds_per_token(base, expert, 0.0) == 1.0
+    assert seconds_per_token(base, [expert], 0.0) == 1.0
     for rate in (0.1, 0.5, 1.0):  # batches cost in proportion: every token, once, of both
-        assert seconds_per_token(base, expert, rate) == pytest.approx(11, rel=1e-3)
+        assert seconds_per_token(base, [expert], rate) == pytest.approx(11, rel=1e-3)
     flat = CostTable((1, 64), (10.0, 10.0))
-    assert seconds_per_token(base, flat, 0.2) == pytest.approx(1 + 0.2 * 10, rel=0.02)
+    assert seconds_per_token(base, [flat], 0.2) == pytest.approx(1 + 0.2 * 10, rel=0.02)
 
 
 def test_a_pair_pays_up_to_its_break_even():
     base, flat = CostTable((1, 64), (1.0, 64.0)), CostTable((1, 64), (10.0, 10.0))
     rate = break_even(base, flat)
     assert rate == pytest.approx(0.9, abs=0.02)
-    assert seconds_per_token(base, flat, rate - 0.01) < flat(1)
-    assert seconds_per_token(base, flat, rate + 0.01) > flat(1)
+    assert seconds_per_token(base, [flat], rate - 0.01) < flat(1)
+    assert seconds_per_token(base, [flat], rate + 0.01) > flat(1)
     assert break_even(flat, base) == 0.0
     assert break_even(CostTable((1,), (0.0,)), flat) is None
 
 
 def test_a_pair_slower_than_its_expert_is_told_so():
     base, expert = CostTable((1, 64), (0.02, 0.1)), CostTable((1, 64), (0.03, 0.3))
-    assert "tokens per second at 90% deferred, 33.3 alone" in slower(base, expert, 0.9)
-    assert slower(base, expert, 0.01) == ""
+    assert "tokens per second at 90% deferred, 33.3 alone" in slowness_note(base, expert, 0.9)
+    assert slowness_note(base, expert, 0.01) == ""
     for unknown in ((None, expert, 0.9), (base, None, 0.9), (base, expert, None)):
-        assert slower(*unknown) == ""
+        assert slowness_note(*unknown) == ""

@@ -54,7 +54,7 @@ def limit(base: CostTable, expert: CostTable, rate: float, n: int) -> float:
     tokens = max(n, round(n / rate))
     outputs = expert.outputs(n)
     together = base.all_states(n) / n + (expert.best(tokens) + outputs) / tokens
-    return seconds_per_token(base, expert, rate) / together
+    return seconds_per_token(base, [expert], rate) / together
 
 
 def main() -> None:

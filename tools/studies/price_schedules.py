@@ -91,7 +91,7 @@ class Priced:
             return 0
         keep = min(keep, outputs[0] if outputs else len(wanted) - 1)
         n, several = len(wanted) - keep, len(outputs) > 1
-        pieces = self._costs.pieces(n, n + N_VOCAB, whole=several) if self.cuts else [(n, n)]
+        pieces = self._costs.chunks(n, n + N_VOCAB, whole=several) if self.cuts else [(n, n)]
         self.seconds += sum(self._costs(size) for _, size in pieces)
         self.seconds += self._costs.outputs(len(outputs)) if several else 0.0
         self._held = wanted

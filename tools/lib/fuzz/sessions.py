@@ -53,10 +53,10 @@ def _read_costs(needs: Path) -> Read:
         table = measure.kept_table(pair.base_session)
         if table is None:
             raise ColmError("a broken table counts as none")
-        table.pieces(64, 512)
+        table.chunks(64, 512)
         table.all_states(64)
         break_even(table, table)
-        seconds_per_token(table, table, 0.1)
+        seconds_per_token(table, [table], 0.1)
 
     return read
 
