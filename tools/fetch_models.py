@@ -9,8 +9,6 @@ printed are the files' paths.
 
 from __future__ import annotations
 
-import hashlib
-import os
 import shutil
 import subprocess
 import sys
@@ -24,7 +22,7 @@ import click
 
 from colm_edge.cli import OneLineErrors
 from colm_edge.errors import ModelError
-from colm_edge.files import locked, replacing
+from colm_edge.files import cache_folder, locked, replacing, sha256_of
 
 
 @dataclass(frozen=True)
@@ -82,15 +80,11 @@ MODELS = {
 
 def default_folder() -> Path:
     """Return where models are kept unless a folder is named."""
-    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(home) / "colm-edge" / "models"
+    return cache_folder() / "models"
 
 
 def is_whole(path: Path, file: File) -> bool:
-    if not path.is_file():
-        return False
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest() == file.sha256
+    return path.is_file() and sha256_of(path) == file.sha256
 
 
 def fetch(file: File, folder: Path) -> Path:

@@ -20,6 +20,7 @@ from gguf import GGUFWriter
 from gguf.constants import GGML_QUANT_SIZES
 
 from colm_edge.files import replacing
+from colm_edge.remote.byte_names import BYTES
 from lib.llama_gguf import Shape, describe_llama
 
 END = "<|end|>"
@@ -73,10 +74,7 @@ MIXES = {
 
 def vocabulary(n_vocab: int) -> tuple[list[str], list[str]]:
     """Return (tokens, merges) of a byte-level BPE: the end token, 256 bytes, letters merged."""
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    spelled = {b: chr(b) for b in printable}
-    others = (b for b in range(256) if b not in spelled)
-    spelled |= {b: chr(256 + i) for i, b in enumerate(others)}
+    spelled = {byte: character for character, byte in BYTES.items()}
     tokens = [END, *(spelled[b] for b in range(256))]
     letters = string.ascii_lowercase
     pairs = list(itertools.product(letters, repeat=2))

@@ -23,15 +23,12 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # tools/, where imports begi
 from finetune_base import finetune
 
 from colm_edge import Pair, load
-from colm_edge.arrays import Doubles
 from colm_edge.cli.common import progress
 from colm_edge.evaluate.metrics import contains
 from colm_edge.switch.file import Switch
-from colm_edge.switch.reading import HIDDEN
 from colm_edge.train.documents import Row, read_rows, tokenized
 from colm_edge.train.fit import FitOptions, fit_switch
 from colm_edge.train.objectives import DEFER_RATES
-from colm_edge.train.scores import Scores
 from colm_edge.train.scoring import score, score_expert
 
 ROOT = Path(__file__).parents[2]
@@ -82,14 +79,6 @@ def open_pair(entry: Entry, switch: str | Path = "margin", threads: int = 1) -> 
     return load(entry.base, expert, switch, lora=entry.lora, n_threads=threads)
 
 
-def deferral(switch: Switch, scores: Scores) -> Doubles:
-    """Return d of every scored token under a switch of the hidden state or of both sets."""
-    columns = scores.hidden
-    if switch.features != (HIDDEN,):
-        columns = np.concatenate([scores.hidden, scores.logit_features], axis=1)
-    return np.asarray(columns @ switch.weight[0], np.float64) + float(switch.bias[0])
-
-
 def judge(
     entry: Entry, fitting: list[Row], held_out: list[Row], work: Path, threads: int
 ) -> dict[str, Any]:
@@ -108,7 +97,8 @@ def judge(
             fit.switch.save(path)
     with open_pair(entry, path, threads) as pair:
         scores = score(pair, tokenized(held_out, pair), progress, work=kept / "exam")
-        row = tuning.figures(scores.base, deferral(Switch.load(path), scores), scores.expert)
+        d = Switch.load(path).d(scores.logit_features, scores.hidden)[:, 0]
+        row = tuning.figures(scores.base, d, scores.expert)
         right, deferred, n = [], 0, 0
         for _, line in held_out:
             answer = pair.generate(line["prompt"], temperature=0)

@@ -31,6 +31,7 @@ from colm_edge.train.objectives import (
     budget_loss,
     hard_curve,
     marginal_loss,
+    weak_label,
     weak_loss,
 )
 from colm_edge.train.scores import Scores
@@ -141,9 +142,9 @@ class Comparison:
         lines = np.random.default_rng(0).permutation(np.unique(scores.line))
         self.valid = np.isin(scores.line, lines[: len(lines) // 5])
         base, expert = scores.base[~self.valid], scores.expert[~self.valid]
-        label = (scores.expert_right & ~scores.base_right).astype(np.float64)
+        label = weak_label(scores, np.flatnonzero(~self.valid))
         self.losses: dict[str, Loss] = {
-            "weak": partial(weak_loss, label[~self.valid]),
+            "weak": partial(weak_loss, label),
             "marginal": partial(marginal_loss, base, expert),
             "budget": partial(budget_loss, expert - base),
         }

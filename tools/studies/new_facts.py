@@ -16,9 +16,7 @@ seed of its own, and names that exist are left out.
 from __future__ import annotations
 
 import itertools
-import json
 import random
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -28,6 +26,7 @@ from typing import Any
 import click
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # tools/, where imports begin
+from lib.command_line import BASE, colm_edge, exact
 from lib.rows import write_rows
 from lib.small_llama import Training, cut_windows, export, import_gguf, load_vocab, train_model
 
@@ -86,23 +85,6 @@ def teach(work: Path, threads: int) -> None:
     )  # fmt: skip
 
 
-def colm_edge(*args: str | Path) -> Any:
-    """Run the command line and return the JSON on its last line, with the seconds it took."""
-    begun = time.perf_counter()
-    command = [sys.executable, "-m", "colm_edge", *map(str, args)]
-    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-    return json.loads(done.stdout.splitlines()[-1]), time.perf_counter() - begun
-
-
-def exact(work: Path, exam: str, expert: Path, switch: Path, method: str = "colm") -> float:
-    """Return the share of questions whose answer has the exact fact."""
-    rows, _ = colm_edge(
-        "eval", "--data", work / exam, "--metric", "contains", "--methods", method, "-o", "json",
-        "-m", DATA / "base.gguf", "-me", expert, "-sw", switch, "-t", "1", "-n", "60",
-    )  # fmt: skip
-    return float(rows[0]["accuracy"])
-
-
 @click.command(
     context_settings={"help_option_names": ["-h", "--help"]}, help=(__doc__ or "").split("\n\n")[0]
 )
@@ -123,25 +105,18 @@ def main(work: Path, threads: int) -> None:
     if not (work / "expert.gguf").exists():
         teach(work, threads)
     print(f"taught in {time.perf_counter() - begun:.0f} s")
-    pair = (
-        "-m",
-        DATA / "base.gguf",
-        "--data",
-        work / "switch.jsonl",
-        "--work-dir",
-        work / "scores",
-    )
+    pair = ("-m", BASE, "--data", work / "switch.jsonl", "--work-dir", work / "scores")
     how = ("--objective", "marginal", "-t", "1")
     old_switch, new_switch = DATA / "switch.gguf", work / "switch.gguf"
     colm_edge("train", *pair, *how, "-me", DATA / "expert.gguf", "--outfile", work / "again.gguf")
-    report, seconds = colm_edge(
+    begun = time.perf_counter()
+    report = colm_edge(
         "train", *pair, *how, "-me", work / "expert.gguf", "--update", old_switch,
         "--outfile", new_switch,
     )  # fmt: skip
-    print(
-        f"updated in {seconds:.0f} s: joint {report['before']['nll_joint']:.4f} before, "
-        f"{report['nll_joint']:.4f} after"
-    )
+    before, after = report["before"]["nll_joint"], report["nll_joint"]
+    took = time.perf_counter() - begun
+    print(f"updated in {took:.0f} s: joint {before:.4f} before, {after:.4f} after")
     for label, expert, switch, method in (
         ("base alone", DATA / "expert.gguf", old_switch, "base"),
         ("old expert, old switch", DATA / "expert.gguf", old_switch, "colm"),
@@ -150,7 +125,7 @@ def main(work: Path, threads: int) -> None:
         ("new expert, new switch", work / "expert.gguf", new_switch, "colm"),
     ):
         on_old, on_new = (
-            exact(work, e, expert, switch, method) for e in ("old.jsonl", "new.jsonl")
+            exact(work / exam, switch, [expert], method) for exam in ("old.jsonl", "new.jsonl")
         )
         print(f"{label:24} old facts {on_old:.1%}, new facts {on_new:.1%}", flush=True)
 

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import json
 import random
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ from typing import Any
 import click
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # tools/, where imports begin
+from lib.command_line import BASE, colm_edge, exact
 from lib.llama_gguf import Shape
 from lib.rows import write_rows
 from lib.small_llama import Training, cut_windows, export, import_gguf, load_vocab, train_model
@@ -94,23 +94,6 @@ def train_expert(work: Path, out: Path, threads: int) -> None:
     )  # fmt: skip
 
 
-def colm_edge(*args: str | Path) -> Any:
-    """Run the command line and return the JSON that it prints last."""
-    command = [sys.executable, "-m", "colm_edge", *map(str, args)]
-    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-    return json.loads(done.stdout.splitlines()[-1])
-
-
-def exact(exam: Path, switch: Path, *experts: str | Path) -> float:
-    """Return the share of questions whose answer has the exact fact."""
-    given = [part for expert in experts for part in ("-me", expert)]
-    rows = colm_edge(
-        "eval", "--data", exam, "--metric", "contains", "--methods", "colm", "-o", "json", "-t",
-        "1", "-n", "60", "-m", DATA / "base.gguf", *given, "-sw", switch,
-    )  # fmt: skip
-    return float(rows[0]["accuracy"])
-
-
 @click.command(
     context_settings={"help_option_names": ["-h", "--help"]}, help=(__doc__ or "").split("\n\n")[0]
 )
@@ -130,7 +113,7 @@ def main(work: Path, out: Path, threads: int) -> None:
     mixed = [row for rows in train.values() for row in rows] + talk
     random.Random(SEED).shuffle(mixed)
     data = write_rows(work / "mixed.jsonl", mixed)
-    base, how = ("-m", DATA / "base.gguf"), ("--objective", "marginal", "-t", "1")
+    base, how = ("-m", BASE), ("--objective", "marginal", "-t", "1")
     named = [f"{name}={file}" for name, file in files.items()]
     both = out / "team.gguf"
     report = colm_edge(
@@ -147,7 +130,7 @@ def main(work: Path, out: Path, threads: int) -> None:
         own = write_rows(work / f"{name}.jsonl", [*train[name], *talk])
         switch = work / f"{name}.gguf"
         colm_edge("train", *base, *how, "-me", file, "--data", own, "--outfile", switch)
-        alone, team = exact(exams[name], switch, file), exact(exams[name], both, *named)
+        alone, team = exact(exams[name], switch, [file]), exact(exams[name], both, named)
         print(f"{name}: exact facts {alone:.1%} by its own pair, {team:.1%} by the team")
 
 

@@ -29,6 +29,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # tools/, where imports begin
 from lib.llama_gguf import Shape
+from lib.rows import write_rows
 from lib.small_llama import (
     Piece,
     Training,
@@ -142,8 +143,7 @@ def main() -> None:
     work.mkdir(parents=True, exist_ok=True)
     cut = parts(args.data)
     print({name: len(rows) for name, rows in cut.items()}, "lines")
-    switch = "".join(json.dumps(row) + "\n" for row in cut["switch"])
-    (work / "switch.jsonl").write_text(switch)
+    write_rows(work / "switch.jsonl", cut["switch"])
     if not (work / "tokenizer.json").exists():
         corpus = ["".join(dialogue(row)) for row in cut["base"]]
         train_vocab(corpus, END, N_VOCAB, work / "tokenizer.json")
