@@ -124,13 +124,13 @@ def _times(tried: Sequence[tuple[Model, ContextOptions]]) -> list[tuple[float, f
             for session, found in zip(sessions, prompts, strict=True):
                 session.forget()
                 before = session.seconds
-                session.sync(_tokens(session, 0))
+                session.sync(_prompt(session))
                 found.append(session.seconds - before)
         for i in range(1, ROUNDS + 1):
             for session, times in zip(sessions, taken, strict=True):
                 for n, found in zip((1, CATCH_UP), times, strict=True):
                     before = session.seconds
-                    session.sync([*_tokens(session, 0), *[i % 7 + n] * n])
+                    session.sync([*_prompt(session), *[i % 7 + n] * n])
                     found.append(session.seconds - before)
     finally:
         for session in sessions:
@@ -141,6 +141,6 @@ def _times(tried: Sequence[tuple[Model, ContextOptions]]) -> list[tuple[float, f
     ]
 
 
-def _tokens(session: Session, seed: int) -> list[int]:
+def _prompt(session: Session) -> list[int]:
     n = session.n_ctx - CATCH_UP - 1
-    return [(seed + 31 * i) % session.model.n_vocab for i in range(max(1, n))]
+    return [31 * i % session.model.n_vocab for i in range(max(1, n))]

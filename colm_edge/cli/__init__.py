@@ -30,7 +30,7 @@ class OneLineErrors(click.Command):
         try:
             return super().invoke(ctx)
         except ColmError as e:
-            raise click.ClickException(" ".join(str(e).split())) from e
+            raise click.ClickException(str(e)) from e
         except OSError as e:
             if e.filename is None:  # a standard file's, which the group reports
                 raise
@@ -115,7 +115,7 @@ def say_version(ctx: click.Context) -> None:
     try:
         from colm_edge.readout import implementation
     except ColmError as e:  # before a command runs, which would tell it
-        raise click.ClickException(" ".join(str(e).split())) from e
+        raise click.ClickException(str(e)) from e
     click.echo(f"colm-edge {version('colm-edge')}, the switch read by {implementation}")
     click.echo(f"llama-cpp-python {version('llama-cpp-python')}; {build_info()}")
     for device in devices():

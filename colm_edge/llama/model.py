@@ -69,6 +69,7 @@ class Model:
         self._closed = False
         self._n_waiting = 0  # for the weights, which another thread reads
         self._raised: BaseException | None = None  # there, by `progress`
+        self._pieces: dict[int, bytes] = {}
         for file in self.files:
             _check_gguf(file)
         self._handle = self._open(vocab_only=True)
@@ -317,10 +318,6 @@ class Model:
     @cached_property
     def chat_template(self) -> str | None:
         return self.metadata("tokenizer.chat_template")
-
-    @cached_property
-    def _pieces(self) -> dict[int, bytes]:
-        return {}
 
     def text(self, tokens: Sequence[int]) -> str:
         """Return the text of tokens, special ones by their names."""

@@ -54,7 +54,7 @@ class ChainSampler:
             add(llama.llama_sampler_init_top_p(options.top_p, 1))
             add(llama.llama_sampler_init_min_p(options.min_p, 1))
             add(llama.llama_sampler_init_temp(options.temperature))
-            seed = secrets.randbits(32) if options.seed < 0 else options.seed & 0xFFFFFFFF
+            seed = secrets.randbits(32) if options.seed < 0 else options.seed
             add(llama.llama_sampler_init_dist(seed))
         else:
             add(llama.llama_sampler_init_greedy())

@@ -12,10 +12,10 @@ from colm_edge.llama.model import Model
 from colm_edge.switch.file import Switch, role_of
 from colm_edge.switch.onnx import load_onnx
 from colm_edge.switch.reading import AnySwitch
-from colm_edge.switch.rules import DeferRow, Untrained
+from colm_edge.switch.rules import RULES, DeferRow, Untrained
 
 E = TypeVar("E")
-SWITCHES: tuple[AnySwitch, ...] = (Untrained("margin"), Untrained("entropy"), DeferRow())
+SWITCHES: tuple[AnySwitch, ...] = (*map(Untrained, RULES), DeferRow())
 NAMED = {switch.name: switch for switch in SWITCHES}
 # A file's suffix -> what opens it; any other is a GGUF file.
 OPENERS: dict[str, Callable[[str | os.PathLike[str]], AnySwitch]] = {".onnx": load_onnx}
