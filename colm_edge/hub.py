@@ -192,8 +192,8 @@ def _download(repo: str, name: str, about: Any, file: Path, note: Note) -> None:
                 f"{what} has {as_size(size)} in one file, which is too large for this download; "
                 f"fetch it with huggingface_hub's own program, hf download {repo} {name}"
             )
-        told = f"{as_size(known)} of {as_size(size)} are here" if known else as_size(size)
-        note(f"downloading {what} ({told}) …")
+        amount = f"{as_size(known)} of {as_size(size)} are here" if known else as_size(size)
+        note(f"downloading {what} ({amount}) …")
     _download_to(file, repo, name, about)
     if _SHA256.fullmatch(about.etag) is not None:
         found = sha256_of(file)
@@ -303,8 +303,8 @@ def _explained(reference: str) -> Iterator[None]:
         raise ModelError(f"{reference}: the Hub answers {status}; {hint}") from e
     # RuntimeError is what hf_xet raises, which huggingface_hub downloads most models with.
     except (_http().HTTPError, OSError, ValueError, RuntimeError) as e:
-        told = " ".join(str(e).split())[:200] or type(e).__name__
-        raise ModelError(f"{reference}: cannot be downloaded: {told}; try again") from e
+        message = " ".join(str(e).split())[:200] or type(e).__name__
+        raise ModelError(f"{reference}: cannot be downloaded: {message}; try again") from e
 
 
 def _api() -> Any:

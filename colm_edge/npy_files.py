@@ -88,10 +88,12 @@ def _parsed(data: bytes, kind: Kind) -> Any:
     wanted = np.dtype(kind)
     if wanted == TEXT:
         return _text(head, data[at:])
-    told = repr(np.lib.format.dtype_to_descr(wanted)).encode()
+    expected = repr(np.lib.format.dtype_to_descr(wanted)).encode()
     length = _LENGTH.fullmatch(head[2])
-    if head[1] != told or length is None:
-        raise ValueError(f"expected one row of {told.decode()}, not {head[1]!r} in ({head[2]!r})")
+    if head[1] != expected or length is None:
+        raise ValueError(
+            f"expected one row of {expected.decode()}, not {head[1]!r} in ({head[2]!r})"
+        )
     n = int(length[1])
     if n * wanted.itemsize != len(data) - at:
         raise ValueError(f"expected {n} numbers, and as many bytes")

@@ -457,13 +457,13 @@ def load(
         raise ColmError("n_ctx, n_threads, n_ubatch and max_memory must be 0 or more")
     rpc = (rpc,) if isinstance(rpc, str) else rpc
     refs = [None if ref is None else os.fspath(ref) for ref in (model, switch, lora)]
-    told = note or log.info
+    say = note or log.info
     check_offline(rpc if offline else ())
     experts_given = named(expert)
     if pair is None:
         check_rule(refs[1], experts_given)
-    files = choose_pair(refs[0], experts_given, refs[1], pair, offline=offline, note=told)
-    adapter = None if refs[2] is None else resolve(refs[2], "lora", offline=offline, note=told)
+    files = choose_pair(refs[0], experts_given, refs[1], pair, offline=offline, note=say)
+    adapter = None if refs[2] is None else resolve(refs[2], "lora", offline=offline, note=say)
     if max_memory and len(files.experts) == 1:
         raise ColmError("--max-memory is shared by several experts, and one is given; leave it out")
     head = load_switch(files.switch)

@@ -131,8 +131,8 @@ class Stream:
         deferred = len(steps) - written["base"]
         stats = replace(self._decoder.stats, n_generated=len(steps), n_deferred=deferred)
         stats.experts = {
-            source: replace(told, n_deferred=written[source])
-            for source, told in stats.experts.items()
+            source: replace(expert, n_deferred=written[source])
+            for source, expert in stats.experts.items()
         }
         stats.finish()
         text = "".join(step.text for step in steps)

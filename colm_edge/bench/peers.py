@@ -127,15 +127,15 @@ class Tools:
     def _answer(self, command: list[str], prompt: str, n: int) -> Sample:
         done = self._run([*command, *self._writing, "-n", str(n), "-p", prompt])
         # Versions differ in which of the two they print the figures to.
-        told = dict[str, tuple[int, float]]()
+        figures = dict[str, tuple[int, float]]()
         for what, tokens, speed in FIGURES.findall(done.stdout + done.stderr):
-            told[what] = int(tokens), int(tokens) / float(speed)
-        if "decoded" not in told:
+            figures[what] = int(tokens), int(tokens) / float(speed)
+        if "decoded" not in figures:
             raise ColmError(f"{command[0]} printed no speed; use a llama.cpp of about this version")
         text = FIGURES.split(done.stdout.partition(prompt)[2])[0].rstrip()
         for end in self._ends:
             text = text.removesuffix(end)
-        return Sample(told["decoded"][0], sum(s for _, s in told.values()), text=text)
+        return Sample(figures["decoded"][0], sum(s for _, s in figures.values()), text=text)
 
     def _run(self, command: list[str]) -> subprocess.CompletedProcess[str]:
         program = self._folder / command[0]

@@ -168,17 +168,17 @@ def bench_command(
             loaded.cost_tables()  # they are kept, so they must not be those of a busy machine
         with busy(n_busy):
             if tuning:
-                table, told = tuned(loaded)
+                table, notes = tuned(loaded)
             elif "prompts" in asked:
-                table, told = answered(loaded, asked, decoding, **measuring)
+                table, notes = answered(loaded, asked, decoding, **measuring)
             else:
-                table, told = replayed(loaded, replays, memory=memory, **measuring)
+                table, notes = replayed(loaded, replays, memory=memory, **measuring)
         if n_busy:
             table = [row | {"load": n_busy} for row in table]
         click.echo(render(table, output))
         # Standard output is a table and nothing else where a program reads it.
         if output == "md" or tuning:
-            lines = [*told, measured_on(loaded, n_busy)]
+            lines = [*notes, measured_on(loaded, n_busy)]
             click.echo("\n" + "\n".join(lines), err=output != "md")
 
 
@@ -230,8 +230,8 @@ def answered(
     folder = Path(tools) if tools else None
     table = bench_prompts(pair, prompts, options, rounds, say, only=methods, tools=folder)
     judged = sum(prompt.judge is not None for prompt in prompts)
-    told = f"Answers to {len(prompts)} prompts of {Path(path).name}, at most {n} tokens each"
-    return table, [told + (f"; {judged} judged by {metric}." if metric else ".")]
+    title = f"Answers to {len(prompts)} prompts of {Path(path).name}, at most {n} tokens each"
+    return table, [title + (f"; {judged} judged by {metric}." if metric else ".")]
 
 
 def replayed(

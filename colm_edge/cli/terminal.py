@@ -131,10 +131,10 @@ def mark(step: Step, colours: Mapping[str, str]) -> str:
 def legend(stats: Stats) -> str:
     """Return the names of several experts, as their tokens are marked, with what each wrote."""
     parts, plain = [], bool(os.environ.get("NO_COLOR"))
-    for (source, told), colour in zip(stats.experts.items(), cycle(COLOURS), strict=False):
+    for (source, expert), colour in zip(stats.experts.items(), cycle(COLOURS), strict=False):
         name = harmless(source.partition(":")[2])
         shown = click.style(name, fg=None if plain else colour, underline=True)
-        parts.append(f"{shown} {told.n_deferred} tokens, {told.calls} calls")
+        parts.append(f"{shown} {expert.n_deferred} tokens, {expert.calls} calls")
     return "; ".join(parts)
 
 

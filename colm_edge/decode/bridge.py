@@ -64,7 +64,7 @@ class Bridge(Around):
         super().__init__(inner)
         self._crossing, self._note = crossing, note
         self._places: dict[int, Place] = {}  # of the outputs, by the base's positions
-        self._told: dict[int, Floats] = {}  # of them, what was read already
+        self._said: dict[int, Floats] = {}  # of them, what was read already
         self._ids = array("i")  # the expert's tokens at the last `sync`
         # Of the rows of the last output, the logits: what is asked right after it needs them.
         self._last, self._kept = range(0), dict[int, Floats]()
@@ -112,7 +112,7 @@ class Bridge(Around):
         spelling.turn_to(tokens)
         same, n = common_prefix(self._ids, spelling.ids), len(spelling.ids)
         self._ids = spelling.ids[:]
-        self._places, self._told = {i: spelling.place(i) for i in wanted}, {}
+        self._places, self._said = {i: spelling.place(i) for i in wanted}, {}
         self._totals.clear()
         last = self._places[wanted[-1]].rows
         self._last = last if len(last) <= MOST_KEPT else range(0)
@@ -120,11 +120,11 @@ class Bridge(Around):
         if not n:  # a begin token alone, which the expert's vocabulary lacks
             raise AbsentExpertError("the text is empty in the expert's tokens")
         if n > self.n_ctx:
-            told = f"the text has {n} of the expert's tokens, its context holds {self.n_ctx}"
+            message = f"the text has {n} of the expert's tokens, its context holds {self.n_ctx}"
             if self._note is not None:
-                self._note(f"{told}; the base goes on alone.")
+                self._note(f"{message}; the base goes on alone.")
                 self._note = None
-            raise AbsentExpertError(told)
+            raise AbsentExpertError(message)
         needed = {row for place in self._places.values() for row in place.rows}
         return range(min(needed - self._kept.keys(), default=n), n)
 
@@ -136,7 +136,7 @@ class Bridge(Around):
             place = self._places[i] = replace(place, path=None)
         if rows := place.rows:
             n = self._inner.sync(self._ids[: rows.stop], _unless_last(rows), cancel)
-        self._told[i] = self._say(i)
+        self._said[i] = self._say(i)
         return n
 
     def state(self, i: int) -> tuple[Floats, Floats]:
@@ -147,11 +147,11 @@ class Bridge(Around):
         a control token of its own, or nothing that begins with the bytes that are there; and
         ModelError for NaN and the like.
         """
-        if i not in self._told:
-            self._told[i] = self._say(i)
-        if not len(self._told[i]):
+        if i not in self._said:
+            self._said[i] = self._say(i)
+        if not len(self._said[i]):
             raise AbsentExpertError("the base has no token for what the expert would write")
-        return self._told[i], NO_STATE
+        return self._said[i], NO_STATE
 
     def _say(self, i: int) -> Floats:
         """Return the log-probabilities of `state`, (n_vocab,), or (0,) where it raises."""
@@ -188,11 +188,11 @@ class Bridge(Around):
         go on, and their log-probabilities."""
         logits = self._logits(row)
         ids = self._crossing.longer(given) if given else None
-        told = logits if ids is None else logits[ids]
-        near = np.flatnonzero(told > logits.max() - NEAR_NATS)
+        shared = logits if ids is None else logits[ids]
+        near = np.flatnonzero(shared > logits.max() - NEAR_NATS)
         if len(near) > MOST:
-            near = near[np.argpartition(-told[near], MOST)[:MOST]]
-        logprobs = told[near].astype(np.float64) - self._total(row)
+            near = near[np.argpartition(-shared[near], MOST)[:MOST]]
+        logprobs = shared[near].astype(np.float64) - self._total(row)
         return near if ids is None else ids[near], logprobs
 
     def _logprob(self, row: int, token: int) -> float:

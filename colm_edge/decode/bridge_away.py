@@ -86,8 +86,8 @@ class BridgeAway(Bridge):
             self._spelling_seconds += perf_counter() - begun - (self._session.seconds - asking)
 
     def _goes_on(self, row: int, given: bytes) -> tuple[Ints, Doubles]:
-        told = self._session.told(row)
-        least = max(told.values()) - NEAR_NATS
+        logprobs = self._session.top(row)
+        least = max(logprobs.values()) - NEAR_NATS
 
         def goes_on(token: int) -> bool:
             piece = self._crossing.theirs.piece(token)
@@ -95,7 +95,7 @@ class BridgeAway(Bridge):
 
         near = {
             token: logprob
-            for token, logprob in told.items()
+            for token, logprob in logprobs.items()
             if logprob >= least and (not given or goes_on(token))
         }
         return np.array(list(near), np.int64), np.array(list(near.values()))

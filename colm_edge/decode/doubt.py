@@ -14,9 +14,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
-from colm_edge.arrays import Floats
 from colm_edge.decode.loop import Decoder, Follow
-from colm_edge.decode.picker import Sampler
+from colm_edge.decode.picker import Prediction, Sampler
 from colm_edge.decode.policy import BASE
 from colm_edge.decode.step import Drafted, Event, Step
 from colm_edge.errors import AbsentExpertError
@@ -89,13 +88,14 @@ class Doubt:
                     return self._go_back(loop, suspect)
                 suspect = self._suspect()
             loop.evaluate_base(tokens)  # back to where both were
-            logits, *_ = loop.told_by_base(at)  # before the expert: other slots use the base then
+            # Before the expert: other slots use the base then.
+            logits, *_ = loop.predicted_by_base(at)
             loop.evaluate_expert(expert, tokens)
         if deferred:
             guess, after = step, picker.mark()
             picker.rollback(before)
-            told = loop.read_expert(expert, at, logits, p_defer)
-            step = picker.write(loop.sources[expert], p_defer, *told)
+            prediction = loop.read_expert(expert, at, logits, p_defer)
+            step = picker.write(loop.sources[expert], p_defer, *prediction)
             if guess.token != step.token and guess.token not in loop.end_tokens:
                 rival = Rival(guess, after, expert)
         held.append(Held(step, rival))
@@ -155,19 +155,19 @@ class Doubt:
         of their log-probabilities. The base writes those that are missing up to `end`."""
         while len(tokens) < end and tokens[-1] not in loop.end_tokens:
             loop.evaluate_base(tokens)
-            tokens.append(loop.told_by_base(len(tokens))[1])
+            tokens.append(loop.predicted_by_base(len(tokens))[1])
         outputs = range(place, len(tokens) - 1)
 
-        def likelihood(told: Callable[[int], tuple[Floats, int, float]]) -> float:
-            """Return the log-probability of the tokens, by what a model tells at each length."""
+        def likelihood(predict: Callable[[int], Prediction]) -> float:
+            """Return the log-probability of the tokens, by a model's prediction at each length."""
             total = 0.0
             for i in outputs:
-                logits, _, logsumexp = told(i + 1)
+                logits, _, logsumexp = predict(i + 1)
                 total += float(logits[tokens[i + 1]]) - logsumexp
             return total
 
         loop.evaluate_base(tokens[:-1], outputs)
-        total = likelihood(loop.told_by_base)
+        total = likelihood(loop.predicted_by_base)
         loop.evaluate_expert(expert, tokens[:-1], outputs)
         total += likelihood(partial(loop.read_expert, expert))
         return total / (2 * len(outputs))

@@ -16,7 +16,7 @@ from typing import Literal, Protocol
 
 from colm_edge.arrays import Floats
 from colm_edge.cancel import Cancel, CancelledError
-from colm_edge.decode.picker import Picker
+from colm_edge.decode.picker import Picker, Prediction
 from colm_edge.decode.policy import BASE, Policy, Reading
 from colm_edge.decode.step import Event, ExpertStats, Source, Stats, Step, Undone
 from colm_edge.decode.timeline import Timeline, keeps
@@ -74,11 +74,11 @@ def write_deferred(
         tokens = tokens + array("i", bet)
     try:
         loop.evaluate_expert(writer, tokens, range(at - 1, len(tokens)) if bet else ())
-        told = loop.read_expert(writer, at, logits, p_defer)
+        prediction = loop.read_expert(writer, at, logits, p_defer)
     except AbsentExpertError:  # the user was told why
         loop.stats.expert_failures += 1
         return loop.picker.write_own(reading, logits)
-    return loop.picker.write(loop.sources[writer], p_defer, *told)
+    return loop.picker.write(loop.sources[writer], p_defer, *prediction)
 
 
 class ExpertAlone:
@@ -91,13 +91,13 @@ class ExpertAlone:
         writer = self.writer
         try:
             loop.evaluate_expert(writer, loop.tokens)
-            told = loop.read_expert(writer, len(loop.tokens))
+            prediction = loop.read_expert(writer, len(loop.tokens))
         except AbsentExpertError:
             loop.stats.expert_failures += 1
             loop.evaluate_base(loop.tokens)
             reading, logits = loop.read_base(len(loop.tokens))
             return loop.picker.write_own(reading, logits)
-        return loop.picker.write(loop.sources[writer], 1.0, *told)
+        return loop.picker.write(loop.sources[writer], 1.0, *prediction)
 
 
 class Decoder:
@@ -235,7 +235,7 @@ class Decoder:
             self._far.discard(expert)
             self._near(expert)
 
-    def told_by_base(self, at: int) -> tuple[Floats, int, float]:
+    def predicted_by_base(self, at: int) -> Prediction:
         """Return the base's logits for position `at`, their likeliest token and their log-sum-exp,
         without asking the switch."""
         logits, _ = self._base.state(at - 1)
@@ -251,11 +251,11 @@ class Decoder:
         try:
             expert.sync(tokens, outputs, self.cancel)
         finally:  # a server may fail, which takes time as well
-            told = expert.n_evaluated
+            n_evaluated = expert.n_evaluated
             done = ExpertStats(
                 0,
                 expert.n_calls - calls,
-                None if told is None or evaluated is None else told - evaluated,
+                None if n_evaluated is None or evaluated is None else n_evaluated - evaluated,
                 expert.seconds - seconds,
                 expert.load_seconds - loading,
             )
@@ -268,7 +268,7 @@ class Decoder:
 
     def read_expert(
         self, writer: int, at: int, base: Floats | None = None, p_defer: float = 1.0
-    ) -> tuple[Floats, int, float]:
+    ) -> Prediction:
         """Return an expert's logits for position `at`, their likeliest token and their log-sum-exp.
 
         base: the base's logits there; with them the mixture's logits are returned if the picker

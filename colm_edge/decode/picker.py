@@ -14,6 +14,7 @@ from colm_edge.decode.policy import Reading
 from colm_edge.decode.step import ZERO_PROBABILITY, Source, Step
 from colm_edge.errors import ModelError
 
+Prediction = tuple[Floats, int, float]  # a model's logits, their likeliest token, log-sum-exp
 COLUMNS = 2048  # in which `likeliest` lays out logits
 
 

@@ -29,7 +29,7 @@ from colm_edge.arrays import Floats
 from colm_edge.decode.fast import Bets
 from colm_edge.decode.fresh import Drawn, Fresh
 from colm_edge.decode.loop import Decoder, Follow
-from colm_edge.decode.picker import Picker, Sampler, likeliest
+from colm_edge.decode.picker import Picker, Prediction, Sampler, likeliest
 from colm_edge.decode.planner import Planner
 from colm_edge.decode.policy import BASE
 from colm_edge.decode.step import ZERO_PROBABILITY, Drafted, Event, Source, Step
@@ -95,9 +95,6 @@ def top_entropy(verdict: Verdict, n: int = 3) -> float:
     p = np.exp([logprob for _, logprob in likeliest(verdict.logits, verdict.logsumexp, n)])
     p /= p.sum()
     return float(-(p * np.log(p)).sum())
-
-
-Told = tuple[Floats, int, float]  # an expert's logits, their likeliest token, log-sum-exp
 
 
 @dataclass(slots=True)
@@ -205,7 +202,7 @@ class Review:
         self._expert = 0  # the likeliest one at the last draft
         self._ready: deque[Event] = deque()  # what is to be handed out
         # An expert, and its logits after all that is final, if a bet was won.
-        self._known: tuple[int, Told] | None = None
+        self._known: tuple[int, Prediction] | None = None
 
     def next(self, loop: Decoder) -> Event:
         if not self._ready:
@@ -279,18 +276,18 @@ class Review:
             placed = bets.placed(loop, writer, deferral.guess, tokens)
         if deferral is not None and placed:
             tokens.append(deferral.guess.token)
-        told_at = places if deferral is None else [*places, at, *([at + 1] if placed else [])]
+        predicted_at = places if deferral is None else [*places, at, *([at + 1] if placed else [])]
         # Something is asked of the first place: it is looked at, or deferred.
-        if outputs := [place - 1 for place in told_at[known is not None :]]:
+        if outputs := [place - 1 for place in predicted_at[known is not None :]]:
             try:
                 loop.evaluate_expert(writer, tokens, outputs)
             except AbsentExpertError:  # its context is full of its own tokens (`Bridge`)
                 loop.stats.expert_failures += deferral is not None
                 return written if deferral is None else [*written, self._own(loop, deferral, at)]
-        told = {} if known is None or not drafts else {start: known}
-        for place in places[len(told) :]:
-            told[place] = self._told(loop, writer, place, drafts[place - start])
-        n, instead = self._judge(loop, writer, drafts, told)
+        predictions = {} if known is None or not drafts else {start: known}
+        for place in places[len(predictions) :]:
+            predictions[place] = self._prediction(loop, writer, place, drafts[place - start])
+        n, instead = self._judge(loop, writer, drafts, predictions)
         if bets is not None:
             bets.reviewed(writer, n, undone=instead is not None)
         if instead is not None:
@@ -315,7 +312,7 @@ class Review:
         return [*written, step]
 
     @staticmethod
-    def _told(loop: Decoder, writer: int, at: int, draft: Draft) -> Told:
+    def _prediction(loop: Decoder, writer: int, at: int, draft: Draft) -> Prediction:
         """Return what an expert says in the place of a draft; where it has no word for the base, it
         agrees."""
         try:
@@ -326,20 +323,24 @@ class Review:
             return logits, draft.step.token, 0.0
 
     def _judge(
-        self, loop: Decoder, writer: int, drafts: Sequence[Draft], told: Mapping[int, Told]
+        self,
+        loop: Decoder,
+        writer: int,
+        drafts: Sequence[Draft],
+        predictions: Mapping[int, Prediction],
     ) -> tuple[int, Step | None]:
         """Return how many drafts stay, and the expert's token for the next if it is undone."""
         start = len(loop.tokens)
-        seen = [drafts[place - start] for place in told]
+        seen = [drafts[place - start] for place in predictions]
         verdicts = [
             Verdict(draft.step.token, logits, self._best(draft, logits, choice), logsumexp)
-            for draft, (logits, choice, logsumexp) in zip(seen, told.values(), strict=True)
+            for draft, (logits, choice, logsumexp) in zip(seen, predictions.values(), strict=True)
         ]
         n, instead = self._reviewer.review(verdicts, seen, loop.picker, loop.sources[writer])
         loop.stats.n_reviewed += len(seen) if instead is None else n + 1
         if instead is None:
             return len(drafts), None
-        place = list(told)[n]
+        place = list(predictions)[n]
         gone = [draft.step for draft in drafts[place - start :]]
         loop.undo(place, gone, verdicts[n].regret)
         return place - start, instead
@@ -348,8 +349,8 @@ class Review:
     def _own(loop: Decoder, deferral: Deferral, at: int) -> Step:
         """Return what the base writes itself where no expert can."""
         picker, logits = loop.picker, deferral.logits
-        told = picker.read(at, logits, of_base=True)
-        return picker.write("base", deferral.guess.p_defer, logits, *told)
+        choice, logsumexp = picker.read(at, logits, of_base=True)
+        return picker.write("base", deferral.guess.p_defer, logits, choice, logsumexp)
 
     @staticmethod
     def _best(draft: Draft, logits: Floats, choice: int) -> int:

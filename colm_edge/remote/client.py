@@ -132,7 +132,9 @@ class RemoteExpert:
             read, n = dialect.rows.read, dialect.n_probs
             body = dialect.rows.ask(self.model, tokens, places, n)
             return self.read(
-                dialect, body, lambda told: [self._checked(one, n) for one in read(told, places)]
+                dialect,
+                body,
+                lambda answer: [self._checked(one, n) for one in read(answer, places)],
             )
 
         return self.with_retries(work)
@@ -141,7 +143,7 @@ class RemoteExpert:
         dialect = self.connected()
         self._check_length(tokens)
         body = dialect.ask(self.model, tokens, n_probs)
-        return self.read(dialect, body, lambda told: self._checked(dialect.read(told), n_probs))
+        return self.read(dialect, body, lambda answer: self._checked(dialect.read(answer), n_probs))
 
     def _checked(self, reply: Reply, n_probs: int) -> Reply:
         """Return a server's reply without ids that no token has, and learn what it spells.
@@ -164,8 +166,8 @@ class RemoteExpert:
         try:
             done = read(answer)
         except MALFORMED as e:
-            told = f"its answer is not {dialect.name}'s ({shown(e)})"
-            raise RequestError(told, "malformed") from e
+            message = f"its answer is not {dialect.name}'s ({shown(e)})"
+            raise RequestError(message, "malformed") from e
         self._is_told = True
         return done
 
@@ -217,8 +219,8 @@ class RemoteExpert:
 
     def _check_length(self, tokens: list[int]) -> None:
         if len(tokens) > self.n_ctx:
-            told = f"{len(tokens)} tokens do not fit its {self.n_ctx}"
-            raise RequestError(told, "length", final=True)
+            message = f"{len(tokens)} tokens do not fit its {self.n_ctx}"
+            raise RequestError(message, "length", final=True)
 
     def connected(self) -> Dialect:
         """Return the server's dialect, learnt at the first request that it answers, and again
@@ -233,24 +235,24 @@ class RemoteExpert:
         """Find out the server's dialect, and whether it has the base's vocabulary."""
         self._not_greeted = None
         try:
-            told = greet(self._server, self.base)
+            greeting = greet(self._server, self.base)
         except RequestError as e:
             self._not_greeted = e
             raise
         finally:
             self._n_greeted += 1
         what = f"the vocabularies of {self.base.path.name} and {self.url} differ: "
-        if told.difference and self.words is None:
-            raise MismatchError(f"{what}{told.difference}; use two of one family, or --bridge")
-        if self._probed and told.probed != self._probed:
+        if greeting.difference and self.words is None:
+            raise MismatchError(f"{what}{greeting.difference}; use two of one family, or --bridge")
+        if self._probed and greeting.probed != self._probed:
             raise MismatchError(f"{self.url} came back with another vocabulary; start again")
-        self.is_same, self._probed = not told.difference, told.probed
+        self.is_same, self._probed = not greeting.difference, greeting.probed
         n_vocab = self.base.n_vocab
-        self.n_shared = min(told.n_vocab or n_vocab, n_vocab) if self.is_same else n_vocab
-        self._n_ids = n_vocab if self.is_same else told.n_vocab or MOST_TOKENS
-        self.n_ctx = (told.n_ctx or 2**31 - 1) - told.dialect.n_answer
-        self.model, self._dialect = told.model, told.dialect
-        return told.dialect
+        self.n_shared = min(greeting.n_vocab or n_vocab, n_vocab) if self.is_same else n_vocab
+        self._n_ids = n_vocab if self.is_same else greeting.n_vocab or MOST_TOKENS
+        self.n_ctx = (greeting.n_ctx or 2**31 - 1) - greeting.dialect.n_answer
+        self.model, self._dialect = greeting.model, greeting.dialect
+        return greeting.dialect
 
     def with_retries(
         self, work: Callable[[], T], *, required: bool = False, settles: bool = True
@@ -423,9 +425,9 @@ class RemoteSession:
             raise reply.error
         self._held, self._logits = wanted, reply.logits
         self.n_calls += 1
-        told, known = reply.n_evaluated, self.n_evaluated
-        self.n_evaluated = None if told is None or known is None else known + told
-        return told or 0
+        more, known = reply.n_evaluated, self.n_evaluated
+        self.n_evaluated = None if more is None or known is None else known + more
+        return more or 0
 
     def _check(self, tokens: array[int], outputs: Sequence[int]) -> None:
         if not tokens:

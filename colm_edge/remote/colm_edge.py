@@ -53,7 +53,7 @@ def _ask_rows(model: str, tokens: list[int], places: Sequence[int], n_probs: int
 def _read_rows(answer: Any, places: Sequence[int]) -> list[Reply]:
     choice, last = answer["choices"][0], _read(answer)
     inside = vllm.read_inside(choice, places)[:-1] if len(places) > 1 else []
-    pieces = {int(token): piece_of(told) for token, told in choice["pieces"].items()}
+    pieces = {int(token): piece_of(piece) for token, piece in choice["pieces"].items()}
     return [*inside, last._replace(pieces=pieces)]
 
 

@@ -62,8 +62,8 @@ def greet(server: Server, base: Model) -> Greeting:
         if min(n_ctx or 1, n_vocab or 1) <= 0:
             raise ValueError(f"a context of {n_ctx} tokens, a vocabulary of {n_vocab}")
     except MALFORMED as e:
-        told = f"its list of models is malformed ({shown(e)})"
-        raise RequestError(told, "malformed") from e
+        message = f"its list of models is malformed ({shown(e)})"
+        raise RequestError(message, "malformed") from e
     dialect = DIALECTS.get(owner)
     if dialect is None:
         raise ModelError(
@@ -79,8 +79,8 @@ def greet(server: Server, base: Model) -> Greeting:
             if not all(0 <= token < MOST_TOKENS for token in theirs):
                 raise ValueError("a token's id that no vocabulary has")
         except MALFORMED as e:
-            told = f"its answer to /tokenize is malformed ({shown(e)})"
-            raise RequestError(told, "malformed") from e
+            message = f"its answer to /tokenize is malformed ({shown(e)})"
+            raise RequestError(message, "malformed") from e
         probed.append(tuple(theirs))
         return theirs
 

@@ -95,8 +95,8 @@ class Server:
         try:
             status, content = self._exchange(path, body)
         except (self._httpx.ReadTimeout, self._httpx.WriteTimeout) as e:
-            told = f"no answer in {self._timeout:g} seconds (--expert-timeout)"
-            raise RequestError(f"{path}: {told}", "timeout") from e
+            message = f"no answer in {self._timeout:g} seconds (--expert-timeout)"
+            raise RequestError(f"{path}: {message}", "timeout") from e
         except (self._httpx.HTTPError, UnicodeError) as e:
             what = type(e).__name__
             raise RequestError(f"{path}: {str(e) or what}", what) from e
@@ -105,12 +105,12 @@ class Server:
                 raise
             raise ModelError("the pair is closed; load it again") from e
         if status != 200:
-            told = _told(content)
+            message = _message_in(content)
             if status in (401, 403):
-                told += f" (set the variable {EXPERT_KEY_VARIABLE} to its key)"
+                message += f" (set the variable {EXPERT_KEY_VARIABLE} to its key)"
             busy = status >= 500 or status in (408, 429)
             cause = f"HTTP {status}"
-            raise RequestError(f"{path}: {cause}: {told}", cause, final=not busy)
+            raise RequestError(f"{path}: {cause}: {message}", cause, final=not busy)
         try:
             return json.loads(content)
         except (ValueError, RecursionError) as e:
@@ -122,13 +122,13 @@ class Server:
         self._ends.at = time.monotonic() + self._timeout
         with self._client.stream(method, self.address + path, json=body) as response:
             if response.headers.get("content-encoding", "identity") != "identity":
-                told = "its answer is compressed, which it was not asked for"
-                raise RequestError(f"{path}: {told}", "compressed", final=True)
+                message = "its answer is compressed, which it was not asked for"
+                raise RequestError(f"{path}: {message}", "compressed", final=True)
             for piece in response.iter_raw():
                 content += piece
                 if len(content) > MOST_BYTES:
-                    told = f"its answer has more than {MOST_BYTES >> 20} MB"
-                    raise RequestError(f"{path}: {told}", "size", final=True)
+                    message = f"its answer has more than {MOST_BYTES >> 20} MB"
+                    raise RequestError(f"{path}: {message}", "size", final=True)
             return response.status_code, bytes(content)
 
     def _seconds_left(self) -> float:
@@ -167,7 +167,7 @@ class _Timely:
         return left if timeout is None else min(left, timeout)
 
 
-def _told(content: bytes) -> str:
+def _message_in(content: bytes) -> str:
     """Return what a server says is wrong: the message of an OpenAI error, or else all of it."""
     try:
         text = str(json.loads(content)["error"]["message"])

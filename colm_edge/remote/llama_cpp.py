@@ -14,13 +14,13 @@ def _tokenize(
     return body | ({"with_pieces": True} if pieces else {})
 
 
-def piece_of(told: Any) -> bytes:
+def piece_of(given: Any) -> bytes:
     """Return the bytes of a token, which come as a text or, where they are not one, as numbers."""
-    if isinstance(told, str):
-        return told.encode()
-    if not all(isinstance(byte, int) for byte in told):
+    if isinstance(given, str):
+        return given.encode()
+    if not all(isinstance(byte, int) for byte in given):
         raise TypeError("a piece that is neither a text nor bytes")
-    return bytes(told)
+    return bytes(given)
 
 
 def read_spelt(answer: Any, text: str) -> Spelt:

@@ -59,12 +59,12 @@ class RowsSession(RemoteSession):
             self.seconds += perf_counter() - begun
         self._rows |= {at: reply.top for at, reply in zip(missing, replies, strict=True)}
         self.n_calls += 1
-        told = [reply.n_evaluated for reply in replies if reply.n_evaluated is not None]
-        unknown = self.n_evaluated is None or not told
-        self.n_evaluated = None if unknown else (self.n_evaluated or 0) + sum(told)
-        return sum(told)
+        counts = [reply.n_evaluated for reply in replies if reply.n_evaluated is not None]
+        unknown = self.n_evaluated is None or not counts
+        self.n_evaluated = None if unknown else (self.n_evaluated or 0) + sum(counts)
+        return sum(counts)
 
-    def told(self, at: int) -> Top:
+    def top(self, at: int) -> Top:
         """Return the tokens that the server named as likely after one, and how likely."""
         return self._rows[at]
 

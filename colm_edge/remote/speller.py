@@ -117,8 +117,8 @@ class Speller:
             read_pieces = spelling.read_pieces
 
             def read(answer: Any) -> None:
-                told = read_pieces(answer, tokens, parting[0])
-                learn([(token, told.get(token, b"")) for token in tokens], spelling.is_exact)
+                found = read_pieces(answer, tokens, parting[0])
+                learn([(token, found.get(token, b"")) for token in tokens], spelling.is_exact)
 
             body = spelling.pieces(self._line.model, tokens, parting)
             return self._line.read(dialect, body, read, "/detokenize")

@@ -107,10 +107,10 @@ def read_inside(choice: Any, places: Sequence[int]) -> list[Reply]:
     """Read what follows tokens of a prompt: the entry of the next one tells it, and after the last
     one the answer."""
     *inside, last = places
-    told = [choice["prompt_logprobs"][at + 1] for at in inside]
+    entries = [choice["prompt_logprobs"][at + 1] for at in inside]
     if len(choice["prompt_logprobs"]) != last + 1:
         raise ValueError(f"{len(choice['prompt_logprobs'])} entries of {last + 1} tokens")
-    tops = [{int(token): float(x["logprob"]) for token, x in entry.items()} for entry in told]
+    tops = [{int(token): float(x["logprob"]) for token, x in entry.items()} for entry in entries]
     return [Reply(top, None) for top in (*tops, read_top(choice))]
 
 
@@ -137,18 +137,18 @@ def _ask_scores(model: str, documents: list[list[int]]) -> Body:
 
 
 def read_scores(answer: Any, documents: list[list[int]], starts: Sequence[int]) -> list[Scored]:
-    told = {int(choice["index"]): choice["prompt_logprobs"] for choice in answer["choices"]}
+    by_index = {int(choice["index"]): choice["prompt_logprobs"] for choice in answer["choices"]}
     return [
-        _scores_of(told[i], document, start)
+        _scores_of(by_index[i], document, start)
         for i, (document, start) in enumerate(zip(documents, starts, strict=True))
     ]
 
 
-def _scores_of(told: list[Any], document: list[int], start: int) -> Scored:
-    if len(told) != len(document):
-        raise ValueError(f"{len(told)} log-probabilities of {len(document)} tokens")
+def _scores_of(positions: list[Any], document: list[int], start: int) -> Scored:
+    if len(positions) != len(document):
+        raise ValueError(f"{len(positions)} log-probabilities of {len(document)} tokens")
     logprobs, right = list[float](), list[bool]()
-    for token, entries in zip(document[start:], told[start:], strict=True):
+    for token, entries in zip(document[start:], positions[start:], strict=True):
         own = entries[str(token)]
         logprobs.append(float(own["logprob"]))
         right.append(own["rank"] == 1)

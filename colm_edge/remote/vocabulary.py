@@ -163,12 +163,12 @@ class RemoteVocabulary:
             if any(self._guesses.get(token) == b"" for token in missing):
                 _ = self._bytes  # a part of a character, which a text cannot tell
 
-    def learn(self, told: Iterable[tuple[int, bytes]], is_exact: bool = True) -> None:
+    def learn(self, pieces: Iterable[tuple[int, bytes]], is_exact: bool = True) -> None:
         """Take over what a server says that tokens spell.
 
         Raises ValueError for what no vocabulary has, and for what it has said otherwise before.
         """
-        for token, piece in told:
+        for token, piece in pieces:
             check_piece(token, piece)
             known = self._pieces if is_exact else self._guesses
             is_new = token not in known

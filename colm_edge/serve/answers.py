@@ -285,8 +285,8 @@ class Server:
             finally:  # an answer that nobody waits for, or that fails, has cost its calls as well
                 answer = stream.answer()
                 metrics.expert_calls.inc(answer.stats.expert_calls)
-                for source, told in answer.stats.experts.items():
-                    metrics.calls_by_expert.labels(source.partition(":")[2]).inc(told.calls)
+                for source, expert in answer.stats.experts.items():
+                    metrics.calls_by_expert.labels(source.partition(":")[2]).inc(expert.calls)
                 metrics.prompt_tokens.inc(len(job.tokens))
                 metrics.answer.observe(time.monotonic() - arrived)
         return Ended(began, answer, stream.end)

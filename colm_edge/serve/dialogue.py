@@ -14,7 +14,7 @@ from colm_edge.llama.chat_template import THINK, THINK_END
 from colm_edge.llama.tokenizer import PARTED
 from colm_edge.serve.call_grammar import grammar_for
 from colm_edge.serve.parts import Reply, Splitter, reply_of
-from colm_edge.serve.tools import GENERIC, ToolUse, form_of, told
+from colm_edge.serve.tools import GENERIC, ToolUse, form_of, plain_messages
 
 if TYPE_CHECKING:
     from colm_edge.pair import Pair
@@ -71,7 +71,7 @@ class Dialogue:
         for name in RESERVED & variables.keys():
             raise ColmError(f"chat_template_kwargs holds {name}, which is the request's own")
         if not form.native:
-            messages = told(messages, offered)
+            messages = plain_messages(messages, offered)
         elif offered:
             variables["tools"] = [tool.as_dict() for tool in offered]
         text = pair.prompt_text(messages, raw=raw, **variables)

@@ -145,9 +145,9 @@ class CompletionFormat:
                 ended.began, self._body.prompt_logprobs
             )
         if self._body.with_pieces:
-            told = [*ended.began.prompt_steps, *steps]
-            tokens = {token for step in told for token in (step.token, *map(first, step.top))}
-            choice["pieces"] = {str(t): told_piece(self._piece(t)) for t in sorted(tokens)}
+            reported = [*ended.began.prompt_steps, *steps]
+            tokens = {token for step in reported for token in (step.token, *map(first, step.top))}
+            choice["pieces"] = {str(t): json_piece(self._piece(t)) for t in sorted(tokens)}
         return choice
 
     def delta(self, i: int, event: Event) -> Json | None:
@@ -233,7 +233,7 @@ class CompletionFormat:
         return self._piece(token).decode("utf-8", "replace")
 
 
-def told_piece(raw: bytes) -> str | list[int]:
+def json_piece(raw: bytes) -> str | list[int]:
     """Return what a token spells as llama.cpp's server does: a text, or bytes that are not one."""
     try:
         return raw.decode()

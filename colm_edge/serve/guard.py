@@ -154,7 +154,7 @@ class Guard:
         """Run the application on a body that comes in pieces, its length unknown. Beyond MAX_BODY
         bytes, or where the server is stopped before the body is whole, the application sees the
         client leave, and the client is told why."""
-        n_read, whole, refusal, told = 0, False, None, False
+        n_read, whole, refusal, is_sent = 0, False, None, False
 
         async def bounded_receive() -> Message:
             nonlocal n_read, whole, refusal
@@ -168,9 +168,9 @@ class Guard:
             return message if refusal is None else {"type": "http.disconnect"}
 
         async def tell() -> None:
-            nonlocal told
-            if refusal is not None and not told:
-                told = True
+            nonlocal is_sent
+            if refusal is not None and not is_sent:
+                is_sent = True
                 await refusal.response(scope["path"])(scope, receive, send)
 
         async def bounded_send(message: Message) -> None:

@@ -237,8 +237,8 @@ class Head:
     def event(self, kind: str, fields: Json) -> str:
         """Return an event of a stream, with its number."""
         self._n_events += 1
-        told = {"type": kind, "sequence_number": self._n_events - 1, **fields}
-        return f"event: {kind}\n" + sse(told)
+        data = {"type": kind, "sequence_number": self._n_events - 1, **fields}
+        return f"event: {kind}\n" + sse(data)
 
     def failed(self, e: RefusalError) -> str:
         """Return the event that ends a stream which fails."""
@@ -279,7 +279,7 @@ def status_of(ended: Ended) -> str:
     return "incomplete" if ended.answer.finish_reason == "length" else "completed"
 
 
-Told = tuple[str, Json]  # an event: its type and its fields
+Emitted = tuple[str, Json]  # an event: its type and its fields
 
 
 class Output:
@@ -289,7 +289,7 @@ class Output:
         self.items: list[Json] = []
         self._kind: type[Part] | None = None  # of the item that is open
 
-    def add(self, part: Part) -> Iterator[Told]:
+    def add(self, part: Part) -> Iterator[Emitted]:
         kind = CallBegan if isinstance(part, CallArguments) else type(part)
         if isinstance(part, CallBegan) or kind is not self._kind:
             yield from self._close("completed")
@@ -299,29 +299,29 @@ class Output:
         match part:
             case CallArguments():
                 item["arguments"] += part.text
-                yield self._told("response.function_call_arguments.delta", delta=part.text)
+                yield self._event("response.function_call_arguments.delta", delta=part.text)
             case Text():
                 item["content"][0]["text"] += part.text
                 if part.text:
-                    yield self._told(
+                    yield self._event(
                         "response.output_text.delta", content_index=0, delta=part.text, logprobs=[]
                     )
             case Thought():
                 item["content"][0]["text"] += part.text
-                yield self._told("response.reasoning_text.delta", content_index=0, delta=part.text)
+                yield self._event("response.reasoning_text.delta", content_index=0, delta=part.text)
 
-    def end(self, ended: Ended) -> Iterator[Told]:
+    def end(self, ended: Ended) -> Iterator[Emitted]:
         """Close the last item; an empty answer has a message too."""
         if not self.items:
             yield from self.add(Text(""))
         yield from self._close(status_of(ended))
 
-    def _told(self, kind: str, **fields: Any) -> Told:
+    def _event(self, kind: str, **fields: Any) -> Emitted:
         """Return an event about the item that is open."""
         place = {"item_id": self.items[-1]["id"], "output_index": len(self.items) - 1}
         return kind, {**place, **fields}
 
-    def _open(self, part: Part) -> Iterator[Told]:
+    def _open(self, part: Part) -> Iterator[Emitted]:
         item = _item_of(part)
         content = item.pop("content", None)
         self.items.append(item)
@@ -329,24 +329,26 @@ class Output:
         yield "response.output_item.added", {"output_index": len(self.items) - 1, "item": empty}
         if content is not None:
             item["content"] = content
-            yield self._told("response.content_part.added", content_index=0, part=dict(content[0]))
+            yield self._event("response.content_part.added", content_index=0, part=dict(content[0]))
 
-    def _close(self, status: str) -> Iterator[Told]:
+    def _close(self, status: str) -> Iterator[Emitted]:
         if self._kind is None:
             return
         item = self.items[-1]
         item["status"] = status
         if self._kind is CallBegan:
             arguments, name = item["arguments"], item["name"]
-            yield self._told(
+            yield self._event(
                 "response.function_call_arguments.done", arguments=arguments, name=name
             )
         else:
             part = item["content"][0]
             of_text: Json = {"logprobs": []} if self._kind is Text else {}
             name = "output_text" if self._kind is Text else "reasoning_text"
-            yield self._told(f"response.{name}.done", content_index=0, text=part["text"], **of_text)
-            yield self._told("response.content_part.done", content_index=0, part=part)
+            yield self._event(
+                f"response.{name}.done", content_index=0, text=part["text"], **of_text
+            )
+            yield self._event("response.content_part.done", content_index=0, part=part)
         yield "response.output_item.done", {"output_index": len(self.items) - 1, "item": item}
 
 
@@ -374,10 +376,10 @@ async def _events(stream: Events, head: Head, dialogue: Dialogue) -> AsyncGenera
     async with aclosing(stream) as events:
         async for _, one in events:
             for part in splitter.read(one):
-                for told in output.add(part):
-                    yield event(*told)
+                for data in output.add(part):
+                    yield event(*data)
             if isinstance(one, Ended):
-                for told in output.end(one):
-                    yield event(*told)
+                for data in output.end(one):
+                    yield event(*data)
                 whole = head.whole(one, output, splitter.n_thought)
                 yield event(f"response.{whole['status']}", {"response": whole})

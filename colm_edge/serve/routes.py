@@ -15,7 +15,7 @@ from colm_edge.serve.chat import ChatRequest, TemplateRequest
 from colm_edge.serve.completions import respond
 from colm_edge.serve.dialogue import Dialogue, check_length, dialogue_of
 from colm_edge.serve.errors import REFUSALS, RefusalError
-from colm_edge.serve.formats import ChatFormat, CompletionFormat, told_piece
+from colm_edge.serve.formats import ChatFormat, CompletionFormat, json_piece
 from colm_edge.serve.guard import JSONRoute, TheServer
 from colm_edge.serve.requests import CompletionRequest, DetokenizeRequest, TokenizeRequest
 
@@ -102,12 +102,14 @@ def tokenize(body: TokenizeRequest, server: TheServer) -> dict[str, Any]:
     if body.parse_special:
         check_length(server.pair, body.prompt)
     tokens = base.tokenize(body.prompt, special=body.parse_special, bos=body.add_special_tokens)
-    told: list[Any] = tokens
+    entries: list[Any] = tokens
     if body.with_pieces:
-        # A control token has no bytes; as llama.cpp's server does, its name is told.
+        # A control token has no bytes; as llama.cpp's server does, its name stands for it.
         pieces = [base.piece(token) or base.token_text(token).encode() for token in tokens]
-        told = [{"id": t, "piece": told_piece(raw)} for t, raw in zip(tokens, pieces, strict=True)]
-    return {"tokens": told, "count": len(tokens), "max_model_len": server.pair.n_ctx}
+        entries = [
+            {"id": t, "piece": json_piece(raw)} for t, raw in zip(tokens, pieces, strict=True)
+        ]
+    return {"tokens": entries, "count": len(tokens), "max_model_len": server.pair.n_ctx}
 
 
 @router.post("/detokenize")

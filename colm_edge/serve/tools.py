@@ -110,7 +110,7 @@ GENERIC = CallForm("", "", "arguments", native=False)
 
 def form_of(template: str) -> CallForm:
     """Return the form that a chat template teaches; where it teaches none of those known here, the
-    one that `told` asks for."""
+    one that `plain_messages` asks for."""
     if "<tool_call>" in template and "arguments" in template and "<function=" not in template:
         return HERMES
     if "ipython" in template and '"parameters"' in template.replace("\\", ""):
@@ -118,7 +118,9 @@ def form_of(template: str) -> CallForm:
     return GENERIC
 
 
-def told(messages: Sequence[dict[str, Any]], tools: Sequence[Tool]) -> list[dict[str, Any]]:
+def plain_messages(
+    messages: Sequence[dict[str, Any]], tools: Sequence[Tool]
+) -> list[dict[str, Any]]:
     """Return a conversation for a template that knows no tools: they, their calls and what these
     returned are told in plain messages."""
     found = list[dict[str, Any]]()

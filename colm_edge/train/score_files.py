@@ -110,8 +110,8 @@ def scored_by(paths: Sequence[Path]) -> str | None:
             # The same server may have another address from each machine.
             named.setdefault("a server" if is_url(model) else Path(model).name, (path, model))
     if len(named) > 1:
-        told = ", ".join(f"{path} by {model}" for path, model in named.values())
-        raise DataError(f"the score files are of several experts: {told}; give those of one")
+        listed = ", ".join(f"{path} by {model}" for path, model in named.values())
+        raise DataError(f"the score files are of several experts: {listed}; give those of one")
     return next((model for _, model in named.values()), None)
 
 

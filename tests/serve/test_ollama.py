@@ -11,7 +11,7 @@ import jsonschema
 import pytest
 
 from colm_edge.serve.ollama import ChatRequest, GenerateRequest, with_ids
-from colm_edge.serve.tools import told
+from colm_edge.serve.tools import plain_messages
 
 CHAT = [{"role": "user", "content": "hello"}]
 OPTIONS = {"num_predict": 12, "temperature": 0, "num_ctx": 4096}
@@ -107,7 +107,7 @@ def test_each_result_is_its_own_tools(named):
     order = ["time", "weather"] if named else ["weather", "time"]
     assert told_names == [(name, name) for name in order]
     # A template that knows no tools has roles in turns.
-    assert [m["role"] for m in told(found, ())] == ["user", "assistant", "user"]
+    assert [m["role"] for m in plain_messages(found, ())] == ["user", "assistant", "user"]
 
 
 def test_each_result_is_of_the_first_call_that_waits():

@@ -21,7 +21,16 @@ from colm_edge.serve.call_grammar import grammar_for
 from colm_edge.serve.chat import ChatRequest
 from colm_edge.serve.messages import CountRequest
 from colm_edge.serve.responses import ResponsesRequest
-from colm_edge.serve.tools import GENERIC, HERMES, LLAMA, Tool, ToolUse, form_of, told, use_of
+from colm_edge.serve.tools import (
+    GENERIC,
+    HERMES,
+    LLAMA,
+    Tool,
+    ToolUse,
+    form_of,
+    plain_messages,
+    use_of,
+)
 
 TURNS = r"{% for m in messages %}{{ m.role + ': ' + m.content + '\n' }}"
 HERMES_TEMPLATE = (
@@ -228,7 +237,7 @@ def test_earlier_calls_are_told_as_the_template_has_them(urls):
     ],
 )
 def test_a_template_without_tools_has_them_in_the_first_message(role, content):
-    first, *rest = told([{"role": role, "content": "hello"}], [Tool("get_weather")])
+    first, *rest = plain_messages([{"role": role, "content": "hello"}], [Tool("get_weather")])
     offer = first["content"].removeprefix("hello\n\n").removesuffix("\n\nhello")
     assert offer.startswith("These functions can be called:\n{")
     assert first["content"] == content.format(offer)

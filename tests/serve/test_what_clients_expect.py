@@ -16,7 +16,7 @@ from colm_edge.serve.dialogue import Conversation, Dialogue, finish_of
 from colm_edge.serve.ollama import _line
 from colm_edge.serve.parts import Call, Reply, Splitter, reply_of
 from colm_edge.serve.streaming import sse
-from colm_edge.serve.tools import GENERIC, HERMES, told
+from colm_edge.serve.tools import GENERIC, HERMES, plain_messages
 
 USER = {"role": "user", "content": "hello"}
 
@@ -140,7 +140,7 @@ def test_turns_that_follow_each_other_are_one():
     assert talk[0]["content"] == "one\n\ntwo"
     assert talk[1]["content"] == "well"
     assert talk[1]["tool_calls"][0]["function"]["name"] == "f"
-    plain = told(talk[:4], ())
+    plain = plain_messages(talk[:4], ())
     assert [m["role"] for m in plain] == ["user", "assistant", "user"]
     assert plain[-1]["content"] == "f returned: sunny\nand now?"
 
