@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 from array import array
+from collections import Counter
 from collections.abc import Sequence
 from time import perf_counter
 
@@ -28,12 +29,12 @@ class Bets:
     one answer.
 
     planners: one for each expert; None stands for one that no bets are placed on, because its
-        server does not tell what its decodes cost.
+        server does not tell what its decodes cost. Without planners there are no bets at all.
     """
 
-    def __init__(self, planners: Sequence[Planner | None]) -> None:
-        self._planners = planners
-        self._expert_at = [0] * len(planners)  # evaluated and accepted tokens in each one's cache
+    def __init__(self, planners: Sequence[Planner | None] = ()) -> None:
+        self._planners = dict(enumerate(planners))
+        self._expert_at = Counter[int]()  # evaluated and accepted tokens in each one's cache
         self._last = BASE  # the writer of the last token
         self._n_passed = 0  # the base's tokens that stayed since an expert's last
 
@@ -42,7 +43,7 @@ class Bets:
         experts are measured one by one, at their first calls, which load them."""
         if len(self._planners) > 1:
             return True
-        (planner,) = self._planners
+        planner = self._planners.get(0)
         return planner is not None and not self._prepared(loop, planner).rests
 
     def _prepared(self, loop: Decoder, planner: Planner) -> Planner:
@@ -56,14 +57,14 @@ class Bets:
 
     def saw(self, writer: int) -> None:
         """Learn from a decision of the switch."""
-        for expert, planner in enumerate(self._planners):
+        for expert, planner in self._planners.items():
             if planner is not None:
                 planner.saw_deferral(writer == expert, self._last == expert)
         self._last = writer
 
     def placed(self, loop: Decoder, writer: int, guess: Step, tokens: array[int]) -> bool:
         """Return whether to bet on `guess`, where the token after these is an expert's."""
-        planner, at = self._planners[writer], len(tokens)
+        planner, at = self._planners.get(writer), len(tokens)
         if planner is None:
             return False
         if len(self._planners) > 1:
@@ -77,7 +78,7 @@ class Bets:
     def settle(self, writer: int, guess: Step, step: Step, at: int, placed: bool) -> bool:
         """Learn from an expert's token for position `at`; return whether a bet was won."""
         agreed = step.token == guess.token
-        if (planner := self._planners[writer]) is not None:
+        if (planner := self._planners.get(writer)) is not None:
             planner.saw_agreement(math.exp(guess.logprob), agreed)
         self._n_passed = 0
         self.reached(writer, at + 1 if placed and agreed else at)
@@ -86,18 +87,18 @@ class Bets:
     def window(self, expert: int, most: int) -> int:
         """Return after how many drafts an expert is called to review them, at most `most`. Of
         several experts it would choose which one is called, and so change the text."""
-        planner = self._planners[expert]
+        planner = self._planners.get(expert)
         return most if planner is None or len(self._planners) > 1 else planner.window(most)
 
     def drafted(self, expert: int, looked_at: bool) -> None:
         """Learn whether an expert is to look at a token of the base."""
-        if (planner := self._planners[expert]) is not None:
+        if (planner := self._planners.get(expert)) is not None:
             planner.looked_at.add(looked_at)
 
     def reviewed(self, writer: int, n_kept: int, *, undone: bool) -> None:
         """Learn how many of the base's tokens stay, and whether an expert undid the one after
         them."""
-        if (planner := self._planners[writer]) is not None:
+        if (planner := self._planners.get(writer)) is not None:
             planner.saw_review(self._n_passed, n_kept, undone)
         self._n_passed = 0 if undone else self._n_passed + n_kept
 

@@ -197,7 +197,7 @@ class Review:
         floor: float = 0.0,
     ) -> None:
         self._reviewer, self._window, self._floor = reviewer, window, floor
-        self._follow, self._bets = follow, Bets(planners) if planners else None
+        self._follow, self._bets, self._no_bets = follow, Bets(planners), Bets()
         self._drafts: list[Draft] = []
         self._expert = 0  # the likeliest one at the last draft
         self._ready: deque[Event] = deque()  # what is to be handed out
@@ -215,17 +215,14 @@ class Review:
         picker, drafts, tokens = loop.picker, self._drafts, loop.tokens[:]
         tokens.extend(draft.step.token for draft in drafts)
         # What a won bet tells is kept without the base's share of a mixture.
-        bets = None if picker.composes else self._bets
-        if bets is not None and not bets.possible(loop):
-            bets = None
+        may_bet = not picker.composes and self._bets.possible(loop)
+        bets = self._bets if may_bet else self._no_bets
         if drafts:
             may_end = tokens[-1] in loop.end_tokens or len(tokens) >= loop.end
             most = self._window
-            # More drafts would change later ones where a sample's random number is used once, and
+            # How many there are would change later ones where a sample's random number is used once, and
             # where the policy remembers what was undone.
-            if bets is not None and not (
-                isinstance(picker.sampler, Fresh) or loop.policy.remembers
-            ):
+            if not isinstance(picker.sampler, Fresh) and not loop.policy.remembers:
                 most = bets.window(self._expert, most)
             if may_end or len(drafts) >= most:
                 return self._call(loop, tokens[:-1], bets, None)
@@ -234,27 +231,24 @@ class Review:
         loop.evaluate_base(tokens)
         reading, logits = loop.read_base(len(tokens))
         p_defer, writer, self._expert = reading.p_defer, reading.writer, reading.expert
-        if bets is not None:
-            bets.saw(writer)
+        bets.saw(writer)
         mark = picker.mark()
         guess = picker.write_own(reading, logits)
         if writer != BASE:
             picker.rollback(mark)
             return self._call(loop, tokens, bets, Deferral(writer, guess, logits))
         looked_at = p_defer >= self._floor or guess.token in loop.end_tokens
-        if bets is not None:
-            bets.drafted(self._expert, looked_at)
+        bets.drafted(self._expert, looked_at)
         if not drafts and not looked_at:
             self._known = None  # it was of this place
-            if bets is not None:
-                bets.reviewed(self._expert, 1, undone=False)
+            bets.reviewed(self._expert, 1, undone=False)
             return [guess]
         drawn_from = picker.sampler.drawn_from if isinstance(picker.sampler, Fresh) else None
         drafts.append(Draft(guess, mark, drawn_from, looked_at))
         return [Drafted(guess)]
 
     def _call(
-        self, loop: Decoder, tokens: array[int], bets: Bets | None, deferral: Deferral | None
+        self, loop: Decoder, tokens: array[int], bets: Bets, deferral: Deferral | None
     ) -> list[Event]:
         """Have an expert review the drafts, and write a deferred token; return what is final.
 
@@ -271,9 +265,7 @@ class Review:
             del tokens[places[-1] :]  # nothing is asked of the drafts after them
         if known is not None and not loop.keeps(writer, tokens, start):
             known = None
-        placed = False
-        if deferral is not None and bets is not None:
-            placed = bets.placed(loop, writer, deferral.guess, tokens)
+        placed = deferral is not None and bets.placed(loop, writer, deferral.guess, tokens)
         if deferral is not None and placed:
             tokens.append(deferral.guess.token)
         predicted_at = places if deferral is None else [*places, at, *([at + 1] if placed else [])]
@@ -288,15 +280,12 @@ class Review:
         for place in places[len(predictions) :]:
             predictions[place] = self._prediction(loop, writer, place, drafts[place - start])
         n, instead = self._judge(loop, writer, drafts, predictions)
-        if bets is not None:
-            bets.reviewed(writer, n, undone=instead is not None)
+        bets.reviewed(writer, n, undone=instead is not None)
         if instead is not None:
-            if bets is not None:
-                bets.reached(writer, start + n)
+            bets.reached(writer, start + n)
             return [loop.undone[-1], *written[:n], instead]
         if deferral is None:
-            if bets is not None:
-                bets.reached(writer, len(tokens))
+            bets.reached(writer, len(tokens))
             return written
         theirs = known if not drafts else None
         try:
@@ -305,7 +294,7 @@ class Review:
             loop.stats.expert_failures += 1
             return [*written, self._own(loop, deferral, at)]
         step = loop.picker.write(loop.sources[writer], deferral.guess.p_defer, *theirs)
-        if bets is not None and bets.settle(writer, deferral.guess, step, at, placed):
+        if bets.settle(writer, deferral.guess, step, at, placed):
             with suppress(AbsentExpertError):
                 logits, choice, logsumexp = loop.read_expert(writer, at + 1)
                 self._known = writer, (logits.copy(), choice, logsumexp)
