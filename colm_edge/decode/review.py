@@ -220,7 +220,7 @@ class Review:
         if drafts:
             may_end = tokens[-1] in loop.end_tokens or len(tokens) >= loop.end
             most = self._window
-            # How many there are would change later ones where a sample's random number is used once, and
+            # Their number would change later ones where a sample's random number is used once, and
             # where the policy remembers what was undone.
             if not isinstance(picker.sampler, Fresh) and not loop.policy.remembers:
                 most = bets.window(self._expert, most)
