@@ -314,7 +314,7 @@ class Slots:
         with self._changed:
             free = [slot for slot in range(self.n_slots) if slot not in self._taken]
             if self._closed:
-                raise ColmError("the models are closed")
+                raise BusyError("the slots are closed; make new ones")
             if not free:
                 raise BusyError("every slot is taken; ask again later")
             slot = max(free, key=lambda slot: self._worth(slot, wanted))
