@@ -81,13 +81,19 @@ def test_a_writing_whose_turn_another_tab_deleted_ends(script, context):
     assert turns(page) == []
 
 
-def test_what_was_not_kept_is_kept_once_there_is_room(script):
+def ask_where_the_storage_is_full(script) -> None:
+    """Ask a second question, for which the browser has no room under `filling`."""
     page = script.page
     script.answers("one", "x")
     page.evaluate("localStorage.setItem('filling', 'z'.repeat(5 * 2 ** 20 - 3000))")
     ask(page, "two " + "y" * 4000)
     page.get_by_text("The browser keeps no more").wait_for()
     script.asked(2)
+
+
+def test_what_was_not_kept_is_kept_once_there_is_room(script):
+    page = script.page
+    ask_where_the_storage_is_full(script)
     script.write("answer")
     script.end()
     page.evaluate(
@@ -103,11 +109,7 @@ def test_what_was_not_kept_is_kept_once_there_is_room(script):
 
 def test_what_was_not_kept_does_not_replace_what_another_tab_wrote(script):
     page = script.page
-    script.answers("one", "x")
-    page.evaluate("localStorage.setItem('filling', 'z'.repeat(5 * 2 ** 20 - 3000))")
-    ask(page, "two " + "y" * 4000)
-    page.get_by_text("The browser keeps no more").wait_for()
-    script.asked(2)
+    ask_where_the_storage_is_full(script)
     script.end()
     kept = page.evaluate(
         """() => {
