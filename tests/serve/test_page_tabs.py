@@ -65,6 +65,45 @@ def test_an_answer_that_a_closed_tab_left_can_be_gone_on_with_at_once(tab):
     assert page.locator(".answer .text").inner_text() == "begun ended"
 
 
+CHANGE = """change => {
+  const key = "colm-edge/chat/" + location.hash.slice(1);
+  const chat = JSON.parse(localStorage[key]);
+  Object.assign(chat.turns[0].answer, change);
+  localStorage[key] = JSON.stringify(chat);
+  dispatchEvent(new StorageEvent("storage", { key }));
+  return localStorage[key];
+}"""
+KEPT = "localStorage['colm-edge/chat/' + location.hash.slice(1)]"
+LAST_WORDS = {"tokens": [["begun ", 0, 0.1], ["ended", 0, 0.1]], "state": "done"}
+
+
+def test_the_last_words_of_another_tab_may_come_after_its_lock_is_free(script):
+    page = script.page
+    script.answers("one", "begun ")
+    left = page.evaluate(CHANGE, {"state": "writing"})
+    page.get_by_text("Cut here: the page was closed").wait_for()
+    assert page.evaluate(KEPT) == left  # else the last words would be written over
+    page.evaluate(CHANGE, LAST_WORDS)
+    page.get_by_text("begun ended").wait_for()
+    page.reload()
+    page.get_by_text("begun ended").wait_for()
+
+
+def test_below_an_answer_that_was_cut_another_question_can_be_asked(script):
+    page = script.page
+    script.answers("one", "begun ")
+    page.evaluate(CHANGE, {"state": "writing"})
+    page.get_by_text("Cut here: the page was closed").wait_for()
+    ask(page, "two")
+    script.asked(2)
+    assert page.get_by_text("Another tab is writing").count() == 0
+    script.write("answer")
+    script.end()
+    assert page.locator(".answer .text").all_inner_texts() == ["begun", "answer"]
+    press(page, 0, "Delete")
+    page.locator(".turn").nth(1).wait_for(state="detached")
+
+
 def test_a_writing_whose_turn_another_tab_deleted_ends(script, context):
     page = script.page
     ask(page, "one")

@@ -2,8 +2,9 @@
 // once it is no longer sent. An answer: {tokens, withdrawn, state, note, seconds}, where
 //   tokens     [text, who wrote it, p_defer] each; who: 0 the base, 1 the expert, or its name
 //   withdrawn  {at, text, source, regret} each; `at` is a place among the tokens
-//   state      "writing", "done", or why it ended before: "stopped", "cut" (the page was closed),
-//              "full" (no room was left), "failed" (note says why)
+//   state      "writing" (no tab may do so any more: the page finds out), "done", or why it ended
+//              before: "stopped", "cut" (the page was closed), "full" (no room was left), "failed"
+//              (note says why)
 
 import { sourceOf } from "./experts.js";
 

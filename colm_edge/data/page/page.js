@@ -16,6 +16,7 @@ const log = $("log"), turns = $("turns"), toast = $("toast");
 const form = $("form"), prompt = $("prompt");
 const writings = new Map(); // by conversation
 const views = new Map(); // by turn, of the open conversation
+const left = new Set(); // conversations that no tab writes in, until they change
 let openId = null; // null: a new conversation, stored with its first question
 let known = null; // the server's entry for its pair
 let warned = false; // that the browser keeps no more
@@ -86,9 +87,11 @@ function drawTurns(all) {
     if (!views.has(turn.id)) views.set(turn.id, new TurnView(turn, actions));
     const view = views.get(turn.id), here = writing?.turnId === turn.id;
     if (here) turn.answer = writing.answer;
-    const elsewhere = turn.answer.state === "writing" && !here;
+    const unfinished = turn.answer.state === "writing" && !here;
+    const elsewhere = unfinished && !writing && !left.has(openId);
+    if (unfinished && !elsewhere) turn.answer.state = "cut";
     view.show(turn, { last: i === all.length - 1, elsewhere, drafts: here ? writing.drafts : [] });
-    if (elsewhere) recover(openId, turn.id);
+    if (elsewhere) recover(openId);
     return view.element;
   });
   const lost = all.findLastIndex((turn) => turn.forgotten);
@@ -113,16 +116,16 @@ const hint = element("p", { className: "hint" }, "Two models write: the base, an
   element("span", { className: "expert" }, "the expert"), " wherever the switch defers to it. "
   + "Point at a word, tap it, or reach it with Tab and the arrows to see how sure the switch was.");
 
-// An answer that is unfinished though no tab writes it was cut when its page was closed.
+// An answer that is unfinished though no tab writes it was cut when its page was closed. That is
+// shown and not stored: a tab's last words may reach this one after its lock is free.
 const recovering = new Set();
-async function recover(chatId, turnId) {
+async function recover(chatId) {
   if (recovering.has(chatId)) return;
   recovering.add(chatId);
   await store.whenFree(chatId);
   recovering.delete(chatId);
-  const answer = () => turnOf(store.getChat(chatId), turnId)?.answer;
-  if (answer()?.state !== "writing" || writings.has(chatId)) return;
-  store.changeChat(chatId, (chat) => { turnOf(chat, turnId).answer.state = "cut"; });
+  left.add(chatId);
+  draw();
 }
 
 // What is written
@@ -158,8 +161,9 @@ async function stopWriting(chatId) {
 
 // Whether another tab writes in the open conversation; then the reader is told.
 function isElsewhere() {
-  const all = (!writings.has(openId) && openId && store.getChat(openId)?.turns) || [];
-  const found = all.some(({ answer }) => answer.state === "writing");
+  const free = !openId || writings.has(openId) || left.has(openId);
+  const found = !free && store.getChat(openId)?.turns.some(
+    ({ answer }) => answer.state === "writing");
   if (found) say("Another tab is writing in this conversation.");
   return found;
 }
@@ -276,7 +280,8 @@ const drawList = chatList({
 const toEnd = follow(log, turns, $("end"));
 tips(log, (node) => views.get(node.closest(".turn").dataset.turn).factOf(node));
 settingsPanel();
-store.watch(() => {
+store.watch((id) => {
+  left.delete(id);
   draw();
   if (store.full && !warned) say("The browser keeps no more: what is new is lost with this tab.");
   warned = store.full;
