@@ -29,8 +29,7 @@ DECIMALS = Style("{:.3f}".format, "{:.3f}".format)
 AMOUNT = Style("{:,.1f}".format, lambda value: f"{value:,.{int(value < 10)}f}")
 SHARE = Style(lambda value: f"{100 * value:.1f} %", lambda value: f"{100 * value:.1f}")
 THRESHOLD = Style(threshold_text, threshold_text)
-# Columns of fractions, by command. Any other has three decimals; texts and whole numbers are shown
-# as they are.
+# By command. Any other column has three decimals; texts and whole numbers are shown as they are.
 STYLES = {
     # eval
     "threshold": THRESHOLD,

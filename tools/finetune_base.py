@@ -8,8 +8,9 @@ the data come from `colm-edge score`. BASE is a Hugging Face folder or a GGUF fi
     colm-edge run -m tuned/base.gguf -me expert.gguf -sw tuned/switch.gguf
 
 The folder --out gets `checkpoint`, a Hugging Face folder in the layout of the authors' releases,
-whose last row is <|defer|>; `switch.gguf`; `base.gguf` if BASE is a GGUF file; and with --lora
+whose last row is <|defer|>; `switch.gguf`; `base.gguf` if BASE is a GGUF file; and then with --lora
 `adapter.gguf`, which runs on the original base: `colm-edge run -m base.gguf --lora adapter.gguf`.
+With --objective sft there is no switch, and no such row.
 A run that was killed resumes from its last save when the same command is given again.
 """
 

@@ -56,7 +56,8 @@ def shares(_: click.Context, __: click.Parameter, value: str | None) -> tuple[fl
             count = int((last - first) / step + 1e-9) + 1
             if count > MOST_POINTS:
                 raise click.BadParameter(f"{value!r}: {count:,} points; at most {MOST_POINTS:,}")
-            numbers += [round(first + i * step, 9) for i in range(count)]
+            # 3 · 0.1 is not 0.3.
+            numbers += [first, *(round(first + i * step, 9) for i in range(1, count))]
     except (ValueError, OverflowError) as e:
         message = f"{value!r}: expected numbers from 0 to 1, as 0.1,0.2 or 0:1:0.1"
         raise click.BadParameter(message) from e

@@ -33,11 +33,6 @@ def part_of(_: click.Context, __: click.Parameter, value: str) -> tuple[int, int
     help="Score only the K-th of N parts of the data, for `train` with the files of all parts.",
 )
 @WORK_DIR
-@click.option(
-    "--update",
-    is_flag=True,
-    help="Accept a --work-dir of other documents or another expert, and score only what is new.",
-)
 @RAW
 @model_options(LORA, BRIDGE, RPC, TIMEOUT)
 def score_command(
@@ -45,7 +40,6 @@ def score_command(
     outfile: str,
     shard: tuple[int, int],
     work_dir: str | None,
-    update: bool,
     raw: bool,
     models: dict[str, Any],
 ) -> None:
@@ -60,8 +54,6 @@ def score_command(
     from colm_edge.train.documents import read_rows
     from colm_edge.train.scoring import score_expert
 
-    if update and work_dir is None:
-        raise click.UsageError("--update needs --work-dir")
     if isinstance(spelt_out(models).get("expert"), Mapping | tuple):
         raise click.UsageError("score works with one expert; give -me once")
     check_writable(outfile, data)
@@ -69,7 +61,5 @@ def score_command(
     models |= {"expert_required": True}
     with keeping_models(load(**models, switch="margin"), outfile) as pair:
         documents = documents_of(read_rows(data), pair, raw, work)
-        result = score_expert(
-            pair, documents, Path(outfile), progress, shard=shard, work=work, update=update
-        )
+        result = score_expert(pair, documents, Path(outfile), progress, shard=shard, work=work)
     click.echo(json.dumps(result))

@@ -153,8 +153,8 @@ score_files = gathered(
 @click.option(
     "--update",
     metavar="SWITCH.gguf",
-    help="Switch to replace after the expert or the data changed: the fit starts from it, the "
-    "report compares both, and --work-dir evaluates only what is new.",
+    help="Switch to replace after the expert or the data changed: the report compares both, and "
+    "the fit of marginal and budget starts from it. With --work-dir only what is new is evaluated.",
 )
 @click.option(
     "--report-dir",
@@ -222,10 +222,10 @@ def train(
             recorded=recorded,
         )
         fit = _with_review(fit, pair if here else None, carried)
+        fit = replace(fit, report={**fit.report, **counts})
         _save(fit, pair, outfile, report_dir)
-    report = {**fit.report, **counts}
-    say(_in_words(report))
-    click.echo(json.dumps(report))
+    say(_in_words(fit.report))
+    click.echo(json.dumps(fit.report))
 
 
 def spelt_out(models: dict[str, Any]) -> dict[str, Any]:
@@ -293,7 +293,7 @@ def _train_team(
     switch, report = fit_team(found.team, found.held_back, [*experts], info=found.info, **fitting)
     switch.save(outfile)
     say(f"{outfile}: written")
-    counts = {"n_cut": found.n_cut}
+    counts = {"n_cut": found.n_cut, "n_dropped": found.n_dropped}
     if found.n_answers is not None:
         counts["n_answers"] = found.n_answers
     click.echo(json.dumps({**report, **counts}))
@@ -347,7 +347,7 @@ def _check_update(old: Switch | None, pair: Pair) -> None:
     if old is None:
         return
     old.reader(pair.base, pair.n_shared)  # checks its width
-    if len(old.weight) > 1:
+    if old.n_experts > 1:
         raise ColmError(f"{old.name}: a switch for several experts; --update takes one of one")
 
 
@@ -413,10 +413,13 @@ def _chooser(
     from colm_edge.evaluate.threshold import choose_by_answers
     from colm_edge.journal import Journal
     from colm_edge.options import Options
+    from colm_edge.train.prompts import read_prompts
 
     if metric is None:
         return None
     metrics.check_rows(rows, metrics.METRICS[metric])
+    for _ in read_prompts(rows, pair, raw):
+        pass  # each fits the context
     options = Options(temperature=0.0, raw=raw, schedule="sequential")
     journal = Journal(work and work / ANSWERS_FILE)
     return partial(
@@ -434,11 +437,13 @@ def _with_review(fit: Fit, pair: Pair | None, carried: Any) -> Fit:
         try:
             figures = review_figures(fit, pair.cost_tables(), pair.defaults.review_window)
         except ModelError as e:  # for example, no memory for another context
-            say(f"the report says nothing of review: {e}")
+            carries = ", and the switch carries no tolerance" if carried == "best" else ""
+            say(f"the report says nothing of review{carries}: {e}")
         else:
             report, best = {**report, "review": figures}, figures["recommended"]
+            best = math.inf if best is None else best
     if carried == "best":
-        carried = math.inf if best is None else best
+        carried = best
     return replace(fit, switch=replace(fit.switch, review=carried), report=report)
 
 

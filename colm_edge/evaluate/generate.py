@@ -119,7 +119,10 @@ def answers(
         models, reviews = identity(pair, pair.members), pair.review(options) < math.inf
         # The pace belongs to the key because the speed does: it is kept with the answers.
         pace = pace_of(pair, n_slots)
-        what = [*models, pair.n_ctx, pace, *_what_matters(switch, options, reviews)]
+        what = [
+            *models, pair.n_ctx, pace,
+            *_what_matters(switch, options, reviews, one_expert=len(pair.members) == 1),
+        ]  # fmt: skip
         return judged(
             write, rows, metric, progress, label=label, journal=journal or Journal(), what=what,
             by_line=isinstance(switch, RandomSwitch),
@@ -184,12 +187,15 @@ def facts_of(done: Done) -> Facts:
     }
 
 
-def _what_matters(switch: AnySwitch, options: Options, reviews: bool) -> list[Any]:
-    """Return what of the switch and the options an answer depends on."""
+def _what_matters(
+    switch: AnySwitch, options: Options, reviews: bool, *, one_expert: bool
+) -> list[Any]:
+    """Return what of the switch and the options an answer depends on. one_expert: whether there is
+    but one; among several the switch chooses at every threshold below 1."""
     if reviews or options.doubts:
         return [_switch_key(switch), options.changed]
     changed = {name: x for name, x in options.changed.items() if not name.startswith("review")}
-    by_expert_alone = options.threshold == 0 and options.strategy == "defer"
+    by_expert_alone = one_expert and options.threshold == 0 and options.strategy == "defer"
     reads_switch = not (by_expert_alone or options.threshold == 1)
     return [_switch_key(switch) if reads_switch else None, changed]
 

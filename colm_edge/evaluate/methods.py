@@ -110,8 +110,12 @@ class Comparison:
                     f"the method {name} names no expert; with several there are "
                     f"{', '.join(TEAM_METHODS)}"
                 )
-        if self.on_expert or self.proxy is not None:
-            what = "Proxy Tuning" if self.proxy is not None else "--score-on expert"
+        given = {
+            "Proxy Tuning": self.proxy is not None,
+            "--weak": self.weak is not None,
+            "--score-on expert": self.on_expert,
+        }
+        for what in (name for name, asked in given.items() if asked):
             raise ColmError(f"{what} works with one expert; give -me once")
 
     @property
@@ -223,11 +227,10 @@ def _scored(
     work: Path | None,
 ) -> tuple[Scores, Iterator[Method]]:
     """Return the scores of the documents, and the methods that come of them."""
-    # The folder may hold scores of other lines: --limit may have changed.
     if len(pair.members) > 1:
         each = score_each(pair, documents, progress, work=work)
         return each[0], _team_methods(pair, each, comparison)
-    scores = score(pair, documents, progress, work=work, update=True, recorded=recorded)
+    scores = score(pair, documents, progress, work=work, recorded=recorded)
     return scores, _methods(pair.switch, scores, comparison)
 
 
@@ -290,7 +293,7 @@ def _check(pair: Pair, rows: list[Row], options: Options, comparison: Comparison
         _scorable(pair.switch)
     if comparison.weak is not None:
         comparison.weak.reader(pair.base, pair.n_shared)  # checks its width
-        if len(comparison.weak.weight) > 1:
+        if comparison.weak.n_experts > 1:
             raise MismatchError(
                 f"{comparison.weak.name}: a switch for several experts; --weak takes one of one"
             )
@@ -417,9 +420,10 @@ def _teacher_forced(method: Method, scores: Scores, *, tells_regret: bool) -> di
         **_with_interval("nll", method.nll, scores.line),
         **_with_interval("nll_hard", method.nll_hard, scores.line),
     }
-    if scores.tells_regret and tells_regret and not isinstance(method.switch, Proxy):
+    if scores.tells_regret and tells_regret:
         regret = scores.regret(np.arange(len(scores.base)))
-        row["regret_removed"] = float(regret[method.deferred].sum() / max(regret.sum(), 1e-300))
+        removed = float(regret[method.deferred].sum() / max(regret.sum(), 1e-300))
+        row["regret_removed"] = None if isinstance(method.switch, Proxy) else removed
     if method.review is not None:  # what it undoes is not known before it writes
         row |= dict.fromkeys(row.keys() - {"method", "threshold"})
     return row

@@ -46,7 +46,7 @@ class Documents(Sequence[Document]):
     """Documents as arrays: the token ids of all in one, and three numbers for each.
 
     tokens: (n_tokens,), mapped from a file if there is a work folder. lengths, starts, lines:
-    (n,) each. n_cut documents were longer than the context of n_ctx tokens; n_dropped more had no
+    (n,) each. n_cut of them were longer than the context of n_ctx tokens; n_dropped more had no
     token left to score and are left out.
     """
 
@@ -97,7 +97,7 @@ class Documents(Sequence[Document]):
         return np.concatenate(([0], np.cumsum(self.lengths)))
 
     @cached_property
-    def rows(self) -> Ints:
+    def scored_offsets(self) -> Ints:
         """Where each document's scored tokens begin among all scored ones, (n + 1,)."""
         return np.concatenate(([0], np.cumsum(self.counts)))
 
@@ -109,8 +109,8 @@ class Documents(Sequence[Document]):
         """Return the scored tokens of the documents from `first` to before `last`."""
         # Each row's place among all tokens: its own number, less the rows and plus the tokens
         # before its document's.
-        shift = self.offsets[first:last] + self.starts[first:last] - self.rows[first:last]
-        rows = np.arange(self.rows[first], self.rows[last])
+        shift = self.offsets[first:last] + self.starts[first:last] - self.scored_offsets[first:last]
+        rows = np.arange(self.scored_offsets[first], self.scored_offsets[last])
         chosen: Tokens = self.tokens[rows + np.repeat(shift, self.counts[first:last])]
         return chosen
 
@@ -121,7 +121,7 @@ class Documents(Sequence[Document]):
 
     def chunks(self, n_rows: int) -> Iterator[tuple[int, int]]:
         """Yield (first, last + 1) of successive documents with about n_rows scored tokens."""
-        firsts = np.searchsorted(self.rows, range(0, self.n_scored, n_rows))
+        firsts = np.searchsorted(self.scored_offsets, range(0, self.n_scored, n_rows))
         yield from pairwise([*firsts.tolist(), len(self)])
 
     def key(self, index: int) -> int:
@@ -210,10 +210,10 @@ def _collect(
     n_cut = n_dropped = 0
     for document in documents:
         tokens = document.tokens[:n_ctx]
-        n_cut += len(document.tokens) > len(tokens)
         if document.start >= len(tokens):
             n_dropped += 1
             continue
+        n_cut += len(document.tokens) > len(tokens)
         keep(tokens)
         lengths.append(len(tokens))
         starts.append(document.start)

@@ -31,7 +31,7 @@ from colm_edge.train.objectives import (
     loss_figures,
     weak_label,
 )
-from colm_edge.train.score_files import scored_by
+from colm_edge.train.score_files import scored_by, tell_choices
 from colm_edge.train.scores import Scores
 from colm_edge.train.scoring import MakeProgress, Recorded, score
 
@@ -62,7 +62,7 @@ class FitOptions:
     "regret".
     seed: decides which lines are held back.
     update: the switch that this one replaces; the report compares them, and the fit of `marginal`,
-    from which `budget` starts, begins with it.
+    from which `budget` starts, begins with it. `regret` and `weak` do not: they have one optimum.
     compare: fit the other feature sets as well and report how they do.
     choose: chooses the default threshold, given the calibrated switch and the held-back lines;
     by default `choose_threshold` does, and for "regret" it is that of DEFAULT_RATE.
@@ -134,14 +134,11 @@ def fit_switch(
     """
     update = options.update
     check_fit()
-    tells = pair.expert_is_here or recorded or expert_scores
-    _check_objective(options.objective, bool(tells))
+    _check_objective(options.objective, pair, expert_scores, recorded)
     held_back = held_back_lines(documents, options.seed)
     scores = score(
-        pair, documents, progress, work=work, expert_scores=expert_scores, recorded=recorded,
-        # Answers are kept by their content, and prompts may be added.
-        update=update is not None or recorded is not None,
-    )  # fmt: skip
+        pair, documents, progress, work=work, expert_scores=expert_scores, recorded=recorded
+    )
     split = _split(scores, held_back)
     features = options.features or _feature_set(update)
     names = FEATURE_SETS[features]
@@ -150,7 +147,7 @@ def fit_switch(
     by_expert = recorded is not None
     objective = "regret" if by_expert and options.objective == "best" else options.objective
     trial, trials = fit_head(split, names, objective, old)
-    info = identities(pair, scored_by(expert_scores), bool(expert_scores))
+    info = models_of(pair, scored_by(expert_scores), bool(expert_scores))
     info |= {"objective": trial.objective}
     switch = _switch(trial, names, split, info, to_rate=by_expert)
     chosen = {}
@@ -173,7 +170,7 @@ def fit_switch(
     return Fit(switch, report, scores, split.valid, trial.p, p_before)
 
 
-def identities(pair: Pair, scorer: str | None, elsewhere: bool) -> dict[str, str]:
+def models_of(pair: Pair, scorer: str | None, elsewhere: bool) -> dict[str, str]:
     """Return what a switch remembers of the models: their names, and what tells their files from
     others. scorer: the expert's name, if it scored elsewhere."""
     found = {"base": pair.base.path.name, "expert": Path(scorer or pair.expert.name).name}
@@ -186,9 +183,17 @@ def identities(pair: Pair, scorer: str | None, elsewhere: bool) -> dict[str, str
     return found
 
 
-def _check_objective(objective: str, tells_regret: bool) -> None:
+def _check_objective(
+    objective: str, pair: Pair, expert_scores: Sequence[Path], recorded: Recorded | None
+) -> None:
     """Raise now, rather than after an hour of scoring, for an objective that cannot be fitted."""
-    if objective in OBJECTIVES and OBJECTIVES[objective].needs_regret and not tells_regret:
+    if objective not in OBJECTIVES or not OBJECTIVES[objective].needs_regret:
+        return
+    if expert_scores:
+        tells = tell_choices(expert_scores)
+    else:
+        tells = pair.expert_is_here or recorded is not None
+    if not tells:
         raise DataError(NO_REGRET)
 
 
@@ -406,7 +411,10 @@ def _feature_sets(features: str, trial: Trial, split: Split) -> dict[str, dict[s
 
 
 def figures_at(threshold: float, p: Doubles, base: Doubles, expert: Doubles) -> dict[str, float]:
-    """Return the loss and the share of deferrals at a threshold."""
+    """Return the loss, nats per token, and the share of deferrals at a threshold.
+
+    p: p_defer of each token, (n,). base, expert: log-probabilities of the gold tokens, (n,).
+    """
     deferred = p > threshold
     return {
         "nll_hard": float(-np.where(deferred, expert, base).mean()),

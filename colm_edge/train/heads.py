@@ -14,7 +14,7 @@ from colm_edge.errors import ColmError
 # A point -> the loss there and its gradient.
 Loss = Callable[[Doubles], tuple[float, Doubles]]
 Bounds = list[tuple[float | None, float | None]]
-CHUNK_ROWS = 1 << 16
+CHUNK_ROWS = 1 << 12  # of columns that are copied at once, beside those that are kept
 LEAST_SLOPE = 1e-3  # of a head that is rescaled
 
 

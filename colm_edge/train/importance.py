@@ -35,10 +35,10 @@ def importance(
     likeliest (n_scored,): the base's choices, of all documents. piece: gives a token's bytes. ends:
     the tokens that end an answer.
     """
-    chosen = likeliest[documents.rows[first] : documents.rows[last]]
+    chosen = likeliest[documents.scored_offsets[first] : documents.scored_offsets[last]]
     marks = list(ends)
     at_edge = np.isin(chosen, marks) | np.isin(documents.scored(first, last), marks)
-    at_edge[documents.rows[first:last] - documents.rows[first]] = True
+    at_edge[documents.scored_offsets[first:last] - documents.scored_offsets[first]] = True
     inside = in_code(documents, piece, first, last)
     return np.where(at_edge, EDGE, np.where(inside, CODE, PROSE))
 

@@ -39,7 +39,10 @@ def marginal_loss(base: Doubles, expert: Doubles, d: Doubles) -> tuple[float, Do
 
 
 def weak_loss(label: Doubles, d: Doubles) -> tuple[float, Doubles]:
-    """Return the weak supervision's weighted binary cross-entropy and its gradient in d."""
+    """Return the weak supervision's weighted binary cross-entropy, and its gradient in d.
+
+    label: 0 or 1, as `weak_label` gives them; label, d: (n,).
+    """
     return _cross_entropy(label, np.where(label > 0, WEAK_POSITIVE_WEIGHT, 1.0), d)
 
 
@@ -54,14 +57,17 @@ def regret_loss(weighed: Doubles, d: Doubles) -> tuple[float, Doubles]:
 
 
 def _cross_entropy(label: Doubles, weight: Doubles, d: Doubles) -> tuple[float, Doubles]:
-    """Return the weighted mean binary cross-entropy of σ(d), and its gradient in d."""
+    """Return the mean of the weighted binary cross-entropies of σ(d), and its gradient in d.
+
+    label, weight, d: (n,). The sum is divided by n, not by the weights.
+    """
     loss = weight * (np.logaddexp(0, d) - label * d)
     return float(loss.mean()), weight * (sigmoids(d) - label) / len(d)
 
 
 def regret_removed(rank: Doubles, regret: Doubles) -> Doubles:
     """Return the share of all regret that is removed when the tokens of highest rank are deferred,
-    one number for each of REGRET_RATES. Ties are taken in their order."""
+    one number for each of REGRET_RATES. rank, regret: (n,). Ties are taken in their order."""
     total = np.cumsum(np.concatenate(([0.0], regret[np.argsort(-rank, kind="stable")])))
     places = np.round(np.array(REGRET_RATES) * len(rank)).astype(np.int64)
     return np.asarray(total[places] / max(float(total[-1]), 1e-300), np.float64)
@@ -115,14 +121,17 @@ def hard_curve(rank: Doubles, base: Doubles, expert: Doubles) -> Doubles:
     return curve
 
 
+def hard_figures(rank: Doubles, base: Doubles, expert: Doubles) -> dict[str, float]:
+    """Return that loss where each of DEFER_RATES is deferred, by its name in reports."""
+    curve = hard_curve(rank, base, expert)
+    return {f"nll_hard_{rate}": float(curve[round(rate * len(rank))]) for rate in DEFER_RATES}
+
+
 def loss_figures(scores: Scores, rows: Ints, d: Doubles) -> dict[str, float]:
     """Return the joint loss, that of hard decisions at the defer rates that people use, and, where
     it is known, the share of the regret that these remove."""
     base, expert = scores.base[rows], scores.expert[rows]
-    curve = hard_curve(d, base, expert)
-    figures = {"nll_joint": _joint_loss(scores, rows, d)}
-    for rate in DEFER_RATES:
-        figures[f"nll_hard_{rate}"] = float(curve[round(rate * len(d))])
+    figures = {"nll_joint": _joint_loss(scores, rows, d), **hard_figures(d, base, expert)}
     if scores.tells_regret:
         removed = regret_removed(d, scores.regret(rows)).tolist()
         names = [f"regret_removed_{rate}" for rate in REGRET_RATES]
@@ -136,8 +145,8 @@ def _joint_loss(scores: Scores, rows: Ints, d: Doubles) -> float:
 
 def hard_loss(scores: Scores, rows: Ints, d: Doubles) -> float:
     """Return the mean loss of hard decisions at those rates."""
-    curve = hard_curve(d, scores.base[rows], scores.expert[rows])
-    return sum(float(curve[round(rate * len(d))]) for rate in DEFER_RATES) / len(DEFER_RATES)
+    losses = hard_figures(d, scores.base[rows], scores.expert[rows])
+    return sum(losses.values()) / len(losses)
 
 
 def regret_left(scores: Scores, rows: Ints, d: Doubles) -> float:

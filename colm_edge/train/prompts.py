@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from colm_edge.decode.step import Step
     from colm_edge.pair import Pair
 
-ANSWERS_FILE = "expert-answers.jsonl"
+EXPERT_ANSWERS_FILE = "expert-answers.jsonl"
 # The expert's likeliest tokens that are kept of each position. Where the base's choice is not among
 # them, it counts as likely as the last of them: on this much regret, more changes nothing.
 N_KEPT = 8
@@ -81,7 +81,7 @@ def answer_prompts(
     prompts = list(read_prompts(rows, pair, raw))
     if not prompts:
         raise DataError("the data has no prompts; expected one JSON object a line")
-    journal = Journal(work and work / ANSWERS_FILE)
+    journal = Journal(work and work / EXPERT_ANSWERS_FILE)
     options = Options(
         temperature=0.0, threshold=0.0, max_tokens=max_tokens, n_probs=N_KEPT, schedule=schedule
     )

@@ -115,6 +115,12 @@ def scored_by(paths: Sequence[Path]) -> str | None:
     return next((model for _, model in named.values()), None)
 
 
+def tell_choices(paths: Sequence[Path]) -> bool:
+    """Return whether the files say what the expert thinks of the base's choices, as those of a
+    server do not."""
+    return not any(np.isnan(read_file(path, "choice")["choice"][:1]).any() for path in paths)
+
+
 def _read(path: Path, documents: Documents, base: str) -> Part:
     file, n = read_file(path, *KINDS), len(documents)
     columns: Columns = {name: file[name] for name in EXPERT_COLUMNS}
@@ -131,7 +137,7 @@ def _read(path: Path, documents: Documents, base: str) -> Part:
             f"{path}: the expert was asked about the choices of another base; score this data with "
             "this base"
         )
-    n_scored = int(documents.rows[last] - documents.rows[first])
+    n_scored = int(documents.scored_offsets[last] - documents.scored_offsets[first])
     if any(column.shape != (n_scored,) for column in columns.values()):
         raise DataError(
             f"{path}: is broken: expected {n_scored} scores; write it again with {MADE_BY}"

@@ -8,8 +8,11 @@ stopped.
     token.int32, line.int64, importance.float64
                               of every scored token, in the documents' order
     base-<hash>/              columns logprob, likeliest, hidden, features (see FolderStore)
+    choice-<hash>/            the base's for `score_expert`: logprob, likeliest
     expert-<hash>/            columns logprob, right, best, choice
     base-<hash>-<n>/          the same where models share only the first n token ids
+    expert-answers.jsonl      what the expert wrote to prompts (prompts.py)
+    answers.jsonl             of every method (evaluate/generate.py)
 """
 
 from __future__ import annotations
@@ -70,31 +73,29 @@ def score(
     progress: MakeProgress,
     *,
     work: Path | None = None,
-    update: bool = False,
     expert_scores: Sequence[Path] = (),
     recorded: Recorded | None = None,
 ) -> Scores:
     """Evaluate every document once with each model.
 
-    work: a folder that keeps the results; a killed run goes on from them, and those of another
-    model or of other data are refused. update: other data and another expert are accepted there;
-    documents that the folder has scores of are not evaluated again. expert_scores: the files that
-    `score_expert` wrote, instead of the expert. recorded: what the expert told when it wrote the
-    documents, for which it is then not evaluated.
+    work: a folder that keeps the results; documents that it has scores of, also those of a killed
+    run, are not evaluated again. It may hold other data and other experts, not another base.
+    expert_scores: the files that `score_expert` wrote, instead of the expert. recorded: what the
+    expert told when it wrote the documents, for which it is then not evaluated.
 
-    Raises DataError for scores that do not belong to these documents and for a full disk,
-    ColmError for a model that gives NaN.
+    Raises DataError for score files that do not belong to these documents, for another base's
+    folder and for a full disk, ColmError for a model that gives NaN.
     """
     elsewhere = None
     if expert_scores:
         elsewhere = read_scores(expert_scores, documents, pair.base.fingerprint)
-    base = score_model(pair, "base", documents, progress, work=work, update=update)
+    base = score_model(pair, "base", documents, progress, work=work)
     likeliest = base["likeliest"]
     if recorded is not None:
         expert = _from_records(recorded, documents, likeliest)
     else:
         expert = elsewhere or score_model(
-            pair, "expert", documents, progress, work=work, update=update, choices=likeliest
+            pair, "expert", documents, progress, work=work, choices=likeliest
         )
     ends = ends_of(pair.base, pair.members)
     weigh = partial(importance, documents, likeliest, pair.base.piece, ends)
@@ -112,12 +113,12 @@ def score_each(
     pair: Pair, documents: Documents, progress: MakeProgress, *, work: Path | None = None
 ) -> list[Scores]:
     """Evaluate every document once with the base and each expert; return the scores with each
-    expert. work: as in `score`, and updated."""
-    first = score(pair, documents, progress, work=work, update=True)
+    expert. work: as in `score`."""
+    first = score(pair, documents, progress, work=work)
     others = (
         score_model(
             pair, "expert", documents, progress,
-            work=work, update=True, choices=first.likeliest, which=which,
+            work=work, choices=first.likeliest, which=which,
         )
         for which in range(1, len(pair.members))
     )  # fmt: skip
@@ -185,21 +186,18 @@ def score_expert(
     *,
     shard: Shard = (1, 1),
     work: Path | None = None,
-    update: bool = False,
 ) -> dict[str, Any]:
     """Write the expert's log-probabilities of the documents to a file that `score` reads.
 
-    shard: (k, n), to score only the k-th of n parts, by `bounds_of`. work, update: as in `score`.
+    shard: (k, n), to score only the k-th of n parts, by `bounds_of`. work: as in `score`.
 
     Returns a summary. Raises WriteError when the file cannot be written, and DataError for a shard
     without documents.
     """
     first, last = bounds_of(documents, shard)
     part = documents if shard == (1, 1) else documents[first:last]
-    base = score_model(pair, "choice", part, progress, work=work, update=update)
-    columns = score_model(
-        pair, "expert", part, progress, work=work, update=update, choices=base["likeliest"]
-    )
+    base = score_model(pair, "choice", part, progress, work=work)
+    columns = score_model(pair, "expert", part, progress, work=work, choices=base["likeliest"])
     names = pair.expert.name, pair.base.fingerprint
     write_scores(path, part, first, len(documents), columns, *names)
     return {
@@ -236,7 +234,6 @@ def score_model(
     progress: MakeProgress,
     *,
     work: Path | None = None,
-    update: bool = False,
     choices: Tokens | None = None,
     which: int = 0,
 ) -> Columns:
@@ -262,8 +259,8 @@ def score_model(
     if work is None:
         store = MemoryStore(types, documents)
     else:
-        folder = _model_folder(work, name, pair, update, which)
-        store = FolderStore(folder, types, documents, update=update, n_choose=pair.n_shared)
+        folder = _model_folder(work, name, pair, which)
+        store = FolderStore(folder, types, documents, n_choose=pair.n_shared)
     with ExitStack() as stack:
         stack.enter_context(store)
         bar = stack.enter_context(progress(name, documents.n_tokens))
@@ -351,7 +348,7 @@ def _score_across(member: Member, documents: Documents, group: Ints, choices: To
     columns: dict[str, list[Any]] = {name: [] for name in ("logprob", "right", "best", "choice")}
     for i in group:
         span, start = documents.span(i).tolist(), int(documents.starts[i])
-        asked = choices[documents.rows[i] : documents.rows[i + 1]].tolist()
+        asked = choices[documents.scored_offsets[i] : documents.scored_offsets[i + 1]].tolist()
         for first in range(start, len(span), BRIDGE_OUTPUTS):
             last = min(first + BRIDGE_OUTPUTS, len(span))
             try:
@@ -389,20 +386,21 @@ def _score_locally(
     gold = np.concatenate([span[start:] for span, start in zip(spans, starts, strict=True)])
     asked = None
     if choices is not None:
-        asked = np.concatenate([choices[documents.rows[i] : documents.rows[i + 1]] for i in group])
+        at = documents.scored_offsets
+        asked = np.concatenate([choices[at[i] : at[i + 1]] for i in group])
     parts: list[Columns] = []
-    at = 0
+    done = 0
     for logits, hidden in scorer.score(np.concatenate(spans), lengths, starts):
         n = len(logits)
         try:
-            some = None if asked is None else asked[at : at + n]
-            parts.append(_read_outputs(logits, hidden, gold[at : at + n], n_shared, some))
+            some = None if asked is None else asked[done : done + n]
+            parts.append(_read_outputs(logits, hidden, gold[done : done + n], n_shared, some))
         except ValueError as e:
             raise ColmError(
                 f"{scorer.model.path}: gives NaN or zero probability to a token of the data; "
                 f"the file is broken or not the model that the data needs ({e})"
             ) from e
-        at += n
+        done += n
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 
@@ -446,30 +444,27 @@ def identity(pair: Pair, members: Sequence[Member]) -> list[str]:
     return [*models, options.cache_type_k, options.cache_type_v]
 
 
-def _model_folder(work: Path, name: str, pair: Pair, update: bool, which: int) -> Path:
-    """Return the folder of a model's columns. Raises DataError if there is another model's.
+def _model_folder(work: Path, name: str, pair: Pair, which: int) -> Path:
+    """Return the folder of a model's columns. Raises DataError if there is another base's.
 
     Each model has its own, so that no two are ever mixed, and an expert one for each base whose
-    choices it was asked about; after an update the former expert's folder stays, and is used again
-    if that expert comes back. What each finds likeliest depends on the ids to choose from, so they
-    are part of the name if they are not all.
+    choices it was asked about; a former expert's folder stays, and is used again if that expert
+    comes back. What each finds likeliest depends on the ids to choose from, so they are part of
+    the name if they are not all.
     """
     with disk_errors(work):
         work.mkdir(parents=True, exist_ok=True)
     is_base = name != "expert"
-    member = pair.members[which]
-    model = str(pair.base.path) if is_base else member.timeline.name
-    mark = key_of(*identity(pair, () if is_base else (member,)))
+    mark = key_of(*identity(pair, () if is_base else (pair.members[which],)))
     own, n = f"{name}-{mark[:8]}", pair.n_shared
     folder = work / (own if n == pair.base.n_vocab else f"{own}-{n}")
     others = [
         p for p in work.iterdir()
         if re.fullmatch(rf"{name}-[0-9a-f]{{8}}(-\d+)?", p.name) and not p.name.startswith(own)
     ]  # fmt: skip
-    if folder.exists() or not others or (update and not is_base):
-        return folder
-    cure = "or remove this one" if is_base else "remove this one, or have it updated (--update)"
-    raise DataError(
-        f"{others[0]}: holds scores of another model than {model}, or by another cache type; name "
-        f"another work folder, {cure}"
-    )
+    if is_base and others and not folder.exists():
+        raise DataError(
+            f"{others[0]}: holds scores of another model than {pair.base.path}, or by another "
+            "cache type; name another work folder, or remove this one"
+        )
+    return folder

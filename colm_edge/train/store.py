@@ -79,15 +79,11 @@ class FolderStore:
         types: RowTypes,
         documents: Documents,
         *,
-        update: bool,
         n_choose: int | None = None,
     ) -> None:
-        """Find what the folder has of these documents.
+        """Find what the folder has of these documents. n_choose: as in `check_columns`.
 
-        update: what is not there yet may be scored where there are others. n_choose: as in
-        `check_columns`.
-        Raises DataError for new documents beside others without `update`, and for a folder that is
-        broken.
+        Raises DataError for a folder that is broken.
         """
         self._folder, self._types, self._documents = folder, types, documents
         self._n_choose = n_choose
@@ -99,7 +95,7 @@ class FolderStore:
                 os.replace(self._new, folder)
             shutil.rmtree(self._old, ignore_errors=True)
             self._read_index()
-            self.to_do = self._plan(update)
+            self.to_do = self._plan()
 
     def __enter__(self) -> Self:
         """Open the columns where the rows that count end."""
@@ -185,16 +181,11 @@ class FolderStore:
         if (rows != self._documents.counts[at])[ours[at] == keys].any():
             raise ValueError("it counts other rows than these documents have")
 
-    def _plan(self, update: bool) -> Ints:
+    def _plan(self) -> Ints:
         """Return the numbers of the documents to do; the index then ends with these."""
         documents = self._documents
         if self._matches():
             return np.arange(self._n_done, len(documents))
-        if len(self._index) and not update and not self._has(documents):
-            raise DataError(
-                f"{self._folder}: holds scores of other data; name another work folder, remove "
-                "this one, or have it updated (--update)"
-            )
         known = self._index[: self._n_done]
         to_do = np.flatnonzero(~np.isin(documents.keys, known["key"]))
         self._index = np.concatenate([known, _entries(documents)[to_do]])
@@ -202,10 +193,6 @@ class FolderStore:
             with replacing(self._folder / INDEX_FILE) as temporary, temporary.open("wb") as file:
                 np.save(file, self._index)
         return to_do
-
-    def _has(self, documents: Documents) -> bool:
-        """Return whether these are among the documents of the run that wrote the index."""
-        return bool(np.isin(documents.keys, self._index["key"]).all())
 
     def _matches(self) -> bool:
         """Return whether the first documents are ours, in our order."""

@@ -34,7 +34,7 @@ from colm_edge.train.fit import (
     sample,
 )
 from colm_edge.train.heads import CHUNK_ROWS, Head, Standardised, minimize
-from colm_edge.train.objectives import DEFER_RATES, REJECTED, hard_curve, regret_removed
+from colm_edge.train.objectives import REJECTED, hard_figures, regret_removed
 from colm_edge.train.scores import Scores
 
 TEAM_OBJECTIVES = ("marginal", "regret")
@@ -116,7 +116,7 @@ def likeliest_writers(scores: Sequence[Scores]) -> Ints:
     return np.asarray(totals.argmax(axis=0)[line], np.int64)
 
 
-def marginal_loss(gold: Doubles, d: Doubles) -> tuple[float, Doubles]:
+def team_marginal_loss(gold: Doubles, d: Doubles) -> tuple[float, Doubles]:
     """Return the mean of −log Σ_j share_j · P_j, and its gradient in d, (n, K).
 
     gold: log-probabilities of the gold tokens, (n, 1 + K), the base's first. The gradient is each
@@ -129,8 +129,11 @@ def marginal_loss(gold: Doubles, d: Doubles) -> tuple[float, Doubles]:
     return float(-joint.mean()), gradient[:, 1:] / len(d)
 
 
-def regret_loss(regret: Doubles, writer: Ints, d: Doubles) -> tuple[float, Doubles]:
-    """Return the weighted cross-entropy of whose each token is, and its gradient in d, (n, K)."""
+def team_regret_loss(regret: Doubles, writer: Ints, d: Doubles) -> tuple[float, Doubles]:
+    """Return the weighted cross-entropy of whose each token is, and its gradient in d, (n, K).
+
+    regret: weighed, writer: the expert of each token's document, both (n,).
+    """
     rejected = regret > REJECTED
     weight = np.where(rejected, regret, 1.0) / len(d)
     label = np.where(rejected, writer + 1, 0)
@@ -145,7 +148,7 @@ def share_of_experts(d: Doubles) -> Doubles:
     return sigmoids(np.logaddexp.reduce(d, axis=1))
 
 
-def regret_left(regret: Doubles, writer: Ints, d: Doubles) -> float:
+def team_regret_left(regret: Doubles, writer: Ints, d: Doubles) -> float:
     """Return the mean share of the regret that is left where the tokens of the highest p_defer are
     deferred, at REGRET_RATES; it goes only where the document's expert is the one that writes."""
     gone = np.where(d.argmax(axis=1) == writer, regret, 0.0)
@@ -235,8 +238,8 @@ def _search(
 
     def loss_on(rows: Ints) -> TeamLoss:
         if objective == "marginal":
-            return partial(marginal_loss, team.gold(rows))
-        return partial(regret_loss, team.regret(rows, weighed=True), team.writer[rows])
+            return partial(team_marginal_loss, team.gold(rows))
+        return partial(team_regret_loss, team.regret(rows, weighed=True), team.writer[rows])
 
     judges = sample(valid, SEARCH_TOKENS)
     held_back = columns(judges)
@@ -244,8 +247,8 @@ def _search(
     def judged(heads: Sequence[Head]) -> float:
         d = d_of(heads, held_back)
         if objective == "marginal":
-            return marginal_loss(team.gold(judges), d)[0]
-        return regret_left(team.regret(judges, weighed=True), team.writer[judges], d)
+            return team_marginal_loss(team.gold(judges), d)[0]
+        return team_regret_left(team.regret(judges, weighed=True), team.writer[judges], d)
 
     searched = sample(train, SEARCH_TOKENS)
     block = Standardised(columns(searched))
@@ -310,7 +313,7 @@ def _switch(
         threshold=threshold,
         defer_rates=rates,
         thresholds=thresholds,
-        info=dict(info),
+        info={**info, "objective": objective},
     )
 
 
@@ -335,19 +338,18 @@ def _figures(
         },
     }
     if team.tells_regret:
-        figures["regret_removed"] = 1 - regret_left(team.regret(valid), writer, d)
+        figures["regret_removed"] = 1 - team_regret_left(team.regret(valid), writer, d)
     if not team.by_all:
         return figures | {"threshold": threshold, "defer_rate": float(deferred.mean())}
     gold = team.gold(valid)
     base, chosen = gold[:, 0], of_chosen(gold, d)
-    curve = hard_curve(p, base, chosen)
     return figures | {
         **figures_at(threshold, p, base, chosen),
         "nll_base": float(-base.mean()),
         "nll_expert": float(-gold[:, 1:].mean(axis=0).max()),
         "nll_experts": {name: float(-gold[:, 1 + k].mean()) for k, name in enumerate(names)},
-        "nll_joint": marginal_loss(gold, d)[0],
-        **{f"nll_hard_{r}": float(curve[round(r * len(p))]) for r in DEFER_RATES},
+        "nll_joint": team_marginal_loss(gold, d)[0],
+        **hard_figures(p, base, chosen),
         "nll_oracle": float(-gold.max(axis=1).mean()),
     }
 

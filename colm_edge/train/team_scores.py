@@ -12,8 +12,8 @@ import numpy as np
 
 from colm_edge.errors import DataError
 from colm_edge.switch.file import role_of
-from colm_edge.train.documents import Documents, Row, held_back_lines, tokenized
-from colm_edge.train.fit import identities
+from colm_edge.train.documents import MIN_LINES, Row, held_back_lines, tokenized
+from colm_edge.train.fit import models_of
 from colm_edge.train.prompts import answer_prompts
 from colm_edge.train.scores import Scores
 from colm_edge.train.scoring import MakeProgress, score
@@ -57,7 +57,8 @@ class TeamData:
     team: TeamScores
     held_back: set[int]  # lines
     info: dict[str, str]
-    n_cut: int
+    n_cut: int  # documents that the context, or answers that the limit, ended
+    n_dropped: int  # documents without a token to score
     n_answers: int | None = None  # of prompts
 
 
@@ -73,18 +74,17 @@ def score_texts(
 ) -> TeamData:
     """Score every text with the base and each expert. work: as in `score`; seed: of a fit."""
     found, info = list[Scores](), {"expert_names": " ".join(names)}
-    documents: Documents | None = None
+    held_back, n_cut, n_dropped = set[int](), 0, 0
     opened = as_one_team(open_pair, names)
     for name in names:
         with opened(name) as pair:
             documents, bar = tokenized(rows, pair, raw=raw, work=work), of_expert(name, progress)
-            found.append(score(pair, documents, bar, work=work, update=True))
-            info |= _named(identities(pair, None, elsewhere=False), name)
-    assert documents is not None, "there are experts"
-    held_back = held_back_lines(documents, seed)
-    return TeamData(
-        TeamScores(found, likeliest_writers(found), by_all=True), held_back, info, documents.n_cut
-    )
+            held_back = held_back_lines(documents, seed)
+            n_cut, n_dropped = documents.n_cut, documents.n_dropped
+            found.append(score(pair, documents, bar, work=work))
+            info |= _named(models_of(pair, None, elsewhere=False), name)
+    team = TeamScores(found, likeliest_writers(found), by_all=True)
+    return TeamData(team, held_back, info, n_cut, n_dropped)
 
 
 def score_answers(
@@ -102,7 +102,7 @@ def score_answers(
     """Let each expert answer its prompts, those whose "expert" names it, and score the answers with
     it and the base. The other arguments are those of `answer_prompts`.
 
-    Raises DataError for a prompt that names no expert, and an expert without prompts.
+    Raises DataError for a prompt that names no expert, and an expert with too few prompts.
     """
     found, writers, held_back = list[Scores](), list[int](), set[int]()
     info, n_cut, n_answers = {"expert_names": " ".join(names)}, 0, 0
@@ -115,23 +115,20 @@ def score_answers(
                 work=work / name,
             )  # fmt: skip
             documents = answered.documents
-            scores = score(
-                pair, documents, bar, work=work / name, update=True,
-                recorded=answered.recorded,
-            )  # fmt: skip
-            info |= _named(identities(pair, None, elsewhere=False), name)
+            scores = score(pair, documents, bar, work=work / name, recorded=answered.recorded)
+            info |= _named(models_of(pair, None, elsewhere=False), name)
         found.append(scores)
         writers += [k] * len(scores.base)
         held_back |= held_back_lines(documents, seed)
         n_cut, n_answers = n_cut + answered.n_cut, n_answers + len(answered.entries)
     team = TeamScores(found, np.array(writers, np.int64), by_all=False)
-    return TeamData(team, held_back, info, n_cut, n_answers)
+    return TeamData(team, held_back, info, n_cut, 0, n_answers)
 
 
 def by_expert(rows: Iterable[Row], names: Sequence[str]) -> dict[str, list[Row]]:
     """Return the rows of each expert, by its name in their "expert".
 
-    Raises DataError for a row that names none of them, and an expert without rows.
+    Raises DataError for a row that names none of them, and an expert with too few to hold any back.
     """
     found: dict[str, list[Row]] = {name: [] for name in names}
     for number, row in rows:
@@ -143,13 +140,16 @@ def by_expert(rows: Iterable[Row], names: Sequence[str]) -> dict[str, list[Row]]
             )
         found[name].append((number, row))
     for name, own in found.items():
-        if not own:
-            raise DataError(f"no prompt names the expert {name}; give it some, or leave it out")
+        if len(own) < MIN_LINES:
+            raise DataError(
+                f"{len(own)} prompts name the expert {name}; expected at least {MIN_LINES}, to "
+                "hold one back: give it more, or leave it out"
+            )
     return found
 
 
 def _named(info: dict[str, str], name: str) -> dict[str, str]:
-    """Return a pair's identities with the expert's under its name."""
+    """Return what a switch remembers of a pair with the expert's under its name."""
     prefix = role_of(name)
     return {
         key.replace("expert", prefix, 1) if key.startswith("expert") else key: value

@@ -179,8 +179,6 @@ OWN: dict[str, dict[str, Own]] = {
         "outfile": Own(SCORE.replace("s.npz", "[t].npz"), files, "s"),
         "shard": Own(f"{SCORE} [--shard 1/9]", told),
         "work_dir": Own(f"{SCORE} [--work-dir {{here}}/w]", files),
-        "update": Own(f"{SCORE.replace('{data}', '{more}')} --work-dir {{other}} [--update]",
-                      lambda s, _: s.result.exit_code),
         "raw": Own(f"{SCORE.replace('base', 'template')} [--raw]", scored),
     },
     "eval": {
@@ -258,14 +256,12 @@ def names(tiny, tmp_path_factory) -> dict[str, Any]:
         names[name] = folder / f"{name}.jsonl"
         rows = [{"prompt": f"p{i}", "completion": f"c{i} and", "tests": ""} for i in range(n)]
         write_rows(names[name], rows)
-    names["other"] = folder / "other"
     for name, command in (
         ("scores", SCORE.replace("{here}/s.npz", "{made}")),
         ("trained", f"{TRAIN.replace('{here}/s.gguf', '{made}')} --objective weak"),
         ("quantised", "quantize {base} {made} Q8_0"),
-        ("spent", f"score --data {{data}} --outfile {{made}} --work-dir {{other}} {M}"),
     ):
-        made = folder / f"{name}.{'npz' if name in ('scores', 'spent') else 'gguf'}"
+        made = folder / f"{name}.{'npz' if name == 'scores' else 'gguf'}"
         seen = watched(command.format(**names, made=made).split())
         assert seen.result.exit_code == 0, seen.err
         names[name] = made

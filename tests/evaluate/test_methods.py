@@ -19,6 +19,7 @@ from progress import KilledError, killing, no_bar
 
 from colm_edge import tables
 from colm_edge.cli import main
+from colm_edge.cli.evaluate import shares
 from colm_edge.errors import ColmError, DataError, MismatchError
 from colm_edge.evaluate import generate as answers
 from colm_edge.evaluate import methods as ev
@@ -305,12 +306,34 @@ def test_the_command_takes_a_third_model_a_weak_switch_and_a_sweep(tiny, data, t
     head = np.array([[-1.0]], np.float32)
     Switch(("margin",), head, np.zeros(1, np.float32), 64).save(switch)
     picture = tmp_path / "t.png"
-    args = ["eval", "--data", data, "-m", tiny["base"], "-me", tiny["expert"], "-t", "1",
-            "--limit", "4", "--weak", switch, "--anti-expert", tiny["defer"], "--plot", picture,
-            "--defer-rates", "0:0.4:0.2,1", "--methods", "proxy,weak", "--work-dir", tmp_path,
-            "-o", "json"]  # fmt: skip
-    result = CliRunner().invoke(main, [str(a) for a in args])
-    assert result.exit_code == 0, result.output
+    args = [
+        "eval",
+        "--data",
+        data,
+        "-m",
+        tiny["base"],
+        "-me",
+        tiny["expert"],
+        "-t",
+        "1",
+        "--limit",
+        "4",
+        "--weak",
+        switch,
+        "--anti-expert",
+        tiny["defer"],
+        "--plot",
+        picture,
+        "--defer-rates",
+        "0:0.4:0.2,1",
+        "--methods",
+        "proxy,weak",
+        "--work-dir",
+        tmp_path,
+    ]
+    for form in "md", "json":
+        result = CliRunner().invoke(main, [str(a) for a in [*args, "-o", form]])
+        assert result.exit_code == 0, result.output
     rows = json.loads(result.stdout)
     assert [row["method"] for row in rows] == ["weak"] * 4 + ["proxy"]
     assert [row["defer_rate"] for row in rows] == pytest.approx([0, 0.2, 0.4, 1, 1], abs=0.02)
@@ -383,10 +406,31 @@ def test_what_does_not_fit_the_context_is_said(tiny, tmp_path):
     assert "line 2: the prompt has" in result.output
 
 
+def test_a_threshold_next_to_one_is_not_read_as_one():
+    """As `eval` prints it, so it takes it."""
+    assert shares(None, None, "0.9999999998,1e-10,0:0.3:0.1") == (
+        0.9999999998, 1e-10, 0, 0.1, 0.2, 0.3,
+    )  # fmt: skip
+
+
 def test_a_threshold_next_to_one_is_not_printed_as_one():
     row = {"method": "colm", "threshold": 0.9999996, "nll": 1.0}
     assert "0.9999996" in tables.render([row], "md")
     assert "| 1 |" in tables.render([{**row, "threshold": 1.0}], "md")
+
+
+def test_every_expert_of_a_team_writes_its_own_answers(demo):
+    """The base stands in for the second one, so that it writes what the base writes."""
+    base, expert = demo.base.path, demo.expert_session.model.path
+    wanted = Comparison(metric="contains", limit=8, methods=["base", "expert", "colm"])
+    team = HELD_OUT.parent / "team.gguf"
+    with load(base, {"nature": expert, "countries": base}, team, n_threads=1) as pair:
+        rows = ev.evaluate(
+            pair, HELD_OUT, WHOLE, replace(wanted, thresholds=(0.0,)), progress=no_bar
+        )
+    alone, first, second, together = [row["tokens_per_answer"] for row in rows]
+    assert second == alone != first
+    assert first < together
 
 
 def test_a_weak_switch_for_several_experts_is_refused(demo):

@@ -120,9 +120,9 @@ def test_documents_longer_than_the_context_are_cut_and_counted(tiny_pair):
     ]
     documents = tokenized(enumerate(rows, 1), tiny_pair)
     assert [len(d.tokens) for d in documents][1:] == [256]
-    assert (len(documents), documents.n_cut, documents.n_dropped) == (2, 2, 2)
+    assert (len(documents), documents.n_cut, documents.n_dropped) == (2, 1, 2)
     assert documents.cut_note == (
-        "documents: 2; 2 longer than the context of 256 tokens and cut there (-c); "
+        "documents: 2; 1 longer than the context of 256 tokens and cut there (-c); "
         "2 without a token left to score and left out"
     )
     assert tokenized([(1, rows[0])], tiny_pair).cut_note == ""

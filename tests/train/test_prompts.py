@@ -19,7 +19,7 @@ from colm_edge.llama import chat_template
 from colm_edge.llama.chat_template import ChatTemplate
 from colm_edge.pair import Pair
 from colm_edge.switch.file import Switch
-from colm_edge.train.prompts import ANSWERS_FILE, N_KEPT, answer_prompts
+from colm_edge.train.prompts import EXPERT_ANSWERS_FILE, N_KEPT, answer_prompts
 from colm_edge.train.scoring import score
 
 ROWS = list(enumerate(({"prompt": f"prompt number {i}"} for i in range(6)), 1))
@@ -84,10 +84,10 @@ def test_regret_is_the_experts_best_less_its_view_of_the_bases_choice(tiny, tiny
 def test_a_killed_run_goes_on_with_what_it_has(tiny_pair, tmp_path):
     with pytest.raises(KilledError):
         answer_prompts(tiny_pair, ROWS, killing("answers", 3), work=tmp_path, **HOW)
-    kept = (tmp_path / ANSWERS_FILE).read_text().splitlines()
+    kept = (tmp_path / EXPERT_ANSWERS_FILE).read_text().splitlines()
     assert 0 < len(kept) < len(ROWS)
     answered = answer_prompts(tiny_pair, ROWS, no_bar, work=tmp_path, **HOW)
-    after = (tmp_path / ANSWERS_FILE).read_text().splitlines()
+    after = (tmp_path / EXPERT_ANSWERS_FILE).read_text().splitlines()
     assert after[: len(kept)] == kept
     assert len(after) == len(ROWS)
     fresh = answer_prompts(tiny_pair, ROWS, no_bar, **HOW)
@@ -145,12 +145,12 @@ def test_another_limit_answers_anew_only_what_it_changes(tiny_pair, tmp_path):
     """A larger one what was cut, a smaller one what is longer; the same of the context."""
     entries = {}
     for n in (6, 12, 5, 12):
-        written = (tmp_path / ANSWERS_FILE).read_text().count("\n") if entries else 0
+        written = (tmp_path / EXPERT_ANSWERS_FILE).read_text().count("\n") if entries else 0
         answered = answer_prompts(tiny_pair, ROWS, no_bar, work=tmp_path, max_tokens=n, n_slots=3)
         fresh = answer_prompts(tiny_pair, ROWS, no_bar, max_tokens=n, n_slots=3)
         assert [e["tokens"] for e in answered.entries] == [e["tokens"] for e in fresh.entries]
         changed = sum(e["cut"] or len(e["tokens"]) > n for e in entries.values())
-        after = (tmp_path / ANSWERS_FILE).read_text().count("\n")
+        after = (tmp_path / EXPERT_ANSWERS_FILE).read_text().count("\n")
         assert after - written == (changed if entries else len(ROWS))
         entries = dict(enumerate(answered.entries))
 
@@ -170,7 +170,9 @@ def test_a_prompt_that_repeats_is_answered_once_and_on_one_side(tiny, tmp_path):
     assert "2 prompts repeat earlier ones and are left out\n" in result.stderr
     report = json.loads(result.stdout.splitlines()[-1])
     assert report["n_train"] + report["n_valid"] == report["n_answers"] == len(rows)
-    entries = map(json.loads, (tmp_path / "s.gguf.work" / ANSWERS_FILE).read_text().splitlines())
+    entries = map(
+        json.loads, (tmp_path / "s.gguf.work" / EXPERT_ANSWERS_FILE).read_text().splitlines()
+    )
     assert report["n_cut"] == sum(entry["cut"] for entry in entries) > 0
 
 
@@ -181,7 +183,7 @@ def test_nothing_is_answered_for_a_fit_that_cannot_be(tiny, tmp_path, monkeypatc
     missing = train_on([row for _, row in ROWS], tiny, tmp_path)
     assert "fitting a switch needs scipy" in missing.stderr
     assert (result.exit_code, missing.exit_code) == (1, 1)
-    assert not (tmp_path / "s.gguf.work" / ANSWERS_FILE).exists()
+    assert not (tmp_path / "s.gguf.work" / EXPERT_ANSWERS_FILE).exists()
 
 
 @pytest.mark.parametrize("objective", ["best", "budget", "marginal", "weak"])
@@ -207,7 +209,9 @@ def test_the_command_trains_from_prompts_and_resumes(tiny, tmp_path):
     assert Switch.load(out).review == (math.inf if best is None else best)
     assert "\nreview: " in result.stderr
     assert f"{out}.work: keeps the work" in result.stderr
-    assert len((tmp_path / "s.gguf.work" / ANSWERS_FILE).read_text().splitlines()) == len(ROWS)
+    assert len((tmp_path / "s.gguf.work" / EXPERT_ANSWERS_FILE).read_text().splitlines()) == len(
+        ROWS
+    )
     first = out.read_bytes()
     assert CliRunner().invoke(main, args).exit_code == 0
     assert out.read_bytes() == first
@@ -224,8 +228,8 @@ def test_a_fit_is_not_lost_where_decodes_cannot_be_measured(tiny, tmp_path, monk
     args += ["-m", tiny["base"], "-me", tiny["expert"], "-t", "1", "--review", "best"]
     result = CliRunner().invoke(main, args)
     assert result.exit_code == 0, result.output
-    assert "the report says nothing of review: no memory" in result.stderr
-    assert Switch.load(out).review == math.inf
+    assert "of review, and the switch carries no tolerance: no memory" in result.stderr
+    assert Switch.load(out).review is None
 
 
 @pytest.mark.parametrize(
@@ -252,13 +256,13 @@ def test_a_template_that_writes_the_date_loses_nothing_overnight(tiny_pair, tmp_
         monkeypatch.setattr(chat_template, "_now", now.strftime)
         texts.add(tiny_pair.prompt_text([{"role": "user", "content": "a"}]))
         answer_prompts(tiny_pair, ROWS, no_bar, work=tmp_path, **HOW)
-        assert len((tmp_path / ANSWERS_FILE).read_text().splitlines()) == len(ROWS)
+        assert len((tmp_path / EXPERT_ANSWERS_FILE).read_text().splitlines()) == len(ROWS)
     assert texts == {"01 Jan a", "02 Jan a"}
 
 
 def test_the_kept_tokens_are_best_first(tiny_pair, tmp_path):
     answer_prompts(tiny_pair, ROWS, no_bar, work=tmp_path, **HOW)
-    for line in (tmp_path / ANSWERS_FILE).read_text().splitlines():
+    for line in (tmp_path / EXPERT_ANSWERS_FILE).read_text().splitlines():
         entry = json.loads(line)
         for token, ids, logprobs in zip(
             entry["tokens"], entry["ids"], entry["logprobs"], strict=True

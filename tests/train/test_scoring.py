@@ -1,4 +1,4 @@
-"""Scores on disk: resumed after a kill, updated, refused where they belong to other data."""
+"""Scores on disk: resumed after a kill, added to, refused where they are of another base."""
 
 from __future__ import annotations
 
@@ -142,12 +142,12 @@ def test_an_expert_is_asked_again_about_another_base(pair, tmp_path, monkeypatch
     (folder,) = tmp_path.glob("base-*")
     shutil.rmtree(folder)
     evaluated = Evaluated(pair)
-    score(pair, documents, no_bar, work=tmp_path, update=True)
+    score(pair, documents, no_bar, work=tmp_path)
     assert all(evaluated())
 
 
 @pytest.mark.usefixtures("small_groups")
-def test_an_update_scores_only_what_is_new(pair, tmp_path):
+def test_only_what_is_new_is_scored(pair, tmp_path):
     """Documents dropped, moved, repeated and added, after a run that was killed."""
     old = tokenized(enumerate(ROWS), pair)
     with pytest.raises(KilledError):
@@ -156,29 +156,27 @@ def test_an_update_scores_only_what_is_new(pair, tmp_path):
     new = tokenized(
         enumerate([*rows[:5], *ROWS[10:], rows[5], *ROWS[:8], ROWS[0], *rows[6:]]), pair
     )
-    with pytest.raises(DataError, match="holds scores of other data"):
-        score(pair, new, no_bar, work=tmp_path)
     evaluated = Evaluated(pair)
     with pytest.raises(KilledError):  # this one too
-        score(pair, new, killing("base", 1), work=tmp_path, update=True)
-    updated = score(pair, new, no_bar, work=tmp_path, update=True)
+        score(pair, new, killing("base", 1), work=tmp_path)
+    updated = score(pair, new, no_bar, work=tmp_path)
     base, expert = evaluated()
     assert base == sum(len(d.tokens) - 1 for d in tokenized(enumerate(rows), pair))
     assert base < expert < cost(new)
     assert_same(updated, score(pair, new, no_bar), 2e-2)
     evaluated()
-    assert_same(updated, score(pair, new, no_bar, work=tmp_path))  # no update is needed now
+    assert_same(updated, score(pair, new, no_bar, work=tmp_path))
     assert evaluated() == (0, 0)
     names = {p.name.split("-")[0] for p in tmp_path.iterdir()}
     assert names == {"base", "expert", "token.int32", "line.int64", "importance.float64"}
 
 
-def test_an_update_with_more_documents_appends_to_the_files(pair, tmp_path):
+def test_a_pass_with_more_documents_appends_to_the_files(pair, tmp_path):
     old, new = (tokenized(enumerate(ROWS[:n]), pair) for n in (12, 20))
     score(pair, old, no_bar, work=tmp_path)
     (column,) = tmp_path.glob("base-*/hidden.float32")
     inode, before = column.stat().st_ino, column.read_bytes()
-    updated = score(pair, new, no_bar, work=tmp_path, update=True)
+    updated = score(pair, new, no_bar, work=tmp_path)
     assert column.stat().st_ino == inode
     assert column.read_bytes().startswith(before)
     assert_same(updated, score(pair, new, no_bar), 2e-2)
@@ -210,7 +208,7 @@ def test_some_of_the_documents_leave_the_scores_of_all(pair, tmp_path):
         for rows in (ROWS, ROWS[4:7], [*ROWS[2:5], {"prompt": "new", "completion": "n"}])
     )
     first = score(pair, every, no_bar, work=tmp_path)
-    score(pair, other, no_bar, work=tmp_path, update=True)
+    score(pair, other, no_bar, work=tmp_path)
     evaluated = Evaluated(pair)
     assert_same(score(pair, some, no_bar, work=tmp_path), score(pair, some, no_bar), 2e-2)
     assert evaluated() == (cost(some), cost(some))  # by the pass without a folder
@@ -233,11 +231,9 @@ def test_a_copy_that_was_stopped_loses_nothing(pair, tmp_path, monkeypatch):
 
         monkeypatch.setattr(store.os, "replace", stopping)
         with pytest.raises(KilledError):
-            score(pair, new, no_bar, work=tmp_path, update=True)
+            score(pair, new, no_bar, work=tmp_path)
     monkeypatch.undo()
-    assert_same(
-        score(pair, new, no_bar, work=tmp_path, update=True), score(pair, new, no_bar), 2e-2
-    )
+    assert_same(score(pair, new, no_bar, work=tmp_path), score(pair, new, no_bar), 2e-2)
     assert evaluated() == (cost(new), cost(new))  # by the pass without a folder
 
 
@@ -245,10 +241,8 @@ def test_another_expert_beside_the_same_base(pair, tiny, tmp_path):
     documents = tokenized(enumerate(ROWS), pair)
     first = score(pair, documents, no_bar, work=tmp_path)
     with load(tiny["base"], tiny["endless"], "margin", n_threads=1, n_ctx=256) as other:
-        with pytest.raises(DataError, match=r"another model than .*endless.*--update"):
-            score(other, documents, no_bar, work=tmp_path)
         evaluated = Evaluated(other)
-        second = score(other, documents, no_bar, work=tmp_path, update=True)
+        second = score(other, documents, no_bar, work=tmp_path)
         assert evaluated() == (0, cost(documents))
     assert np.array_equal(first.base, second.base)
     assert not np.allclose(first.expert, second.expert)
@@ -257,18 +251,14 @@ def test_another_expert_beside_the_same_base(pair, tiny, tmp_path):
     assert evaluated() == (0, 0)
 
 
-def test_scores_of_something_else_are_refused(pair, tiny, tmp_path):
+def test_scores_of_another_base_and_what_is_no_folder_of_scores_are_refused(pair, tiny, tmp_path):
     documents = tokenized(enumerate(ROWS), pair)
     score(pair, documents, no_bar, work=tmp_path)
-    other_rows = [{"prompt": "new", "completion": "n"}, *ROWS]
-    with pytest.raises(DataError, match="holds scores of other data"):
-        score(pair, tokenized(enumerate(other_rows), pair), no_bar, work=tmp_path)
-    for update in (False, True):
-        with (
-            load(tiny["endless"], tiny["expert"], "margin", n_threads=1, n_ctx=256) as other,
-            pytest.raises(DataError, match=r"another model than .*endless"),
-        ):
-            score(other, documents, no_bar, work=tmp_path, update=update)
+    with (
+        load(tiny["endless"], tiny["expert"], "margin", n_threads=1, n_ctx=256) as other,
+        pytest.raises(DataError, match=r"another model than .*endless"),
+    ):
+        score(other, documents, no_bar, work=tmp_path)
     (folder,) = tmp_path.glob("base-*")
     (folder / "documents.npy").write_bytes(b"no array")
     with pytest.raises(DataError, match="is missing or broken"):
@@ -345,7 +335,7 @@ def test_a_model_that_gives_nan_is_named(tiny, tmp_path, broken):
     if broken == "expert":
         with load(tiny["base"], tiny["expert"], "margin", n_threads=1, n_ctx=256) as pair:
             evaluated = Evaluated(pair)
-            score(pair, documents, no_bar, work=work, update=True)
+            score(pair, documents, no_bar, work=work)
             assert evaluated() == (0, cost(documents))
 
 
@@ -427,9 +417,8 @@ def test_a_work_folder_of_an_earlier_version_is_refused(pair, tmp_path):
     score(pair, documents, no_bar, work=tmp_path)
     (folder,) = tmp_path.glob("base-*")
     np.save(folder / "state.npy", np.ones(len(documents), np.uint8))
-    for update in (False, True):
-        with pytest.raises(DataError, match=r"base-\w+: was written by an earlier .*remove"):
-            score(pair, documents, no_bar, work=tmp_path, update=update)
+    with pytest.raises(DataError, match=r"base-\w+: was written by an earlier .*remove"):
+        score(pair, documents, no_bar, work=tmp_path)
 
 
 @pytest.mark.parametrize("name", ["done.int64", "hidden.float32", "logprob.float64"])

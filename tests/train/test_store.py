@@ -33,9 +33,9 @@ def columns(of: Documents, chosen) -> dict[str, np.ndarray]:
     return {"logprob": rows, "hidden": np.stack([rows, -rows, rows + 1], 1).astype(np.float32)}
 
 
-def run(folder, of: Documents, **options) -> tuple[dict[str, np.ndarray], int]:
+def run(folder, of: Documents) -> tuple[dict[str, np.ndarray], int]:
     """Store what is to do, three documents at a time; return all columns, and how many to do."""
-    there = FolderStore(folder, TYPES, of, **options)
+    there = FolderStore(folder, TYPES, of)
     with there:
         for at in range(0, len(there.to_do), 3):
             group = there.to_do[at : at + 3]
@@ -79,16 +79,16 @@ def test_killed_anywhere_it_goes_on_and_keeps_what_it_had(tmp_path, monkeypatch,
                 if chance.random() < 0.5:
                     patch.setattr(FolderStore, "_save", lambda self: None)
                 try:
-                    run(tmp_path / "base", of, update=True)
+                    run(tmp_path / "base", of)
                 except KilledError:
                     continue
         left = 1_000_000
-        found, _ = run(tmp_path / "base", of, update=True)
+        found, _ = run(tmp_path / "base", of)
         for name, rows in columns(of, range(len(of))).items():
             assert np.array_equal(found[name], rows)
         whole.append(of)
         for earlier in whole:
-            found, n_done = run(tmp_path / "base", earlier, update=False)
+            found, n_done = run(tmp_path / "base", earlier)
             assert n_done == 0
             assert np.array_equal(
                 found["logprob"], columns(earlier, range(len(earlier)))["logprob"]
@@ -99,22 +99,22 @@ def test_killed_anywhere_it_goes_on_and_keeps_what_it_had(tmp_path, monkeypatch,
 @pytest.mark.parametrize("value", [np.nan, np.inf, 1.0, -1e300])
 def test_a_column_that_no_model_wrote_is_refused_before_the_pass(tmp_path, value):
     of, folder = documents(range(6)), tmp_path / "f"
-    run(folder, of, update=True)
+    run(folder, of)
     with (folder / "logprob.float64").open("r+b") as file:
         file.seek(16)
         file.write(np.float64(value).tobytes())
     with pytest.raises(DataError, match=r"logprob\.float64: is missing or broken \(logprob holds"):
-        FolderStore(folder, TYPES, documents(range(9)), update=True)
+        FolderStore(folder, TYPES, documents(range(9)))
 
 
 @pytest.mark.parametrize(("first", "second"), [(2, 0), (-1, 3), (1 << 62, 1 << 62), (2, 1)])
 def test_an_index_that_counts_other_rows_is_refused(tmp_path, first, second):
     """Also where as many rows are counted in all."""
     of, folder = documents([0, 1]), tmp_path / "f"  # of 1 and 2 rows
-    run(folder, of, update=True)
+    run(folder, of)
     index = np.load(folder / store.INDEX_FILE)
     assert index["rows"].tolist() == [1, 2]
     index["rows"] = first, second
     np.save(folder / store.INDEX_FILE, index)
     with pytest.raises(DataError, match=r"documents\.npy: is missing or broken .*rows"):
-        FolderStore(folder, TYPES, of, update=True)
+        FolderStore(folder, TYPES, of)

@@ -42,8 +42,8 @@ def test_gradients_are_those_of_the_losses(seed):
     rng, gold, d = drawn(seed)
     regret, writer = rng.exponential(3, 40), rng.integers(0, 3, 40)
     for loss in (
-        lambda d: team.marginal_loss(gold, d),
-        lambda d: team.regret_loss(regret, writer, d),
+        lambda d: team.team_marginal_loss(gold, d),
+        lambda d: team.team_regret_loss(regret, writer, d),
     ):
         gradient = loss(d)[1]
         for i, k in ((0, 0), (7, 1), (39, 2)):
@@ -56,18 +56,18 @@ def test_with_one_expert_they_are_todays(seed):
     regret = rng.exponential(3, 40)
     pairs = [
         (
-            team.marginal_loss(gold, d),
+            team.team_marginal_loss(gold, d),
             objectives.marginal_loss(gold[:, 0], gold[:, 1], d[:, 0]),
         ),
         (
-            team.regret_loss(regret, np.zeros(40, np.int64), d),
+            team.team_regret_loss(regret, np.zeros(40, np.int64), d),
             objectives.regret_loss(regret, d[:, 0]),
         ),
     ]
     for ours, theirs in pairs:
         assert ours[0] == pytest.approx(theirs[0])
         assert ours[1][:, 0] == pytest.approx(theirs[1])
-    left = team.regret_left(regret, np.zeros(40, np.int64), d)
+    left = team.team_regret_left(regret, np.zeros(40, np.int64), d)
     removed = objectives.regret_removed(d[:, 0], regret)
     assert left == pytest.approx(1 - removed.mean())
 
@@ -298,7 +298,7 @@ def test_train_from_prompts_each_with_its_expert(tiny, tmp_path):
     ("rows", "more", "words"),
     [
         ([{"prompt": "x"}], (), "line 1: expert is None; with several experts every prompt names"),
-        ([{"prompt": "x", "expert": "a"}] * 2, (), "no prompt names the expert b"),
+        ([{"prompt": f"{i}", "expert": "a"} for i in range(5)], (), "0 prompts name the expert b"),
         ([{"prompt": "x", "expert": ["a"]}], (), "expert is ['a']; with several experts"),
         ([{"prompt": "x", "expert": "a"}], ("--review", "2"), "--review does not work with sev"),
         ([{"prompt": "x", "expert": "a"}], ("--review", "0"), "--review does not work with sev"),

@@ -33,9 +33,8 @@ from colm_edge.switch.reading import HIDDEN, sigmoids
 from colm_edge.switch.rules import DEFER_TOKEN
 from colm_edge.train.fit import calibrate, choose_threshold
 from colm_edge.train.objectives import (
-    DEFER_RATES,
     WEAK_POSITIVE_WEIGHT,
-    hard_curve,
+    hard_figures,
     marginal_loss,
 )
 from colm_edge.train.score_files import read_file
@@ -236,12 +235,11 @@ def figures(base: Doubles, d: Doubles, expert: Doubles) -> dict[str, float]:
 
     nll_hard_R is the loss of hard decisions that defer the share R of highest d.
     """
-    curve = hard_curve(d, base, expert)
     return {
         "nll_base": float(-base.mean()),
         "nll_expert": float(-expert.mean()),
         "nll_joint": marginal_loss(base, expert, d)[0],
-        **{f"nll_hard_{rate}": float(curve[round(rate * len(d))]) for rate in DEFER_RATES},
+        **hard_figures(d, base, expert),
     }
 
 

@@ -210,10 +210,8 @@ def main(
         asked = [(number, row["prompt"]) for number, row in chosen]
         own = own_answers(pair, asked, work / "own")
         told = answer_prompts(pair, rows, bar, max_tokens=400, n_slots=20, work=work)
-        first = of_scores(
-            score(pair, told.documents, bar, work=work, update=True, recorded=told.recorded)
-        )
-        scores = score(pair, own, bar, work=work / "own", update=True)
+        first = of_scores(score(pair, told.documents, bar, work=work, recorded=told.recorded))
+        scores = score(pair, own, bar, work=work / "own")
         key = key_of(identity(pair, pair.members), own.keys.tolist())
         kept = work / "own" / f"unsure-{key[:8]}.npy"
         if not kept.exists():
