@@ -23,6 +23,12 @@ EXPERT_TIMEOUT = 60.0  # seconds that a request to a remote expert may take
 MAX_TIMEOUT = 86400.0
 
 
+def check_whole(name: str, value: object, low: int, high: int) -> None:
+    """Raise ColmError for what is no whole number from low to high."""
+    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+        raise ColmError(f"{name} is {value!r}; expected a whole number from {low} to {high:,}")
+
+
 @dataclass(frozen=True)
 class Option:
     """What an option accepts, and where it can be set."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -27,7 +28,7 @@ from colm_edge.llama.model import Model
 from colm_edge.llama.owners import HomeLock, close_each
 from colm_edge.llama.prompt_cache import load_prompts, save_prompts
 from colm_edge.llama.session import Session
-from colm_edge.options import EXPERT_TIMEOUT, Options
+from colm_edge.options import EXPERT_TIMEOUT, Options, check_whole
 from colm_edge.references import Experts, check_offline, choose_pair, is_url, named, resolve
 from colm_edge.remote.client import RemoteExpert
 from colm_edge.stream import Answer, AsyncStream, Stream
@@ -310,7 +311,7 @@ class Pair:
         self.check_prompt(tokens, threshold)
         n_choose = self.n_shared if threshold < 1 else self.base.n_vocab  # alone it has all
         goes_back = (options.reviews or options.doubts) and 0 < threshold < 1
-        cancel, alone = Cancel(), timelines is None
+        cancel, own = Cancel(), timelines is None
         writer = switch.expert if isinstance(switch, Only) else None if self.room else 0
         row = self.base.token_id(DEFER_TOKEN) if isinstance(switch, DeferRow) else None
         base, *experts = timelines or self._timelines(
@@ -331,13 +332,13 @@ class Pair:
                 threshold,
                 goes_back=goes_back,
                 floor=review_floor(switch, options),
-                follow=(self.room or self.members[0]).follow if alone and threshold < 1 else None,
+                follow=(self.room or self.members[0]).follow if own and threshold < 1 else None,
                 # Bets are priced for an answer alone: slots share their batches.
-                planners=plan_bets(self.members, options, threshold) if alone else (),
-                alone=writer,
+                planners=plan_bets(self.members, options, threshold) if own else (),
+                only=writer,
             ),
             cancel=cancel,
-            lock=self._lock if alone else None,
+            lock=self._lock if own else None,
             near=self._prepare if threshold < 1 else None,
             sources=[member.source for member in self.members],
         )
@@ -453,8 +454,11 @@ def load(
 
     Raises ModelError, SwitchError or MismatchError, each saying what to do.
     """
-    if min(n_ctx, n_threads, n_ubatch, max_memory) < 0:
-        raise ColmError("n_ctx, n_threads, n_ubatch and max_memory must be 0 or more")
+    context = ContextOptions(
+        n_ctx=n_ctx, n_threads=n_threads, n_ubatch=n_ubatch, flash_attn=flash_attn,
+        cache_type_k=cache_type_k, cache_type_v=cache_type_v, threads_auto=threads_auto,
+    )  # fmt: skip
+    check_whole("max_memory", max_memory, 0, sys.maxsize)
     rpc = (rpc,) if isinstance(rpc, str) else rpc
     refs = [None if ref is None else os.fspath(ref) for ref in (model, switch, lora)]
     say = note or log.info
@@ -486,10 +490,6 @@ def load(
             else:
                 experts[name] = Model(file, layers, progress=_share(progress, what), rpc=rpc)
             opened.callback(experts[name].close)
-        context = ContextOptions(
-            n_ctx=n_ctx, n_threads=n_threads, n_ubatch=n_ubatch, flash_attn=flash_attn,
-            cache_type_k=cache_type_k, cache_type_v=cache_type_v, threads_auto=threads_auto,
-        )  # fmt: skip
         loaded = Pair(
             base, experts, head, context, defaults, is_demo=files.is_demo, bridge=bridge,
             overlap=overlap, max_memory=max_memory, note=note, progress=progress,

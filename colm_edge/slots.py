@@ -23,6 +23,7 @@ from colm_edge.arrays import Floats
 from colm_edge.cancel import Cancel, CancelledError
 from colm_edge.decode.timeline import Around, Timeline
 from colm_edge.errors import ColmError, ModelError, PromptError
+from colm_edge.llama.account import Account
 from colm_edge.llama.context import SMALL_BATCH, is_small
 from colm_edge.llama.costs import CostTable
 from colm_edge.llama.held import Held
@@ -210,8 +211,7 @@ class SharedTimeline:
     def __init__(self, slots: Slots, shared: SharedContext, slot: int) -> None:
         self._slots, self._shared, self._slot = slots, shared, slot
         self.n_ctx = shared.n_ctx
-        self.n_evaluated = self.n_calls = 0
-        self.seconds = self.load_seconds = 0.0
+        self.account = Account()
         self._prompt: array[int] | None = None
 
     def turn_to(self, prompt: array[int]) -> None:
@@ -227,15 +227,12 @@ class SharedTimeline:
         tokens = tokens if isinstance(tokens, array) else array("i", tokens)
         outputs = tuple(outputs) or (len(tokens) - 1,)
         check_outputs(len(tokens) - outputs[0], self._shared.n_batch)
-        account = self._shared.context.account
-        seconds, loading = account.seconds, account.load_seconds
+        before = self._shared.context.account.copy()
         request = _Request(self._slot, tokens, outputs, cancel, self._prompt)
         self._prompt = None
         self._slots.wait_for(self._shared, request)
-        self.seconds += account.seconds - seconds
-        self.load_seconds += account.load_seconds - loading
-        self.n_calls += 1
-        self.n_evaluated += request.n_evaluated
+        took = self._shared.context.account - before
+        self.account += Account(request.n_evaluated, 1, took.seconds, took.load_seconds)
         return request.n_evaluated
 
     def state(self, i: int) -> tuple[Floats, Floats]:

@@ -13,6 +13,7 @@ from colm_edge.decode.loop import Decoder
 from colm_edge.decode.picker import Picker
 from colm_edge.decode.planner import Planner
 from colm_edge.decode.policy import Policy
+from colm_edge.llama.account import Account
 from colm_edge.llama.costs import CostTable
 from colm_edge.stream import Stream
 
@@ -32,8 +33,7 @@ class Scripted:
         self, choose: Callable[[tuple[int, ...]], int], n_ctx: int = 64, n_vocab: int = N_VOCAB
     ) -> None:
         self.choose, self.n_ctx, self.n_vocab = choose, n_ctx, n_vocab
-        self.n_evaluated = self.n_calls = 0
-        self.seconds = self.load_seconds = 0.0
+        self.account = Account()
         self.held: list[int] = []
         self.batches: list[list[int]] = []
         self.n_outputs: list[int] = []  # of each batch
@@ -57,9 +57,7 @@ class Scripted:
         self.held, self.outputs = list(tokens), set(outputs)
         self.batches.append(batch)
         self.n_outputs.append(len(outputs))
-        self.n_calls += 1
-        self.n_evaluated += len(batch)
-        self.seconds += 1e-3 * len(batch)
+        self.account += Account(len(batch), 1, 1e-3 * len(batch))
         return len(batch)
 
     def state(self, i: int) -> tuple[np.ndarray, np.ndarray]:

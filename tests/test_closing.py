@@ -144,7 +144,7 @@ def test_closing_ends_an_answer_that_is_being_generated(tiny):
         pair.close()
         answers.join(30)
         assert errors
-        assert pair.base_session.n_calls < 100
+        assert pair.base_session.account.n_calls < 100
 
 
 def test_a_closed_pair_saves_no_prompts(tiny, tmp_path):

@@ -357,14 +357,14 @@ def test_templates_come_from_the_base(tiny):
 def test_chat_turns_reuse_the_cache(tiny):
     with load(tiny["template"], tiny["expert"], "margin", n_threads=1, n_ubatch=8) as pair:
         first = pair.chat([{"role": "user", "content": "hi there"}], threshold=1.0, **GREEDY)
-        before = pair.base_session.n_evaluated
+        before = pair.base_session.account.n_evaluated
         turns = [
             {"role": "user", "content": "hi there"},
             {"role": "assistant", "content": first.text},
             {"role": "user", "content": "go on"},
         ]
         second = pair.chat(turns, threshold=1.0, temperature=0.0, max_tokens=1)
-        evaluated = pair.base_session.n_evaluated - before
+        evaluated = pair.base_session.account.n_evaluated - before
         assert evaluated < len(second.prompt_tokens) - len(first.prompt_tokens) + 8
 
 
@@ -470,8 +470,8 @@ def test_pairs_that_do_not_fit_are_refused_before_the_first_token(tiny, tmp_path
         load(tiny["base"], tiny["expert"], "defer-row")
     with pytest.raises(ModelError, match="-m without -me"):
         load(tiny["base"])
-    for absurd in ({"n_ctx": -1}, {"max_memory": -1}):
-        with pytest.raises(ColmError, match="must be 0 or more"):
+    for absurd in ({"n_ctx": "9"}, {"n_threads": 513}, {"n_gpu_layers": 1.5}, {"max_memory": -1}):
+        with pytest.raises(ColmError, match=r"\w+ is .*; expected a whole number from"):
             load(**absurd)
     with pytest.raises(ColmError, match=r"10\.0\.0\.1:50052: --offline allows only servers"):
         load(rpc="10.0.0.1:50052", offline=True)

@@ -80,11 +80,11 @@ def test_answers_together_are_the_answers_alone(pair, schedule, strategy):
     assert any(source == "expert" for steps in alone for _, source in steps)
     assert any(source == "base" for steps in alone for _, source in steps)
     slots = Slots(pair, 4)
-    before = pair.base_session.n_calls
+    before = pair.base_session.account.n_calls
     results = together(pair, slots, PROMPTS, options)
     assert [steps for steps, _ in results] == alone
     n_steps = sum(map(len, alone))
-    assert pair.base_session.n_calls - before < 0.7 * n_steps
+    assert pair.base_session.account.n_calls - before < 0.7 * n_steps
     slots.close()
 
 

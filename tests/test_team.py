@@ -105,10 +105,11 @@ def test_the_likeliest_expert_writes_where_the_switch_defers(
     steps = list(loop)
     assert [(step.token, step.source) for step in steps] == expected
     stats = loop.stats
-    assert [told.calls for told in stats.experts.values()] == [one.n_calls for one in experts]
-    assert stats.expert_calls == sum(one.n_calls for one in experts)
-    assert stats.expert_tokens == sum(one.n_evaluated for one in experts)
-    for source, one in zip(SOURCES, experts, strict=True):
+    accounts = [one.account for one in experts]
+    assert [told.calls for told in stats.experts.values()] == [one.n_calls for one in accounts]
+    assert stats.expert_calls == sum(one.n_calls for one in accounts)
+    assert stats.expert_tokens == sum(one.n_evaluated for one in accounts)
+    for source, one in zip(SOURCES, accounts, strict=True):
         assert one.n_calls or source not in {step.source for step in steps}  # none is called idly
 
 

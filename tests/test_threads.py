@@ -81,7 +81,7 @@ def test_cancel_from_another_thread_ends_within_one_token(stop):
     base.gate.release()
     reader.join(timeout=30)
     assert not reader.is_alive()
-    assert base.n_calls == 11  # nothing was evaluated later
+    assert base.account.n_calls == 11  # nothing was evaluated later
     assert before <= len(seen) <= before + 1
     assert stream.finish_reason == "stop"
     assert stream.answer().text == "a" * len(seen)
@@ -104,7 +104,7 @@ def test_cancel_before_the_first_step_evaluates_nothing(tiny_pair):
     stream = tiny_pair.stream("hello", **GREEDY)
     stream.cancel()
     assert list(stream) == []
-    assert tiny_pair.base_session.n_evaluated == 0
+    assert tiny_pair.base_session.account.n_evaluated == 0
     assert stream.answer().finish_reason == "stop"
 
 
@@ -160,7 +160,7 @@ def test_a_long_prompt_is_cancelled_between_two_batches(tiny, told):
     with Pair(*models, load_switch("margin"), context, progress=progress) as pair:
         streams.append(pair.stream(PROMPT, **GREEDY))
         assert list(streams[0]) == []
-        assert pair.base_session.n_evaluated == 8
+        assert pair.base_session.account.n_evaluated == 8
         del told[:]
         after = pair.generate(PROMPT, **GREEDY)
     with load(tiny["base"], tiny["expert"], "margin", n_threads=1, n_ctx=256) as pair:

@@ -157,14 +157,14 @@ class Methods:
         tokens = [*self._trace.prompt, *self._trace.tokens]
         costs, session.costs = session.costs, None
         session.forget()
-        before = session.seconds
+        before = session.account.seconds
         try:
             for n in lengths:
                 session.sync(tokens[:n])
                 session.state(n - 1)  # waits for a GPU
         finally:
             session.costs = costs
-        return session.seconds - before
+        return session.account.seconds - before
 
     def _llama(self) -> Sample:
         if self._high_level is None:

@@ -123,15 +123,15 @@ def _times(tried: Sequence[tuple[Model, ContextOptions]]) -> list[tuple[float, f
         for _ in range(PROMPT_ROUNDS):
             for session, found in zip(sessions, prompts, strict=True):
                 session.forget()
-                before = session.seconds
+                before = session.account.seconds
                 session.sync(_prompt(session))
-                found.append(session.seconds - before)
+                found.append(session.account.seconds - before)
         for i in range(1, ROUNDS + 1):
             for session, times in zip(sessions, taken, strict=True):
                 for n, found in zip((1, CATCH_UP), times, strict=True):
-                    before = session.seconds
+                    before = session.account.seconds
                     session.sync([*_prompt(session), *[i % 7 + n] * n])
-                    found.append(session.seconds - before)
+                    found.append(session.account.seconds - before)
     finally:
         for session in sessions:
             session.close()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ import click
 
 from colm_edge.cli.common import keeping_models, progress
 from colm_edge.cli.options import BRIDGE, DATA, LORA, RAW, RPC, TIMEOUT, WORK_DIR, model_options
-from colm_edge.cli.train import documents_of, spelt_out
+from colm_edge.cli.train import documents_of, has_several, spelt_out
 
 
 def part_of(_: click.Context, __: click.Parameter, value: str) -> tuple[int, int]:
@@ -54,7 +53,7 @@ def score_command(
     from colm_edge.train.documents import read_rows
     from colm_edge.train.scoring import score_expert
 
-    if isinstance(spelt_out(models).get("expert"), Mapping | tuple):
+    if has_several(spelt_out(models)):
         raise click.UsageError("score works with one expert; give -me once")
     check_writable(outfile, data)
     work = Path(work_dir) if work_dir else None

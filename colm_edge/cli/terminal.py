@@ -55,7 +55,7 @@ Up, Down, Ctrl-R     go back to earlier messages, search them
 Ctrl-C               clear the line; in an answer: stop it, and keep what was generated"""
 COMMANDS = sorted(set(re.findall(r"/[a-z]+", HELP)))
 CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # all but tab and newline
-COMMAND = re.compile(r"\s*/[a-zA-Z?]*(\s|$)")  # /etc/hosts is none
+COMMAND = re.compile(r"\s*/[a-zA-Z?]+(\s|$)")  # /etc/hosts is none
 COLOURS = ("cyan", "magenta", "yellow", "green", "blue", "red")  # of experts
 # When a conversation grows, 1 / ANSWER_SHARE of the context is kept free for the answer.
 ANSWER_SHARE = 4
@@ -279,7 +279,7 @@ class Chat:
         kept = self._kept(system, user)
         stream = self.pair.stream_chat([*system, *kept, user])  # raises if it does not fit alone
         if forgotten := (len(self.turns) - len(kept)) // 2:
-            say(f"(the context is full: {forgotten} old turn(s) forgotten)")
+            say(f"(three quarters of the context are full: {forgotten} old turn(s) forgotten)")
         stopped = write(stream)
         answer = stream.answer()
         self.turns = [*kept, user, {"role": "assistant", "content": answer.text}]
@@ -353,11 +353,11 @@ class Chat:
 
     def _set(self, change: str) -> None:
         """Show the settings, or change one: NAME VALUE; NAME alone resets it."""
-        name, _, value = change.partition(" ")
+        name, value = (*change.strip().split(None, 1), "", "")[:2]
         if not name:
             self._show_settings()
         elif name == "system":
-            self.system = value.strip().strip('"') if value.strip() else None
+            self.system = value.strip('"') if value else None
             say("system prompt removed" if self.system is None else f"system {self.system}")
         elif name not in SETTINGS:
             raise ColmError(f"no setting {name}; known: {', '.join(SETTINGS)}, system")

@@ -192,7 +192,7 @@ def train(
 
     data, scores = text.get("data"), _files_of(**scored)
     models = spelt_out(_check_choice(text, threshold_by, bool(scores), models))
-    if isinstance(models.get("expert"), Mapping | tuple):
+    if has_several(models):
         unfit = threshold_by.get("metric"), carried, update, report_dir, scores
         return _train_team(text, outfile, fitting, work_dir, raw, models, unfit)
     check_writable(outfile, data, text.get("prompts"), *scores)
@@ -239,6 +239,11 @@ def spelt_out(models: dict[str, Any]) -> dict[str, Any]:
         return models
     others = {key: value for key, value in models.items() if key != "pair"}
     return others | {"model": base, "expert": experts}
+
+
+def has_several(models: dict[str, Any]) -> bool:
+    """Return whether these models, spelt out, have several experts."""
+    return isinstance(models.get("expert"), Mapping | tuple)
 
 
 def kept_beside(outfile: str) -> str:

@@ -21,6 +21,7 @@ from colm_edge.arrays import Floats
 from colm_edge.cancel import Cancel
 from colm_edge.decode.planner import Rate
 from colm_edge.decode.timeline import Around, Timeline
+from colm_edge.llama.account import Account
 
 MOST = 32  # tokens; each takes a copy of the logits
 AGREES, GOES_ON = 0.5, 0.9  # before anything is known: of the first token, and of each one behind
@@ -63,24 +64,20 @@ class Ahead(Around):
         self._path = array("i")  # what was evaluated ahead, and all before it
         self._from = 0  # its first token that was a bet
         self._states: dict[int, tuple[Floats, Floats]] = {}  # by place in the path
-        self._uncounted, self._uncounted_seconds = 0, 0.0  # until the next `sync`
+        self._ahead = Account()  # of what was evaluated ahead, not counted until the next `sync`
         self._agrees, self._goes_on = Rate(AGREES, 4), Rate(GOES_ON, 8)
         self._decode, self._reply = Mean(), Mean()
         self.n_ahead = self.n_won = 0  # tokens evaluated ahead, and those that were written
 
     @property
-    def n_evaluated(self) -> int:
-        return (self._base.n_evaluated or 0) - self._uncounted
-
-    @property
-    def seconds(self) -> float:
-        return self._base.seconds - self._uncounted_seconds
+    def account(self) -> Account:
+        return self._base.account - self._ahead
 
     def sync(
         self, tokens: Sequence[int], outputs: Sequence[int] = (), cancel: Cancel | None = None
     ) -> int:
-        n, n_done = len(tokens), self._uncounted
-        self._uncounted, self._uncounted_seconds, self._last = 0, 0.0, array("i")
+        n, n_done = len(tokens), self._ahead.n_evaluated or 0
+        self._ahead, self._last = Account(), array("i")
         if not outputs and isinstance(tokens, array):
             self._learn(tokens)
             self._last = tokens[:]
@@ -125,10 +122,10 @@ class Ahead(Around):
                 break
             if cancel is not None:
                 cancel.check()
-            before, evaluating = perf_counter(), self._base.seconds
-            self._uncounted += self._base.sync(path, (), cancel)
-            self._uncounted_seconds += self._base.seconds - evaluating
-            self._decode.add(perf_counter() - before)
+            begun_at, before = perf_counter(), self._base.account.copy()
+            self._base.sync(path, (), cancel)
+            self._ahead += self._base.account - before
+            self._decode.add(perf_counter() - begun_at)
             self.n_ahead += 1
             path.append(self._choice(len(path) - 1))
             p *= self._goes_on.value

@@ -5,7 +5,6 @@ from __future__ import annotations
 from array import array
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import replace
 
 from colm_edge.arrays import Floats
 from colm_edge.cancel import Cancel, CancelledError
@@ -33,23 +32,7 @@ class Background:
         self._worker = ThreadPoolExecutor(1, "colm-edge-expert")
         self._job: Future[int] | None = None
         # A copy, updated by `sync`: work in the background counts for the next call.
-        self._account = replace(session.account)
-
-    @property
-    def n_evaluated(self) -> int:
-        return self._account.n_evaluated
-
-    @property
-    def n_calls(self) -> int:
-        return self._account.n_calls
-
-    @property
-    def seconds(self) -> float:
-        return self._account.seconds
-
-    @property
-    def load_seconds(self) -> float:
-        return self._account.load_seconds
+        self.account = session.account.copy()
 
     @property
     def fingerprint(self) -> str:
@@ -109,7 +92,7 @@ class Background:
     def settle(self) -> None:
         """Take over the session's account as it is, whatever was evaluated for others."""
         self.wait()
-        self._account = replace(self.session.account)
+        self.account = self.session.account.copy()
 
     def state(self, i: int) -> tuple[Floats, Floats]:
         return self.session.state(i)

@@ -34,12 +34,7 @@ class BridgeAway(Bridge):
         """session: this bridge's own. note: as for `Bridge`."""
         super().__init__(session, crossing, note)
         self._session = session
-        self._spelling_seconds = 0.0
         self._begun: tuple[array[int], Future[int]] | None = None
-
-    @property
-    def seconds(self) -> float:
-        return self._session.seconds + self._spelling_seconds
 
     def turn_to(self, prompt: array[int]) -> None:
         """Do nothing: what a server keeps of earlier prompts is its own affair."""
@@ -79,11 +74,12 @@ class BridgeAway(Bridge):
                 self._begun = None
 
     def _sync(self, tokens: Sequence[int], outputs: Sequence[int], cancel: Cancel | None) -> int:
-        begun, asking = perf_counter(), self._session.seconds
+        account = self._session.account  # this bridge's own
+        begun, before = perf_counter(), account.seconds
         try:
             return super().sync(tokens, outputs, cancel)
         finally:
-            self._spelling_seconds += perf_counter() - begun - (self._session.seconds - asking)
+            account.seconds = before + perf_counter() - begun  # spelling included
 
     def _goes_on(self, row: int, given: bytes) -> tuple[Ints, Doubles]:
         logprobs = self._session.top(row)

@@ -15,6 +15,7 @@ from functools import cached_property, partial
 
 from colm_edge.arrays import Floats
 from colm_edge.cancel import Cancel
+from colm_edge.decode.background import Background
 from colm_edge.decode.planner import Rate
 from colm_edge.decode.timeline import Around, Expert, Timeline
 from colm_edge.llama.costs import CostTable
@@ -112,6 +113,9 @@ def with_guesses(
     if threshold > 0 or len(experts) > 1:
         return Guessing(base, partial(kept_table, base)), list(experts)
     (expert,) = experts
+    if isinstance(expert, Background):  # alone it has nothing to catch up with
+        expert.wait()
+        expert = expert.session
     if isinstance(expert, Session):
         return base, [Guessing(expert, partial(kept_table, expert))]
     return base, [expert]
@@ -146,10 +150,10 @@ class Guessing(Around):
         if not guess or session.n_known(tokens) < n - 1:
             return session.sync(tokens, (), cancel)
         self.n_guessed += len(guess)
-        before = session.seconds
+        before = session.account.seconds
         n_done = session.sync(tokens + guess, range(n - 1, n + len(guess)), cancel)
         if n_done == 1 + len(guess):  # otherwise there was a prompt
-            took, known = session.seconds - before, self._seen.get(n_done)
+            took, known = session.account.seconds - before, self._seen.get(n_done)
             self._seen[n_done] = took if known is None else (known + took) / 2
         return n_done
 

@@ -214,13 +214,11 @@ class Decoder:
         """Evaluate the base so that its states after the tokens at `outputs` can be read; by
         default after the last token."""
         self.cancel.check()
-        base, stats = self._base, self.stats
-        evaluated, seconds = base.n_evaluated or 0, base.seconds
+        base, before = self._base, self._base.account.copy()
         try:
             base.sync(tokens, outputs, self.cancel)
         finally:  # a cancelled evaluation counts as far as it came
-            stats.base_tokens += (base.n_evaluated or 0) - evaluated
-            stats.base_seconds += base.seconds - seconds
+            self.stats.count_base(base.account - before)
 
     def read_base(self, at: int) -> tuple[Reading, Floats]:
         """Return the switch's reading for position `at`, and the base's logits for it."""
@@ -245,21 +243,12 @@ class Decoder:
         """Evaluate an expert so that its states after the tokens at `outputs` can be read; by
         default after the last token."""
         self.cancel.check()
-        expert, stats = self._experts[writer], self.stats
-        calls, evaluated = expert.n_calls, expert.n_evaluated
-        seconds, loading = expert.seconds, expert.load_seconds
+        expert = self._experts[writer]
+        before = expert.account.copy()
         try:
             expert.sync(tokens, outputs, self.cancel)
         finally:  # a server may fail, which takes time as well
-            n_evaluated = expert.n_evaluated
-            done = ExpertStats(
-                0,
-                expert.n_calls - calls,
-                None if n_evaluated is None or evaluated is None else n_evaluated - evaluated,
-                expert.seconds - seconds,
-                expert.load_seconds - loading,
-            )
-            stats.count(done, self.sources[writer])
+            self.stats.count(expert.account - before, self.sources[writer])
 
     def keeps(self, writer: int, tokens: Sequence[int], n: int) -> bool:
         """Return whether an expert that evaluates these tokens says the same after the first n of

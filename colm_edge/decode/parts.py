@@ -107,16 +107,16 @@ def schedule_of(
     floor: float,
     follow: Follow | None,
     planners: Sequence[Planner | None],
-    alone: int | None,
+    only: int | None,
 ) -> Schedule:
     """Return in which batches the models are evaluated.
 
     goes_back: as for `picker_of`. floor: as for `Review`. planners: as for `Bets`; empty where none
-    may be placed. alone: the expert that writes every token at a threshold of 0; None where that
+    may be placed. only: the expert that writes every token at a threshold of 0; None where that
     depends on the base.
     """
-    if threshold <= 0 and options.strategy == "defer" and alone is not None:
-        return ExpertAlone(alone)
+    if threshold <= 0 and options.strategy == "defer" and only is not None:
+        return ExpertAlone(only)
     if goes_back and options.doubts:
         return Doubt(options.doubt, WATCHED, follow)
     if goes_back:

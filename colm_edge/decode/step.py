@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from colm_edge.llama.account import Account, plus
+
 # The log-probability of what cannot be: JSON has no infinity. vLLM tells the same.
 ZERO_PROBABILITY = -9999.0
 # Who wrote a token: "base"; "expert" where there is one, else "expert:NAME".
@@ -103,17 +105,22 @@ class Stats:
     # Of several experts, by their sources; those above are their sums.
     experts: dict[str, ExpertStats] = field(default_factory=dict)
 
-    def count(self, done: ExpertStats, source: Source) -> None:
+    def count_base(self, spent: Account) -> None:
+        """Add what an evaluation of the base took."""
+        self.base_tokens += spent.n_evaluated or 0
+        self.base_seconds += spent.seconds
+
+    def count(self, spent: Account, source: Source) -> None:
         """Add what a call of an expert took."""
-        self.expert_calls += done.calls
-        self.expert_tokens = plus(self.expert_tokens, done.tokens)
-        self.expert_seconds += done.seconds
-        self.expert_load_seconds += done.load_seconds
+        self.expert_calls += spent.n_calls
+        self.expert_tokens = plus(self.expert_tokens, spent.n_evaluated)
+        self.expert_seconds += spent.seconds
+        self.expert_load_seconds += spent.load_seconds
         if (one := self.experts.get(source)) is not None:
-            one.calls += done.calls
-            one.tokens = plus(one.tokens, done.tokens)
-            one.seconds += done.seconds
-            one.load_seconds += done.load_seconds
+            one.calls += spent.n_calls
+            one.tokens = plus(one.tokens, spent.n_evaluated)
+            one.seconds += spent.seconds
+            one.load_seconds += spent.load_seconds
 
     def record(self) -> dict[str, Any]:
         """Return the statistics as `run --json` writes them; of one expert there are no others."""
@@ -127,8 +134,3 @@ class Stats:
             self.defer_rate = self.n_deferred / self.n_generated
         if self.total_seconds > 0:
             self.tokens_per_second = self.n_generated / self.total_seconds
-
-
-def plus(total: int | None, more: int | None) -> int | None:
-    """Return a sum, None where a part is not known."""
-    return None if total is None or more is None else total + more

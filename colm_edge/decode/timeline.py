@@ -8,6 +8,7 @@ from typing import Protocol
 
 from colm_edge.arrays import Floats
 from colm_edge.cancel import Cancel
+from colm_edge.llama.account import Account
 
 
 class Timeline(Protocol):
@@ -16,15 +17,8 @@ class Timeline(Protocol):
     @property
     def n_ctx(self) -> int: ...
     @property
-    def n_evaluated(self) -> int | None:
-        """None where a server does not tell."""
-
-    @property
-    def n_calls(self) -> int: ...
-    @property
-    def seconds(self) -> float: ...
-    @property
-    def load_seconds(self) -> float: ...
+    def account(self) -> Account:
+        """What it has cost so far, as of its last `sync`."""
 
     def turn_to(self, prompt: array[int]) -> None: ...
 
@@ -46,20 +40,8 @@ class Around:
         return self._inner.n_ctx
 
     @property
-    def n_evaluated(self) -> int | None:
-        return self._inner.n_evaluated
-
-    @property
-    def n_calls(self) -> int:
-        return self._inner.n_calls
-
-    @property
-    def seconds(self) -> float:
-        return self._inner.seconds
-
-    @property
-    def load_seconds(self) -> float:
-        return self._inner.load_seconds
+    def account(self) -> Account:
+        return self._inner.account
 
     def turn_to(self, prompt: array[int]) -> None:
         self._inner.turn_to(prompt)

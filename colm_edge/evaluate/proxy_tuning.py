@@ -27,6 +27,7 @@ from colm_edge.errors import MismatchError, ModelError
 from colm_edge.evaluate.generate import Facts, Generated, facts_of, judged
 from colm_edge.evaluate.metrics import Metric
 from colm_edge.journal import Journal, is_number, key_of
+from colm_edge.llama.account import Account
 from colm_edge.llama.context import ContextOptions
 from colm_edge.llama.model import Model
 from colm_edge.llama.sampling import ChainSampler
@@ -66,9 +67,6 @@ class Contrast:
     ) -> None:
         self._base, self._pair, self._alpha, self._n_shared = base, (expert, anti), alpha, n_shared
         self.n_ctx = min(expert.n_ctx, anti.n_ctx)
-        self.n_evaluated = self.n_calls = 0
-        self.seconds = self.load_seconds = 0.0
-        self._account()
 
     def turn_to(self, prompt: array[int]) -> None:
         for timeline in self._pair:
@@ -77,20 +75,16 @@ class Contrast:
     def sync(
         self, tokens: Sequence[int], outputs: Sequence[int] = (), cancel: Cancel | None = None
     ) -> int:
-        n = sum(timeline.sync(tokens, outputs, cancel) for timeline in self._pair)
-        self._account()
-        return n
+        return sum(timeline.sync(tokens, outputs, cancel) for timeline in self._pair)
 
     def state(self, i: int) -> tuple[Floats, Floats]:
         base, expert, anti = (model.state(i)[0] for model in (self._base, *self._pair))
         combined = contrast(base, expert, anti, self._alpha, self._n_shared)
         return combined, np.empty(0, np.float32)
 
-    def _account(self) -> None:
-        self.n_evaluated = sum(timeline.n_evaluated or 0 for timeline in self._pair)
-        self.n_calls = sum(timeline.n_calls for timeline in self._pair)
-        self.seconds = sum(timeline.seconds for timeline in self._pair)
-        self.load_seconds = sum(timeline.load_seconds for timeline in self._pair)
+    @property
+    def account(self) -> Account:
+        return self._pair[0].account + self._pair[1].account
 
 
 def contrast(base: Floats, expert: Floats, anti: Floats, alpha: float, n_shared: int) -> Floats:

@@ -12,6 +12,7 @@ from typing import Any
 import llama_cpp as llama
 
 from colm_edge.llama import ggml
+from colm_edge.options import INT_MAX, check_whole
 
 log = logging.getLogger("colm_edge.llama")
 _LEVELS = {1: logging.DEBUG, 2: logging.INFO, 3: logging.WARNING, 4: logging.ERROR}
@@ -65,7 +66,11 @@ def supports_gpu() -> bool:
 
 
 def gpu_layers(n_gpu_layers: int) -> int:
-    """Return this number of layers; where there is no GPU for them, log that once."""
+    """Return this number of layers; where there is no GPU for them, log that once.
+
+    Raises ColmError for what is no number of layers; -1 stands for all.
+    """
+    check_whole("n_gpu_layers", n_gpu_layers, -1, INT_MAX)
     if n_gpu_layers and not supports_gpu():
         _warn_of_no_gpu()
     return n_gpu_layers

@@ -19,12 +19,14 @@ import numpy.typing as npt
 from colm_edge.arrays import Floats
 from colm_edge.cancel import Cancel
 from colm_edge.errors import ColmError, ModelError
+from colm_edge.llama.account import Account
 from colm_edge.llama.backend import last_errors, supports_gpu
 from colm_edge.llama.interrupts import interrupts_noted
 from colm_edge.llama.memory import cache_bytes, check_room
 from colm_edge.llama.model import Model
 from colm_edge.llama.owners import Alone, Home
 from colm_edge.llama.threads import Cores, cores, n_cores
+from colm_edge.options import INT_MAX, check_whole
 
 log = logging.getLogger("colm_edge")
 
@@ -60,6 +62,7 @@ PLAIN_TYPES = ("f32", "f16", "bf16")
 _FLASH = {"auto": -1, "off": 0, "on": 1}
 _BATCH_FIELDS = dict(llama.llama_batch._fields_)
 _NOTHING = np.empty(0, np.float32)
+MOST_THREADS = 512  # GGML_MAX_N_THREADS
 
 
 @dataclass(frozen=True)
@@ -80,6 +83,8 @@ class ContextOptions:
     threads_auto: bool = False
 
     def __post_init__(self) -> None:
+        for name, most in (("n_ctx", INT_MAX), ("n_threads", MOST_THREADS), ("n_ubatch", 512)):
+            check_whole(name, getattr(self, name), 0, most)
         for name, known in (
             ("flash_attn", _FLASH),
             ("cache_type_k", CACHE_TYPES),
@@ -146,16 +151,6 @@ def is_on_cpu(model: Model) -> bool:
 def is_small(model: Model) -> bool:
     """Return whether a model is too small to gain from several threads."""
     return sum(file.stat().st_size for file in model.files) < SMALL_MODEL_BYTES
-
-
-@dataclass
-class Account:
-    """What was evaluated, and how long that took."""
-
-    n_evaluated: int = 0  # tokens, rolled back ones included
-    n_calls: int = 0  # decodes
-    seconds: float = 0.0  # inside llama.cpp, load_seconds included
-    load_seconds: float = 0.0  # reading the weights and creating contexts
 
 
 class Batch:
@@ -321,8 +316,7 @@ class Context:
                 f"{self.model.path}: llama.cpp could not evaluate {n} tokens "
                 f"(code {code}: {'the context is full' if code == 1 else 'see its log'})"
             )
-        account.n_calls += 1
-        account.n_evaluated += n
+        account += Account(n, 1)
 
     def _share(self, cores: Cores) -> None:
         """Leave cores to other programs, or use them again."""

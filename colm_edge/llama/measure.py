@@ -160,10 +160,10 @@ def measure(
                 if cancel is not None:
                     cancel.check()
                 for _ in range(3):
-                    before, turn = twin.seconds, 1 - turn
+                    before, turn = twin.account.seconds, 1 - turn
                     tokens = prefix + turns[turn][:n]
                     twin.sync(tokens, range(n_past, n_past + n) if all_states else ())
-                    times.setdefault(kind, []).append(twin.seconds - before)
+                    times.setdefault(kind, []).append(twin.account.seconds - before)
                     if n > 1 and times[kind][-1] > LONG:
                         break
                 if perf_counter() - begun > seconds:

@@ -78,7 +78,7 @@ def quantize(
             f"{source}: is quantised already ({known}); quantise the {' or '.join(FLOATS)} file, "
             "or accept the loss (--allow-requantize)"
         )
-    check_writable(target, source)
+    check_writable(target, *model.files)
     if again:
         note("Quantising a second time loses quality; start from F16 or BF16 where you can.")
     params = llama.llama_model_quantize_default_params()

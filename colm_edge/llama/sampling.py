@@ -85,8 +85,11 @@ class ChainSampler:
         likeliest tokens; all others are alike, and say nothing of which of them to write."""
         if self._grammar is None:
             return True
-        named = np.flatnonzero(logits > logits.min())
-        return len(named) > MOST_NAMED or any(map(self._grammar.allows, named.tolist()))
+        least = logits.min()
+        named = np.flatnonzero(logits > least)
+        if least > -np.inf and len(named) > MOST_NAMED:
+            return True
+        return any(map(self._grammar.allows, named.tolist()))
 
     def likeliest(self, logits: Floats, choice: int) -> int:
         """Return the likeliest token that the grammar allows. choice: the likeliest of all."""

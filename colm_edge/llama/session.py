@@ -18,7 +18,8 @@ import numpy.typing as npt
 from colm_edge.arrays import Floats, Tokens
 from colm_edge.cancel import Cancel
 from colm_edge.errors import ModelError, PromptError
-from colm_edge.llama.context import Account, Bytes, Context, ContextOptions
+from colm_edge.llama.account import Account
+from colm_edge.llama.context import Bytes, Context, ContextOptions
 from colm_edge.llama.costs import CostTable
 from colm_edge.llama.held import Held, Rows
 from colm_edge.llama.model import Model
@@ -75,26 +76,6 @@ class Session:
     def created(self) -> bool:
         """Whether the context exists and so takes memory."""
         return self._context.created
-
-    @property
-    def n_evaluated(self) -> int:
-        """Tokens evaluated, rolled back ones included."""
-        return self.account.n_evaluated
-
-    @property
-    def n_calls(self) -> int:
-        """Decodes."""
-        return self.account.n_calls
-
-    @property
-    def seconds(self) -> float:
-        """Seconds inside llama.cpp, load_seconds included."""
-        return self.account.seconds
-
-    @property
-    def load_seconds(self) -> float:
-        """Seconds of reading the weights and creating the context."""
-        return self.account.load_seconds
 
     @property
     def n_batch(self) -> int:
@@ -354,8 +335,10 @@ class Session:
         self.model.header()
         if self._saved is not None:
             return self._saved
+        if self._torn:  # an interrupted decode: what was held before it is whole
+            self._drop(len(self._held.tokens))
         held = self._held
-        if not self._context.created or self._torn or not held.tokens:
+        if not self._context.created or not held.tokens:
             held, state = Held(self.block), np.empty(0, np.uint8)
         else:
             state = self._context.save(0)

@@ -24,6 +24,7 @@ import numpy as np
 from colm_edge.arrays import Floats, Tokens
 from colm_edge.cancel import Cancel
 from colm_edge.errors import AbsentExpertError, ColmError, MismatchError, ModelError, PromptError
+from colm_edge.llama.account import Account
 from colm_edge.llama.model import Model
 from colm_edge.llama.vocabulary import Vocabulary
 from colm_edge.options import EXPERT_TIMEOUT
@@ -341,9 +342,7 @@ class RemoteSession:
 
     def __init__(self, expert: RemoteExpert) -> None:
         self.expert = expert
-        self.n_evaluated: int | None = 0  # None once the server did not tell
-        self.n_calls = 0
-        self.seconds = self.load_seconds = 0.0
+        self.account = Account()
         self._held, self._logits = array("i"), np.empty(0, np.float32)
         self._begun: tuple[array[int], Future[_Reply]] | None = None
 
@@ -420,14 +419,12 @@ class RemoteSession:
         if begun is None or begun[0] != wanted:
             begun, self._begun = (wanted, self.begin(tokens)), None
         reply = (cancel or Cancel()).wait_for(begun[1])
-        self.seconds += reply.seconds
+        self.account += Account(0, 0, reply.seconds)
         if reply.error is not None:
             raise reply.error
         self._held, self._logits = wanted, reply.logits
-        self.n_calls += 1
-        more, known = reply.n_evaluated, self.n_evaluated
-        self.n_evaluated = None if more is None or known is None else known + more
-        return more or 0
+        self.account += Account(reply.n_evaluated, 1)
+        return reply.n_evaluated or 0
 
     def _check(self, tokens: array[int], outputs: Sequence[int]) -> None:
         if not tokens:

@@ -9,6 +9,7 @@ from time import perf_counter
 
 from colm_edge.cancel import Cancel
 from colm_edge.errors import PromptError
+from colm_edge.llama.account import Account
 from colm_edge.llama.held import common_prefix
 from colm_edge.remote.client import RemoteExpert, RemoteSession
 from colm_edge.remote.dialect import Top
@@ -56,12 +57,10 @@ class RowsSession(RemoteSession):
             replies = self.expert.ask_rows(wanted[: missing[-1] + 1].tolist(), missing)
             self.words.know(token for reply in replies for token in reply.top)
         finally:  # a server may fail, which takes time as well
-            self.seconds += perf_counter() - begun
+            self.account += Account(0, 0, perf_counter() - begun)
         self._rows |= {at: reply.top for at, reply in zip(missing, replies, strict=True)}
-        self.n_calls += 1
         counts = [reply.n_evaluated for reply in replies if reply.n_evaluated is not None]
-        unknown = self.n_evaluated is None or not counts
-        self.n_evaluated = None if unknown else (self.n_evaluated or 0) + sum(counts)
+        self.account += Account(sum(counts) if counts else None, 1)
         return sum(counts)
 
     def top(self, at: int) -> Top:

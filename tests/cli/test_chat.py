@@ -165,6 +165,7 @@ def test_a_long_chat_forgets_its_oldest_turns(tiny):
             assert "deferred" in seen
         assert "turn(s) forgotten" in seen
         assert "threshold 0.25" in it.say("/set threshold 0.25")
+        assert "strategy compose" in " ".join(it.say("/set  strategy  compose").split())
         assert "threshold follows a defer rate of 0.2" in it.say("/set threshold")
 
 
@@ -307,7 +308,7 @@ def test_the_manual_shows_the_help_of_the_chat():
 def test_a_path_is_a_message_and_no_command():
     for line in ("/help", "/?", "/set temperature 0", "/nonsense", " /help", "/Help"):
         assert COMMAND.match(line)
-    for line in ("/etc/hosts is a file", "/usr/bin", "hello", "// a comment"):
+    for line in ("/etc/hosts is a file", "/usr/bin", "hello", "// a comment", "/ is the root"):
         assert not COMMAND.match(line)
 
 

@@ -9,6 +9,7 @@ import numpy as np
 
 from colm_edge.decode.doubt import Doubt
 from colm_edge.decode.review import ByRule, Review, Tolerance
+from colm_edge.llama.account import Account
 
 ALPHABET = sorted({bytes([byte]) for byte in "ab é€😀".encode()} | {b"\xff", b"\x80"})
 END, MARK = "<end>", "<mark>"
@@ -65,18 +66,17 @@ class Speaker:
     """A timeline whose logits depend on its own prefix; it keeps the states of its outputs only."""
 
     n_ctx = 400
-    seconds = load_seconds = 0.0
 
     def __init__(self, words: Spellings, seed: int) -> None:
         self.words, self.seed = words, seed
         self.held, self.outputs = array("i"), set()
-        self.n_calls = self.n_evaluated = 0
+        self.account = Account()
 
     def turn_to(self, prompt) -> None:
         pass
 
     def sync(self, tokens, outputs=(), cancel=None) -> int:
-        self.n_calls += 1
+        self.account += Account(0, 1)
         self.held, self.outputs = array("i", tokens), set(outputs) or {len(tokens) - 1}
         return 1
 

@@ -85,7 +85,7 @@ def test_going_on_never_changes_the_text(
             sampler=Sometimes(seed) if sampled else None,
         )  # fmt: skip
         steps = list(run)
-        assert run.stats.base_tokens <= base.n_evaluated
+        assert run.stats.base_tokens <= base.account.n_evaluated
         return steps, run.finish_reason, run.stats.expert_failures, expert.batches
 
     assert answer(True) == answer(False)
@@ -107,15 +107,15 @@ def test_where_the_expert_agrees_nothing_is_evaluated_twice():
     assert run.stats.n_deferred > 5
     assert ahead.n_won > 5
     # A few may be evaluated ahead of the end and never be written.
-    assert 42 <= base.n_evaluated <= 42 + 32
+    assert 42 <= base.account.n_evaluated <= 42 + 32
     # After a deferral, so not one of the base's own calls was needed for these.
-    assert base.n_calls == base.n_evaluated - 2
+    assert base.account.n_calls == base.account.n_evaluated - 2
 
 
 def test_nothing_is_evaluated_ahead_of_a_reply_that_is_there():
     base, ahead, _ = both(writer(1), writer(2), longest=0)
     assert ahead.n_ahead == 0
-    assert base.n_evaluated == 42
+    assert base.account.n_evaluated == 42
 
 
 class Timed(Future):
@@ -189,7 +189,7 @@ def test_a_cancelled_answer_does_not_wait_ahead():
     run = decoder(ahead, Awaited(expert, ahead), read, [1, 2, 3], max_tokens=40, cancel=cancel)
     assert list(run) == []
     assert run.finish_reason == "stop"
-    assert base.n_calls < 6
+    assert base.account.n_calls < 6
     with pytest.raises(CancelledError):
         cancel.check()
 
@@ -253,7 +253,7 @@ def test_with_a_server_that_agrees_nothing_is_evaluated_twice(tiny):
             answer = pair.generate(PROMPT, temperature=0.0, threshold=0.4, max_tokens=40)
             assert answer.stats.n_deferred > 0
             calls.append(answer.stats.base_tokens)
-            assert pair.base_session.n_evaluated >= calls[-1]
+            assert pair.base_session.account.n_evaluated >= calls[-1]
     assert 0 <= calls[1] - calls[0] <= 32  # those ahead of the end
 
 

@@ -12,10 +12,12 @@ import pytest
 
 from colm_edge.cancel import Cancel, CancelledError
 from colm_edge.decode.background import MIN_GAP, Background
+from colm_edge.decode.guess import Guessing, with_guesses
 from colm_edge.errors import ModelError
 from colm_edge.llama.context import ContextOptions
 from colm_edge.llama.model import Model
 from colm_edge.llama.session import Session
+from colm_edge.options import Options
 from colm_edge.pair import load
 
 PROMPT = "hello world, this is a prompt of more tokens than a gap"
@@ -32,6 +34,14 @@ def answers(tiny, **options):
 
 def test_the_text_is_the_same(tiny):
     assert answers(tiny, overlap=True) == answers(tiny, overlap=False)
+
+
+def test_alone_the_expert_guesses(tiny):
+    with load(tiny["base"], tiny["expert"], "margin", n_threads=1, overlap=True) as pair:
+        assert isinstance(pair.expert, Background)
+        base, (expert,) = with_guesses(pair.base_session, [pair.expert], Options(), 0.0)
+        assert base is pair.base_session
+        assert isinstance(expert, Guessing)
 
 
 @pytest.fixture
@@ -53,14 +63,14 @@ def test_it_catches_up_once_loaded_and_only_with_long_gaps(session):
     expert.sync(tokens[:5])
     expert.follow(array("i", tokens[: 5 + MIN_GAP - 1]))
     expert.wait()
-    assert session.n_evaluated == 5
+    assert session.account.n_evaluated == 5
     expert.follow(array("i", tokens[: 5 + MIN_GAP]))
     expert.wait()
-    assert session.n_evaluated == 5 + MIN_GAP
-    assert expert.n_evaluated == 5  # work in the background counts in the next call
+    assert session.account.n_evaluated == 5 + MIN_GAP
+    assert expert.account.n_evaluated == 5  # work in the background counts in the next call
     expert.sync(tokens)
-    assert expert.n_evaluated == session.n_evaluated == len(tokens)
-    assert session.n_calls == expert.n_calls == 3
+    assert expert.account.n_evaluated == session.account.n_evaluated == len(tokens)
+    assert session.account.n_calls == expert.account.n_calls == 3
     expert.close()
 
 
@@ -70,10 +80,10 @@ def test_what_an_answer_left_running_counts_in_no_other(session):
     expert.sync(tokens[:5])
     expert.follow(array("i", tokens))  # until the answer's end, and no call waits for it
     expert.turn_to(array("i", tokens[:3]))
-    before = expert.n_evaluated
-    assert before == session.n_evaluated == len(tokens)
+    before = expert.account.n_evaluated
+    assert before == session.account.n_evaluated == len(tokens)
     expert.sync(tokens[:7])
-    assert expert.n_evaluated - before <= 7
+    assert expert.account.n_evaluated - before <= 7
 
 
 def test_the_base_continues_meanwhile(session, monkeypatch):
@@ -95,7 +105,7 @@ def test_the_base_continues_meanwhile(session, monkeypatch):
     monkeypatch.undo()
     may_end.set()
     expert.wait()
-    assert session.n_evaluated == 39
+    assert session.account.n_evaluated == 39
     expert.close()
 
 

@@ -23,6 +23,7 @@ from colm_edge.decode.policy import Policy
 from colm_edge.decode.review import ByRule, Review, Tolerance
 from colm_edge.decode.spelling import Crossing
 from colm_edge.decode.timeline import Around
+from colm_edge.llama.account import Account
 from colm_edge.pair import load
 
 
@@ -50,7 +51,7 @@ class Knowing(Speaker):
         keep = min(keep, len(held), len(tokens), outputs[0])
         super().sync(tokens, outputs)
         self.n_outputs.append(len(outputs))
-        self.n_evaluated += len(tokens) - keep
+        self.account += Account(len(tokens) - keep)
         return len(tokens) - keep
 
     def logits(self, prefix):
@@ -246,11 +247,11 @@ def test_a_deferral_after_a_bet_that_was_won_needs_no_call(same):
     fast, expert = written(Fast([Eager()]))
     assert fast == plain
     # No token goes on from another: what stands behind the last one is all that is asked for.
-    assert twin.n_calls == n
+    assert twin.account.n_calls == n
     assert set(twin.n_outputs) == {1}
-    assert twin.n_evaluated == n
-    assert expert.n_calls == n // 2
-    assert expert.n_evaluated == n
+    assert twin.account.n_evaluated == n
+    assert expert.account.n_calls == n // 2
+    assert expert.account.n_evaluated == n
 
 
 def test_what_the_expert_said_behind_its_last_token_is_not_asked_again():
@@ -335,4 +336,4 @@ def test_it_follows_what_the_expert_will_hold(tiny, other):
         assert len(held) > 3 + MIN_GAP
         bridge.sync(array("i", tokens))
         assert background.session._held.tokens[: len(held)] == held
-        assert background.n_evaluated == len(background.session._held.tokens)  # once each
+        assert background.account.n_evaluated == len(background.session._held.tokens)  # once each

@@ -107,8 +107,8 @@ def test_a_deferral_after_a_repeated_choice_needs_no_call(compose):
     read = lambda logits, hidden: (0.9, int(logits.argmax()), 0.0, 0)  # noqa: E731
     run = fast(base, expert, read, Eager(), max_tokens=100, compose=compose)
     assert {s.source for s in run} == {"expert"}
-    assert run.stats.expert_calls == expert.n_calls == 50
-    assert expert.n_evaluated == 3 + 99
+    assert run.stats.expert_calls == expert.account.n_calls == 50
+    assert expert.account.n_evaluated == 3 + 99
 
 
 def test_the_cost_of_several_outputs_counts():

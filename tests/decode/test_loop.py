@@ -66,9 +66,9 @@ def test_every_token_is_evaluated_once(seed, rate):
     assert [len(b) for b in base.batches] == [3] + [1] * 39
     assert run.stats.base_tokens == 42
     deferrals = [i for i, s in enumerate(steps) if s.source == "expert"]
-    assert expert.n_calls == run.stats.expert_calls == len(deferrals)
+    assert expert.account.n_calls == run.stats.expert_calls == len(deferrals)
     if deferrals:
-        assert expert.n_evaluated == run.stats.expert_tokens == 3 + deferrals[-1]
+        assert expert.account.n_evaluated == run.stats.expert_tokens == 3 + deferrals[-1]
     assert run.stats.n_deferred == len(deferrals)
 
 
@@ -76,7 +76,7 @@ def test_threshold_one_never_calls_the_expert():
     read, _ = reader(1, 1.0)
     expert = Scripted(writer(2))
     steps = list(decoder(Scripted(writer(1)), expert, read, [1], threshold=1.0, max_tokens=9))
-    assert expert.n_calls == 0
+    assert expert.account.n_calls == 0
     assert {s.source for s in steps} == {"base"}
 
 
@@ -245,6 +245,6 @@ def test_what_a_cancelled_answer_evaluated_is_counted(rate):
     run = decoder(model, model, reader(0, rate)[0], [1, 2, 3, 4])
     assert not list(run)
     assert run.finish_reason == "stop"
-    assert run.stats.base_tokens == model.n_evaluated == 2
-    assert run.stats.base_seconds == model.seconds > 0
+    assert run.stats.base_tokens == model.account.n_evaluated == 2
+    assert run.stats.base_seconds == model.account.seconds > 0
     assert run.stats.total_seconds > 0

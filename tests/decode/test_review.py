@@ -267,7 +267,7 @@ def test_no_more_than_a_window_waits_and_each_token_is_evaluated_once(seed, rate
     # Behind the prompt, each batch holds what was written since the last one.
     sizes = [len(batch) for batch in expert.batches[1:]]
     assert all(size <= window + 1 for size in sizes)
-    assert expert.n_evaluated == 3 + len(steps) - 1
+    assert expert.account.n_evaluated == 3 + len(steps) - 1
     assert run.stats.n_reviewed == sum(step.source == "base" for step in steps)
 
 

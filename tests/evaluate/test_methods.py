@@ -254,7 +254,7 @@ def test_a_killed_evaluation_goes_on(tiny, data, tmp_path):
                 table = ev.evaluate(pair, data, GREEDY, asked, work=work, progress=progress)
             except KilledError:
                 table = None
-            return table, [session.n_evaluated for session in sessions]
+            return table, [session.account.n_evaluated for session in sessions]
 
     whole, n_whole = run(no_bar, tmp_path / "whole")
     again, n_again = run(no_bar, tmp_path / "whole")

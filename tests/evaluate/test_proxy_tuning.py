@@ -136,10 +136,11 @@ def test_a_killed_scoring_pass_goes_on(third, tmp_path):
     lines = (work / "proxy.jsonl").read_text().splitlines(keepends=True)
     assert len(lines) == 4
     (work / "proxy.jsonl").write_text("".join(lines[:2]) + lines[2][:30])
-    before = proxy.session.n_evaluated
+    before = proxy.session.account.n_evaluated
     assert evaluate(pair, str(data), GREEDY, alone, **kept) == whole
     documents = tokenized(read_rows(data), pair)
-    assert proxy.session.n_evaluated - before <= sum(len(d.tokens) - 1 for d in documents[2:])
+    n_new = sum(len(d.tokens) - 1 for d in documents[2:])
+    assert proxy.session.account.n_evaluated - before <= n_new
     assert (work / "proxy.jsonl").read_text().splitlines(keepends=True) == lines
 
 

@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
+from split_models import split_into
 
 from colm_edge.cli import main
-from colm_edge.errors import ModelError
+from colm_edge.errors import ModelError, WriteError
 from colm_edge.llama.model import Model
 from colm_edge.llama.quantize import TYPES, file_type, quantize
 from colm_edge.pair import load
@@ -44,6 +45,14 @@ def test_what_is_quantised_already_is_quantised_again_only_if_asked(tiny, tmp_pa
     assert result.exit_code == 0, result.output
     assert "loses quality" in result.stderr
     assert type_of(twice) == "Q4_0"
+
+
+def test_no_part_of_a_model_is_written_over(tiny, tmp_path):
+    first, *_, last = split_into(tmp_path, tiny["base"])
+    before = last.read_bytes()
+    with pytest.raises(WriteError, match="is used by this command already"):
+        quantize(first, last, "Q8_0", n_threads=1)
+    assert last.read_bytes() == before
 
 
 @pytest.mark.parametrize(

@@ -10,9 +10,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from gguf import GGUFReader, GGUFWriter
-from gguf.scripts.gguf_new_metadata import copy_with_new_metadata
 from reference import PlainModel
+from split_models import split_into
 
 from colm_edge.errors import ColmError, MismatchError, ModelError, PromptError
 from colm_edge.llama import backend
@@ -36,7 +35,7 @@ def test_sync_evaluates_only_what_differs(model):
     assert session.sync([5, 6, 10]) == 1
     assert session.sync([5, 6]) == 1  # the last token again, for its logits
     assert session.sync([1]) == 1
-    assert session.n_evaluated == 8
+    assert session.account.n_evaluated == 8
     session.close()
 
 
@@ -77,7 +76,7 @@ def test_scoring_packs_documents_and_returns_the_states_of_each(model, tiny, mon
                 for i in range(start, n)
             ]
             lengths, starts = np.array(group).T
-            before = session.n_evaluated
+            before = session.account.n_evaluated
             at = 0
             for logits, states in scorer.score(
                 np.concatenate(documents).astype(np.int32), lengths, starts
@@ -89,7 +88,7 @@ def test_scoring_packs_documents_and_returns_the_states_of_each(model, tiny, mon
                     assert not hidden or np.allclose(states[row], expected[at][1], atol=2e-2)
                     at += 1
             assert at == len(expected)
-            assert session.n_evaluated - before == sum(n - 1 for n, _ in group)
+            assert session.account.n_evaluated - before == sum(n - 1 for n, _ in group)
     assert session.sync([7, 8, 9]) == 0  # its own timeline did not change
     session.close()
     plain.close()
@@ -110,6 +109,7 @@ def test_an_interrupted_decode_is_forgotten(model, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         session.sync([1, 2, 3, 9, 9])
     monkeypatch.undo()
+    assert session.snapshot().tokens.tolist() == [1, 2, 3]  # what stood before it is kept
     assert session.sync([1, 2, 3, 4]) == 1
     assert np.allclose(session.logits, fresh.logits, atol=2e-2)
     session.close()
@@ -275,11 +275,7 @@ def test_flash_attention_is_off_where_it_slows(model, monkeypatch):
 
 def test_a_split_model_is_all_of_its_files(tiny, tmp_path, model):
     """llama.cpp finds the other parts itself; their bytes and sizes count here."""
-    reader = GGUFReader(tiny["base"])
-    writer = GGUFWriter(str(tmp_path / "m"), "llama", split_max_tensors=8)
-    copy_with_new_metadata(reader, writer, {}, [])
-    first, *others = sorted(tmp_path.iterdir())
-    assert others
+    first, *others = split_into(tmp_path, tiny["base"])
     split = Model(first)
     assert split.files == (first, *others)
     before = split.fingerprint

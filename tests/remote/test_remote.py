@@ -94,7 +94,7 @@ def test_what_each_dialect_asks(tiny, owner):
         assert fake.asked == [{"prompt": tokens, **BODIES[owner]}]
         assert expert.sync(tokens) == 0  # it is known
         assert expert.sync([*tokens, 7]) == 1
-        assert len(fake.asked) == expert.n_calls == 2
+        assert len(fake.asked) == expert.account.n_calls == 2
         logits, hidden = expert.state(len(tokens))
         assert logits.shape == (pair.base.n_vocab,)
         assert len(hidden) == 0

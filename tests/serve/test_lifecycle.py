@@ -62,22 +62,22 @@ def test_answers_at_once_share_batches(endless):
             done = httpx.post(f"{url}/v1/completions", json=body, timeout=60).json()
             return done["choices"][0]["logprobs"]
 
-        before = endless.base_session.n_calls
+        before = endless.base_session.account.n_calls
         alone = [ask(prompt) for prompt in prompts]
-        calls_alone = endless.base_session.n_calls - before
+        calls_alone = endless.base_session.account.n_calls - before
         results = [None] * 4
         threads = [
             threading.Thread(target=lambda i=i: results.__setitem__(i, ask(prompts[i])))
             for i in range(4)
         ]
-        before = endless.base_session.n_calls
+        before = endless.base_session.account.n_calls
         for thread in threads:
             thread.start()
         for thread in threads:
             thread.join(60)
         for one, other in zip(alone, results, strict=True):
             assert parts_at_a_near_tie(one, other)
-        assert endless.base_session.n_calls - before < 0.8 * calls_alone
+        assert endless.base_session.account.n_calls - before < 0.8 * calls_alone
 
 
 def test_a_full_queue_refuses_with_retry_after(endless, slow):
@@ -148,10 +148,10 @@ def test_a_client_that_goes_away_frees_its_slot(endless, slow):
                 wait_for(lambda: server.n_busy == 1)
 
         for leave in (leave_a_stream, leave_an_answer):
-            evaluated = endless.base_session.n_evaluated
+            evaluated = endless.base_session.account.n_evaluated
             leave()
             wait_for(lambda: server.n_busy == 0)
-            assert endless.base_session.n_evaluated - evaluated < 470
+            assert endless.base_session.account.n_evaluated - evaluated < 470
 
 
 def test_the_expert_calls_of_a_client_that_goes_away_are_counted(endless, slow):
@@ -168,8 +168,8 @@ def test_the_expert_calls_of_a_client_that_goes_away_are_counted(endless, slow):
             # Each time the expert may evaluate one token more, which nobody reads.
             assert written <= values["colm_expert_calls_total"] <= written + n
         with sent(url, json.dumps(body).encode()):
-            called = endless.expert_session.n_evaluated
-            wait_for(lambda: endless.expert_session.n_evaluated > called)
+            called = endless.expert_session.account.n_evaluated
+            wait_for(lambda: endless.expert_session.account.n_evaluated > called)
         wait_for(lambda: server.n_busy == 0)
         assert metrics_of(url)["colm_expert_calls_total"] > values["colm_expert_calls_total"]
 
@@ -205,7 +205,7 @@ def test_a_chat_measures_while_somebody_types(tiny, monkeypatch, tmp_path, capsy
             return kept is None or kept[1]
 
         def typed(prompt: str) -> str:
-            if not pair.base_session.n_evaluated:
+            if not pair.base_session.account.n_evaluated:
                 return "hello"
             assert is_hasty()
             wait_for(lambda: not is_hasty())

@@ -67,10 +67,10 @@ def test_shards_give_the_same_switch_as_one_file(pair, documents, shards, tmp_pa
 def test_a_shard_goes_on_in_its_own_work_folder(pair, documents, shards, tmp_path):
     work = tmp_path / "work"
     for _ in range(2):
-        before = pair.expert_session.n_evaluated
+        before = pair.expert_session.account.n_evaluated
         again = tmp_path / "again.npz"
         score_expert(pair, documents, again, no_bar, shard=(2, N_SHARDS), work=work)
-    assert pair.expert_session.n_evaluated == before  # the second time, all was there
+    assert pair.expert_session.account.n_evaluated == before  # the second time, all was there
     with np.load(again) as one, np.load(shards[1]) as other:
         assert all(np.array_equal(one[name], other[name]) for name in one.files)
 

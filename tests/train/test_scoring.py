@@ -42,7 +42,7 @@ class Evaluated:
         self()
 
     def __call__(self) -> tuple[int, int]:
-        now = [session.n_evaluated for session in self.sessions]
+        now = [session.account.n_evaluated for session in self.sessions]
         before, self.before = getattr(self, "before", now), now
         return now[0] - before[0], now[1] - before[1]
 
@@ -66,7 +66,7 @@ def test_packed_together_or_each_alone_the_scores_are_the_same(pair, monkeypatch
     evaluated = Evaluated(pair)
     together = score(pair, documents, no_bar)
     assert evaluated() == (cost(documents), cost(documents))
-    assert pair.expert_session.n_calls < len(documents)
+    assert pair.expert_session.account.n_calls < len(documents)
     monkeypatch.setattr(scoring, "PACK_TOKENS", 1)
     alone = score(pair, documents, no_bar)
     assert evaluated() == (cost(documents), cost(documents))

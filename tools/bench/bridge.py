@@ -30,6 +30,7 @@ from colm_edge.arrays import Floats
 from colm_edge.cancel import Cancel
 from colm_edge.decode.bridge import Bridge
 from colm_edge.decode.spelling import Crossing
+from colm_edge.llama.account import Account
 from colm_edge.llama.context import ContextOptions
 from colm_edge.llama.model import Model
 from colm_edge.llama.session import Session
@@ -44,8 +45,7 @@ class Recorded:
     """A timeline that says in turn what an expert said once."""
 
     n_ctx = 1 << 20
-    n_evaluated = n_calls = 0
-    seconds = load_seconds = 0.0
+    account = Account()
 
     def __init__(self, said: Sequence[Floats]) -> None:
         self._said = said

@@ -82,13 +82,13 @@ def scoring_pass(
     session = session_of(pair, name)
     with tempfile.TemporaryDirectory() if work else nullcontext() as folder:
         place = Path(folder) if folder else None
-        inside = session.seconds
+        inside = session.account.seconds
         begun, cpu_begun = perf_counter(), process_time()
         # What an expert is asked about its base's choices costs the same, whatever they are.
         choices = documents.scored(0, len(documents)) if name == "expert" else None
         scoring.score_model(pair, name, documents, no_bar, work=place, choices=choices)
         cpu = process_time() - cpu_begun
-        return perf_counter() - begun, cpu, session.seconds - inside
+        return perf_counter() - begun, cpu, session.account.seconds - inside
 
 
 def session_of(pair: Pair, name: Side) -> Session:

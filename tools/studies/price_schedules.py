@@ -29,6 +29,7 @@ from colm_edge.cancel import Cancel
 from colm_edge.decode.fast import Fast
 from colm_edge.decode.loop import Schedule
 from colm_edge.decode.planner import Planner
+from colm_edge.llama.account import Account
 from colm_edge.llama.costs import CostTable
 from colm_edge.llama.held import common_prefix
 from colm_edge.pair import Pair, load
@@ -70,13 +71,11 @@ class Priced:
     """A timeline that evaluates nothing and adds up what its batches would cost."""
 
     n_ctx = 1 << 30
-    load_seconds = 0.0
 
     def __init__(self, costs: CostTable, trace: Trace, confidence: Sequence[float] = ()) -> None:
         self._costs, self._trace, self._confidence = costs, trace, confidence
         self._held = array("i")
-        self.n_evaluated = self.n_calls = 0
-        self.seconds = 0.0
+        self.account = Account()
         self.cuts = False  # whether batches are cut and filled up to the cheapest sizes
 
     def turn_to(self, prompt: array[int]) -> None:
@@ -92,11 +91,10 @@ class Priced:
         keep = min(keep, outputs[0] if outputs else len(wanted) - 1)
         n, several = len(wanted) - keep, len(outputs) > 1
         pieces = self._costs.chunks(n, n + N_VOCAB, whole=several) if self.cuts else [(n, n)]
-        self.seconds += sum(self._costs(size) for _, size in pieces)
-        self.seconds += self._costs.outputs(len(outputs)) if several else 0.0
+        seconds = sum(self._costs(size) for _, size in pieces)
+        seconds += self._costs.outputs(len(outputs)) if several else 0.0
         self._held = wanted
-        self.n_calls += 1
-        self.n_evaluated += n
+        self.account += Account(n, 1, seconds)
         return n
 
     def state(self, i: int) -> tuple[Floats, Floats]:
@@ -132,7 +130,7 @@ def cost(
             expert.cuts, schedule = True, Fast([planner])
         written = replay(base, expert, read_nothing, trace, 0.5, N_VOCAB, schedule)
         assert [step.token for step in written] == tokens
-        total += base.seconds + expert.seconds
+        total += base.account.seconds + expert.account.seconds
     return total
 
 
