@@ -254,9 +254,6 @@ class AwayTimeline(Around):
         with self._slots.away():
             return self._inner.sync(tokens, outputs, cancel)
 
-    def state(self, i: int) -> tuple[Floats, Floats]:
-        return self._inner.state(i)
-
 
 class Slots:
     """A pair's models for several answers at once.

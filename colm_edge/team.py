@@ -6,7 +6,6 @@ from array import array
 from collections.abc import Callable, Sequence
 from functools import partial
 
-from colm_edge.arrays import Floats
 from colm_edge.cancel import Cancel
 from colm_edge.decode.background import Background, can_overlap
 from colm_edge.decode.bridge import Bridge
@@ -290,9 +289,6 @@ class Guest(Around):
     ) -> int:
         self._member.make_room()
         return self._inner.sync(tokens, outputs, cancel)
-
-    def state(self, i: int) -> tuple[Floats, Floats]:
-        return self._inner.state(i)
 
 
 def trained_context(model: Model | RemoteExpert) -> int:

@@ -167,6 +167,3 @@ class Awaited(Around):
         reply.add_done_callback(lambda _: self._base.replied(perf_counter() - begun))
         self._base.go_on(tokens, reply, cancel)
         return self._expert.sync(tokens, outputs, cancel)
-
-    def state(self, i: int) -> tuple[Floats, Floats]:
-        return self._expert.state(i)

@@ -13,7 +13,6 @@ from array import array
 from collections.abc import Callable, Sequence
 from functools import cached_property, partial
 
-from colm_edge.arrays import Floats
 from colm_edge.cancel import Cancel
 from colm_edge.decode.background import Background
 from colm_edge.decode.planner import Rate
@@ -156,9 +155,6 @@ class Guessing(Around):
             took, known = session.account.seconds - before, self._seen.get(n_done)
             self._seen[n_done] = took if known is None else (known + took) / 2
         return n_done
-
-    def state(self, i: int) -> tuple[Floats, Floats]:
-        return self._session.state(i)
 
     @cached_property
     def _costs(self) -> CostTable | None:

@@ -30,7 +30,7 @@ class Timeline(Protocol):
 
 
 class Around:
-    """What a timeline around another one passes on: its size, and what was evaluated so far."""
+    """What a timeline around another one passes on: its size, its account and its states."""
 
     def __init__(self, inner: Timeline) -> None:
         self._inner = inner
@@ -45,6 +45,9 @@ class Around:
 
     def turn_to(self, prompt: array[int]) -> None:
         self._inner.turn_to(prompt)
+
+    def state(self, i: int) -> tuple[Floats, Floats]:
+        return self._inner.state(i)
 
     def keeps(self, tokens: Sequence[int], n: int) -> bool:
         """Return whether these tokens can be evaluated, and what is told after the first n of them
