@@ -50,7 +50,7 @@ MOST_DEFERRED = 0.5  # of the expert's own text, by a switch whose threshold sho
 UNFIT = ("--threshold-by", "--review", "--update", "--report-dir", "--expert-scores")
 
 
-class Tolerance(Number):
+class ToleranceType(Number):
     """A number of nats, "off" (infinity), or "best", as it is."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
@@ -145,7 +145,7 @@ score_files = gathered(
 @click.option(
     "--review",
     "carried",
-    type=Tolerance(0, math.inf, {"off": math.inf}),
+    type=ToleranceType(0, math.inf, {"off": math.inf}),
     metavar="NUMBER|off|best",
     help="Tolerance of review, in nats, that the switch file carries, for answers that ask for "
     "none; best: the one that the report recommends.  [default: none]",

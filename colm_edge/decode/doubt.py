@@ -33,7 +33,7 @@ class Rival:
 
 
 @dataclass(slots=True)
-class Held:
+class Pending:
     """A token that is not final. rival: of a token of the expert's that may still be doubted."""
 
     step: Step
@@ -52,7 +52,7 @@ class Doubt:
 
     def __init__(self, nats: float, window: int, follow: Follow | None = None) -> None:
         self._nats, self._window, self._follow = nats, window, follow
-        self._held: list[Held] = []
+        self._held: list[Pending] = []
         self._ready: deque[Event] = deque()
 
     def next(self, loop: Decoder) -> Event:
@@ -98,7 +98,7 @@ class Doubt:
             step = picker.write(loop.sources[expert], p_defer, *prediction)
             if guess.token != step.token and guess.token not in loop.end_tokens:
                 rival = Rival(guess, after, expert)
-        held.append(Held(step, rival))
+        held.append(Pending(step, rival))
         return [Drafted(step), *self._release(self._n_settled())]
 
     def _suspect(self) -> int | None:
@@ -144,7 +144,7 @@ class Doubt:
         rival = gone[0].rival
         assert rival is not None
         loop.picker.rollback(rival.after)
-        self._held.append(Held(rival.step))
+        self._held.append(Pending(rival.step))
         steps = [one.step for one in gone]
         undone = loop.undo(len(loop.tokens) + suspect, steps, rival.gain)
         return [undone, Drafted(rival.step)]

@@ -31,7 +31,7 @@ from colm_edge.decode.fresh import Drawn, Fresh
 from colm_edge.decode.loop import Decoder, Follow
 from colm_edge.decode.picker import Picker, Prediction, Sampler, likeliest
 from colm_edge.decode.planner import Planner
-from colm_edge.decode.policy import BASE
+from colm_edge.decode.policy import BASE, Reading
 from colm_edge.decode.step import ZERO_PROBABILITY, Drafted, Event, Source, Step
 from colm_edge.errors import AbsentExpertError
 
@@ -109,9 +109,10 @@ class Draft:
 
 @dataclass(slots=True)
 class Deferral:
-    """A position that the switch defers to an expert: the base's own token, and its logits."""
+    """A position that the switch defers to an expert: its reading, the base's own token, and the
+    base's logits, (n_vocab,)."""
 
-    writer: int
+    reading: Reading
     guess: Step
     logits: Floats
 
@@ -236,7 +237,7 @@ class Review:
         guess = picker.write_own(reading, logits)
         if writer != BASE:
             picker.rollback(mark)
-            return self._call(loop, tokens, bets, Deferral(writer, guess, logits))
+            return self._call(loop, tokens, bets, Deferral(reading, guess, logits))
         looked_at = p_defer >= self._floor or guess.token in loop.end_tokens
         bets.drafted(self._expert, looked_at)
         if not drafts and not looked_at:
@@ -255,7 +256,7 @@ class Review:
         tokens: to evaluate: without the last draft, whose state only matters if it stays.
         """
         drafts, self._drafts = self._drafts, []
-        writer = self._expert if deferral is None else deferral.writer
+        writer = self._expert if deferral is None else deferral.reading.writer
         known = self._known[1] if self._known is not None and self._known[0] == writer else None
         self._known = None
         written: list[Event] = [draft.step for draft in drafts]
@@ -275,7 +276,7 @@ class Review:
                 loop.evaluate_expert(writer, tokens, outputs)
             except AbsentExpertError:  # its context is full of its own tokens (`Bridge`)
                 loop.stats.expert_failures += deferral is not None
-                return written if deferral is None else [*written, self._own(loop, deferral, at)]
+                return written if deferral is None else [*written, self._own(loop, deferral)]
         predictions = {} if known is None or not drafts else {start: known}
         for place in places[len(predictions) :]:
             predictions[place] = self._prediction(loop, writer, place, drafts[place - start])
@@ -292,7 +293,7 @@ class Review:
             theirs = theirs or loop.read_expert(writer, at, deferral.logits, deferral.guess.p_defer)
         except AbsentExpertError:
             loop.stats.expert_failures += 1
-            return [*written, self._own(loop, deferral, at)]
+            return [*written, self._own(loop, deferral)]
         step = loop.picker.write(loop.sources[writer], deferral.guess.p_defer, *theirs)
         if bets.settle(writer, deferral.guess, step, at, placed):
             with suppress(AbsentExpertError):
@@ -335,11 +336,9 @@ class Review:
         return place - start, instead
 
     @staticmethod
-    def _own(loop: Decoder, deferral: Deferral, at: int) -> Step:
+    def _own(loop: Decoder, deferral: Deferral) -> Step:
         """Return what the base writes itself where no expert can."""
-        picker, logits = loop.picker, deferral.logits
-        choice, logsumexp = picker.read(at, logits, of_base=True)
-        return picker.write("base", deferral.guess.p_defer, logits, choice, logsumexp)
+        return loop.picker.write_own(deferral.reading, deferral.logits)
 
     @staticmethod
     def _best(draft: Draft, logits: Floats, choice: int) -> int:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-Rows = npt.NDArray[np.int32]
+Int32s = npt.NDArray[np.int32]
 
 
 @dataclass(slots=True)
@@ -88,12 +88,12 @@ class Held:
         self._stretches.clear()
 
     @property
-    def rows(self) -> Rows:
+    def rows(self) -> Int32s:
         """How the tokens were evaluated, (stretches, 3), for `restore`."""
         rows = [(one.start, one.n_prompt, one.whole) for one in self._stretches]
         return np.array(rows, np.int32).reshape(-1, 3)
 
-    def restore(self, tokens: Rows, rows: Rows) -> None:
+    def restore(self, tokens: Int32s, rows: Int32s) -> None:
         """Hold these tokens. Raises ValueError for rows that cannot be theirs."""
         if rows.ndim != 2 or rows.shape[1] != 3:
             raise ValueError(f"rows of the shape {rows.shape}; expected (stretches, 3)")

@@ -21,7 +21,7 @@ from colm_edge.errors import ModelError, PromptError
 from colm_edge.llama.account import Account
 from colm_edge.llama.context import Bytes, Context, ContextOptions
 from colm_edge.llama.costs import CostTable
-from colm_edge.llama.held import Held, Rows
+from colm_edge.llama.held import Held, Int32s
 from colm_edge.llama.model import Model
 
 
@@ -29,7 +29,7 @@ class Snapshot(NamedTuple):
     """Tokens (n,), how they were evaluated (stretches, 3), and llama.cpp's state after them."""
 
     tokens: Tokens
-    stretches: Rows
+    stretches: Int32s
     state: Bytes
 
 

@@ -21,7 +21,7 @@ CONTROL = llama.LLAMA_TOKEN_ATTR_CONTROL | llama.LLAMA_TOKEN_ATTR_UNKNOWN
 LONG_TEXT = 20_000
 
 
-class Vocabulary(Protocol):
+class TokenTable(Protocol):
     """A model's vocabulary; `Model` documents the methods."""
 
     def metadata(self, key: str) -> str | None: ...
@@ -34,7 +34,7 @@ class Vocabulary(Protocol):
 class Tokenizer:
     """A model's tokenizer; `Model` documents what it does."""
 
-    def __init__(self, model: Vocabulary) -> None:
+    def __init__(self, model: TokenTable) -> None:
         self._model = model
 
     def tokens(self, text: str, special: bool, bos: bool) -> list[int]:

@@ -28,7 +28,7 @@ from colm_edge.llama.account import Account
 from colm_edge.llama.model import Model
 from colm_edge.llama.vocabulary import Vocabulary
 from colm_edge.options import EXPERT_TIMEOUT
-from colm_edge.remote.dialect import Body, Dialect, Reply, Scored
+from colm_edge.remote.dialect import Body, Dialect, Scored, Successors
 from colm_edge.remote.greeting import MALFORMED, MOST_TOKENS, greet, shown
 from colm_edge.remote.http import RequestError, Server
 from colm_edge.remote.logprobs import check_logprobs, likely, logits_of
@@ -121,11 +121,11 @@ class RemoteExpert:
 
         return self.with_retries(work)
 
-    def ask_rows(self, tokens: list[int], places: Sequence[int]) -> list[Reply]:
+    def ask_rows(self, tokens: list[int], places: Sequence[int]) -> list[Successors]:
         """Return what follows several of a text's tokens, at rising places, the last of which is
         the last token. Raises what `ask` raises."""
 
-        def work() -> list[Reply]:
+        def work() -> list[Successors]:
             dialect = self.connected()
             if dialect.rows is None:
                 return [self._ask(tokens[: at + 1], dialect.n_probs) for at in places]
@@ -140,13 +140,13 @@ class RemoteExpert:
 
         return self.with_retries(work)
 
-    def _ask(self, tokens: list[int], n_probs: int) -> Reply:
+    def _ask(self, tokens: list[int], n_probs: int) -> Successors:
         dialect = self.connected()
         self._check_length(tokens)
         body = dialect.ask(self.model, tokens, n_probs)
         return self.read(dialect, body, lambda answer: self._checked(dialect.read(answer), n_probs))
 
-    def _checked(self, reply: Reply, n_probs: int) -> Reply:
+    def _checked(self, reply: Successors, n_probs: int) -> Successors:
         """Return a server's reply without ids that no token has, and learn what it spells.
         Raises ValueError for what cannot be."""
         n = reply.n_evaluated
@@ -324,7 +324,7 @@ class RemoteExpert:
         return AbsentExpertError(what)
 
 
-class _Reply(NamedTuple):
+class _Outcome(NamedTuple):
     """What a server told, and the seconds that it took; or what went wrong."""
 
     logits: Floats
@@ -344,7 +344,7 @@ class RemoteSession:
         self.expert = expert
         self.account = Account()
         self._held, self._logits = array("i"), np.empty(0, np.float32)
-        self._begun: tuple[array[int], Future[_Reply]] | None = None
+        self._begun: tuple[array[int], Future[_Outcome]] | None = None
 
     @property
     def name(self) -> str:
@@ -384,14 +384,14 @@ class RemoteSession:
 
     def begin(
         self, tokens: Sequence[int], outputs: Sequence[int] = (), cancel: Cancel | None = None
-    ) -> Future[_Reply]:
+    ) -> Future[_Outcome]:
         """Begin to ask, and return at once; `sync` of the same tokens waits for the answer. An
         answer that nobody waits for is dropped."""
-        wanted, reply = array("i", tokens), Future[_Reply]()
+        wanted, reply = array("i", tokens), Future[_Outcome]()
         self._check(wanted, outputs)
         self._begun = wanted, reply
         if wanted == self._held:  # `sync` has nothing to ask
-            reply.set_result(_Reply(self._logits, 0, 0.0))
+            reply.set_result(_Outcome(self._logits, 0, 0.0))
             return reply
         # Not a pool's thread: the process may end while a server does not answer.
         threading.Thread(
@@ -435,13 +435,13 @@ class RemoteSession:
                 "earlier ones are wanted; give a GGUF file (-me)"
             )
 
-    def _ask(self, wanted: array[int]) -> _Reply:
+    def _ask(self, wanted: array[int]) -> _Outcome:
         begun = time.perf_counter()
         try:
             logits, n_evaluated = self.expert.ask(wanted.tolist())
         except Exception as e:  # a server may fail, which takes time as well
-            return _Reply(np.empty(0, np.float32), None, time.perf_counter() - begun, e)
-        return _Reply(logits, n_evaluated, time.perf_counter() - begun)
+            return _Outcome(np.empty(0, np.float32), None, time.perf_counter() - begun, e)
+        return _Outcome(logits, n_evaluated, time.perf_counter() - begun)
 
     def state(self, i: int) -> tuple[Floats, Floats]:
         """Return (logits, nothing) after token i of the last `sync`, its last one."""

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from colm_edge.remote import vllm
-from colm_edge.remote.dialect import Body, Reply, Rows, Scoring, Spelling
+from colm_edge.remote.dialect import AskPieces, AskRows, AskScores, Body, Successors
 from colm_edge.remote.llama_cpp import piece_of, read_spelt
 
 # The expert's own probabilities, whatever the server's defaults are.
@@ -31,8 +31,8 @@ def _ask(model: str, tokens: list[int], n_probs: int) -> Body:
     return vllm.ask(model, tokens, n_probs) | _EXPERT_ALONE
 
 
-def _read(answer: Any) -> Reply:
-    return Reply(vllm.read_top(answer["choices"][0]), _n_evaluated(answer))
+def _read(answer: Any) -> Successors:
+    return Successors(vllm.read_top(answer["choices"][0]), _n_evaluated(answer))
 
 
 def _n_evaluated(answer: Any) -> int | None:
@@ -50,7 +50,7 @@ def _ask_rows(model: str, tokens: list[int], places: Sequence[int], n_probs: int
     return asked | (inside if len(places) > 1 else {})
 
 
-def _read_rows(answer: Any, places: Sequence[int]) -> list[Reply]:
+def _read_rows(answer: Any, places: Sequence[int]) -> list[Successors]:
     choice, last = answer["choices"][0], _read(answer)
     inside = vllm.read_inside(choice, places)[:-1] if len(places) > 1 else []
     pieces = {int(token): piece_of(piece) for token, piece in choice["pieces"].items()}
@@ -69,7 +69,7 @@ DIALECT = replace(
     ask=_ask,
     read=_read,
     n_answer=0,
-    spelling=Spelling(read_spelt, about="/tokenizer_info"),
-    scoring=Scoring(_ask_scores, vllm.read_scores),
-    rows=Rows(_ask_rows, _read_rows),
+    spelling=AskPieces(read_spelt, about="/tokenizer_info"),
+    scoring=AskScores(_ask_scores, vllm.read_scores),
+    rows=AskRows(_ask_rows, _read_rows),
 )

@@ -17,7 +17,7 @@ Spelt = list[tuple[int, bytes]]  # tokens, and the bytes of each
 Scored = tuple[list[float], list[bool]]
 
 
-class Reply(NamedTuple):
+class Successors(NamedTuple):
     """What a server tells of what follows some tokens.
 
     n_evaluated: how many tokens it evaluated, if it tells. pieces: the bytes of tokens in `top`, if
@@ -48,7 +48,7 @@ class Tokenize(Protocol):
 
 
 @dataclass(frozen=True)
-class Scoring:
+class AskScores:
     """How a server is asked how likely the tokens of documents are.
 
     ask: (model, documents) -> body of a request to the dialect's `path`.
@@ -60,7 +60,7 @@ class Scoring:
 
 
 @dataclass(frozen=True)
-class Rows:
+class AskRows:
     """How a server is asked, in one request, what follows several of a text's tokens.
 
     ask: (model, tokens, rising places in them, n_probs) -> body of a request to the dialect's
@@ -69,19 +69,19 @@ class Rows:
     """
 
     ask: Callable[[str, list[int], Sequence[int], int], Body]
-    read: Callable[[Any, Sequence[int]], list[Reply]]
+    read: Callable[[Any, Sequence[int]], list[Successors]]
 
 
 @dataclass(frozen=True)
-class Spelling:
+class AskPieces:
     """How a server tells what its tokens spell, which an expert of another vocabulary needs.
 
     read: (answer to /tokenize, the text) -> its tokens with their bytes.
     about: path of a GET whose answer has `eos_token`; "" for none.
     keeps_names: whether names of control tokens in a text stay text if that is asked for.
     pieces: (model, tokens, the name of a control token and its id) -> body of a request to
-        /detokenize; None where `Reply.pieces` tells them. read_pieces: (answer, tokens, that name)
-        -> their bytes, as far as known.
+        /detokenize; None where `Successors.pieces` tells them. read_pieces: (answer, tokens, that
+        name) -> their bytes, as far as known.
     is_exact: whether these are surely the bytes.
     """
 
@@ -114,9 +114,9 @@ class Dialect:
     path: str
     tokenize: Tokenize
     ask: Callable[[str, list[int], int], Body]
-    read: Callable[[Any], Reply]
+    read: Callable[[Any], Successors]
     n_probs: int
-    spelling: Spelling
+    spelling: AskPieces
     n_answer: int = 1
-    scoring: Scoring | None = None
-    rows: Rows | None = None
+    scoring: AskScores | None = None
+    rows: AskRows | None = None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from colm_edge.remote.dialect import Body, Dialect, Reply, Spelling, Spelt
+from colm_edge.remote.dialect import AskPieces, Body, Dialect, Spelt, Successors
 
 
 def _tokenize(
@@ -43,11 +43,11 @@ def _ask(model: str, tokens: list[int], n_probs: int) -> Body:
     }
 
 
-def _read(answer: Any) -> Reply:
+def _read(answer: Any) -> Successors:
     items = answer["completion_probabilities"][0]["top_logprobs"]
     top = {int(item["id"]): float(item["logprob"]) for item in items}
     pieces = {int(item["id"]): piece_of(item["bytes"]) for item in items if "bytes" in item}
-    return Reply(top, int(answer["timings"]["prompt_n"]), pieces)
+    return Successors(top, int(answer["timings"]["prompt_n"]), pieces)
 
 
 DIALECT = Dialect(
@@ -58,5 +58,5 @@ DIALECT = Dialect(
     ask=_ask,
     read=_read,
     n_probs=64,  # sampling usually reads the 40 likeliest (top_k)
-    spelling=Spelling(read_spelt, about="/props"),
+    spelling=AskPieces(read_spelt, about="/props"),
 )

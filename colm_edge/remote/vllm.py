@@ -10,14 +10,14 @@ from typing import Any
 
 from colm_edge.remote.byte_names import spelt_by
 from colm_edge.remote.dialect import (
+    AskPieces,
+    AskRows,
+    AskScores,
     Body,
     Dialect,
-    Reply,
-    Rows,
     Scored,
-    Scoring,
-    Spelling,
     Spelt,
+    Successors,
     Top,
 )
 
@@ -83,8 +83,8 @@ def read_top(choice: Any) -> Top:
     return {int(name.removeprefix("token_id:")): float(x) for name, x in top.items()}
 
 
-def _read(answer: Any) -> Reply:
-    return Reply(read_top(answer["choices"][0]), _n_evaluated(answer.get("usage") or {}))
+def _read(answer: Any) -> Successors:
+    return Successors(read_top(answer["choices"][0]), _n_evaluated(answer.get("usage") or {}))
 
 
 def _ask_rows(model: str, tokens: list[int], places: Sequence[int], n_probs: int) -> Body:
@@ -95,15 +95,15 @@ def _ask_rows(model: str, tokens: list[int], places: Sequence[int], n_probs: int
     return _ask(model, tokens, n_probs) | {"prompt": [tokens[: at + 1] for at in places]}
 
 
-def _read_rows(answer: Any, places: Sequence[int]) -> list[Reply]:
+def _read_rows(answer: Any, places: Sequence[int]) -> list[Successors]:
     """Read what is told of several; how many tokens were evaluated is told of the last alone."""
     choices = {int(choice["index"]): choice for choice in answer["choices"]}
     if len(places) > FEW:
         return read_inside(choices[0], places)
-    return [Reply(read_top(choices[i]), None) for i in range(len(places))]
+    return [Successors(read_top(choices[i]), None) for i in range(len(places))]
 
 
-def read_inside(choice: Any, places: Sequence[int]) -> list[Reply]:
+def read_inside(choice: Any, places: Sequence[int]) -> list[Successors]:
     """Read what follows tokens of a prompt: the entry of the next one tells it, and after the last
     one the answer."""
     *inside, last = places
@@ -111,7 +111,7 @@ def read_inside(choice: Any, places: Sequence[int]) -> list[Reply]:
     if len(choice["prompt_logprobs"]) != last + 1:
         raise ValueError(f"{len(choice['prompt_logprobs'])} entries of {last + 1} tokens")
     tops = [{int(token): float(x["logprob"]) for token, x in entry.items()} for entry in entries]
-    return [Reply(top, None) for top in (*tops, read_top(choice))]
+    return [Successors(top, None) for top in (*tops, read_top(choice))]
 
 
 def _n_evaluated(usage: Any) -> int | None:
@@ -163,13 +163,13 @@ DIALECT = Dialect(
     ask=_ask,
     read=_read,
     n_probs=20,  # the most that it allows by default (--max-logprobs)
-    spelling=Spelling(
+    spelling=AskPieces(
         _read_spelt,
         keeps_names=False,
         pieces=_ask_pieces,
         read_pieces=_read_pieces,
         is_exact=False,  # some tokenizers tidy up spaces before a full stop
     ),
-    scoring=Scoring(_ask_scores, read_scores),
-    rows=Rows(_ask_rows, _read_rows),
+    scoring=AskScores(_ask_scores, read_scores),
+    rows=AskRows(_ask_rows, _read_rows),
 )

@@ -54,13 +54,13 @@ COPY_ROWS = 1 << 14  # written at once
 PACK_TOKENS = 1024  # of short documents, evaluated together
 
 
-class Progress(Protocol):
+class Bar(Protocol):
     """A progress bar: `update(n)` says how many more tokens were scored."""
 
     def update(self, n_steps: int) -> None: ...
 
 
-MakeProgress = Callable[[str, int], AbstractContextManager[Progress]]
+MakeProgress = Callable[[str, int], AbstractContextManager[Bar]]
 Shard = tuple[int, int]  # (k, n): the k-th of n parts
 # What an expert told while it wrote documents, by their keys: of each of the tokens, its likeliest
 # ones, best first, (n, k), and their log-probabilities.

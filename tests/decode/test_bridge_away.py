@@ -24,7 +24,7 @@ from colm_edge.decode.policy import Policy
 from colm_edge.decode.spelling import Crossing
 from colm_edge.errors import AbsentExpertError
 from colm_edge.llama.vocabulary import runs_of
-from colm_edge.remote.dialect import Dialect, Reply
+from colm_edge.remote.dialect import Dialect, Successors
 from colm_edge.remote.greeting import DIALECTS
 from colm_edge.remote.http import RequestError
 from colm_edge.remote.rows import RowsSession
@@ -127,8 +127,8 @@ class Served:
         raw = self.speaker.words.piece(token)
         return "".join(characters[b] for b in raw) or self.speaker.words.name(token)
 
-    def ask_rows(self, tokens: list[int], places: Sequence[int]) -> list[Reply]:
-        def work() -> list[Reply]:
+    def ask_rows(self, tokens: list[int], places: Sequence[int]) -> list[Successors]:
+        def work() -> list[Successors]:
             self.requests.append((self.dialect.path, {}))
             return [self.reply(tuple(tokens[: at + 1])) for at in places]
 
@@ -137,12 +137,12 @@ class Served:
             self.words.learn(reply.pieces.items())
         return replies
 
-    def reply(self, prefix: tuple[int, ...]) -> Reply:
+    def reply(self, prefix: tuple[int, ...]) -> Successors:
         self.prefixes.append(prefix)
         x = log_softmax(self.speaker.logits(prefix))
         top = {int(t): float(x[t]) for t in np.argsort(-x)[: self.n]}
         tells = self.dialect.spelling.pieces is None
-        return Reply(top, 1, {t: self.speaker.words.piece(t) for t in top} if tells else {})
+        return Successors(top, 1, {t: self.speaker.words.piece(t) for t in top} if tells else {})
 
 
 def is_text(raw: bytes) -> bool:
