@@ -36,7 +36,7 @@ def parts_of(name: str) -> list[str]:
     """Return the names of all files of a model, given that of any one. llama.cpp splits large
     models and numbers the parts."""
     part = _PART.search(name)
-    if part is None:
+    if part is None or not 1 <= int(part[1]) <= int(part[2]):
         return [name]
     count = int(part[2])
     return [f"{name[: part.start()]}-{i:05d}-of-{count:05d}.gguf" for i in range(1, count + 1)]

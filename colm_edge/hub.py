@@ -19,7 +19,8 @@ from colm_edge.files import parts_of, sha256_of
 # user/repo:file.gguf or user/repo:QUANT; a file may be in a folder of the repository.
 REFERENCE = re.compile(r"([\w.-]+/[\w.-]+):([\w./-]+)")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
-_SHA256 = re.compile(r"[0-9a-f]{64}")
+SHA256_DIGITS = 64
+_CHECKSUM = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
 SPARE_BYTES = 1 << 30  # of the disk, left free by a download
 TRIES = 5  # of a download whose connection is reset
 Note = Callable[[str], None]
@@ -33,9 +34,10 @@ def is_reference(text: str) -> bool:
 def fetch(reference: str, *, offline: bool = False, note: Note = lambda text: None) -> Path:
     """Return the file of a reference, downloaded if it is not in the Hub's cache yet.
 
-    Of a model in several files, all are fetched and the first is returned. A download must have
-    the SHA-256 that the Hub states; one that was stopped, or killed, goes on where it was. What is
-    in the cache is used as it is: the Hub is not asked whether it has something newer.
+    Of a model in several files, all are fetched, of one revision, and the first is returned. A
+    download must have the checksum that the Hub states; one that was stopped, or killed, goes on
+    where it was. What is in the cache is used as it is: the Hub is not asked whether it has
+    something newer.
 
     offline: look only in the cache, as with HF_HUB_OFFLINE. note: told before a download begins.
 
@@ -53,8 +55,11 @@ def fetch(reference: str, *, offline: bool = False, note: Note = lambda text: No
     with _explained(reference):
         if not _is_gguf(name):
             name = _file_of(repo, name)
-        first, *_ = [_fetch_file(repo, part, note) for part in parts_of(name)]
-        return first
+        first, *others = parts_of(name)
+        path, commit = _fetch_file(repo, first, None, note)
+        for part in others:  # of two revisions they would not fit together
+            _fetch_file(repo, part, commit, note)
+        return path
 
 
 def find_cached(reference: str) -> Path | None:
@@ -79,7 +84,14 @@ def _parse(reference: str) -> tuple[str, str]:
     match = REFERENCE.fullmatch(reference)
     if match is None:
         raise ModelError(f"{reference!r} is not a reference; expected user/repo:file.gguf")
+    if not _is_inside(match[2]):
+        raise ModelError(f"{reference!r}: {match[2]} is not the name of a file in a repository")
     return match[1], match[2]
+
+
+def _is_inside(name: str) -> bool:
+    """Return whether a name is that of a file in a folder, and leads nowhere else."""
+    return not set(name.split("/")) & {"", ".", ".."} and not set(name) & {"\\", ":", "\0"}
 
 
 def _is_gguf(name: str) -> bool:
@@ -129,6 +141,7 @@ def _file_of(repo: str, quantisation: str) -> str:
     """Return the name of a repository's file of a quantisation, as the Hub tells it."""
     # `list_repo_files` would try for 24 s where there is no network.
     names = [file.rfilename for file in _api().model_info(repo).siblings or ()]
+    names = list(filter(_is_inside, names))
     found = _of_quantisation(names, quantisation)
     if found is None:
         files = sorted(filter(_is_gguf, names))
@@ -147,21 +160,27 @@ def _of_quantisation(names: list[str], quantisation: str) -> str | None:
     return next((name for name in models if end.search(name)), None)
 
 
-def _fetch_file(repo: str, name: str, note: Note) -> Path:
-    """Return one file of a repository, from the cache or downloaded into it."""
-    for commit in _cached_commits(repo)[:1]:
+def _fetch_file(repo: str, name: str, revision: str | None, note: Note) -> tuple[Path, str]:
+    """Return one file of a repository, from the cache or downloaded into it, and its commit.
+
+    revision: the commit; by default the latest that is known here, else the latest.
+    """
+    for commit in [revision] if revision else _cached_commits(repo)[:1]:
         if (cached := _cached_file(repo, name, commit)) is not None:
-            return cached
+            return cached, commit
     import huggingface_hub as hub
 
     api = _api()
-    about = api.get_hf_file_metadata(url=hub.hf_hub_url(repo, name, endpoint=api.endpoint))
-    if about.etag is None or about.commit_hash is None:
+    url = hub.hf_hub_url(repo, name, revision=revision, endpoint=api.endpoint)
+    about = api.get_hf_file_metadata(url=url)
+    # Both become parts of paths, and what is fetched is trusted by its checksum alone.
+    etag, latest = about.etag or "", about.commit_hash or ""
+    if not _CHECKSUM.fullmatch(etag) or not _COMMIT.fullmatch(latest):
         raise ModelError(
             f"{repo}:{name}: {api.endpoint} does not answer as the Hub does; check HF_ENDPOINT"
         )
     folder = _cache_of(repo)
-    blob = folder / "blobs" / about.etag
+    blob = folder / "blobs" / etag
     # Whenever this process is killed, a blob has been hashed; what is unchecked has not, and the
     # next run goes on with it. Each of the repository's files has one at most.
     mark = hashlib.sha256(name.encode()).hexdigest()[:16]
@@ -175,7 +194,7 @@ def _fetch_file(repo: str, name: str, note: Note) -> Path:
                 other.unlink()  # of what the Hub had under this name before
             _download(repo, name, about, unchecked, note)
             os.replace(unchecked, blob)
-        return _add_to_snapshot(blob, about.commit_hash, name)
+        return _add_to_snapshot(blob, latest, name), latest
 
 
 def _download(repo: str, name: str, about: Any, file: Path, note: Note) -> None:
@@ -195,14 +214,22 @@ def _download(repo: str, name: str, about: Any, file: Path, note: Note) -> None:
         amount = f"{as_size(known)} of {as_size(size)} are here" if known else as_size(size)
         note(f"downloading {what} ({amount}) …")
     _download_to(file, repo, name, about)
-    if _SHA256.fullmatch(about.etag) is not None:
-        found = sha256_of(file)
-        if found != about.etag:
-            file.unlink()
-            raise ModelError(
-                f"{what}: its SHA-256 is {found[:12]}…, the Hub states "
-                f"{about.etag[:12]}…; the file was removed, download it again"
-            )
+    found = _checksum(file, about.etag)
+    if found != about.etag:
+        file.unlink()
+        raise ModelError(
+            f"{what}: its checksum is {found[:12]}…, the Hub states {about.etag[:12]}…; the file "
+            "was removed, download it again"
+        )
+
+
+def _checksum(file: Path, wanted: str) -> str:
+    """Return a file's checksum of the wanted one's kind: SHA-256, or git's SHA-1 of a small file
+    that is not in LFS."""
+    if len(wanted) == SHA256_DIGITS:
+        return sha256_of(file)
+    content = file.read_bytes()
+    return hashlib.sha1(b"blob %d\0%b" % (len(content), content), usedforsecurity=False).hexdigest()
 
 
 def _most_by_http() -> int:

@@ -17,6 +17,7 @@ from hub_server import COMMIT, Hub
 from colm_edge import hub, references
 from colm_edge.cli import main
 from colm_edge.errors import ModelError
+from colm_edge.files import parts_of
 from colm_edge.hub import fetch
 
 
@@ -320,11 +321,11 @@ def test_a_file_of_an_earlier_revision_stays_of_use(server):
     parts = ["p-F16-00001-of-00002.gguf", "p-F16-00002-of-00002.gguf"]
     server.repos["them/model"] = {"a-Q4_0.gguf": b"GGUFa", parts[0]: b"GGUF1", parts[1]: b"GGUF2"}
     first = fetch("them/model:Q4_0")
-    hub._fetch_file("them/model", parts[0], lambda text: None)
+    hub._fetch_file("them/model", parts[0], None, lambda text: None)
     server.commit = "b" * 40
     server.repos["them/model"] |= {"c-Q8_0.gguf": b"GGUFc"}
     newer = fetch("them/model:Q8_0")
-    hub._fetch_file("them/model", parts[1], lambda text: None)
+    hub._fetch_file("them/model", parts[1], None, lambda text: None)
     n = len(server.requests)
     for reference in ("them/model:a-Q4_0.gguf", "them/model:Q4_0"):
         assert hub.find_cached(reference) == fetch(reference, offline=True) == first
@@ -334,6 +335,47 @@ def test_a_file_of_an_earlier_revision_stays_of_use(server):
     assert hub.find_cached("them/model:F16") is None
     whole = fetch("them/model:F16")
     assert {path.name for path in whole.parent.glob("p-*")} == set(parts)
+
+
+def test_the_parts_of_a_model_are_of_one_revision(server):
+    parts = ["p-F16-00001-of-00002.gguf", "p-F16-00002-of-00002.gguf"]
+    server.repos["them/model"] = {parts[0]: b"GGUF1", parts[1]: b"GGUF2"}
+    _, before = hub._fetch_file("them/model", parts[0], None, lambda text: None)
+    server.requests.clear()
+    fetch("them/model:F16")
+    heads = [path for method, path, _ in server.requests if method == "HEAD"]
+    assert heads == [f"/them/model/resolve/{before}/{parts[1]}"]
+
+
+@pytest.mark.parametrize("name", ["../m.gguf", "a/../../m.gguf", "/m.gguf", "a//m.gguf"])
+def test_no_name_leads_out_of_its_repository(server, name):
+    server.repos["them/model"] = {name: b"GGUF", "x-Q4_0.gguf": b"GGUF"}
+    with pytest.raises(ModelError, match="is not the name of a file in a repository"):
+        fetch(f"them/model:{name}")
+    server.repos["them/model"] = {f"{name[:-5]}-Q8_0.gguf": b"GGUF"}
+    with pytest.raises(ModelError, match="has no file of Q8_0"):
+        fetch("them/model:Q8_0")
+
+
+@pytest.mark.parametrize("commit", ["", "../../../up", "main"])
+def test_no_commit_leads_out_of_the_cache(server, commit):
+    server.repos["them/model"] = {"m.gguf": b"GGUF"}
+    server.commit = commit
+    with pytest.raises(ModelError, match="does not answer as the Hub does"):
+        fetch("them/model:m.gguf")
+
+
+def test_the_number_of_a_part_is_one_of_them():
+    for name in ("m-00001-of-00000.gguf", "m-00003-of-00002.gguf", "m-00000-of-00002.gguf"):
+        assert parts_of(name) == [name]
+
+
+def test_a_small_file_has_gits_checksum(tmp_path):
+    """`printf hello | git hash-object --stdin`"""
+    file = tmp_path / "f"
+    file.write_bytes(b"hello")
+    git = "b6fc4c620b67d95f953a5c1c1230aaab5db5a1b0"
+    assert hub._checksum(file, git) == git
 
 
 def test_a_vision_projector_is_not_the_model(server):

@@ -176,9 +176,10 @@ def main(
             f"{checkpoint}: no such file or folder; expected a Co-LLM folder, a gperp_init.bin or "
             "a file with the switch's row"
         )
-    check_writable(outfile or os.devnull, checkpoint)
+    read = [checkpoint, *checkpoint.iterdir()] if checkpoint.is_dir() else [checkpoint]
+    check_writable(outfile or os.devnull, *read)
     if onnx is not None:
-        check_writable(onnx, checkpoint, outfile)
+        check_writable(onnx, *read, outfile)
     found = None
     if checkpoint.is_dir():
         found = open_checkpoint(checkpoint)

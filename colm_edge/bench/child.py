@@ -25,7 +25,8 @@ def main() -> None:
     arguments = task["arguments"]
     if name == "expert-llama-cpp-python":
         options = ContextOptions(**{name: arguments[name] for name in CONTEXT})
-        high_level = HighLevel(Session(Model(arguments["expert"]), options))
+        model = Model(arguments["expert"], arguments["n_gpu_layers_expert"])
+        high_level = HighLevel(Session(model, options))
         high_level.run(trace.prompt, len(trace.tokens))
     else:
         with load(**arguments) as pair, Methods(pair, trace) as methods:

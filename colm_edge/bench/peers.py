@@ -8,7 +8,7 @@ import subprocess
 from collections.abc import Collection, Iterable, Iterator
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from colm_edge.bench.rounds import Sample, clocked
 from colm_edge.errors import ColmError
@@ -20,6 +20,13 @@ if TYPE_CHECKING:
 
 # 0.02.033.145 I encoded   18 tokens in    0.427 seconds, speed:   65.639 t/s
 FIGURES = re.compile(r"^.*(encoded|decoded) +(\d+) tokens in .*speed: +(\S+) t/s", re.MULTILINE)
+
+
+class Output(NamedTuple):
+    """What a program wrote."""
+
+    stdout: str
+    stderr: str
 
 
 class HighLevel:
@@ -137,19 +144,20 @@ class Tools:
             text = text.removesuffix(end)
         return Sample(figures["decoded"][0], sum(s for _, s in figures.values()), text=text)
 
-    def _run(self, command: list[str]) -> subprocess.CompletedProcess[str]:
+    def _run(self, command: list[str]) -> Output:
         program = self._folder / command[0]
         try:
-            return subprocess.run(
-                [program, *command[1:]],
-                capture_output=True,
-                text=True,
-                errors="replace",
-                check=True,
-                env=environment(),
+            done = subprocess.run(
+                [program, *command[1:]], capture_output=True, check=False, env=environment()
             )
-        except OSError as e:
-            raise ColmError(f"{program}: {e.strerror or e}; build llama.cpp's programs") from e
-        except subprocess.CalledProcessError as e:
-            last = (e.stderr.strip().splitlines() or ["no message"])[-1]
-            raise ColmError(f"{program} failed: {last}") from e
+        except FileNotFoundError as e:
+            raise ColmError(f"{program}: {e.strerror}; build llama.cpp's programs") from e
+        except (OSError, ValueError) as e:  # a prompt that is too long, or holds a NUL
+            why = getattr(e, "strerror", None) or e
+            raise ColmError(f"{program}: cannot be run so: {why}") from e
+        # As they are: a translated end of line would not be the prompt's.
+        stdout, stderr = (out.decode("utf-8", "replace") for out in (done.stdout, done.stderr))
+        if done.returncode != 0:
+            last = (stderr.strip().splitlines() or ["no message"])[-1]
+            raise ColmError(f"{program} failed: {last}")
+        return Output(stdout, stderr)

@@ -64,7 +64,9 @@ class Process:
         values = {name: float(value) for name, _, value in parts}
         rate, agree = values.pop("f", -1.0), values.pop("agree", AGREE)
         run = values.pop("run", 0.0)
-        in_range = 0 <= rate <= 1 and 0 <= agree <= 1 and (run == 0 or run >= 1)
+        # Between two runs of deferrals stands at least one token of the base.
+        most = run / (run + 1) if run else 1.0
+        in_range = 0 <= rate <= most and 0 <= agree <= 1 and (run == 0 or run >= 1)
         if values or not in_range or len(parts) != len({name for name, _, _ in parts}):
             raise ValueError(text)
         return cls(rate, agree, run)
@@ -77,7 +79,7 @@ class Process:
         """
         draw, rate = random.Random(seed), self.rate
         stay = 1 - 1 / self.run if self.run else rate
-        begin = min(1.0, (1 - stay) * rate / (1 - rate)) if rate < 1 else 1.0
+        begin = (1 - stay) * rate / (1 - rate) if rate < 1 else 1.0
 
         def deferrals() -> list[bool]:
             found: list[bool] = []

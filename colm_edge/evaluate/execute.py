@@ -53,7 +53,7 @@ os._exit(int(status))
 
 def passes(code: str) -> bool:
     """Return whether the code runs to its end: no exception, no limit met, no exit of its own."""
-    # Code that ends itself does not know the status that stands for its end.
+    # Code that ends itself does not guess the status that stands for its end.
     status = 64 + randbelow(64)
     # `python -I` reads no environment and no site of the user's; the folder is empty.
     with tempfile.TemporaryDirectory() as folder:

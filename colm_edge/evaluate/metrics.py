@@ -17,6 +17,12 @@ if TYPE_CHECKING:  # numpy is not needed here: the command line imports this mod
 # line has no right answer; every line is tried with an empty text before the first generation.
 Metric = Callable[[str, dict[str, Any]], float]
 METRICS: dict[str, Metric] = {}  # by name, in the order of the help
+# A fenced block, also of a list, with what stands after its ```; the last one may have no end.
+BLOCK = re.compile(
+    r"^[ \t]*(?:[-*]|\d+\.)?[ \t]*```+[ \t]*([^\s`]*)[^`\n]*\n(.*?)(?:```|\Z)",
+    re.DOTALL | re.MULTILINE,
+)
+PYTHON = re.compile(r"py(?:thon)?[\d.]*", re.IGNORECASE)
 
 
 def metric(judge: Metric) -> Metric:
@@ -35,9 +41,12 @@ def exact(text: str, row: dict[str, Any]) -> float:
 def contains(text: str, row: dict[str, Any]) -> float:
     """The text contains the line's `answer` (or its completion) as a whole: no letter or digit
     touches it, and no sign, comma or decimal makes it another number."""
-    wanted = re.escape((row.get("answer") or row["completion"]).strip())
-    before = r"(?<![\w.+\N{MINUS SIGN}-])(?<!\d,)"
-    return float(re.search(rf"{before}{wanted}(?!\w|[.,]\d)", text) is not None)
+    wanted = (row.get("answer") or row["completion"]).strip()
+    before = r"(?<![^\W_])"
+    if wanted[:1].isdigit() or wanted[:1] == ".":
+        before += r"(?<![.+\N{MINUS SIGN}-])(?<!\d,)"
+    found = re.search(rf"{before}{re.escape(wanted)}(?![^\W_]|[.,]\d)", text)
+    return float(found is not None)
 
 
 @metric
@@ -76,11 +85,10 @@ def python(text: str, row: dict[str, Any]) -> float:
 def code_of(text: str) -> str:
     """Return the Python code of an answer: the blocks that say they are Python, else all blocks,
     else the whole text."""
-    for language in (r"(?:python|py)\d?", r"\w*"):
-        fence = rf"```{language}[ \t]*\n(.*?)(?:```|\Z)"
-        if blocks := re.findall(fence, text, re.DOTALL | re.IGNORECASE):
-            return "\n".join(map(textwrap.dedent, blocks))  # a block may stand in a list
-    return text
+    blocks = BLOCK.findall(text.replace("\r\n", "\n"))
+    ours = [code for language, code in blocks if PYTHON.fullmatch(language)]
+    chosen = ours or [code for _, code in blocks]
+    return "\n".join(map(textwrap.dedent, chosen)) or text  # a block may stand in a list
 
 
 @metric

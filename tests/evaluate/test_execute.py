@@ -40,6 +40,9 @@ def test_the_set_up_runs_before_the_tests():
 
 def test_python_blocks_go_before_others():
     assert code_of("```python\na\n```\n```\nb\n```\n```py\nc\n```") == "a\n\nc\n"
+    for opened in "```python3.11", "```python title=a.py", "~\n- ```py\r", "```Python ":
+        assert code_of(f"{opened}\na\n```\nDone.") == "a\n", opened
+    assert code_of("```c++\na\n```\nThen\n```\nb\n```\nend") == "a\n\nb\n"
 
 
 @pytest.mark.parametrize(

@@ -36,6 +36,8 @@ def test_these_metrics_are_there():
         ("contains", "1,500 metres", {"completion": "x", "answer": "1,500"}, 1),
         ("contains", "\N{MINUS SIGN}5 degrees", {"completion": "x", "answer": "5"}, 0),
         ("contains", "the domain is .ke.", {"completion": ".ke"}, 1),
+        ("contains", "It is...__Paris__", {"completion": "Paris"}, 1),
+        ("contains", "Parisian", {"completion": "Paris"}, 0),
         ("gsm8k", "so 5 and 7\n#### 1,234", {"completion": "#### 1234"}, 1),
         ("gsm8k", "so it is 12.", {"completion": "#### 12"}, 1),
         ("gsm8k", "no idea", {"completion": "#### 12"}, 0),

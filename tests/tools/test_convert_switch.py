@@ -48,6 +48,17 @@ def test_every_layout_gives_its_last_row(tmp_path, layout, names, dtype):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["c", "s.gguf"]
 
 
+def test_no_file_of_the_checkpoint_is_written_over(tmp_path):
+    make_checkpoint(tmp_path / "c")
+    (weights,) = (tmp_path / "c").glob("*.safetensors")
+    before = weights.read_bytes()
+    for options in ((), ("--onnx", weights)):
+        outfile = tmp_path / "s.gguf" if options else weights
+        result = convert(tmp_path / "c", "--outfile", outfile, *options)
+        assert "is used by this command already" in result.stderr
+        assert weights.read_bytes() == before
+
+
 @pytest.mark.parametrize("file", co_llm.TOKENIZER_FILES)
 def test_any_tokenizer_file_names_the_row(tmp_path, file):
     tensors = make_checkpoint(tmp_path / "c", files=[file])
