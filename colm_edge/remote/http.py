@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import threading
 import time
 from collections.abc import Callable
@@ -51,14 +52,15 @@ class Server:
             )
         self._httpx = httpx = import_httpx()
         address, _, self.model = url.partition("#")
+        shown = re.sub(r"//[^/@#]*@", "//", url)  # without a password
         try:
             parsed = httpx.URL(address)
         except httpx.InvalidURL as e:
-            raise ModelError(f"{url}: {e}; expected http://host:port") from e
+            raise ModelError(f"{shown}: {e}; expected http://host:port") from e
         if not parsed.host or not 0 < (parsed.port or 80) < 1 << 16:
-            raise ModelError(f"{url} is not an address; expected http://host:port")
+            raise ModelError(f"{shown} is not an address; expected http://host:port")
         if parsed.query:
-            raise ModelError(f"{url} has a query; expected http://host:port")
+            raise ModelError(f"{shown} has a query; expected http://host:port")
         self.is_local = is_this_machine(parsed.host)
         self.address = str(parsed.copy_with(userinfo=b"")).rstrip("/").removesuffix("/v1")
         self.name = f"{self.address}#{self.model}" if self.model else self.address

@@ -8,7 +8,8 @@ from pydantic import Field, model_validator
 
 from colm_edge.errors import ColmError
 from colm_edge.serve.dialogue import Conversation, arguments_of, thinking_of
-from colm_edge.serve.requests import MAX_LOGPROBS, Body, List, Sampling, TextPart, joined
+from colm_edge.serve.errors import RefusalError
+from colm_edge.serve.requests import MAX_LOGPROBS, Body, Objects, Sampling, TextPart, joined
 from colm_edge.serve.tools import Tool, use_of
 
 
@@ -33,8 +34,8 @@ class ToolCall(Body):
 
 class Message(Body):
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | List[Part] | None = None
-    tool_calls: List[ToolCall] | None = None
+    content: str | Objects[Part] | None = None
+    tool_calls: Objects[ToolCall] | None = None
     tool_call_id: str | None = None
     name: str | None = None
     reasoning_content: str | None = None
@@ -113,8 +114,8 @@ class ResponseFormat(Body):
 class Messages(Body):
     """A conversation, and what its template reads besides."""
 
-    messages: List[Message] = Field(min_length=1)
-    tools: List[FunctionTool] | None = None
+    messages: Objects[Message] = Field(min_length=1)
+    tools: Objects[FunctionTool] | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedTool = "auto"
     parallel_tool_calls: bool = True
     chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)  # llama.cpp's, vLLM's
@@ -149,6 +150,13 @@ class ChatRequest(Messages, Sampling):
     response_format: ResponseFormat | None = None
     logprobs: bool = False
     top_logprobs: int | None = Field(default=None, ge=0, le=MAX_LOGPROBS)
+
+    @model_validator(mode="after")
+    def asks_for_logprobs(self) -> Self:
+        if self.top_logprobs and not self.logprobs:
+            message = "top_logprobs needs logprobs: true; add it, or leave both out"
+            raise RefusalError(400, message, param="top_logprobs")
+        return self
 
     def schema_wanted(self) -> dict[str, Any] | None:
         wanted = self.response_format.wanted if self.response_format is not None else None

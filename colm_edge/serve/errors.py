@@ -131,8 +131,7 @@ async def _invalid(request: Request, e: RequestValidationError) -> JSONResponse:
         return len(_place(error, e.body)), kind == "literal_error", not kind.endswith("_type")
 
     error = max(e.errors(), key=rank)
-    content_type = request.headers.get("content-type", "")
-    message, param = explain(error, content_type, _place(error, e.body))
+    message, param = explain(error, _place(error, e.body))
     return RefusalError(400, message, param=param).response(request.url.path)
 
 
@@ -154,8 +153,6 @@ HANDLERS: dict[int | type[Exception], Any] = {
     UnicodeEncodeError: _half_a_character,
 }
 
-UNSUPPORTED = ("logit_bias", "best_of", "suffix")
-
 
 def _place(error: Mapping[str, Any], body: Any) -> tuple[str | int, ...]:
     """Return where in the body an error is, without pydantic's own names of types."""
@@ -174,19 +171,13 @@ def _place(error: Mapping[str, Any], body: Any) -> tuple[str | int, ...]:
     return tuple(found)
 
 
-def explain(
-    error: Mapping[str, Any], content_type: str, place: tuple[str | int, ...]
-) -> tuple[str, str | None]:
+def explain(error: Mapping[str, Any], place: tuple[str | int, ...]) -> tuple[str, str | None]:
     """Say in one sentence what pydantic found wrong with a body; return also the field's name.
     place: of the error, as `_place` returns it."""
     where = ".".join(map(str, place))
     field = str(error["loc"][1]) if len(error["loc"]) > 1 else ""
     if error["type"] == "json_invalid":
         return f"the body is not valid JSON: {error['ctx']['error']}", None
-    if not where and "json" not in content_type:
-        return "the body was not read as JSON; send Content-Type: application/json", None
-    if field in UNSUPPORTED:
-        return f"{field}: not supported by this server; leave it out", field
     if field == "messages" and "content" in place:
         where = where[: where.index("content") + len("content")]
         return f"{where}: expected a text, or parts of type text", where

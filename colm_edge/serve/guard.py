@@ -59,11 +59,16 @@ class JSONRoute(APIRoute):
         handle = super().get_route_handler()
 
         async def read(request: Request) -> Response:
-            scope = request.scope
+            scope, of_type = request.scope, request.headers.get("content-type", "")
             # Ollama takes any type, and curl sends a form's. A browser tells the page's origin.
             if scope["path"].startswith("/api/") and "origin" not in request.headers:
                 others = [(key, x) for key, x in scope["headers"] if key != b"content-type"]
                 scope = {**scope, "headers": [*others, (b"content-type", b"application/json")]}
+            elif scope["method"] == "POST" and "json" not in of_type:
+                # A page of another site may send anything but this type without asking first.
+                raise RefusalError(
+                    400, "the body was not read as JSON; send Content-Type: application/json"
+                )
             return await handle(JSONRequest(scope, request.receive))
 
         return read

@@ -22,7 +22,7 @@ from colm_edge.serve.errors import ANTHROPIC_REFUSALS, RefusalError, anthropic
 from colm_edge.serve.formats import colm_of
 from colm_edge.serve.guard import JSONRoute, TheServer
 from colm_edge.serve.parts import CallArguments, CallBegan, Part, Reply, Text, Thought
-from colm_edge.serve.requests import Body, List, Sampling, Stop, TextPart, joined
+from colm_edge.serve.requests import Body, List, Objects, Sampling, Stop, TextPart, joined
 from colm_edge.serve.streaming import EventStream, sse, while_connected
 from colm_edge.serve.tools import Choice, Tool, use_of
 
@@ -49,16 +49,16 @@ class UseBlock(Body):
 class ResultBlock(Body):
     type: Literal["tool_result"]
     tool_use_id: str
-    content: str | List[TextBlock] = ""
+    content: str | Objects[TextBlock] = ""
 
 
-Texts = str | List[TextBlock]
+Texts = str | Objects[TextBlock]
 Block = Annotated[TextBlock | ThinkingBlock | UseBlock | ResultBlock, Field(discriminator="type")]
 
 
 class Message(Body):
     role: Literal["system", "user", "assistant"]
-    content: str | List[Block]
+    content: str | Objects[Block]
 
     def as_dicts(self) -> list[Json]:
         """Return it as messages of OpenAI's: each tool's result is one of its own, before what
@@ -119,9 +119,9 @@ class Thinking(Body):
 class CountRequest(Body):
     """A conversation whose tokens a client wants to count."""
 
-    messages: List[Message] = Field(min_length=1)
+    messages: Objects[Message] = Field(min_length=1)
     system: Texts = ""
-    tools: List[OfferedTool] = Field(default_factory=list)
+    tools: Objects[OfferedTool] = Field(default_factory=list)
     tool_choice: ToolChoice = ToolChoice()
     output_config: OutputConfig = OutputConfig()
     thinking: Thinking | None = None

@@ -30,9 +30,11 @@ from colm_edge.serve.requests import (
     BodyOptions,
     ColmFields,
     List,
+    Objects,
     Sampling,
     Seed,
     Stop,
+    not_supported,
     refuse_unsupported,
 )
 from colm_edge.serve.streaming import EventStream, one_line, while_connected
@@ -52,7 +54,6 @@ class SamplingOptions(BodyOptions):
     num_predict: int | None = Field(default=None, ge=-2)  # -1, -2: as much as there is room for
     seed: Seed | None = None
     stop: Stop | List[Stop] | None = None
-    repeat_last_n: Literal[64] | None = None  # what llama.cpp's penalties look at here
 
     @model_validator(mode="before")
     @classmethod
@@ -81,13 +82,13 @@ class Asked(Body):
         colm = given["colm"] if isinstance(given.get("colm"), dict) else {}
         for name in UNSUPPORTED:
             if given.get(name) or colm.get(name):
-                raise ValueError(f"{name} is not supported by this server; leave it out")
+                raise not_supported(name)
         return given
 
     @property
     def sampling(self) -> Sampling:
         """The options, under the names that they have in OpenAI's API."""
-        given = self.options.model_dump(exclude={"num_predict", "repeat_last_n"}, exclude_none=True)
+        given = self.options.model_dump(exclude={"num_predict"}, exclude_none=True)
         if (limit := self.options.num_predict) is not None:
             given["max_tokens"] = max(-1, limit)
         return Sampling.model_validate({**given, "stream": self.stream, "colm": self.colm})
@@ -119,7 +120,7 @@ class Message(Body):
     role: Literal["system", "user", "assistant", "tool"]
     content: str = ""
     thinking: str | None = None
-    tool_calls: List[ToolCall] = Field(default_factory=list)
+    tool_calls: Objects[ToolCall] = Field(default_factory=list)
     images: list[Any] = Field(default_factory=list, max_length=0)
     tool_name: str | None = None  # whose result it is
 
@@ -161,8 +162,8 @@ def with_ids(messages: list[Json]) -> list[Json]:
 
 
 class ChatRequest(Asked):
-    messages: List[Message] = Field(default_factory=list)
-    tools: List[FunctionTool] = Field(default_factory=list)
+    messages: Objects[Message] = Field(default_factory=list)
+    tools: Objects[FunctionTool] = Field(default_factory=list)
 
     def conversation(self) -> Conversation:
         """Return the conversation. Raises ColmError for tools that cannot be."""
@@ -190,9 +191,12 @@ async def chat(body: ChatRequest, server: TheServer, request: Request) -> Respon
         message: Json = {"role": "assistant", "content": reply.text}
         if reply.thought:
             message["thinking"] = reply.thought
-        if reply.calls:
-            given = [(call.name, arguments_of(call.arguments)) for call in reply.calls]
-            calls = [{"name": n, "arguments": a} for n, a in given if isinstance(a, dict)]  # whole
+        # A call that was cut is none: the client would run it.
+        given = [
+            (call.name, arguments_of(call.arguments)) for call in reply.calls if call.arguments
+        ]
+        calls = [{"name": n, "arguments": a} for n, a in given if isinstance(a, dict)]
+        if calls:
             message["tool_calls"] = [{"function": call} for call in calls]
         return {"message": message}
 

@@ -24,10 +24,17 @@ DEFAULT_COMPLETION = 16  # tokens of a plain completion that sets no limit, as i
 REFUSED: dict[str, tuple[Any, ...]] = {
     **dict.fromkeys(
         ("allowed_token_ids", "guided_choice", "guided_grammar",
-         "guided_json", "guided_regex", "logits_processors", "structured_outputs",
+         "guided_json", "guided_regex", "logits_processors", "n_predict", "structured_outputs",
          "truncate_prompt_tokens"), ()),
     **dict.fromkeys(("bad_words", "functions", "stop_token_ids"), ([],)),
+    "add_generation_prompt": (True,),
+    "best_of": (1,),
     "function_call": ("auto", "none"),
+    "include_stop_str_in_output": (False,),
+    "logit_bias": ({},),
+    "modalities": (["text"],),
+    "repeat_last_n": (64,),  # what llama.cpp's penalties look at here
+    "suffix": ("",),
     **dict.fromkeys(
         ("dry_multiplier", "dynatemp_range", "ignore_eos", "min_tokens", "mirostat",
          "use_beam_search", "xtc_probability"), (0,)),
@@ -38,6 +45,8 @@ REFUSED: dict[str, tuple[Any, ...]] = {
 T = TypeVar("T")
 # The first wrong element ends the reading: 4 MB of them would be made into 5 GB of errors.
 List = Annotated[list[T], Field(fail_fast=True)]
+# Of objects, whose reading takes long, and everybody waits for it.
+Objects = Annotated[list[T], Field(fail_fast=True, max_length=10_000)]
 
 
 class Body(BaseModel):
@@ -54,10 +63,15 @@ class Body(BaseModel):
 
 
 def refuse_unsupported(given: dict[str, Any]) -> None:
-    """Raise ValueError for a field of REFUSED whose value would change the answer."""
+    """Raise RefusalError for a field of REFUSED whose value would change the answer."""
     for name, harmless in REFUSED.items():
         if given.get(name) is not None and given[name] not in harmless:
-            raise ValueError(f"{name} is not supported by this server; leave it out")
+            raise not_supported(name)
+
+
+def not_supported(name: str) -> RefusalError:
+    """Return the refusal of a field."""
+    return RefusalError(400, f"{name} is not supported by this server; leave it out", param=name)
 
 
 def options_in(place: Literal["body", "colm"]) -> dict[str, Any]:
@@ -129,8 +143,6 @@ class Sampling(BodyOptions):
     stream_options: StreamOptions | None = None
     colm: ColmFields = ColmFields()
     json_schema: dict[str, Any] | None = None  # llama.cpp's: of what the answer has to be
-    # Not supported, and ignoring it would change the answer: a request that sets it is refused.
-    logit_bias: dict[str, float] | None = Field(default=None, max_length=0)
 
     @model_validator(mode="before")
     @classmethod
@@ -141,7 +153,8 @@ class Sampling(BodyOptions):
         colm = given["colm"] if isinstance(given.get("colm"), dict) else {}
         for name in cls.elsewhere:
             if given.get(name) is not None or colm.get(name):
-                raise ValueError(f"{name} means nothing at this path; leave it out")
+                message = f"{name} means nothing at this path; leave it out"
+                raise RefusalError(400, message, param=name)
         refuse_unsupported(given)
         return given
 
@@ -196,8 +209,6 @@ class CompletionRequest(Sampling):
     prompt_logprobs: int | None = Field(default=None, ge=0, le=MAX_LOGPROBS)  # vLLM's
     prompt_logprobs_from: int = Field(default=1, ge=1)  # of the tokens from this one on
     echo: bool = False
-    best_of: Literal[1] | None = None
-    suffix: Literal[""] | None = None
     return_tokens_as_token_ids: bool = False  # vLLM's: token_id:7 instead of a text
     special: bool = False  # whether names of control tokens in a text stand for these
     with_pieces: bool = False  # tell what each token spells that has a log-probability

@@ -24,7 +24,7 @@ from colm_edge.serve.errors import REFUSALS, RefusalError
 from colm_edge.serve.formats import colm_of, usage_of
 from colm_edge.serve.guard import JSONRoute, TheServer
 from colm_edge.serve.parts import CallArguments, CallBegan, Part, Text, Thought
-from colm_edge.serve.requests import Body, List, Sampling, TextPart, joined
+from colm_edge.serve.requests import Body, Objects, Sampling, TextPart, joined, not_supported
 from colm_edge.serve.streaming import EventStream, sse, while_connected
 from colm_edge.serve.tools import use_of
 
@@ -38,7 +38,7 @@ class InputText(TextPart):
     type: Literal["input_text", "output_text", "text"]
 
 
-Texts = str | List[InputText]
+Texts = str | Objects[InputText]
 
 
 class InputMessage(Body):
@@ -69,7 +69,7 @@ class InputReasoning(Body):
     """What was thought before an earlier answer."""
 
     type: Literal["reasoning"]
-    content: List[ReasoningText] = Field(default_factory=list)
+    content: Objects[ReasoningText] = Field(default_factory=list)
 
 
 class Reasoning(Body):
@@ -114,11 +114,11 @@ class NamedTool(Body):
 class ResponsesRequest(Sampling):
     elsewhere = ("max_tokens", "json_schema", "trace", "provisional")
 
-    input: str | Annotated[List[Item], Field(min_length=1)]
+    input: str | Annotated[Objects[Item], Field(min_length=1)]
     instructions: str | None = None
     max_output_tokens: int | None = Field(default=None, ge=0)
     text: TextOptions = TextOptions()
-    tools: List[FunctionTool] = Field(default_factory=list)
+    tools: Objects[FunctionTool] = Field(default_factory=list)
     tool_choice: Literal["none", "auto", "required"] | NamedTool = "auto"
     parallel_tool_calls: bool = True
     reasoning: Reasoning = Reasoning()
@@ -130,7 +130,7 @@ class ResponsesRequest(Sampling):
     def is_stateless(cls, given: Any) -> Any:
         for name in STATEFUL if isinstance(given, dict) else ():
             if given.get(name):
-                raise ValueError(f"{name} is not supported by this server; leave it out")
+                raise not_supported(name)
         return given
 
     @field_validator("input")

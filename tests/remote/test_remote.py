@@ -17,7 +17,7 @@ from colm_edge.cli import main
 from colm_edge.cli.terminal import summary
 from colm_edge.errors import AbsentExpertError, ColmError, MismatchError, ModelError
 from colm_edge.pair import load
-from colm_edge.remote.http import EXPERT_KEY_VARIABLE
+from colm_edge.remote.http import EXPERT_KEY_VARIABLE, Server
 from colm_edge.remote.logprobs import logits_of
 
 pytestmark = pytest.mark.usefixtures("no_back_off")
@@ -272,3 +272,10 @@ def test_what_needs_the_weights_says_so(tiny, tmp_path):
         ):  # fmt: skip
             with pytest.raises(ColmError, match="needs the expert's weights here"):
                 use()
+
+
+@pytest.mark.parametrize("rest", ["host:8080?x=1", "host:99999", ":80", "host:80x"])
+def test_an_address_that_is_refused_tells_no_password(rest):
+    with pytest.raises(ModelError) as refused:
+        Server(f"http://user:secret@{rest}", 1.0)
+    assert "secret" not in str(refused.value)

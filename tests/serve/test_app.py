@@ -381,7 +381,11 @@ def test_models_and_health(client, url, pair):
             400,
             "tool_calls.0.function: Field required",
         ),
-        ({"messages": CHAT, "logit_bias": {"5": 3}}, 400, "logit_bias: not supported"),
+        ({"messages": CHAT, "logit_bias": {"5": 3}}, 400, "logit_bias is not supported"),
+        ({"messages": CHAT, "best_of": 3}, 400, "best_of is not supported"),
+        ({"messages": CHAT, "repeat_last_n": 0}, 400, "repeat_last_n is not supported"),
+        ({"messages": CHAT, "top_logprobs": 3}, 400, "top_logprobs needs logprobs"),
+        ({"messages": CHAT * 10_001}, 400, "messages"),
         (
             {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
             400,

@@ -40,7 +40,6 @@ OPENAI = SAMPLED | {
     "n": (2, {}),
     "stream_options": ({"include_usage": True}, {"stream": True}),
     "json_schema": ({"type": "boolean"}, {}),
-    "logit_bias": ({"7": 1.0}, {}),
 }
 THE_CHAT = {
     "messages": ([{"role": "user", "content": "other words"}], {}),
@@ -64,8 +63,6 @@ PATHS: dict[str, tuple[Any, dict[str, Any], dict[str, tuple[Any, dict[str, Any]]
         "prompt_logprobs": (1, {}),
         "prompt_logprobs_from": (3, {"prompt_logprobs": 1}),
         "echo": (True, {}),
-        "best_of": (2, {}),
-        "suffix": ("!", {}),
         "return_tokens_as_token_ids": (True, {"logprobs": 1}),
         "special": (True, {"prompt": "<|end|>"}),
         "with_pieces": (True, {"logprobs": 1}),
@@ -81,7 +78,6 @@ PATHS: dict[str, tuple[Any, dict[str, Any], dict[str, tuple[Any, dict[str, Any]]
         "stop": ("e", {}),
         "n": (2, {}),
         "json_schema": ({"type": "boolean"}, {}),
-        "logit_bias": ({"7": 1.0}, {}),
     }),
     "/v1/responses": (responses.ResponsesRequest, {"input": "hello", "max_output_tokens": 5}, {
         **SAMPLED,
@@ -99,7 +95,6 @@ PATHS: dict[str, tuple[Any, dict[str, Any], dict[str, tuple[Any, dict[str, Any]]
         "stop": (["e", "a", "i", " ", "."], {"max_output_tokens": 24}),
         "n": (2, {}),
         "json_schema": ({"type": "boolean"}, {}),
-        "logit_bias": ({"7": 1.0}, {}),
     }),
     "/api/chat": (ollama.ChatRequest, {"messages": USER, **LINE}, {
         "messages": ([{"role": "user", "content": "other words"}], {}),

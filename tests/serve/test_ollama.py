@@ -199,7 +199,11 @@ def test_a_type_is_not_needed_but_of_a_page(url):
     assert answer.status_code == 200
     assert answer.json()["done"]
     page = {"Content-Type": "text/plain", "Origin": "https://a.example"}
-    for path, headers in (("/api/generate", page), ("/v1/completions", form)):
+    untyped = {"Origin": "https://a.example"}
+    for path, headers in (
+        ("/api/generate", page), ("/api/generate", untyped), ("/v1/completions", form),
+        ("/v1/completions", untyped),
+    ):  # fmt: skip
         refused = httpx.post(f"{url}{path}", content=body, headers=headers, timeout=60)
         assert refused.status_code == 400
         assert "send Content-Type: application/json" in refused.text

@@ -104,6 +104,50 @@ def test_below_an_answer_that_was_cut_another_question_can_be_asked(script):
     page.locator(".turn").nth(1).wait_for(state="detached")
 
 
+GONE = """() => {
+  const key = "colm-edge/chat/" + location.hash.slice(1);
+  localStorage.removeItem(key);
+  dispatchEvent(new StorageEvent("storage", { key }));
+}"""
+
+
+def test_a_conversation_that_another_tab_deleted_can_no_longer_be_renamed(script):
+    page = script.page
+    script.answers("one", "x")
+    failed: list[object] = []
+    page.on("pageerror", lambda error: failed.append(error))  # noqa: PLW0108 - it is given a mark
+    page.get_by_role("button", name="More of one").press("Enter")
+    page.get_by_role("button", name="Rename").press("Enter")
+    page.evaluate(GONE)
+    page.keyboard.press("Enter")
+    page.locator("#none").wait_for()
+    assert page.locator("#list li").count() == 0
+    assert not failed
+
+
+def test_a_question_that_was_being_changed_outlives_its_turn(script):
+    page = script.page
+    script.answers("one", "x")
+    press(page, 0, "Edit")
+    page.keyboard.type("one more")
+    page.evaluate(CHANGE.replace("Object.assign", "chat.turns[0].id += '2'; Object.assign"), {})
+    page.get_by_text("That turn is gone").wait_for()
+    assert page.get_by_label("Your message").input_value() == "oneone more"
+    assert turns(page) == ["one"]
+
+
+def test_a_server_that_says_nothing_of_itself_does_not_hold_up_the_reader(context, url):
+    context.add_init_script(SCRIPT)
+    page = context.new_page()
+    page.route("**/v1/models", lambda route: None)
+    page.goto(url)
+    ask(page, "one")
+    page.get_by_role("button", name="Stop").click()
+    page.get_by_role("button", name="Send").wait_for()
+    press(page, 0, "Delete")
+    page.locator(".turn").wait_for(state="detached")
+
+
 def test_a_writing_whose_turn_another_tab_deleted_ends(script, context):
     page = script.page
     ask(page, "one")

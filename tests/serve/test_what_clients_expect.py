@@ -66,7 +66,7 @@ def test_an_answer_is_a_call_if_all_its_calls_are_whole(pair, text):
 
 def test_a_call_that_was_cut_is_none_of_ollamas(url, monkeypatch):
     """Its client takes nothing but an object for arguments, and would lose the whole answer."""
-    calls = [Call("1", "f", '{"a": 1}'), Call("2", "f", '{"a": ')]
+    calls = [Call("1", "f", '{"a": 1}'), Call("2", "f", '{"a": '), Call("3", "f", "")]
     monkeypatch.setattr(Dialogue, "reply", lambda *_: Reply("so", calls=calls))
     asked = {"messages": [USER], "stream": False, "options": {"num_predict": 2}}
     message = httpx.post(f"{url}/api/chat", json=asked, timeout=60).json()["message"]

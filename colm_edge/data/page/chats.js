@@ -9,6 +9,7 @@ const list = $("list"), menu = $("menu");
 /** page: {open(id), remove(id), model()} */
 export function chatList(page) {
   let chosen = null; // whose menu is open
+  let opened = null; // the conversation that is
   let shown = "";
 
   function row(chat, openId) {
@@ -24,6 +25,7 @@ export function chatList(page) {
   }
 
   function draw(openId) {
+    opened = openId;
     const chats = allChats();
     const shape = JSON.stringify([openId, ...chats.map((chat) => [chat.id, titleOf(chat)])]);
     if (shape === shown || list.querySelector("form")) return; // or a name is being written
@@ -44,8 +46,9 @@ export function chatList(page) {
       over = true;
       form.remove();
       shown = ""; // its row is drawn again
-      changeChat(id, (chat) => { if (keep && title) chat.title = title; });
-      if (document.activeElement === document.body) rowOf(id)?.querySelector(".title").focus();
+      const chat = changeChat(id, (chat) => { if (keep && title) chat.title = title; });
+      if (!chat) draw(opened); // another tab has deleted it
+      if (document.activeElement === document.body) rowOf(id)?.querySelector(".title")?.focus();
     };
     form.onsubmit = (event) => { event.preventDefault(); done(true); };
     form.onkeydown = (event) => {

@@ -97,7 +97,18 @@ function drawTurns(all) {
   const lost = all.findLastIndex((turn) => turn.forgotten);
   if (lost >= 0) shown.splice(lost + 1, 0, border);
   place(shown.length ? shown : [hint]);
-  for (const id of views.keys()) if (!all.some((turn) => turn.id === id)) views.delete(id);
+  for (const [id, view] of views) {
+    if (all.some((turn) => turn.id === id)) continue;
+    views.delete(id);
+    keep(view.draft, all);
+  }
+}
+
+// A question that was being changed when its turn was replaced, by another tab, is not lost.
+function keep(draft, all) {
+  if (!draft || all.some((turn) => turn.question === draft)) return;
+  prompt.value = [prompt.value, draft].filter(Boolean).join("\n");
+  say("That turn is gone; what you wrote is below.");
 }
 
 // Put elements in their order, and leave those where they are that are there: what is moved loses

@@ -124,6 +124,12 @@ export class TurnView {
     return { token: this.#tokens[node.dataset.i] };
   }
 
+  /** What the reader has written in the place of the question, and not sent. */
+  get draft() {
+    const text = this.asked.querySelector(".edit textarea")?.value.trim() ?? "";
+    return text === this.question ? "" : text;
+  }
+
   /** Let the question be changed in its place. */
   edit() {
     if (this.asked.querySelector("form")) return;

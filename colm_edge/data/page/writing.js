@@ -16,6 +16,7 @@ export class Writing {
     this.answer.note = "";
     this.drafts = []; // tokens that may still be withdrawn
     this.stopping = new AbortController();
+    this.stopped = new Promise((go) => { this.stopping.signal.onabort = () => go(null); });
   }
 
   /** Write the answer to its end. Throws nothing: what goes wrong is the answer's note. */
@@ -41,6 +42,7 @@ export class Writing {
       this.#end(reason === "length" ? "full" : "done");
     } catch (e) {
       this.#end("failed", e.message);
+      this.stopping.abort(); // the server may still be writing
     }
   }
 
@@ -63,7 +65,10 @@ export class Writing {
 
   async #take() {
     const own = settings();
-    const { max_model_len: nCtx } = (await this.page.model()) ?? {};
+    // It may hang, and the reader can stop it all the same.
+    const known = await Promise.race([this.page.model(), this.stopped]);
+    this.stopping.signal.throwIfAborted();
+    const { max_model_len: nCtx } = known ?? {};
     const messages = messagesFor(getChat(this.chatId), this.turnId, own.system);
     const body = { messages, ...optionsOf(own) };
     const before = this.answer.tokens.length;
