@@ -335,7 +335,8 @@ class Session:
         self.model.header()
         if self._saved is not None:
             return self._saved
-        if self._torn:  # an interrupted decode: what was held before it is whole
+        # What was held before an interrupted decode is whole.
+        if self._torn and self._context.created:
             self._drop(len(self._held.tokens))
         held = self._held
         if not self._context.created or not held.tokens:

@@ -306,31 +306,10 @@ def test_the_command_takes_a_third_model_a_weak_switch_and_a_sweep(tiny, data, t
     head = np.array([[-1.0]], np.float32)
     Switch(("margin",), head, np.zeros(1, np.float32), 64).save(switch)
     picture = tmp_path / "t.png"
-    args = [
-        "eval",
-        "--data",
-        data,
-        "-m",
-        tiny["base"],
-        "-me",
-        tiny["expert"],
-        "-t",
-        "1",
-        "--limit",
-        "4",
-        "--weak",
-        switch,
-        "--anti-expert",
-        tiny["defer"],
-        "--plot",
-        picture,
-        "--defer-rates",
-        "0:0.4:0.2,1",
-        "--methods",
-        "proxy,weak",
-        "--work-dir",
-        tmp_path,
-    ]
+    args = ["eval", "--data", data, "-m", tiny["base"], "-me", tiny["expert"], "-t", "1",
+            "--limit", "4", "--weak", switch, "--anti-expert", tiny["defer"], "--plot", picture,
+            "--defer-rates", "0:0.4:0.2,1", "--methods", "proxy,weak",
+            "--work-dir", tmp_path]  # fmt: skip
     for form in "md", "json":
         result = CliRunner().invoke(main, [str(a) for a in [*args, "-o", form]])
         assert result.exit_code == 0, result.output
