@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 from typing import Any
 
@@ -14,7 +14,7 @@ from fastapi.responses import JSONResponse, Response
 
 from colm_edge.decode.step import Drafted, Step, Undone
 from colm_edge.serve.answers import Ended, Events, Job, Server
-from colm_edge.serve.dialogue import Prompt
+from colm_edge.serve.dialogue import Conversation, Dialogue, Prompt, dialogue_of
 from colm_edge.serve.formats import Format, Json, colm_of, usage_of
 from colm_edge.serve.requests import Sampling
 from colm_edge.serve.streaming import DONE, EventStream, sse, while_connected
@@ -51,6 +51,20 @@ async def respond(
 
     # With log-probabilities of many tokens it takes seconds, for which nobody else is to wait.
     return await asyncio.to_thread(whole)
+
+
+async def one_job(
+    server: Server, body: Sampling, conversation: Callable[[], Conversation], request: Request
+) -> tuple[Dialogue, Job]:
+    """Return what a request for one answer becomes. Where the queue is full, it is refused before
+    it is read.
+
+    Raises RefusalError, and what `dialogue_of` and `jobs_of` raise.
+    """
+    server.check_queue(request.client)
+    dialogue = await dialogue_of(server.pair, conversation)
+    (job,) = await asyncio.to_thread(jobs_of, server, body, [dialogue.prompt])
+    return dialogue, job
 
 
 def jobs_of(server: Server, body: Sampling, prompts: Sequence[Prompt]) -> list[Job]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import secrets
 from collections.abc import AsyncGenerator, Iterator
@@ -16,14 +15,14 @@ from fastapi.responses import JSONResponse, Response
 from pydantic import Field
 
 from colm_edge.serve.answers import Began, Ended, Events
-from colm_edge.serve.completions import jobs_of
-from colm_edge.serve.dialogue import Conversation, Dialogue, dialogue_of
+from colm_edge.serve.completions import one_job
+from colm_edge.serve.dialogue import Conversation, Dialogue
 from colm_edge.serve.errors import ANTHROPIC_REFUSALS, RefusalError, anthropic
 from colm_edge.serve.formats import colm_of
 from colm_edge.serve.guard import JSONRoute, TheServer
 from colm_edge.serve.parts import CallArguments, CallBegan, Part, Reply, Text, Thought
 from colm_edge.serve.requests import Body, List, Objects, Sampling, Stop, TextPart, joined
-from colm_edge.serve.streaming import EventStream, sse, while_connected
+from colm_edge.serve.streaming import BODY_OR_STREAM, EventStream, sse, while_connected
 from colm_edge.serve.tools import Choice, Tool, use_of
 
 router = APIRouter(route_class=JSONRoute, responses=ANTHROPIC_REFUSALS)
@@ -179,14 +178,9 @@ def count_tokens(body: CountRequest, server: TheServer) -> dict[str, int]:
     return {"input_tokens": len(Dialogue(server.pair, body.conversation()).prompt.tokens)}
 
 
-@router.post(
-    "/v1/messages",
-    responses={200: {"content": {"application/json": {}, "text/event-stream": {}}}},
-)
+@router.post("/v1/messages", responses=BODY_OR_STREAM)
 async def messages(body: MessagesRequest, server: TheServer, request: Request) -> Response:
-    server.check_queue(request.client)
-    dialogue = await dialogue_of(server.pair, body.conversation)
-    (job,) = await asyncio.to_thread(jobs_of, server, body, [dialogue.prompt])
+    dialogue, job = await one_job(server, body, body.conversation, request)
     head = {
         "id": "msg_" + secrets.token_hex(12),
         "type": "message",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import hashlib
 import time
 from collections import defaultdict, deque
@@ -19,8 +18,8 @@ from pydantic import Field, model_validator
 from colm_edge.llama.chat_template import THINK_END
 from colm_edge.serve.answers import Ended, Events, Server
 from colm_edge.serve.chat import FunctionTool
-from colm_edge.serve.completions import jobs_of
-from colm_edge.serve.dialogue import Conversation, Dialogue, arguments_of, dialogue_of
+from colm_edge.serve.completions import one_job
+from colm_edge.serve.dialogue import Conversation, Dialogue, arguments_of
 from colm_edge.serve.errors import OLLAMA_REFUSALS, RefusalError
 from colm_edge.serve.formats import colm_of
 from colm_edge.serve.guard import JSONRoute, TheServer
@@ -267,9 +266,7 @@ def _loaded(server: Server, written: Written) -> Response:
 async def _respond(
     body: ChatRequest | GenerateRequest, written: Written, server: Server, request: Request
 ) -> Response:
-    server.check_queue(request.client)
-    dialogue = await dialogue_of(server.pair, body.conversation)
-    (job,) = await asyncio.to_thread(jobs_of, server, body.sampling, [dialogue.prompt])
+    dialogue, job = await one_job(server, body.sampling, body.conversation, request)
     if body.stream:
         stream = server.stream([job], request.client)
         lines = _lines(stream, server.name, dialogue, written)

@@ -5,7 +5,6 @@ Nothing is stored, so what refers to an earlier response is refused.
 
 from __future__ import annotations
 
-import asyncio
 import secrets
 import time
 from collections.abc import AsyncGenerator, Iterator
@@ -18,14 +17,14 @@ from pydantic import Field, field_validator, model_validator
 
 from colm_edge.serve.answers import Ended, Event, Events
 from colm_edge.serve.chat import Function, Message, ResponseFormat, ToolCall
-from colm_edge.serve.completions import jobs_of
-from colm_edge.serve.dialogue import Conversation, Dialogue, dialogue_of, thinking_of
+from colm_edge.serve.completions import one_job
+from colm_edge.serve.dialogue import Conversation, Dialogue, thinking_of
 from colm_edge.serve.errors import REFUSALS, RefusalError
 from colm_edge.serve.formats import colm_of, usage_of
 from colm_edge.serve.guard import JSONRoute, TheServer
 from colm_edge.serve.parts import CallArguments, CallBegan, Part, Text, Thought
 from colm_edge.serve.requests import Body, Objects, Sampling, TextPart, joined, not_supported
-from colm_edge.serve.streaming import EventStream, sse, while_connected
+from colm_edge.serve.streaming import BODY_OR_STREAM, EventStream, sse, while_connected
 from colm_edge.serve.tools import use_of
 
 # What this server keeps nothing for, or cannot do, and what would change the answer.
@@ -185,14 +184,9 @@ class ResponsesRequest(Sampling):
         return found
 
 
-@router.post(
-    "/v1/responses",
-    responses={200: {"content": {"application/json": {}, "text/event-stream": {}}}},
-)
+@router.post("/v1/responses", responses=BODY_OR_STREAM)
 async def responses(body: ResponsesRequest, server: TheServer, request: Request) -> Response:
-    server.check_queue(request.client)
-    dialogue = await dialogue_of(server.pair, body.conversation)
-    (job,) = await asyncio.to_thread(jobs_of, server, body, [dialogue.prompt])
+    dialogue, job = await one_job(server, body, body.conversation, request)
     head = Head(server.name, body, len(job.tokens))
     if body.stream:
         answered = _events(server.stream([job], request.client), head, dialogue)

@@ -18,11 +18,7 @@ from colm_edge.serve.errors import REFUSALS, RefusalError
 from colm_edge.serve.formats import ChatFormat, CompletionFormat, json_piece
 from colm_edge.serve.guard import JSONRoute, TheServer
 from colm_edge.serve.requests import CompletionRequest, DetokenizeRequest, TokenizeRequest
-
-# In the API's document, of an endpoint that answers with a body or a stream.
-BODY_OR_STREAM: dict[int | str, dict[str, Any]] = {
-    200: {"content": {"application/json": {}, "text/event-stream": {}}}
-}
+from colm_edge.serve.streaming import BODY_OR_STREAM
 
 router = APIRouter(route_class=JSONRoute, responses=REFUSALS)
 

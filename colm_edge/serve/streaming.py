@@ -19,6 +19,10 @@ from colm_edge.serve.errors import INTERNAL, RefusalError
 log = logging.getLogger("colm_edge")
 T = TypeVar("T")
 DONE = "data: [DONE]\n\n"
+# In the API's document, of an endpoint that answers with a body or a stream.
+BODY_OR_STREAM: dict[int | str, dict[str, Any]] = {
+    200: {"content": {"application/json": {}, "text/event-stream": {}}}
+}
 
 
 def one_line(data: Any) -> str:
