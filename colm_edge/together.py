@@ -55,7 +55,7 @@ class Done:
 def answer_together(pair: Pair, tasks: Iterable[Task], n_slots: int) -> Generator[Done, None, None]:
     """Answer the tasks, n_slots at a time, and yield each answer when it is whole.
 
-    The texts are those of one answer at a time, but for near-ties. Closing the generator ends the
+    The texts are those of one answer at a time, except at near-ties. Closing the generator ends the
     answers that are being written. Raises what goes wrong in any of them.
     """
     running: dict[Future[Done], Writer] = {}

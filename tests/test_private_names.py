@@ -1,7 +1,7 @@
 """Names of other packages that they do not promise, and that are used: they are there, as expected.
 
 httpx has no total time of a request, and no place to say one but its network. The Hub's library
-downloads a file anew where a run before left a part of it, but for a function that it calls itself.
+downloads a file anew where a run before left a part of it, except by a function of its own.
 `pyproject.toml` bounds the versions of both.
 """
 

@@ -5,7 +5,7 @@
 
 Each kill is a SIGKILL at a moment drawn evenly from the time that the command takes, in a folder of
 its own. Then the same command runs to its end. Equal must be: the files of `train`, `score` and
-`quantize` to the byte, the Hub's cache of `pull`, and all that commands print but for what was
+`quantize` to the byte, the Hub's cache of `pull`, and all that commands print except for what was
 measured in seconds. Beside the result nothing may be left but the work folder, with answers and
 scores. A line for each command says how many kills had something in the folder by then, and what
 differed in the end.

@@ -319,7 +319,7 @@ def decoding_options(
 ) -> Callable[[Command], Command]:
     """Add the options of `Options` that have flags, gathered as `decoding`.
 
-    names: only these; none means all, but for those in `without`.
+    names: only these; none means all, except for those in `without`.
     other_defaults: the command's own, where they differ from those of `Options`.
     """
     options = [

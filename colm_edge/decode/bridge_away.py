@@ -19,7 +19,7 @@ from colm_edge.remote.rows import RowsSession
 
 
 class BridgeAway(Bridge):
-    """As `Bridge`. What the expert did not name is left out, but for its own spelling of what is
+    """As `Bridge`. What the expert did not name is left out, except for its own spelling of what is
     written: that shares the rest of the probability.
 
     Its `sync` raises AbsentExpertError too where the server cannot spell the text.

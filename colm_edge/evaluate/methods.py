@@ -59,7 +59,7 @@ class Comparison:
     thresholds: colm and compose defer at each of them; the other switches then defer as often as
     colm does on the same teacher-forced tokens. defer_rates, instead: every switch's threshold is
     the quantile of its own p_defer on the scored tokens of this data, so that each rate is met
-    exactly there (but for ties), and about so in generation. With neither there is one threshold,
+    exactly there (except at ties), and about so in generation. With neither there is one threshold,
     that of the decoding options.
 
     reviews: at each point, the method `review` answers with each of these tolerances, in nats.
@@ -169,7 +169,7 @@ def evaluate(
     """Return a row for each method: base, expert, colm, compose, random, entropy, margin, and,
     where what they need is given, review, weak (a switch of that name) and proxy.
 
-    In a sweep a method has a row for each threshold or defer rate, but for base, expert and proxy,
+    In a sweep a method has a row for each threshold or defer rate, except base, expert and proxy,
     which do not depend on it.
 
     threshold is None and defer_rate 1 for proxy: its models all run at every token. It names no

@@ -33,7 +33,7 @@ def metric(judge: Metric) -> Metric:
 
 @metric
 def exact(text: str, row: dict[str, Any]) -> float:
-    """The text is the completion, but for white space at the ends."""
+    """The text is the completion, except for white space at the ends."""
     return float(text.strip() == row["completion"].strip())
 
 

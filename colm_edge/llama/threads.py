@@ -145,7 +145,7 @@ def _busy_on_windows() -> float:
 
 
 def _busy_on_macos() -> float:
-    """Return the busy seconds of all CPUs, but for programs of low priority."""
+    """Return the busy seconds of all CPUs, except for programs of low priority."""
     ticks, n = (ctypes.c_uint32 * 4)(), ctypes.c_uint32(4)  # user, system, idle, nice
     system, host = _mach_host()
     if system.host_statistics(host, 3, ticks, ctypes.byref(n)):  # 3: HOST_CPU_LOAD_INFO

@@ -55,7 +55,7 @@ class _Controls(NamedTuple):
 
 class RemoteVocabulary:
     """A vocabulary for a `spelling.Crossing`; any thread may use it. Its methods ask the server
-    where something is not known yet, but for `piece`.
+    where something is not known yet, except for `piece`.
 
     Raises AbsentExpertError where the server fails, or cannot spell a text.
     """

@@ -124,7 +124,7 @@ class Message(Body):
     tool_name: str | None = None  # whose result it is
 
     def as_dict(self) -> Json:
-        """Return it as chat templates read it, but for the ids of calls."""
+        """Return it as chat templates read it, except for the ids of calls."""
         more: Json = {}
         if self.thinking:
             more["reasoning_content"] = self.thinking

@@ -20,7 +20,7 @@ MAX_CHOICES = 16  # answers to one request
 MAX_LOGPROBS = 20
 DEFAULT_COMPLETION = 16  # tokens of a plain completion that sets no limit, as in OpenAI's API
 # Fields of other servers and of old clients that would change the answer: refused, never ignored,
-# but for values that change nothing, which some clients always send.
+# except for values that change nothing, which some clients always send.
 REFUSED: dict[str, tuple[Any, ...]] = {
     **dict.fromkeys(
         ("allowed_token_ids", "guided_choice", "guided_grammar",

@@ -237,7 +237,7 @@ def score_model(
     choices: Tokens | None = None,
     which: int = 0,
 ) -> Columns:
-    """Evaluate every document with one model, but for those that the work folder has scores of.
+    """Evaluate every document with one model, except for those that the work folder has scores of.
 
     Returns columns of a row for each scored token: logprob float64 of the gold token in nats; of
     the base likeliest int32, hidden float32 (n, n_embd) and features float32 (n, 8); of the expert

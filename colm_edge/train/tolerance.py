@@ -1,7 +1,7 @@
 """What review would do to the held-back text, and which tolerance pays, if any.
 
 A token that the expert would undo is taken for the text's own there. So this is exact on text that
-the expert wrote, but for the base's words after it, and a guess on any other.
+the expert wrote, except for the base's words after it, and a guess on any other.
 """
 
 from __future__ import annotations

@@ -55,7 +55,7 @@ def limited(args: list[str], folder: Path) -> tuple[int, str]:
 
 
 def left(folder: Path) -> set[str]:
-    """What lies in a folder, but for work folders and what they hold."""
+    """What lies in a folder, except for work folders and what they hold."""
     return {path.name for path in folder.iterdir() if path.name not in ("w", "out.gguf.work")}
 
 

@@ -178,7 +178,7 @@ def written(base, timeline, ours, prompt, seed, rate, most=25):
 def test_it_writes_what_the_same_expert_here_writes(owner, seed, n_ours, n_theirs, begin, rate):
     draw = random.Random(seed)
     ours = all_bytes(draw, n_ours)
-    # vLLM cannot tell what parts of characters stand for, but for single bytes.
+    # vLLM cannot tell what parts of characters stand for, except for single bytes.
     theirs = all_bytes(draw, n_theirs, texts=owner == "vllm", begin=begin)
     prompt = [ours.control(MARK), *ours.encode("ab a€".encode()), ours.control(MARK)]
     expert = Speaker(theirs, seed + 1)

@@ -163,7 +163,7 @@ def test_a_switch_that_reads_the_hidden_state_gets_that_of_the_prompt_at_once(ti
     session = tiny_pair.base_session
     session.sync(tokens)
     with tiny_pair.switched(switch):
-        session.sync(tokens)  # evaluated already, but for its hidden state
+        session.sync(tokens)  # evaluated already, except for its hidden state
         hidden = session.hidden.copy()
     with load(tiny["base"], tiny["expert"], "margin", n_threads=1, n_ctx=256) as other:
         other.base_session.want_hidden(True)
@@ -269,7 +269,7 @@ def test_a_killed_evaluation_goes_on(tiny, data, tmp_path):
     assert timeless(after) == timeless(whole)
     lines = [json.loads(line) for line in (work / "answers.jsonl").read_text().splitlines()]
     assert len({line["key"] for line in lines}) == len(lines)
-    # Nothing is evaluated twice, but for prefixes that the killed process had in its cache.
+    # Nothing is evaluated twice, except for prefixes that the killed process had in its cache.
     for first, second, total in zip(n_first, n_second, n_whole, strict=True):
         assert 0 < second < total
         assert total <= first + second < 1.1 * total

@@ -53,7 +53,7 @@ def test_what_the_expert_told_is_what_a_second_pass_would_score(tiny_pair):
     passed = score(tiny_pair, answered.documents, no_bar)
     assert np.allclose(told.expert, passed.expert, atol=2e-2)
     assert told.expert_right.all()
-    assert passed.expert_right.mean() > 0.9  # but for near-ties
+    assert passed.expert_right.mean() > 0.9  # except at near-ties
     rows = np.arange(len(told.base))
     ours, theirs = told.regret(rows), passed.regret(rows)
     # A choice beyond the tokens that were kept counts as the last of them.
