@@ -1,8 +1,8 @@
 """Several answers at once: slots that share one context per model and are evaluated in one batch.
 
 Every answer runs the usual loop on a thread of its own, over timelines whose `sync` waits. Once all
-running answers wait, the worker, the only thread that calls llama.cpp, evaluates their requests to
-one model in one batch, and they go on. So batches are as large as possible.
+running answers wait, the worker, the only thread that evaluates, takes their requests to one model
+in one batch, and they go on. So batches are as large as possible.
 
 A single slot uses the pair's own sessions, and so the fast schedule.
 """
@@ -13,23 +13,17 @@ import threading
 from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING
-
-import numpy as np
 
 from colm_edge.arrays import Floats
 from colm_edge.cancel import Cancel, CancelledError
 from colm_edge.decode.timeline import Around, Timeline
-from colm_edge.errors import ColmError, ModelError, PromptError
+from colm_edge.errors import ColmError, PromptError
 from colm_edge.llama.account import Account
-from colm_edge.llama.context import SMALL_BATCH, is_small
-from colm_edge.llama.costs import CostTable
-from colm_edge.llama.held import Held
-from colm_edge.llama.measure import cost_table
 from colm_edge.llama.owners import close_each
-from colm_edge.llama.session import Session, check_outputs
+from colm_edge.llama.session import check_outputs
+from colm_edge.llama.shared import Request, SharedContext
 from colm_edge.remote.client import RemoteSession
 
 if TYPE_CHECKING:
@@ -38,168 +32,6 @@ if TYPE_CHECKING:
     from colm_edge.stream import Stream
     from colm_edge.switch.reading import AnySwitch
     from colm_edge.team import Member
-
-# Tokens of one request that a batch takes before it takes part of a longer one, a new prompt.
-SHORT = 64
-
-
-@dataclass(eq=False)
-class _Request:
-    """What a slot waits for: its timeline to hold `tokens`, with the states at `outputs`."""
-
-    slot: int
-    tokens: array[int]
-    outputs: Sequence[int]
-    cancel: Cancel | None = None
-    prompt: array[int] | None = None  # to turn to first
-    n_evaluated: int = 0
-    done: threading.Event = field(default_factory=threading.Event)
-    error: BaseException | None = None
-
-    @property
-    def is_cancelled(self) -> bool:
-        return self.cancel is not None and self.cancel.requested
-
-
-@dataclass
-class _Part:
-    """The part of a request that a batch evaluates: tokens start to end. Tokens before the first
-    output are prompt."""
-
-    request: _Request
-    start: int
-    end: int
-
-    @property
-    def first_output(self) -> int:
-        return self.request.outputs[0]
-
-    @property
-    def in_prompt(self) -> bool:
-        return self.start < self.first_output
-
-    @property
-    def is_last(self) -> bool:
-        return self.end == len(self.request.tokens)
-
-
-class SharedContext:
-    """One context of a model with a sequence for each slot. Only the worker calls its methods.
-
-    The context is made at the first evaluation, or by `open`; `close` gives its memory back.
-    """
-
-    def __init__(self, session: Session, n_slots: int) -> None:
-        self.n_ctx, self.n_batch = session.n_ctx, max(session.n_batch, 4 * SHORT)
-        # The slots share the cells, so that a long answer may take what short ones leave.
-        self.context = session.new_context(self.n_ctx * n_slots, self.n_batch, n_slots)
-        n_ubatch = session.options.n_ubatch_of(session.model, n_slots)
-        self.held = [Held(min(n_ubatch, SMALL_BATCH)) for _ in range(n_slots)]
-        self._session, self._wants_hidden = session, session.wants_hidden
-        # What batches cost, once it was measured; None where they are not padded.
-        self.costs: CostTable | None = None
-        self._weighed = is_small(session.model)  # which takes longer than it saves
-        self._rows: dict[tuple[int, int], int] = {}  # (slot, position) -> place in the last batch
-        self._prompts_last = False  # were evaluated: they and outputs take turns
-
-    def open(self) -> None:
-        self.context.open()
-        if not self._weighed:
-            self._weighed = True
-            self.costs = self._measured()
-
-    def _measured(self) -> CostTable | None:
-        try:
-            return cost_table(self._session, hasty=True)
-        except ModelError:  # for example, no memory for another context
-            return None
-
-    def evaluate(self, requests: Sequence[_Request]) -> list[_Request]:
-        """Evaluate one batch of the requests; return those that are complete after it.
-
-        Short requests go first and whole; the room that is left takes the start of longer ones.
-        """
-        self.open()
-        parts = sorted(map(self._rest_of, requests), key=lambda part: part.end - part.start)
-        # With embeddings on every token of a batch is an output, so where hidden states are wanted,
-        # prompts are evaluated in batches of their own, which take turns with the outputs'.
-        prompts_only = self._wants_hidden and self._are_prompts_next(parts)
-        if self._wants_hidden:
-            parts = [part for part in parts if part.in_prompt is prompts_only]
-        chosen, room = list[_Part](), self.n_batch
-        for part in parts:
-            if prompts_only:
-                part.end = part.first_output
-            if part.end - part.start > room:  # outputs are all of the batch that ends the request
-                part.end = min(part.start + room, part.first_output)
-            if part.end > part.start:
-                chosen.append(part)
-                room -= part.end - part.start
-        self._decode(chosen, hidden=self._wants_hidden and not prompts_only)
-        return [part.request for part in parts if part.is_last]
-
-    def _rest_of(self, request: _Request) -> _Part:
-        """Drop what a slot holds beyond the common prefix; return what is left to evaluate."""
-        held = self.held[request.slot]
-        prompt, request.prompt = request.prompt, None
-        keep = held.n_known(request.tokens) if prompt is None else held.turn_to(prompt)
-        keep = min(keep, request.outputs[0])
-        if keep < len(held.tokens):
-            held.drop(keep)
-            self.context.drop(request.slot, keep)
-        return _Part(request, keep, len(request.tokens))
-
-    def _are_prompts_next(self, parts: Sequence[_Part]) -> bool:
-        n_prompts = sum(part.in_prompt for part in parts)
-        turn = n_prompts == len(parts) or (n_prompts > 0 and not self._prompts_last)
-        self._prompts_last = turn
-        return turn
-
-    def _decode(self, chosen: Sequence[_Part], *, hidden: bool) -> None:
-        batch, row = self.context.batch, 0
-        self._rows = {}
-        for part in chosen:
-            slot, start, end = part.request.slot, part.start, part.end
-            positions = np.arange(start, end, dtype=np.int32)
-            first, row = row, batch.put(row, part.request.tokens[start:end], positions, slot)
-            for i in part.request.outputs if part.is_last else ():
-                batch.output[first + i - start] = 1
-                self._rows[slot, i] = first + i - start
-        size = self._padded(row, all_states=hidden)
-        if size > row:  # with the last token, once more and again
-            token, after = part.request.tokens[end - 1 : end], np.arange(end, end + size - row)
-            batch.put(row, token * (size - row), after.astype(np.int32), slot)
-        try:
-            self.context.decode(size, hidden=hidden)
-            self.context.settle()
-            if size > row:
-                self.context.drop(slot, end)
-        except BaseException:  # how much was evaluated is not known
-            for part in chosen:
-                self.context.drop(part.request.slot, part.start)
-            raise
-        for part in chosen:
-            held = self.held[part.request.slot]
-            held.tokens += part.request.tokens[part.start : part.end]
-            part.request.n_evaluated += part.end - part.start
-            held.evaluated_beside_others(part.end)
-
-    def _padded(self, n: int, *, all_states: bool) -> int:
-        """Return the cheapest size of a batch of n tokens that there is room for."""
-        if self.costs is None:
-            return n
-        n_held = sum(len(held.tokens) for held in self.held)
-        room = min(self.n_batch, self.n_ctx * len(self.held) - n_held)
-        return self.costs.padded(n, room, all_states=all_states)
-
-    def state(self, slot: int, i: int) -> tuple[Floats, Floats]:
-        return self.context.state(self._rows[slot, i], hidden=self._wants_hidden)
-
-    def close(self) -> None:
-        self.context.close()
-        for held in self.held:
-            held.clear()
-        self._rows = {}
 
 
 class SharedTimeline:
@@ -228,12 +60,14 @@ class SharedTimeline:
         outputs = tuple(outputs) or (len(tokens) - 1,)
         check_outputs(len(tokens) - outputs[0], self._shared.n_batch)
         before = self._shared.context.account.copy()
-        request = _Request(self._slot, tokens, outputs, cancel, self._prompt)
+        request = Request(self._slot, tokens, outputs, cancel, self._prompt)
         self._prompt = None
-        self._slots.wait_for(self._shared, request)
-        took = self._shared.context.account - before
-        self.account += Account(request.n_evaluated, 1, took.seconds, took.load_seconds)
-        return request.n_evaluated
+        try:
+            self._slots.wait_for(self._shared, request)
+        finally:  # a cancelled evaluation counts as far as it came
+            took, n = self._shared.context.account - before, request.n_evaluated
+            self.account += Account(n, int(n > 0), took.seconds, took.load_seconds)
+        return n
 
     def state(self, i: int) -> tuple[Floats, Floats]:
         # Batches of other slots overwrite these views while this slot waits for its other model.
@@ -267,7 +101,7 @@ class Slots:
         self._taken: set[int] = set()
         self._n_away = 0  # taken slots that wait for an expert's server
         self._closed = False
-        self._waiting: dict[SharedContext, list[_Request]] = {}
+        self._waiting: dict[SharedContext, list[Request]] = {}
         self.base: SharedContext | None = None
         self.experts: dict[SharedContext, Member] = {}  # those in this process
         self._worker: threading.Thread | None = None
@@ -343,7 +177,7 @@ class Slots:
         n_held = sum(len(shared.held[slot].tokens) for shared in wanted)
         return known if known >= 0.5 else 0.0, -n_held
 
-    def wait_for(self, context: SharedContext, request: _Request) -> None:
+    def wait_for(self, context: SharedContext, request: Request) -> None:
         context.context.home.check()  # a child of fork has no worker
         with self._changed:
             if self._closed:
@@ -398,7 +232,7 @@ class Slots:
         """Free other experts, if that is needed. Every answer waits now, and reads none of them."""
         member, room = self.experts.get(context), self.pair.room
         if member is not None and room is not None:
-            room.enter(member, partial(_free, context, member))
+            room.enter(member, partial(self._free, context, member))
 
     @contextmanager
     def away(self) -> Iterator[None]:
@@ -425,12 +259,24 @@ class Slots:
     def unload_expert(self) -> None:
         """Free the experts' memory, unless an answer is being written, which may read it; the next
         call of each loads it again."""
-        with self._changed:
+        with self.pair.lock.held(), self._changed:
             if self._taken or not self.expert_loaded:
                 return
             if self.base is None:
                 self.pair.unload_expert()
-            close_each(*(partial(_free, *expert) for expert in self.experts.items()))
+            close_each(*(partial(self._free, *expert) for expert in self.experts.items()))
+
+    def _free(self, context: SharedContext, member: Member) -> None:
+        """Give back the memory of an expert and its shared context, once nobody measures it."""
+        with self.pair.lock.held():
+            context.close()
+            member.unload()
+
+    def measure_at_length(self, cancel: Cancel) -> None:
+        """Do what the pair's method does, and have the batches cut by the new costs."""
+        if self.pair.measure_at_length(cancel):
+            for shared in self._waiting:
+                shared.forget_costs()
 
     def close(self) -> None:
         """End the worker, and free the contexts once no answer reads them. Answers in shared
@@ -451,12 +297,6 @@ class Slots:
         if self.base is not None and self.pair.room is not None:
             closers.append(partial(self.pair.room.share, 1))
         close_each(*closers)
-
-
-def _free(context: SharedContext, member: Member) -> None:
-    """Give back the memory of an expert and its shared context."""
-    context.close()
-    member.unload()
 
 
 class Writer:

@@ -77,8 +77,8 @@ class Stream:
     def cancel(self) -> None:
         """End the answer from any thread: the reader gets at most one more step, and no error.
 
-        This interrupts the load of the expert's weights, but not a running evaluation of a token or
-        of one batch of a prompt.
+        This interrupts the load of the expert's weights, unless other answers share it, but not a
+        running evaluation of a token or of one batch of a prompt.
         """
         self._cancel.request()
 

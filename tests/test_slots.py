@@ -7,9 +7,11 @@ from array import array
 from contextlib import closing
 from dataclasses import replace
 
+import numpy as np
 import pytest
 from lib.random_model import SHAPES, write_model
 
+from colm_edge.cancel import Cancel
 from colm_edge.errors import ColmError
 from colm_edge.llama.context import Context
 from colm_edge.llama.costs import CostTable
@@ -26,8 +28,6 @@ PROMPTS = ["hello", "what is this about, and why", "one two three four five six 
 def pair(request, tiny, tmp_path):
     switch = request.param
     if switch == "hidden":  # with hidden states, outputs need batches of their own
-        import numpy as np
-
         weight = np.random.default_rng(2).normal(0, 0.3, (1, 64 + 8)).astype(np.float32)
         features = ("hidden", "entropy", "logp1", "margin", "p1", "p2", "p3", "p4", "p5")
         switch = str(tmp_path / "switch.gguf")
@@ -329,6 +329,73 @@ def test_a_cancelled_prompt_ends_at_the_next_batch(pair, monkeypatch):
         assert list(stream) == []
     assert len(n_decodes) == 2
     assert answer(pair, slots, "hello", Options(temperature=0.0, max_tokens=3))[0]
+    slots.close()
+
+
+def test_a_cancelled_evaluation_counts_as_far_as_it_came(pair, monkeypatch):
+    slots = Slots(pair, 2)
+    slots.base.n_batch = 16
+    tokens = pair.base.tokenize("x y z " * 30)[:100]
+    decode = Context.decode
+
+    def decoded(context, n, *, hidden=False):
+        decode(context, n, hidden=hidden)
+        stream.cancel()
+
+    monkeypatch.setattr(Context, "decode", decoded)
+    with slots.take(tokens) as timelines:
+        stream = pair.stream_tokens(tokens, Options(temperature=0.0, max_tokens=5), timelines)
+        assert list(stream) == []
+        assert timelines[0].account.n_evaluated == 16
+        assert stream.answer().stats.base_seconds > 0
+    slots.close()
+
+
+def test_tokens_need_not_begin_with_the_prompt(pair):
+    """A bridge spells the end of a prompt anew with what follows it."""
+    prompt = array("i", pair.base.tokenize("one two three"))
+    last = len(prompt) + 2
+    tokens = prompt + array("i", [7, 8, 9])
+    slots = Slots(pair, 2)
+    with slots.take(tokens) as (timeline, *_):
+        timeline.turn_to(prompt[:])
+        timeline.sync(prompt + array("i", [5, 6]))
+        timeline.turn_to(prompt + array("i", [5, 6, 4]))  # goes on from the answer
+        timeline.sync(tokens)
+        logits, _ = timeline.state(last)
+    pair.base_session.sync(tokens)
+    np.testing.assert_allclose(logits, pair.base_session.state(last)[0], atol=1e-4)
+    slots.close()
+
+
+def test_no_expert_is_freed_while_it_is_measured(pair):
+    slots = Slots(pair, 2)
+    answer(pair, slots, "hello", Options(temperature=0.0, max_tokens=3, threshold=0.0))
+    freeing = threading.Thread(target=slots.unload_expert)
+    with pair.lock.held():  # as `measure_at_length` holds it
+        freeing.start()
+        freeing.join(0.2)
+        assert pair.expert_is_loaded
+    freeing.join(60)
+    assert not pair.expert_is_loaded
+    slots.close()
+
+
+def test_costs_that_are_measured_at_length_cut_later_batches(pair, monkeypatch):
+    slots = Slots(pair, 2)
+    slots.open()
+    rough, better = CostTable((1, 64), (1.0, 1.0)), CostTable((1, 64), (1.0, 2.0))
+    slots.base.costs = rough
+    monkeypatch.setattr("colm_edge.llama.shared.cost_table", lambda session, *, hasty: better)
+    monkeypatch.setattr(type(pair), "measure_at_length", lambda pair, cancel: False)
+    slots.measure_at_length(Cancel())
+    slots.open()
+    assert slots.base.costs is rough
+    monkeypatch.setattr(type(pair), "measure_at_length", lambda pair, cancel: True)
+    slots.measure_at_length(Cancel())
+    slots.open()
+    assert slots.base.costs is better
+    assert all(shared.costs is None for shared in slots.experts)  # were not weighed
     slots.close()
 
 
