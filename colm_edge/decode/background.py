@@ -85,9 +85,10 @@ class Background:
     ) -> int:
         """Wait for a running catch-up, then do what `Session.sync` does."""
         self.wait()
-        n = self.session.sync(tokens, outputs, cancel)
-        self.settle()
-        return n
+        try:
+            return self.session.sync(tokens, outputs, cancel)
+        finally:  # a cancelled evaluation counts as far as it came
+            self.settle()
 
     def settle(self) -> None:
         """Take over the session's account as it is, whatever was evaluated for others."""

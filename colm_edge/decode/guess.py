@@ -112,9 +112,9 @@ def with_guesses(
     if threshold > 0 or len(experts) > 1:
         return Guessing(base, partial(kept_table, base)), list(experts)
     (expert,) = experts
-    if isinstance(expert, Background):  # alone it has nothing to catch up with
-        expert.wait()
-        expert = expert.session
+    if isinstance(expert, Background):
+        inner = expert.session
+        return base, [Guessing(inner, partial(kept_table, inner), before=expert.wait)]
     if isinstance(expert, Session):
         return base, [Guessing(expert, partial(kept_table, expert))]
     return base, [expert]
@@ -124,19 +124,30 @@ class Guessing(Around):
     """A session's timeline that evaluates guesses along; for one answer.
 
     costs: returns what the session's decodes cost, or None where that is not known: then, and where
-    decodes are so quick that guessing takes longer than it saves, there are no guesses.
+    decodes are so quick that guessing takes longer than it saves, there are no guesses. before:
+    waits until no other thread uses the session.
     """
 
-    def __init__(self, session: Session, costs: Callable[[], CostTable | None]) -> None:
+    def __init__(
+        self,
+        session: Session,
+        costs: Callable[[], CostTable | None],
+        before: Callable[[], None] = lambda: None,
+    ) -> None:
         super().__init__(session)
-        self._session, self._table = session, costs
+        self._session, self._table, self._before = session, costs, before
         self._lookup = Lookup()
         self._seen: dict[int, float] = {}  # seconds of batches with a guess, by their tokens
         self.n_guessed = 0
 
+    def turn_to(self, prompt: array[int]) -> None:
+        self._before()
+        super().turn_to(prompt)
+
     def sync(
         self, tokens: Sequence[int], outputs: Sequence[int] = (), cancel: Cancel | None = None
     ) -> int:
+        self._before()
         session = self._session
         if outputs or not isinstance(tokens, array) or not self._pays:
             return session.sync(tokens, outputs, cancel)

@@ -44,6 +44,51 @@ def test_alone_the_expert_guesses(tiny):
         assert isinstance(expert, Guessing)
 
 
+def test_a_guessing_expert_waits_for_its_catch_up(session):
+    """Two answers by turns, or a mixture at threshold 0, leave one running."""
+    expert = Background(session)
+    tokens = array("i", session.model.tokenize(PROMPT * 3))
+    expert.sync(tokens[:5])
+    inside, most, sync = set(), [], session.sync
+
+    def counted(*arguments):
+        inside.add(threading.get_ident())
+        most.append(len(inside))
+        time.sleep(0.05)
+        try:
+            return sync(*arguments)
+        finally:
+            inside.discard(threading.get_ident())
+
+    session.sync = counted
+    _, (guessing,) = with_guesses(session, [expert], Options(), 0.0)
+    expert.follow(tokens)
+    guessing.turn_to(tokens[:7])
+    expert.follow(tokens)
+    guessing.sync(tokens)
+    assert most == [1] * len(most)
+    assert len(most) >= 2
+    expert.close()
+
+
+def test_a_cancelled_evaluation_counts_as_far_as_it_came(tiny, monkeypatch):
+    session = Session(Model(tiny["expert"]), ContextOptions(n_ctx=256, n_batch=16, n_ubatch=16))
+    expert = Background(session)
+    tokens = session.model.tokenize(PROMPT * 3)
+    cancel, decode = Cancel(), session._decode
+
+    def decoded(*arguments):
+        cancel.request()
+        return decode(*arguments)
+
+    monkeypatch.setattr(session, "_decode", decoded)
+    with pytest.raises(CancelledError):
+        expert.sync(tokens, (), cancel)
+    assert expert.account.n_evaluated == session.account.n_evaluated == 16
+    expert.close()
+    session.model.close()
+
+
 @pytest.fixture
 def session(tiny):
     model = Model(tiny["expert"])
