@@ -17,7 +17,7 @@ from functools import partial
 from colm_edge.decode.loop import Decoder, Follow
 from colm_edge.decode.picker import Prediction, Sampler
 from colm_edge.decode.policy import BASE
-from colm_edge.decode.step import Drafted, Event, Step
+from colm_edge.decode.step import ZERO_PROBABILITY, Drafted, Event, Step
 from colm_edge.errors import AbsentExpertError
 
 
@@ -78,7 +78,7 @@ class Doubt:
         if deferred or suspect is not None:
             try:
                 loop.evaluate_expert(expert, tokens)
-                theirs, likeliest, total = loop.read_expert(expert, at)
+                theirs, likeliest, total = loop.read_expert(expert, at, before=before)
             except AbsentExpertError:  # its context is full, or it has no word (`Bridge`)
                 loop.stats.expert_failures += deferred
                 deferred, suspect = False, None
@@ -163,11 +163,11 @@ class Doubt:
             total = 0.0
             for i in outputs:
                 logits, _, logsumexp = predict(i + 1)
-                total += float(logits[tokens[i + 1]]) - logsumexp
+                total += max(float(logits[tokens[i + 1]]) - logsumexp, ZERO_PROBABILITY)
             return total
 
         loop.evaluate_base(tokens[:-1], outputs)
         total = likelihood(loop.predicted_by_base)
         loop.evaluate_expert(expert, tokens[:-1], outputs)
-        total += likelihood(partial(loop.read_expert, expert))
+        total += likelihood(partial(loop.predicted_by_expert, expert))
         return total / (2 * len(outputs))

@@ -16,7 +16,7 @@ from typing import Literal, Protocol
 
 from colm_edge.arrays import Floats
 from colm_edge.cancel import Cancel, CancelledError
-from colm_edge.decode.picker import Picker, Prediction
+from colm_edge.decode.picker import Picker, Prediction, Sampler
 from colm_edge.decode.policy import BASE, Policy, Reading
 from colm_edge.decode.step import Event, ExpertStats, Source, Stats, Step, Undone
 from colm_edge.decode.timeline import Timeline, keeps
@@ -256,19 +256,31 @@ class Decoder:
         return keeps(self._experts[writer], tokens, n)
 
     def read_expert(
-        self, writer: int, at: int, base: Floats | None = None, p_defer: float = 1.0
+        self,
+        writer: int,
+        at: int,
+        base: Floats | None = None,
+        p_defer: float = 1.0,
+        *,
+        before: Sampler | None = None,
     ) -> Prediction:
         """Return an expert's logits for position `at`, their likeliest token and their log-sum-exp.
 
         base: the base's logits there; with them the mixture's logits are returned if the picker
-        composes. Raises AbsentExpertError where the expert has no word for the base (`Bridge`),
-        or names none that the grammar allows.
+        composes. before: the sampler's state there, if tokens after it were picked. Raises
+        AbsentExpertError where the expert has no word for the base (`Bridge`), or names none that
+        the grammar allows.
         """
         logits, _ = self._experts[writer].state(at - 1)
         if base is not None:
             logits = self.picker.logits_of_deferred(base, logits, p_defer)
-        if not self.picker.knows(logits):
+        if not self.picker.knows(logits, before):
             raise AbsentExpertError("the expert names no token that the grammar allows")
+        return logits, *self.picker.read(at, logits)
+
+    def predicted_by_expert(self, writer: int, at: int) -> Prediction:
+        """Return the same without asking the grammar."""
+        logits, _ = self._experts[writer].state(at - 1)
         return logits, *self.picker.read(at, logits)
 
     # Reading a prompt back.

@@ -63,9 +63,11 @@ class Picker:
             who = "base" if of_base else "expert"
             raise ModelError(f"the {who} is broken: {e}; use another file") from e
 
-    def knows(self, logits: Floats) -> bool:
-        """Return whether logits tell of a token that may be written."""
-        return self.sampler is None or self.sampler.knows(logits[: self.n_choose])
+    def knows(self, logits: Floats, before: Sampler | None = None) -> bool:
+        """Return whether logits tell of a token that may be written. before: the sampler's state
+        in their place, if it is not the present one."""
+        sampler = before or self.sampler
+        return sampler is None or sampler.knows(logits[: self.n_choose])
 
     def logits_of_deferred(self, base: Floats, expert: Floats, p_defer: float) -> Floats:
         """Return the logits that a deferred token is picked from."""

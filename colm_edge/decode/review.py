@@ -306,7 +306,7 @@ class Review:
         """Return what an expert says in the place of a draft; where it has no word for the base, it
         agrees."""
         try:
-            return loop.read_expert(writer, at)
+            return loop.read_expert(writer, at, before=draft.mark)
         except AbsentExpertError:
             logits = np.full(loop.picker.n_choose, -np.inf, np.float32)
             logits[draft.step.token] = 0.0
