@@ -95,7 +95,7 @@ class RatePolicy(Policy):
         insort(self._seen, p_defer)
         below = len(self._seen) - round(share * len(self._seen))
         self.threshold = self._seen[below - 1] if below else 0.0
-        defers = super().defers(p_defer)
+        defers = p_defer > self.threshold
         self._owed += self._rate - defers
         return defers
 

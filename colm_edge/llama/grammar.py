@@ -142,9 +142,12 @@ def _parsed(vocab: Any, text: bytes) -> tuple[Any, str]:
     """Return llama.cpp's sampler of a grammar, or None, and why it does not parse: that is printed,
     and told nowhere else. What other threads print meanwhile is passed on."""
     with _stderr, tempfile.TemporaryFile() as file:
-        before = os.dup(2)
-        os.dup2(file.fileno(), 2)
         try:
+            before = os.dup(2)
+        except OSError:  # there is none, as in an app without a console
+            return llama.llama_sampler_init_grammar(vocab, text, b"root"), "it does not parse"
+        try:
+            os.dup2(file.fileno(), 2)
             made = llama.llama_sampler_init_grammar(vocab, text, b"root")
         finally:
             os.dup2(before, 2)

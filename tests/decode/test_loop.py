@@ -188,6 +188,15 @@ def test_a_rate_is_held_whatever_p_defer_is_like(seed, rate, power, scale):
         assert abs(sum(deferred[start : start + 100]) / 100 - rate) < 0.1
 
 
+def test_a_rate_asks_for_no_expert_where_the_base_is_certain():
+    draw = random.Random(0)
+    policy = RatePolicy(None, 0.1)
+    p_defer = [0.0 if draw.random() < 0.85 else draw.random() for _ in range(300)]
+    deferred = [p for p in p_defer if policy.defers(p)]
+    assert min(deferred) > 0
+    assert len(deferred) / len(p_defer) == pytest.approx(0.1, abs=0.02)
+
+
 @pytest.mark.parametrize(("rate", "share"), [(0.0, 0), (1.0, 1)])
 def test_the_ends_of_a_rate_are_one_model_alone(rate, share):
     policy = RatePolicy(None, rate)

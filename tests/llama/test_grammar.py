@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gc
 import json
 import os
@@ -88,6 +89,16 @@ def test_a_grammar_is_parsed_once_for_answers_that_share_it(tiny_pair, monkeypat
         answer = tiny_pair.generate("hello", grammar=text, temperature=0.0, max_tokens=60)
         assert answer.text == "yes" or WHOLE.fullmatch(answer.text)
     assert len(parsed) == 3
+
+
+def test_a_grammar_is_read_where_there_is_no_stderr(tiny_pair, monkeypatch):
+    def dup(number):
+        raise OSError(errno.EBADF, "Bad file descriptor")
+
+    monkeypatch.setattr("colm_edge.llama.grammar.os.dup", dup)
+    assert Grammar('root ::= "a"', tiny_pair.base)
+    with pytest.raises(ColmError, match="does not parse"):
+        Grammar("root ::= (", tiny_pair.base)
 
 
 def test_the_next_answer_is_free_again(tiny_pair):
