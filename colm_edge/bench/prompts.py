@@ -31,6 +31,7 @@ from colm_edge.train.documents import read_rows
 from colm_edge.train.prompts import read_prompts
 
 if TYPE_CHECKING:
+    from colm_edge.llama.costs import CostTable
     from colm_edge.options import Options
     from colm_edge.pair import Pair
 
@@ -97,6 +98,7 @@ class Writers:
     def __init__(self, pair: Pair, options: Options) -> None:
         self._pair, self._options = pair, options
         self._tables = pair.cost_tables()
+        self._cheapest = None if self._tables[0].is_quick else self._tables[1]
         self._read = pair.switch.reader(pair.base, pair.n_shared)
         self._ends = pair.base.end_tokens | pair.expert.end_tokens
         self._high_level: HighLevel | None = None
@@ -105,10 +107,12 @@ class Writers:
             "base": partial(self._stream, threshold=1.0, schedule="sequential"),
             "expert": partial(self._stream, threshold=0.0, schedule="sequential"),
             "expert-llama-cpp-python": self._llama,
-            "both": partial(self._expert_text, Sequential),
+            "both": partial(self._expert_text, Sequential, None),
             "colm": partial(self._stream, schedule="sequential"),
             "colm-fast": self._stream,
-            "speculative": partial(self._expert_text, lambda: Speculative(self._tables)),
+            "speculative": partial(
+                self._expert_text, lambda: Speculative(self._tables), self._cheapest
+            ),
             "lossless": partial(self._stream, review=0.0),
         }
 
@@ -125,11 +129,13 @@ class Writers:
         options = self._options.with_changes(**{"review": math.inf, **changes})
         return _written(self._pair.stream_tokens(prompt, options))
 
-    def _expert_text(self, schedule: Callable[[], Schedule], prompt: list[int]) -> Sample:
-        """Write the expert's own text by a schedule that also evaluates the base."""
+    def _expert_text(
+        self, schedule: Callable[[], Schedule], costs: CostTable | None, prompt: list[int]
+    ) -> Sample:
+        """Write the expert's own text by a schedule that also evaluates the base. costs: what the
+        expert's batches are cut by."""
         pair = self._pair
         self._forget()
-        pair.expert_session.costs = None if self._tables[0].is_quick else self._tables[1]
         decoder = Decoder(
             pair.base_session,
             [pair.expert],
@@ -140,7 +146,11 @@ class Writers:
             max_tokens=self._options.max_tokens,
             schedule=schedule(),
         )
-        return _written(Stream(decoder, pair.base, (), Cancel()))
+        pair.expert_session.costs = costs
+        try:
+            return _written(Stream(decoder, pair.base, (), Cancel()))
+        finally:
+            pair.expert_session.costs = None
 
     def _llama(self, prompt: list[int]) -> Sample:
         if self._high_level is None:

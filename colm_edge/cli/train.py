@@ -119,7 +119,7 @@ text_options = gathered(
         type=Whole(1),
         default=512,
         show_default=True,
-        help="The most tokens of an answer to --prompts.",
+        help="The most tokens of an answer to --prompts, or for --threshold-by.",
     ),
     PARALLEL,
 )
@@ -214,7 +214,7 @@ def train(
                 **fitting,
                 update=old,
                 compare=report_dir is not None,
-                choose=_chooser(pair, rows, raw, work, **threshold_by),
+                choose=_chooser(pair, rows, text, raw, work, **threshold_by),
             ),
             progress=progress,
             work=work,
@@ -267,7 +267,8 @@ def _train_team(
     options that do not go with that, in the order of UNFIT."""
     from colm_edge.files import check_writable, is_stream
     from colm_edge.pair import load
-    from colm_edge.references import named
+    from colm_edge.references import is_url, named
+    from colm_edge.train.fit import NO_REGRET
     from colm_edge.train.heads import check_fit
     from colm_edge.train.team import checked_objective, fit_team
     from colm_edge.train.team_scores import score_answers, score_texts
@@ -279,7 +280,9 @@ def _train_team(
     file = text.get("data") or text["prompts"]
     check_writable(outfile, file)
     check_fit()
-    checked_objective(fitting["objective"], by_all="data" in text)
+    objective = checked_objective(fitting["objective"], by_all="data" in text)
+    if objective == "regret" and "data" in text and any(map(is_url, experts.values())):
+        raise ColmError(NO_REGRET)
     if work_dir is None and is_stream(outfile):
         raise click.UsageError(f"{outfile} is not a regular file; give --work-dir for the scores")
     work = Path(work_dir or kept_beside(outfile))
@@ -325,8 +328,8 @@ def _check_choice(
         raise click.UsageError("give --data, texts to fit to, or --prompts, questions to answer")
     if "prompts" in text and ("metric" in threshold_by or is_scored):
         raise click.UsageError("--threshold-by and --expert-scores go with --data")
-    if "prompts" not in text:
-        check_goes_with("--prompts", "max_tokens", "n_slots")
+    if "prompts" not in text and "metric" not in threshold_by:
+        check_goes_with("--prompts or --threshold-by", "max_tokens", "n_slots")
     if "metric" not in threshold_by:
         check_goes_with("--threshold-by", "n_lines")
     check_exec(threshold_by.get("metric"), threshold_by.pop("allow_exec"), "--threshold-by")
@@ -406,6 +409,7 @@ def documents_of(rows: Iterable[Row], pair: Pair, raw: bool, work: Path | None) 
 def _chooser(
     pair: Pair,
     rows: Iterable[Row],
+    text: dict[str, Any],
     raw: bool,
     work: Path | None,
     *,
@@ -425,11 +429,10 @@ def _chooser(
     metrics.check_rows(rows, metrics.METRICS[metric])
     for _ in read_prompts(rows, pair, raw):
         pass  # each fits the context
-    options = Options(temperature=0.0, raw=raw, schedule="sequential")
-    journal = Journal(work and work / ANSWERS_FILE)
-    return partial(
-        choose_by_answers, pair, rows, metric, n_lines, options, progress, journal=journal
-    )
+    most = text["max_tokens"]
+    options = Options(temperature=0.0, max_tokens=most, raw=raw, schedule="sequential")
+    more = {"journal": Journal(work and work / ANSWERS_FILE), "n_slots": text["n_slots"]}
+    return partial(choose_by_answers, pair, rows, metric, n_lines, options, progress, **more)
 
 
 def _with_review(fit: Fit, pair: Pair | None, carried: Any) -> Fit:

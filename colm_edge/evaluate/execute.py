@@ -29,16 +29,26 @@ except ImportError:  # Windows: the time limit is left
     pass
 REFUSED = tuple('''
     socket. subprocess. os.system os.exec os.fork os.spawn os.posix_spawn os.remove os.rename
-    os.rmdir os.mkdir os.link os.symlink os.truncate os.chmod os.chown os.kill os.putenv shutil.
-    ctypes. pty. urllib. ftplib. smtplib. http. sqlite3. winreg. webbrowser.
+    os.rmdir os.mkdir os.link os.symlink os.truncate os.chmod os.chown os.kill shutil. ctypes.
+    pty. urllib. ftplib. smtplib. http. sqlite3. winreg. webbrowser.
 '''.split())
 import os
+try:  # these raise no event
+    import _posixsubprocess
+    del _posixsubprocess.fork_exec
+except ImportError:  # Windows
+    pass
+for name in ("mkfifo", "mknod"):
+    if hasattr(os, name):
+        delattr(os, name)
+        delattr(sys.modules[os.name], name)
+WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 LIBRARY = tuple(os.path.join(os.path.realpath(path), "") for path in (sys.prefix, sys.base_prefix))
 def guard(event, args):
     if event.startswith(REFUSED):
         raise PermissionError(event + " is not allowed here")
     if event == "open":
-        path, writes = str(args[0]), isinstance(args[2], int) and args[2] & 3
+        path, writes = str(args[0]), isinstance(args[2], int) and args[2] & WRITES
         if writes or not os.path.realpath(path).startswith(LIBRARY):
             raise PermissionError("only Python's own files may be read here")
 import types

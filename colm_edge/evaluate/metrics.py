@@ -40,7 +40,8 @@ def exact(text: str, row: dict[str, Any]) -> float:
 @metric
 def contains(text: str, row: dict[str, Any]) -> float:
     """The text contains the line's `answer` (or its completion) as a whole: no letter or digit
-    touches it, and no sign, comma or decimal makes it another number."""
+    touches it, and no sign, comma or decimal makes it another number. What stands in a fraction, a
+    time or a range counts."""
     wanted = (row.get("answer") or row["completion"]).strip()
     before = r"(?<![^\W_])"
     if wanted[:1].isdigit() or wanted[:1] == ".":
@@ -52,7 +53,8 @@ def contains(text: str, row: dict[str, Any]) -> float:
 @metric
 def gsm8k(text: str, row: dict[str, Any]) -> float:
     """The final number is the completion's: the one that stands right after the last ####, or the
-    last of the text, since #### may also begin a heading. A text that ends with #### has none.
+    last of the text, since #### may also begin a heading, with its number or without. A text that
+    ends with #### has none.
 
     Commas, a dollar sign and a full stop are not part of a number, as in lm-evaluation-harness,
     whose `strict-match` needs the ####; its `flexible-extract` always takes the last number.
@@ -109,7 +111,7 @@ def _results(text: str) -> list[str]:
 
 def _final_number(text: str) -> Decimal | None:
     number = r"-?\$?(?:\d[\d,]*(?:\.\d+)?|\.\d+)"
-    marked = re.findall(rf"####(?:[ \t]*({number})|\s*\Z)", text)
+    marked = re.findall(rf"####(?:[ \t]*({number})(?![.):][ \t]+\S)|\s*\Z)", text)
     found = marked or re.findall(number, text)
     return Decimal(re.sub("[$,]", "", found[-1])) if found and found[-1] else None
 

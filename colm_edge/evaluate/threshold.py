@@ -31,13 +31,14 @@ def choose_by_answers(
     held_back: set[int],
     *,
     journal: Journal | None = None,
+    n_slots: int = 1,
 ) -> tuple[float, dict[str, Any]]:
     """Choose the threshold whose answers to held-back prompts do best by a metric.
 
     This is the search in the authors' code: real generations at the thresholds that are calibrated
     for defer rates of 0, 0.1 … 1. Of equals the highest threshold wins, as the expert costs more.
     n_lines: use at most this many of the held-back lines, from the first on. Returns the threshold
-    and a record of every trial. journal: keeps the answers.
+    and a record of every trial. journal: keeps the answers. n_slots: answers written at once.
     """
     chosen = list(islice((row for row in rows if row[0] in held_back), n_lines))
     trials = []
@@ -46,7 +47,10 @@ def choose_by_answers(
         at = options.with_changes(threshold=threshold)
         label = f"at {rate:.1f}"
         judge = METRICS[metric]
-        given = answers(pair, switch, at, chosen, judge, progress, label=label, journal=journal)
+        given = answers(
+            pair, switch, at, chosen, judge, progress,
+            label=label, journal=journal, n_slots=n_slots,
+        )  # fmt: skip
         trials.append(
             {
                 "threshold": threshold,

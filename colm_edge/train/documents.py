@@ -21,6 +21,7 @@ from colm_edge.arrays import Ints, Tokens
 from colm_edge.errors import DataError, PromptError
 from colm_edge.files import replacing
 from colm_edge.llama.chat_template import on_one_day
+from colm_edge.llama.tokenizer import PARTED
 
 if TYPE_CHECKING:
     from colm_edge.pair import Pair
@@ -272,7 +273,9 @@ def _documents(row: dict[str, Any], pair: Pair, raw: bool, line: int) -> Iterato
         prompt = prompt_of(pair, messages[:i], raw=raw)
         if not prompt:
             raise ValueError("the prompt has no tokens")
-        completion = pair.base.tokenize(_text(messages[i], "content"), special=False, bos=False)
+        # It goes on after the prompt: no vocabulary puts a space before it.
+        text = PARTED + _text(messages[i], "content")
+        completion = pair.base.tokenize(text, special=False, bos=False)
         if not completion:
             raise ValueError("the completion is empty")
         # The end of the turn is learnt too, where both models have a token for it.
@@ -311,13 +314,23 @@ def check_lines(n: int) -> None:
 
 
 def held_back_lines(documents: Documents, seed: int) -> set[int]:
-    """Return the lines that are held back: those with the smallest keys, XORed with the seed's.
+    """Return the lines that are held back: a share of the prompts, or of the texts without one,
+    those whose hashes with the seed are smallest.
 
-    By content: when others are added to the data, documents stay on their side, except for a few
-    near the border.
+    By content: answers to one prompt are on one side, whoever wrote them, and when others are added
+    to the data, documents stay on theirs, except for a few near the border.
     """
     lines, first = np.unique(documents.lines, return_index=True)
     check_lines(len(lines))
-    mask = np.random.default_rng(seed).integers(2**64, dtype=np.uint64)
-    order = np.argsort(documents.keys[first] ^ mask, kind="stable")
-    return set(lines[order[: max(1, round(VALID_SHARE * len(lines)))]].tolist())
+    hashes = [_hash(documents, i, seed, by_prompt=documents.starts[i] > 1) for i in first.tolist()]
+    if len(set(hashes)) < MIN_LINES:  # so few prompts cannot be split
+        hashes = [_hash(documents, i, seed, by_prompt=False) for i in first.tolist()]
+    distinct = sorted(set(hashes))
+    chosen = set(distinct[: max(1, round(VALID_SHARE * len(distinct)))])
+    return {line for line, hash_ in zip(lines.tolist(), hashes, strict=True) if hash_ in chosen}
+
+
+def _hash(documents: Documents, index: int, seed: int, *, by_prompt: bool) -> bytes:
+    tokens = documents.span(index)
+    of = tokens[: documents.starts[index]] if by_prompt else tokens
+    return blake2b(of.tobytes(), digest_size=8, key=str(seed).encode()).digest()

@@ -49,7 +49,9 @@ NO_REGRET = (
     "the objective regret needs the expert's view of the base's choices, which a server does not "
     "tell; give the expert as a GGUF file, or another objective"
 )
-CALIBRATED_RATES = tuple(round(0.05 * i, 2) for i in range(21))
+# Between two of them thresholds are interpolated, which low rates, in the tail, would miss.
+LOW_RATES = (0.0025, 0.005, 0.01, 0.02, 0.03, 0.04)
+CALIBRATED_RATES = (0.0, *LOW_RATES, *(round(0.05 * i, 2) for i in range(1, 21)))
 
 
 @dataclass(frozen=True)
@@ -449,21 +451,26 @@ def feature_columns(scores: Scores, rows: Ints, names: tuple[str, ...]) -> Float
 def choose_threshold(p: Doubles, base: Doubles, expert: Doubles) -> float:
     """Return the threshold whose hard decisions are likeliest on held-back tokens.
 
-    Each token comes from the expert where p > threshold. Of the thresholds within one standard
-    error of the best, the highest is taken, since the expert costs more: the rule of Breiman et
-    al., Classification and Regression Trees, 1984. The result is a float32, as in the switch file.
+    Each token comes from the expert where p > threshold. Of the thresholds that are worse than the
+    best by less than the standard error of that difference, the highest is taken, since the expert
+    costs more: the rule of Breiman et al., Classification and Regression Trees, 1984, for pairs.
+    The result is a float32, as in the switch file.
     """
     levels = np.unique(p)
     between = _below_one((levels[1:] + levels[:-1]) / 2)
     candidates = np.unique(np.concatenate(([0.0], between, [1.0])))
     order = np.argsort(-p)
-    # gain[k]: deferring the k tokens of highest p, in nats over the base alone.
-    gain = np.concatenate(([0.0], np.cumsum((expert - base)[order])))
+    # Of deferring the k tokens of highest p: the gain in nats over the base alone, and its squares.
+    more = (expert - base)[order]
+    gain, square = (np.concatenate(([0.0], np.cumsum(x))) for x in (more, more**2))
     # A candidate defers the tokens with p above it, also after rounding and among ties.
-    gains = gain[np.searchsorted(-p[order], -candidates, side="left")]
-    best = np.where(p > candidates[gains.argmax()], expert, base)
-    error = float(best.std()) * np.sqrt(len(best))  # of a sum over all tokens
-    return float(candidates[np.flatnonzero(gains >= gains.max() - error)[-1]])
+    n_deferred = np.searchsorted(-p[order], -candidates, side="left")
+    best = n_deferred[gain[n_deferred].argmax()]
+    # The two decide alike, and their difference is 0, except for the tokens between them.
+    lost = gain[best] - gain[n_deferred]
+    variance = np.abs(square[best] - square[n_deferred]) - lost**2 / len(p)  # of a sum over all
+    near = lost <= np.sqrt(np.maximum(variance, 0.0))
+    return float(candidates[np.flatnonzero(near)[-1]])
 
 
 def _below_one(p: Doubles) -> Doubles:

@@ -56,6 +56,11 @@ def test_python_blocks_go_before_others():
         "import os; os.open('written', os.O_CREAT | os.O_WRONLY)",
         "open('/etc/passwd').read()",
         "import os; os.mkdir('made')",
+        "import os; os.mkfifo('made')",
+        "import posix; posix.mknod('made')",
+        "import os, sys; os.open(sys.executable, os.O_RDONLY | os.O_CREAT)",
+        "import os, sys; os.open(os.__file__, os.O_RDONLY | os.O_APPEND)",
+        "from multiprocessing import util; util.spawnv_passfds(b'/bin/true', [b'true'], [])",
         "x = bytearray(4 << 30)",
         "import sys; sys.exit(0)",  # before its tests
         "import os; os._exit(0)",
@@ -82,6 +87,7 @@ def test_code_that_does_not_end_is_ended(monkeypatch):
         "from __future__ import annotations\nfrom dataclasses import dataclass\n"
         "@dataclass\nclass A:\n    x: int\nassert A(1).x == 1",
         "assert 'é' == '\\u00e9'",
+        "import os; os.environ['A'] = 'b'; assert os.environ['A'] == 'b'",
         "if __name__ == '__main__':\n    raise ValueError",
     ],
 )

@@ -47,6 +47,8 @@ def test_these_metrics_are_there():
         ("gsm8k", "#### 5\nor #### 7", {"completion": "#### 7"}, 1),
         ("gsm8k", "first 7, then nothing ####", {"completion": "#### 7"}, 0),
         ("gsm8k", "#### Step 2: twice\n5*2=10\nThe answer is 10.", {"completion": "#### 10"}, 1),
+        ("gsm8k", "#### 1. Cost\n9*2=18\n#### 2. So it is 18.", {"completion": "#### 18"}, 1),
+        ("gsm8k", "#### 18. ", {"completion": "#### 18"}, 1),
         ("gsm8k", "####\n2+3=5\nThe answer is 10.", {"completion": "#### 10"}, 1),
         ("gsm8k", "a half is .5", {"completion": "#### 0.5"}, 1),
         ("gsm8k", "1" + 400 * "0", {"completion": "#### 2" + 400 * "0"}, 0),

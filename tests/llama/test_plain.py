@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 from gguf import GGUFWriter
 from hypothesis import HealthCheck, given, settings
@@ -13,6 +15,7 @@ from colm_edge.llama.model import Model
 from colm_edge.llama.tokenizer import PARTED
 from colm_edge.pair import load
 from colm_edge.serve.dialogue import Conversation, Dialogue
+from colm_edge.train.documents import tokenized
 
 START = "<|im_start|>"
 TEMPLATE = (
@@ -129,6 +132,18 @@ def test_a_parted_name_gets_no_space_that_nobody_wrote(sentence_piece, text):
     assert b"".join(map(sentence_piece.piece, tokens)).decode() == " " + text
     assert tokens[0] == 1
     assert 2 not in tokens
+
+
+def test_a_completion_begins_with_no_space_that_nobody_wrote(sentence_piece):
+    pair = SimpleNamespace(
+        base=sentence_piece, n_ctx=99, n_shared=sentence_piece.n_vocab,
+        prompt_tokens=lambda messages, **variables: [1, 300],
+    )  # fmt: skip
+    for text in ("hello", " hello", "|hello"):
+        documents = tokenized([(1, {"prompt": "-", "completion": text})], pair)
+        scored = documents.span(0)[documents.starts[0] :].tolist()
+        assert scored.pop() == sentence_piece.end_token
+        assert b"".join(map(sentence_piece.piece, scored)).decode() == text
 
 
 def test_many_names_in_a_long_text_are_parted_at_once(model):

@@ -161,6 +161,26 @@ def test_the_default_threshold_defers_what_pays():
     assert choose_threshold(p, p * 0 - 2.0, p * 0 - 1.0) < 0.02  # one that always does
 
 
+@pytest.mark.parametrize("n", [500, 2_000, 20_000])
+def test_the_default_threshold_defers_what_pays_a_little(n):
+    """A tenth of the tokens, each by a quarter of a nat: far less than the losses differ."""
+    draw = np.random.default_rng(0)
+    base, hard = -draw.gamma(0.25, 4, n), draw.random(n) < 0.1
+    expert = base + np.where(hard, 0.25, 0.0) + draw.normal(0, 0.02, n)
+    p = np.clip(np.where(hard, 0.9, 0.1) + draw.normal(0, 0.02, n), 0.001, 0.999)
+    deferred = p > choose_threshold(p, base, expert)
+    assert deferred[hard].mean() > 0.9
+    assert deferred[~hard].mean() < 0.2
+
+
+@given(rate=st.floats(0.003, 0.05), seed=st.integers(0, 99))
+def test_low_rates_are_met_too(rate, seed):
+    """Where p_defer falls off quickly, between two calibrated rates too."""
+    p = 1 / (1 + np.exp(4 - 1.5 * np.random.default_rng(seed).normal(size=20_000)))
+    rates, thresholds = calibrate(p)
+    assert (p > np.interp(rate, rates, thresholds)).mean() == pytest.approx(rate, rel=0.25)
+
+
 def test_thresholds_survive_float32_and_ties():
     """p so near to 1 that they round to it, and many alike: the threshold still tells them apart
     from the rest, in the precision of the file."""
@@ -293,7 +313,38 @@ def test_a_document_stays_on_its_side_when_others_are_added(tiny_pair):
     assert len(some) == 20
     assert len(more) == 40
     assert len(some & more) >= 15  # those at the border may cross it
-    assert train.held_back_lines(tokenized(list(enumerate(rows)), tiny_pair), 1) != more
+
+
+def test_other_seeds_hold_back_other_lines(tiny_pair):
+    rows = [(i, {"prompt": f"p{i}", "completion": f"c{i}"}) for i in range(300)]
+    documents = tokenized(rows, tiny_pair)
+    sides = [train.held_back_lines(documents, seed) for seed in range(12)]
+    shared = [len(one & other) / 60 for i, one in enumerate(sides) for other in sides[:i]]
+    assert all(len(side) == 60 for side in sides)
+    assert np.mean(shared) == pytest.approx(0.2, abs=0.03)
+    assert max(shared) < 0.45
+
+
+def test_answers_to_one_prompt_are_on_one_side(tiny_pair):
+    rows = [{"prompt": f"p{i % 50}", "completion": f"c{i}"} for i in range(200)]
+    held_back = train.held_back_lines(tokenized(list(enumerate(rows)), tiny_pair), 0)
+    assert len(held_back) == 40
+    assert all((i % 50 in held_back) == (i in held_back) for i in range(200))
+
+
+def test_a_prompt_stays_on_its_side_when_its_answer_changes(tiny_pair):
+    sides = [
+        train.held_back_lines(
+            tokenized([(i, {"prompt": f"p{i}", "completion": c}) for i in range(50)], tiny_pair), 3
+        )
+        for c in ("one", "another")
+    ]
+    assert sides[0] == sides[1]
+
+
+def test_answers_to_a_single_prompt_are_split(tiny_pair):
+    rows = [(i, {"prompt": "p", "completion": f"c{i}"}) for i in range(20)]
+    assert len(train.held_back_lines(tokenized(rows, tiny_pair), 0)) == 4
 
 
 def test_an_update_begins_with_the_old_switch_and_is_compared_with_it(tiny):

@@ -188,7 +188,7 @@ def compare(first: Round, second: Round, common: set[int]) -> None:
     click.echo("| --- | ---: | ---: | ---: |")
     for name, parts in results.items():
         mean = np.mean(parts, axis=0)
-        cells = (" / ".join(f"{x:.3f}"[1:] for x in mean[i]) for i in (0, 2, 3))
+        cells = (" / ".join(f"{x:.3f}".removeprefix("0") for x in mean[i]) for i in (0, 2, 3))
         click.echo(f"| {name} | " + " | ".join(cells) + " |")
 
 
