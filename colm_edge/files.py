@@ -146,16 +146,20 @@ def locked(folder: AnyPath) -> Iterator[None]:
     """
     from filelock import FileLock, Timeout
 
+    lock = FileLock(Path(folder) / ".lock", timeout=0)
     try:
         Path(folder).mkdir(0o700, parents=True, exist_ok=True)  # it will hold prompts
-        with FileLock(Path(folder) / ".lock", timeout=0):
-            yield
+        lock.acquire()
     except Timeout as e:
         raise WriteError(
             f"{folder} is used by another run; wait for its end, or name another folder"
         ) from e
     except OSError as e:
         raise WriteError(f"{folder}: cannot write: {e.strerror or e}") from e
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def check_writable(path: AnyPath, *inputs: AnyPath | None) -> None:

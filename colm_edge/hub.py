@@ -156,7 +156,7 @@ def _of_quantisation(names: list[str], quantisation: str) -> str | None:
     end = re.compile(
         rf"[-._/]{re.escape(quantisation)}(-\d{{5}}-of-\d{{5}})?\.gguf$", re.IGNORECASE
     )
-    models = (name for name in sorted(names) if not Path(name).name.startswith("mmproj"))
+    models = (name for name in sorted(names) if "mmproj" not in Path(name).name.lower())
     return next((name for name in models if end.search(name)), None)
 
 
@@ -328,8 +328,7 @@ def _explained(reference: str) -> Iterator[None]:
         status = e.response.status_code if e.response is not None else "no status"
         hint = "set HF_TOKEN" if status == 401 else "try again later"
         raise ModelError(f"{reference}: the Hub answers {status}; {hint}") from e
-    # RuntimeError is what hf_xet raises, which huggingface_hub downloads most models with.
-    except (_http().HTTPError, OSError, ValueError, RuntimeError) as e:
+    except (_http().HTTPError, OSError, ValueError) as e:
         message = " ".join(str(e).split())[:200] or type(e).__name__
         raise ModelError(f"{reference}: cannot be downloaded: {message}; try again") from e
 

@@ -179,7 +179,7 @@ def named(experts: Experts | None) -> dict[str, str] | None:
 def _split_name(text: str) -> tuple[str, str]:
     """Return the name and the reference in NAME=REF; the name is empty where there is none."""
     name, equals, ref = text.partition("=")
-    if equals and ref and _NAME.fullmatch(name) and not Path(text).exists():
+    if equals and ref and _NAME.fullmatch(name) and not os.path.exists(text):
         return name, ref
     return "", text
 
@@ -200,6 +200,13 @@ def is_this_machine(host: str) -> bool:
         return host.lower() == "localhost" or ip_address(host.strip("[]")).is_loopback
     except ValueError:
         return False
+
+
+def _host_of(url: str) -> str:
+    try:
+        return urlsplit(url).hostname or ""
+    except ValueError as e:
+        raise ModelError(f"{url}: {e}; write it as http://host:port") from e
 
 
 def is_url(reference: str) -> bool:
@@ -225,7 +232,7 @@ def resolve(
     type that is unknown; WriteError for a full disk.
     """
     if is_url(reference):
-        if offline and not is_this_machine(urlsplit(reference).hostname or ""):
+        if offline and not is_this_machine(_host_of(reference)):
             raise ModelError(
                 f"{reference}: --offline allows only servers on this machine; leave it out, or "
                 "give a GGUF file"

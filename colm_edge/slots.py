@@ -119,8 +119,7 @@ class Slots:
         self._made: list[Callable[[int], Timeline]] = []  # of each expert, from a slot's number
         for member in pair.members:
             if isinstance(member.timeline, RemoteSession):
-                away = [AwayTimeline(self, member.another()) for _ in range(n_slots)]
-                self._made.append(away.__getitem__)
+                self._made.append(partial(self._away_timeline, member))
             else:
                 shared = SharedContext(member.session, n_slots)
                 self.experts[shared] = member
@@ -158,6 +157,9 @@ class Slots:
         if self.base is None:
             return None
         return SharedTimeline(self, self.base, slot), *(made(slot) for made in self._made)
+
+    def _away_timeline(self, member: Member, slot: int) -> Timeline:
+        return AwayTimeline(self, member.another())
 
     def _timeline(self, shared: SharedContext, member: Member, slot: int) -> Timeline:
         return member.across(SharedTimeline(self, shared, slot))

@@ -275,7 +275,10 @@ def test_a_quantisation_names_a_file_and_all_its_parts_are_downloaded(server):
         "m-Q4_K_M-00001-of-00002.gguf": b"GGUF1",
         "m-Q4_K_M-00002-of-00002.gguf": b"GGUF2",
         "mmproj-f16.gguf": b"GGUF3",
+        "m-mmproj-f16.gguf": b"GGUF5",
+        "m-text-f16.gguf": b"GGUF6",
     }
+    assert fetch("them/model:f16").read_bytes() == b"GGUF6"
     assert fetch("them/model:q4_0").read_bytes() == b"GGUF4"
     path = fetch("them/model:Q4_K_M")
     assert path.read_bytes() == b"GGUF1"

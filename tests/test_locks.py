@@ -33,6 +33,13 @@ def test_a_folder_that_cannot_be_made_is_told(tmp_path):
         pass
 
 
+def test_an_error_of_the_work_is_not_the_folders(tmp_path):
+    with pytest.raises(BrokenPipeError), locked(tmp_path / "w"):
+        raise BrokenPipeError
+    with locked(tmp_path / "w"):
+        pass
+
+
 @pytest.mark.parametrize(
     "command",
     [

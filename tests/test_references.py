@@ -128,6 +128,8 @@ def test_the_model_of_a_listed_server_is_no_comment(tmp_path, monkeypatch):
 def test_offline_a_remote_server_is_refused():
     with pytest.raises(ModelError, match="--offline allows only servers on this machine"):
         references.resolve("http://10.1.2.3:8080", offline=True)
+    with pytest.raises(ModelError, match="Invalid IPv6 URL; write it as"):
+        references.resolve("http://[::1:8080", offline=True)
     for url in ("http://127.0.0.1:8080", "http://localhost:1/v1", "http://[::1]:80"):
         assert references.resolve(url, offline=True) == url
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 from array import array
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import wait as wait_for_any
 
 from colm_edge.arrays import Floats
-from colm_edge.cancel import Cancel, CancelledError
+from colm_edge.cancel import LOOK, Cancel, CancelledError
 from colm_edge.llama.backend import supports_gpu
 from colm_edge.llama.context import is_small
 from colm_edge.llama.owners import Home
@@ -31,6 +32,7 @@ class Background:
         self._home = Home()  # a child of fork has no worker
         self._worker = ThreadPoolExecutor(1, "colm-edge-expert")
         self._job: Future[int] | None = None
+        self._ahead, self._stop = array("i"), Cancel()  # what is caught up with, and what ends that
         # A copy, updated by `sync`: work in the background counts for the next call.
         self.account = session.account.copy()
 
@@ -47,6 +49,8 @@ class Background:
         self.session.open(cancel)
 
     def turn_to(self, prompt: array[int]) -> None:
+        if prompt[: len(self._ahead)] != self._ahead:  # nobody wants it any more
+            self._stop.request()
         self.settle()  # what no call of the last answer waited for does not count for the next one
         self.session.turn_to(prompt)
 
@@ -57,7 +61,8 @@ class Background:
         self.wait()
         session = self.session
         if session.created and len(tokens) - session.n_known(tokens) >= MIN_GAP:
-            self._job = self._worker.submit(session.sync, tokens[:])
+            self._ahead, self._stop = tokens[:], Cancel()
+            self._job = self._worker.submit(session.sync, self._ahead, (), self._stop)
 
     def begin(
         self, tokens: Sequence[int], outputs: Sequence[int] = (), cancel: Cancel | None = None
@@ -68,12 +73,17 @@ class Background:
         self._job = self._worker.submit(self.session.sync, tokens[:], outputs, cancel)
         return self._job
 
-    def wait(self) -> None:
-        """Wait until no catch-up is running. Raises what the catch-up raised, unless it was
-        cancelled, with the answer that it was for; and ModelError in a child of fork."""
+    def wait(self, cancel: Cancel | None = None) -> None:
+        """Wait until no catch-up is running; cancel ends it. Raises what the catch-up raised,
+        unless it was cancelled, with the answer that it was for; and ModelError in a child of
+        fork."""
         self._home.check()
         if self._job is None:
             return
+        while cancel is not None and not wait_for_any([self._job], LOOK).done:
+            if cancel.requested:
+                self._stop.request()
+                break
         # An interrupt here keeps the job, so that no other thread uses the context meanwhile.
         error = self._job.exception()
         self._job = None
@@ -84,7 +94,7 @@ class Background:
         self, tokens: Sequence[int], outputs: Sequence[int] = (), cancel: Cancel | None = None
     ) -> int:
         """Wait for a running catch-up, then do what `Session.sync` does."""
-        self.wait()
+        self.wait(cancel)
         try:
             return self.session.sync(tokens, outputs, cancel)
         finally:  # a cancelled evaluation counts as far as it came
@@ -100,6 +110,7 @@ class Background:
 
     def close(self) -> None:
         """End the thread and close the session."""
+        self._stop.request()
         self._worker.shutdown(wait=self._home.is_here)
         self._job = None
         self.session.close()

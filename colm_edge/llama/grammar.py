@@ -9,7 +9,7 @@ import re
 import tempfile
 import threading
 from collections.abc import Mapping
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from itertools import accumulate
 from typing import Any, Self
 
@@ -141,10 +141,11 @@ def grammar_of(schema: str | Mapping[str, Any], *, strict: bool = True) -> str:
 def _parsed(vocab: Any, text: bytes) -> tuple[Any, str]:
     """Return llama.cpp's sampler of a grammar, or None, and why it does not parse: that is printed,
     and told nowhere else. What other threads print meanwhile is passed on."""
-    with _stderr, tempfile.TemporaryFile() as file:
+    with _stderr, ExitStack() as opened:
         try:
+            file = opened.enter_context(tempfile.TemporaryFile())
             before = os.dup(2)
-        except OSError:  # there is none, as in an app without a console
+        except OSError:  # no folder for it, or no stderr, as in an app without a console
             return llama.llama_sampler_init_grammar(vocab, text, b"root"), "it does not parse"
         try:
             os.dup2(file.fileno(), 2)

@@ -52,9 +52,8 @@ class Plain:
         self._defs: Json = {}
         self._n_lookups = 0
         self.rules: dict[str, str] = {}
-        self._stand_in = "colm-rule"
-        while self._stand_in in json.dumps(schema):  # somebody's own word
-            self._stand_in += "-"
+        said = json.dumps(schema)
+        self._stand_in, self._ref = _not_in(said, "colmrule"), _not_in(said, "colmref")
         self.schema = self._of(schema, "") if schema else {"type": "object"}
         if "$ref" in self.schema:  # at the root the translation does not look it up
             self.schema = {"anyOf": [self.schema]}
@@ -78,11 +77,13 @@ class Plain:
             ("$ref", ()),
             ("anyOf", ("type",)),
             ("oneOf", ("type",)),
-            ("const", ("type",)),
-            ("enum", ("type", "const")),
+            ("const", ("type", "enum")),
+            ("enum", ("type",)),
         ):
             if key in given:
                 self._only(given, {key, *more}, path)
+                if key == "const" and given[key] not in given.get("enum", [given[key]]):
+                    raise ValueError(f"const of {_place(path)} is not in its enum")
                 kinds = self._kinds(given.get("type"), path)
                 value = self._of_kinds(key, given[key], kinds, path) if kinds else given[key]
                 return self._choice(key, value, path)
@@ -178,7 +179,7 @@ class Plain:
             while isinstance(target, Mapping) and target.keys() - ANNOTATIONS == {"$ref"}:
                 self._see(target["$ref"], seen, path)
                 target = self._target(target["$ref"], path)
-            name = self._refs[ref] = f"ref-{len(self._refs)}"
+            name = self._refs[ref] = f"{self._ref}{len(self._refs)}"
             self._defs[name] = self._of(target, str(ref))
         return self._refs[ref]
 
@@ -199,7 +200,7 @@ class Plain:
         seen.append(ref)
 
     def _target(self, ref: Any, path: str) -> Any:
-        if not isinstance(ref, str) or not ref.startswith("#"):
+        if not isinstance(ref, str) or not f"{ref}/".startswith("#/"):
             raise ValueError(f"$ref of {_place(path)} is {str(ref)[:80]!r}; expected #/…")
         self._n_lookups += 1
         if self._n_lookups > MOST_LOOKUPS:
@@ -335,7 +336,7 @@ class Plain:
                 raise ValueError(f"minItems of {_place(path)} is {low}, and items allows none")
             return {"type": "array", "items": {"type": "null"}, "maxItems": 0}
         self._check_limits("Items", low, high, path)
-        limits = {"minItems": low} if high is None else {"minItems": low, "maxItems": high}
+        limits = {"minItems": int(low)} | ({} if high is None else {"maxItems": int(high)})
         for key in [key for key, value in limits.items() if value > MOST_REPEATED]:
             self._refuse(f"{key} {limits.pop(key)}, which is above {MOST_REPEATED},", path)
         return {"type": "array", "items": self._of(items, f"{path}.items"), **limits}
@@ -378,6 +379,13 @@ def _is_of(value: Any, kinds: Sequence[str]) -> bool:
         "string": str, "null": type(None), "array": list, "object": dict,
     }  # fmt: skip
     return any(isinstance(value, known[kind]) for kind in kinds if kind in known)
+
+
+def _not_in(text: str, word: str) -> str:
+    """Return a word that a text does not hold, by adding to it if need be."""
+    while word in text:
+        word += "x"
+    return word
 
 
 def _place(path: str) -> str:

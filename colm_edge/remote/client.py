@@ -81,6 +81,7 @@ class RemoteExpert:
         self._n_ids = base.n_vocab  # ids of tokens are below this
         self.is_same: bool | None = None  # whether it has the base's vocabulary; not known yet
         self._probed: tuple[tuple[int, ...], ...] = ()  # which vocabulary it was
+        self._n_vocab: int | None = None  # what it told last
         self._lock = threading.RLock()  # held where the dialect or the next four are set
         self._absent_until, self._warned = -math.inf, set[str]()
         self._n_greeted = 0
@@ -245,9 +246,11 @@ class RemoteExpert:
         what = f"the vocabularies of {self.base.path.name} and {self.url} differ: "
         if greeting.difference and self.words is None:
             raise MismatchError(f"{what}{greeting.difference}; use two of one family, or --bridge")
-        if self._probed and greeting.probed != self._probed:
+        told = {greeting.n_vocab, self._n_vocab} - {None}  # a server that loads tells none yet
+        if (self._probed and greeting.probed != self._probed) or len(told) > 1:
             raise MismatchError(f"{self.url} came back with another vocabulary; start again")
         self.is_same, self._probed = not greeting.difference, greeting.probed
+        self._n_vocab = greeting.n_vocab or self._n_vocab
         n_vocab = self.base.n_vocab
         self.n_shared = min(greeting.n_vocab or n_vocab, n_vocab) if self.is_same else n_vocab
         self._n_ids = n_vocab if self.is_same else greeting.n_vocab or MOST_TOKENS

@@ -85,7 +85,6 @@ def greet(server: Server, base: Model) -> Greeting:
         return theirs
 
     difference = _difference(base, n_vocab, tokenized)
-    probed.append((n_vocab or 0,))
     return Greeting(dialect, model, n_vocab, n_ctx, difference, tuple(probed))
 
 

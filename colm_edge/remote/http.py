@@ -18,6 +18,7 @@ from colm_edge.remote.dialect import Body
 CONNECT_TIMEOUT = 5.0  # seconds
 EXPERT_KEY_VARIABLE = "COLM_EDGE_EXPERT_KEY"
 MOST_BYTES = 64 << 20  # of an answer: the log-probabilities of a vocabulary take 10 MB
+WRITTEN_AT_ONCE = 16 << 10  # bytes of a request
 TOLD = 200  # characters of a server's own words that an error repeats
 
 
@@ -158,7 +159,9 @@ class _Timely:
         return bytes(self._inner.read(most, self._within(timeout)))
 
     def write(self, content: bytes, timeout: float | None = None) -> None:
-        self._inner.write(content, self._within(timeout))
+        # httpcore gives each part that is sent all of the time again.
+        for at in range(0, len(content), WRITTEN_AT_ONCE):
+            self._inner.write(content[at : at + WRITTEN_AT_ONCE], self._within(timeout))
 
     def _within(self, timeout: float | None) -> float:
         import httpcore

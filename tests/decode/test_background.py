@@ -154,6 +154,48 @@ def test_the_base_continues_meanwhile(session, monkeypatch):
     expert.close()
 
 
+@pytest.mark.parametrize("ends", ["the next prompt", "the reader", "closing"])
+def test_a_catch_up_that_nobody_wants_ends_at_its_next_batch(tiny, monkeypatch, ends):
+    session = Session(Model(tiny["expert"]), ContextOptions(n_ctx=256, n_batch=16, n_ubatch=16))
+    expert = Background(session)
+    tokens = array("i", session.model.tokenize(PROMPT * 3))
+    expert.sync(tokens[:5])
+    inside, go_on, decode = threading.Event(), threading.Event(), session._decode
+    n = []
+
+    def decoded(*arguments):
+        n.append(arguments)
+        inside.set()
+        assert go_on.wait(60)
+        return decode(*arguments)
+
+    monkeypatch.setattr(session, "_decode", decoded)
+    expert.follow(tokens)
+    assert inside.wait(60)
+    threading.Timer(0.3, go_on.set).start()
+    if ends == "the next prompt":
+        expert.turn_to(tokens[1:8])
+    elif ends == "the reader":
+        cancel = Cancel()
+        cancel.request()
+        with pytest.raises(CancelledError):
+            expert.sync(tokens, (), cancel)
+    expert.close()
+    assert len(n) == 1
+    session.model.close()
+
+
+def test_a_catch_up_goes_on_for_a_prompt_that_goes_on(session):
+    expert = Background(session)
+    tokens = array("i", session.model.tokenize(PROMPT * 3))
+    expert.turn_to(tokens[:5])
+    expert.sync(tokens[:5])
+    expert.follow(tokens[:60])
+    expert.turn_to(tokens)
+    assert session.n_known(tokens) == 60
+    expert.close()
+
+
 def test_an_error_on_its_thread_is_raised_at_the_next_sync(session, monkeypatch):
     expert = Background(session)
     expert.sync([1])

@@ -39,6 +39,14 @@ KEPT = [
     ({"type": "array", "maxItems": 1}, '[] [1] [{}]', "[1,2] 1"),
     ({"type": "array", "items": False}, "[]", "[null]"),
     ({"prefixItems": [{"type": "null"}], "minItems": 1}, "[null]", "[] [null,null]"),
+    ({"items": {"type": "null"}, "minItems": 1.0, "maxItems": 2.0}, "[null]", "[]"),
+    ({"const": "a", "enum": ["a", "b"], "type": "string"}, '"a"', '"b"'),
+    (
+        {"properties": {"ref-0": {"type": "object", "properties": {"x": {"const": 1}},
+                                  "required": ["x"]}, "y": {"$ref": "#/$defs/a"}},
+         "required": ["ref-0", "y"], "$defs": {"a": {"const": 2}}},
+        '{"ref-0":{"x":1},"y":2}', '{"ref-0":{"x":1},"y":{"x":1}}',
+    ),
     ({"type": "array", "items": {}, "minItems": 2}, '[1,"a"] [[],{}]', "[1]"),
     ({"required": ["a"]}, '{"a":1} {"a":[]}', "{} []"),
     ({"properties": {"a": True}, "required": ["a"]}, '{"a":null}', "{}"),
@@ -90,12 +98,12 @@ def test_constants_and_names_of_any_characters(model, text):
 
 
 def test_a_name_like_our_own_is_the_users(model):
-    names = ["colm-rule-0", "colm-rule-1", "colm-rule0", "colm-rule"]
-    schema = {"properties": {name: {"type": "integer", "maximum": 3} for name in names}}
-    schema |= {"required": names}
+    names = ["colmrule0", "colmrulex", "colmrulex1", "colmref0", "colmref", "colmrefx0"]
+    schema = {"properties": {name: {"$ref": "#/$defs/small"} for name in names}}
+    schema |= {"required": names, "$defs": {"small": {"type": "integer", "maximum": 3}}}
     written = json.dumps(dict.fromkeys(names, 3))
     assert accepts(model, grammar_of(schema), written)
-    assert accepts(model, grammar_of({"enum": names}), '"colm-rule-1"')
+    assert accepts(model, grammar_of({"enum": names}), '"colmrulex1"')
 
 
 @pytest.mark.parametrize(("schema", "allowed", "others"), KEPT)
@@ -182,6 +190,8 @@ def test_or_is_left_out_where_that_is_wanted(keyword):
         ({"properties": {"a": 7}}, "a is '7'"),
         ({"$ref": "#/nowhere"}, "which is not there"),
         ({"$ref": "http://a.example/b"}, "expected #/"),
+        ({"$ref": "#item", "$defs": {"item": {"$anchor": "item", "const": 1}}}, "expected #/"),
+        ({"const": 1, "enum": [2, 3]}, "is not in its enum"),
         ({"enum": []}, "enum of the schema is []"),
         ({"prefixItems": {"type": "null"}}, "prefixItems of the schema is not a list"),
         ({"type": "integer", "minimum": 3, "maximum": 2}, "no number is between"),

@@ -23,6 +23,7 @@ from colm_edge.options import Options
 from colm_edge.pair import Pair, load
 from colm_edge.remote.greeting import DIALECTS, PROBES
 from colm_edge.remote.vocabulary import RemoteVocabulary
+from colm_edge.slots import Slots
 from colm_edge.together import Task, answer_together
 
 pytestmark = pytest.mark.usefixtures("no_back_off")
@@ -96,6 +97,18 @@ def test_it_writes_what_the_same_expert_here_writes(base, other, all_told, owner
         tasks = [Task(i, answers[1].prompt_tokens, GREEDY) for i in range(3)]
         for done in answer_together(pair, tasks, 3):
             assert done.answer.text == expected[1].text
+
+
+def test_a_slots_next_answer_has_a_bridge_of_its_own(base, other, all_told):
+    """That of a cancelled one may still be asking."""
+    with served("llamacpp", other) as (url, _), opened(base, url) as pair:
+        slots = Slots(pair, 2)
+        with slots.take([1]) as one:
+            pass
+        with slots.take([1]) as another:
+            assert one[1] is not another[1]
+            assert another[1].account.n_calls == 0
+        slots.close()
 
 
 @pytest.mark.parametrize("owner", DIALECTS)

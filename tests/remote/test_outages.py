@@ -141,6 +141,20 @@ def test_an_expert_may_come_up_later(tiny, local):
         assert len(notes) == 2
 
 
+def test_a_server_that_tells_no_size_while_it_loads_is_the_same_one(tiny, local):
+    with faking("llamacpp", tiny["expert"]) as (url, fake):
+        told, fake.n_vocab = fake.n_vocab, None
+        with remote_pair(tiny, url, pause=0.0) as pair:
+            for fake.n_vocab in (told, None, told):
+                assert pair.generate(PROMPT).text == local.generate(PROMPT).text
+                fake.always = "500"
+                assert pair.generate(PROMPT).stats.expert_failures > 0
+                fake.always = ""
+            fake.n_vocab = told - 1
+            with pytest.raises(MismatchError, match="came back with another vocabulary"):
+                pair.generate(PROMPT)
+
+
 def test_each_cause_of_an_outage_is_told_once(tiny, caplog):
     with faking("vllm", tiny["expert"]) as (url, fake), remote_pair(tiny, url, pause=0.0) as pair:
         for causes in (["500", "garbage"], ["400", "500"]):
