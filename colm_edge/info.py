@@ -9,7 +9,7 @@ from typing import Any
 
 import llama_cpp as llama
 
-from colm_edge.errors import MismatchError, ModelError
+from colm_edge.errors import MismatchError, ModelError, printable
 from colm_edge.gguf_header import read_architecture
 from colm_edge.hub import Note
 from colm_edge.llama.context import ContextOptions
@@ -313,6 +313,7 @@ def as_text(facts: list[dict[str, Any]]) -> str:
             names = ("pair", "team", "can_collaborate", "switch")
             shown = {name: fact[name] for name in names if name in fact} | _speed_lines(fact)
         width = max(map(len, shown)) + 2
-        return "\n".join(f"{key.replace('_', ' '):{width}}{value}" for key, value in shown.items())
+        texts = {key: printable(str(value)) for key, value in shown.items()}  # of strangers' files
+        return "\n".join(f"{key.replace('_', ' '):{width}}{text}" for key, text in texts.items())
 
     return "\n\n".join(map(lines, facts))

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 from colm_edge.arrays import Floats
 from colm_edge.cancel import Cancel, CancelledError
 from colm_edge.decode.timeline import Around, Timeline
-from colm_edge.errors import ColmError, PromptError
+from colm_edge.errors import ColmError, ModelError, PromptError
 from colm_edge.llama.account import Account
 from colm_edge.llama.owners import close_each
 from colm_edge.llama.session import check_outputs
@@ -183,7 +183,7 @@ class Slots:
         context.context.home.check()  # a child of fork has no worker
         with self._changed:
             if self._closed:
-                raise ColmError("the models are closed")
+                raise ModelError("the models are closed")
             self._waiting[context].append(request)
             self._changed.notify_all()
         request.done.wait()
@@ -290,7 +290,7 @@ class Slots:
             self._worker.join()
         for requests in self._waiting.values():
             for request in requests:
-                request.error = ColmError("the models are closed")
+                request.error = ModelError("the models are closed")
                 request.done.set()
         with self._changed:
             while self._taken:

@@ -44,8 +44,8 @@ class Writer(QObject):
     def load(self) -> None:
         try:
             self._pair = pair = colm_edge.load(*self._files, progress=self._tell)
-        except colm_edge.ColmError as e:
-            self.failed.emit(str(e))
+        except Exception as e:  # whatever it was, the window says it
+            self.failed.emit(str(e) or type(e).__name__)
             return
         names = f"{pair.base.path.name} with {os.path.basename(pair.expert.name)}"
         self.loaded.emit(pair.threshold(pair.defaults), names)
@@ -73,8 +73,8 @@ class Writer(QObject):
                 self.wrote.emit(event)
             answer = stream.answer()
             self.finished.emit(answer.text, answer.stats)
-        except colm_edge.ColmError as e:
-            self.failed.emit(str(e))
+        except Exception as e:  # whatever it was, the window goes on
+            self.failed.emit(str(e) or type(e).__name__)
         finally:
             self._stream = None
 
@@ -262,6 +262,8 @@ def main() -> int:
     parser.add_argument("-sw", "--switch", help="the switch, a file or a name")
     parser.add_argument("--ask", metavar="QUESTION", help="print the answer and leave")
     args = parser.parse_args()
+    if args.ask is not None and not args.ask.strip():
+        parser.error("--ask: the question is empty")
     if args.ask:
         os.environ.setdefault("QT_QPA_PLATFORM", "offscreen")
     app = Qw.QApplication(sys.argv[:1])

@@ -301,6 +301,16 @@ def test_a_terminal_shows_drafts_that_fit_and_takes_them_back():
     screen.write(drafts.step(" next", " next"))
     assert drafts.add("dim") != ""
     drafts.end()
+    drafts, screen = Drafts(width=20), Terminal()
+    screen.write(drafts.step("final ", "final "))
+    screen.write(drafts.add("dim"))
+    screen.write(drafts.interrupted())  # by a note on the next line
+    assert screen.line == "final "
+    screen = Terminal()
+    screen.write(drafts.add(" more"))
+    assert screen.line == "dim more"
+    screen.write(drafts.undo(1))
+    assert screen.line == "dim"
     assert column_behind("漢" * 105, 0, 39) == 20  # a wide one does not begin in the last column
     assert [column_behind("x" * n, 0, 20) for n in (19, 20, 21, 40)] == [19, 20, 1, 20]
     assert column_behind("\t" * 9, 3, 20) == 19  # a tab does not wrap

@@ -89,6 +89,14 @@ def test_a_threshold_that_defers_is_not_shown_as_one():
     assert 0.999 < float(shown) < 1
 
 
+def test_a_strangers_file_cannot_drive_the_terminal(tiny):
+    facts, _ = describe_files([tiny["base"]])
+    facts[0]["name"] = "\x1b]0;owned\x07\nmodel  fake.gguf"
+    text = as_text(facts)
+    assert "\x1b" not in text
+    assert len(text.splitlines()) == len(as_text(describe_files([tiny["base"]])[0]).splitlines())
+
+
 def test_two_models_are_compared(tiny):
     base, expert, pair = info(tiny["base"], tiny["expert"])
     assert base["vocabulary_hash"] == expert["vocabulary_hash"]

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from colm_edge.cli.terminal import note, say
+from colm_edge.cli.terminal import columns_of, note, say
 from colm_edge.errors import WriteError
 
 if TYPE_CHECKING:
@@ -57,11 +56,7 @@ def progress(name: str, total: int) -> Any:
     """Return a progress bar on stderr, as wide as the terminal leaves room for; one that is wrapped
     would be repeated at each step."""
     beside = len(f"{name:>7}  [] {total}/{total} 100% 00:00:00")
-    try:
-        columns = os.get_terminal_size(sys.stderr.fileno()).columns
-    except (OSError, ValueError):  # no terminal: click writes the label alone
-        columns = 80
-    width = max(5, min(36, columns - beside - 1))
+    width = max(5, min(36, columns_of(sys.stderr) - beside - 1))
     return click.progressbar(
         length=total, label=f"{name:>7}", file=sys.stderr, show_pos=True, width=width
     )

@@ -15,7 +15,7 @@ class Drafts:
     fit this line are not shown: a terminal cannot take them back."""
 
     def __init__(self, width: int) -> None:
-        self._width = width
+        self.width = width  # of the terminal, which may change
         # Of what is final. At the width the cursor waits in the last column, and wraps when more is
         # written: there is no place for drafts.
         self._column = 0
@@ -37,8 +37,13 @@ class Drafts:
         was = self._erased()
         del self._texts[:1]
         *before, last = text.split("\n")
-        self._column = column_behind(last, 0 if before else self._column, self._width)
+        self._column = column_behind(last, 0 if before else self._column, self.width)
         return was + marked + self._shown()
+
+    def interrupted(self) -> str:
+        """Return what takes all of them back until the next event, before a line of its own."""
+        was, self._column = self._erased(), 0
+        return was
 
     def end(self) -> str:
         """Return what takes all of them back."""
@@ -47,7 +52,7 @@ class Drafts:
         return was
 
     def _fitting(self) -> str:
-        fitting, room = "", self._width - self._column - 1
+        fitting, room = "", self.width - self._column - 1
         for text in self._texts:
             if not text.isprintable() or column_behind(fitting + text) > room:
                 break

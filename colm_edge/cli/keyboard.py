@@ -77,22 +77,32 @@ def unechoed() -> Iterator[None]:
     unseen = [*before]
     unseen[3] &= ~(termios.ECHO | termios.ICANON)
     unseen[3] |= termios.NOFLSH  # Ctrl-C does not throw away what was typed before it
-    termios.tcsetattr(terminal, termios.TCSADRAIN, unseen)
 
     def again(*_: object) -> None:  # after Ctrl-Z and fg: the shell has made it show what is typed
         if _is_foreground():
             termios.tcsetattr(terminal, termios.TCSANOW, unseen)
 
     handles = threading.current_thread() is threading.main_thread()
-    before_stop = signal.signal(signal.SIGCONT, again) if handles else None
-    try:
-        yield
-    finally:
+    before_stop = signal.getsignal(signal.SIGCONT)
+
+    def restore() -> None:
         if handles:
             signal.signal(signal.SIGCONT, before_stop or signal.SIG_DFL)
         if _is_foreground():
             with suppress(termios.error):  # it was closed
                 termios.tcsetattr(terminal, termios.TCSADRAIN, before)
+
+    try:
+        termios.tcsetattr(terminal, termios.TCSADRAIN, unseen)
+        if handles:
+            signal.signal(signal.SIGCONT, again)
+        yield
+    finally:
+        try:
+            restore()
+        except KeyboardInterrupt:  # a second Ctrl-C, in the middle of it
+            restore()
+            raise
 
 
 def _is_foreground() -> bool:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import os
 import re
-import shutil
 import stat
 import sys
 import threading
@@ -55,11 +54,13 @@ Up, Down, Ctrl-R     go back to earlier messages, search them
 Ctrl-C               clear the line; in an answer: stop it, and keep what was generated"""
 COMMANDS = sorted(set(re.findall(r"/[a-z]+", HELP)))
 CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # all but tab and newline
-COMMAND = re.compile(r"\s*/[a-zA-Z?]+(\s|$)")  # /etc/hosts is none
+# /etc/hosts is none, and neither is a message of several lines.
+COMMAND = re.compile(r"\s*/[a-zA-Z?]+([^\S\n].*)?\s*")
 COLOURS = ("cyan", "magenta", "yellow", "green", "blue", "red")  # of experts
 # When a conversation grows, 1 / ANSWER_SHARE of the context is kept free for the answer.
 ANSWER_SHARE = 4
-_cursor = SimpleNamespace(inside=False)  # whether the terminal's cursor is inside an answer
+# Whether the terminal's cursor is inside an answer, and the drafts behind it.
+_cursor = SimpleNamespace(inside=False, drafts=Drafts(0))
 
 
 def say(text: str) -> None:
@@ -69,8 +70,18 @@ def say(text: str) -> None:
 
 def note(text: str) -> None:
     """Say that something takes a while, or warn, on a line of its own even inside an answer."""
-    say(("\n" if _cursor.inside else "") + text)
+    if _cursor.inside:
+        click.echo(_cursor.drafts.interrupted())
+    say(text)
     _cursor.inside = False
+
+
+def columns_of(stream: Any) -> int:
+    """Return the width of the terminal that a stream writes to; 80 where it is none."""
+    try:
+        return os.get_terminal_size(stream.fileno()).columns or 80
+    except (OSError, ValueError):
+        return 80
 
 
 def write(stream: Stream) -> bool:
@@ -80,7 +91,7 @@ def write(stream: Stream) -> bool:
     """
     live = is_terminal(sys.stdout)
     marked = live or bool(os.environ.get("FORCE_COLOR") and not os.environ.get("NO_COLOR"))
-    drafts = Drafts(shutil.get_terminal_size().columns)
+    drafts = _cursor.drafts = Drafts(0)
     colours = dict(zip(stream.experts, cycle(COLOURS), strict=False))
 
     def show(event: Event) -> None:
@@ -90,6 +101,7 @@ def write(stream: Stream) -> bool:
                 shown = mark(event, colours) if marked else text
                 click.echo(shown, nl=False, color=marked)
             return
+        drafts.width = columns_of(sys.stdout)
         if isinstance(event, Step):
             shown = drafts.step(harmless(event.text), mark(event, colours))
         elif isinstance(event, Drafted):
@@ -248,7 +260,7 @@ class Chat:
             try:
                 if not line.strip():
                     continue
-                if not COMMAND.match(line):
+                if not COMMAND.fullmatch(line):
                     self.ask(line)
                 elif not self.command(line):
                     return
@@ -298,7 +310,8 @@ class Chat:
 
     def command(self, line: str) -> bool:
         """Run a /command; return False to leave."""
-        name, _, rest = line.strip().partition(" ")
+        name, *others = line.split(None, 1)
+        rest = "".join(others)
         rest = rest.strip()
         match name.lower():
             case "/bye" | "/exit" | "/quit":

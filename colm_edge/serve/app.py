@@ -96,10 +96,11 @@ def listen(host: str, port: int) -> socket.socket:
     try:
         listening.bind((host, port))
         listening.listen()  # from here on a client may connect
-    except OSError as e:
+    except (OSError, TypeError, UnicodeError) as e:  # the last two of what cannot be a name
         listening.close()
+        reason = getattr(e, "strerror", None) or e
         raise ColmError(
-            f"cannot listen on {host}:{port}: {e.strerror or e}; give another --host or --port"
+            f"cannot listen on {host}:{port}: {reason}; give another --host or --port"
         ) from e
     return listening
 

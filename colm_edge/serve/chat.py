@@ -146,6 +146,8 @@ class TemplateRequest(Messages):
 
 
 class ChatRequest(Messages, Sampling):
+    elsewhere = ("echo", "prompt_logprobs")
+
     max_completion_tokens: int | None = Field(default=None, ge=0)
     response_format: ResponseFormat | None = None
     logprobs: bool = False

@@ -96,7 +96,6 @@ def _refusals(model: type[BaseModel]) -> dict[int | str, dict[str, Any]]:
         401: "The key is missing or wrong",
         404: "The model does not exist",
         413: "The body is too large",
-        415: "The body is not JSON",
         503: "Too many requests are waiting, or the server is being stopped",
     }
     return {status: {"description": text, "model": model} for status, text in texts.items()}
@@ -110,12 +109,16 @@ async def _refused(request: Request, e: RefusalError) -> JSONResponse:
     return e.response(request.url.path)
 
 
+def refusal_of(e: ColmError) -> RefusalError:
+    """Return what a client is told of an error: whether the request is wrong, or the server."""
+    if isinstance(e, ModelError):
+        return RefusalError(500, str(e), "server_error")
+    code = "context_length_exceeded" if isinstance(e, ContextError) else None
+    return RefusalError(400, str(e), code=code)
+
+
 async def _failed(request: Request, e: ColmError) -> JSONResponse:
-    refusal = RefusalError(500, str(e), "server_error")
-    if not isinstance(e, ModelError):
-        code = "context_length_exceeded" if isinstance(e, ContextError) else None
-        refusal = RefusalError(400, str(e), code=code)
-    return refusal.response(request.url.path)
+    return refusal_of(e).response(request.url.path)
 
 
 async def _half_a_character(request: Request, _: UnicodeEncodeError) -> JSONResponse:

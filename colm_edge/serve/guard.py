@@ -64,7 +64,7 @@ class JSONRoute(APIRoute):
             if scope["path"].startswith("/api/") and "origin" not in request.headers:
                 others = [(key, x) for key, x in scope["headers"] if key != b"content-type"]
                 scope = {**scope, "headers": [*others, (b"content-type", b"application/json")]}
-            elif scope["method"] == "POST" and "json" not in of_type:
+            elif scope["method"] == "POST" and "json" not in of_type.lower():
                 # A page of another site may send anything but this type without asking first.
                 raise RefusalError(
                     400, "the body was not read as JSON; send Content-Type: application/json"

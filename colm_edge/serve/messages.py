@@ -49,6 +49,7 @@ class ResultBlock(Body):
     type: Literal["tool_result"]
     tool_use_id: str
     content: str | Objects[TextBlock] = ""
+    is_error: bool = False
 
 
 Texts = str | Objects[TextBlock]
@@ -75,7 +76,7 @@ class Message(Body):
                     function = {"name": block.name, "arguments": block.input}
                     calls.append({"id": block.id, "type": "function", "function": function})
                 case ResultBlock():
-                    content = joined(block.content)
+                    content = "Error: " * block.is_error + joined(block.content)
                     key = block.tool_use_id
                     results.append({"role": "tool", "content": content, "tool_call_id": key})
         more: Json = {"tool_calls": calls} if calls else {}
@@ -163,7 +164,9 @@ def _as_one(turns: list[Json]) -> Json:
 
 
 class MessagesRequest(CountRequest, Sampling):
-    elsewhere = ("stop", "json_schema", "trace", "provisional")
+    elsewhere = (
+        "stop", "json_schema", "output_format", "response_format", "trace", "provisional",
+    )  # fmt: skip
 
     max_tokens: int = Field(ge=0)
     stop_sequences: List[Stop] | None = None

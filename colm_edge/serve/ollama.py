@@ -44,13 +44,15 @@ Json = dict[str, Any]
 BODY_OR_LINES: dict[int | str, dict[str, Any]] = {
     200: {"content": {"application/json": {}, "application/x-ndjson": {}}}
 }
-UNSUPPORTED = ("suffix", "template", "context", "images", "trace", "provisional")
+UNSUPPORTED = (
+    "suffix", "template", "context", "images", "logprobs", "top_logprobs", "trace", "provisional",
+)  # fmt: skip
 
 
 class SamplingOptions(BodyOptions):
     """Ollama's `options`. Others, such as num_ctx, were settled when the server was started."""
 
-    num_predict: int | None = Field(default=None, ge=-2)  # -1, -2: as much as there is room for
+    num_predict: int | None = Field(default=None, ge=-2)  # 0 and below: as much as has room
     seed: Seed | None = None
     stop: Stop | List[Stop] | None = None
 
@@ -89,7 +91,7 @@ class Asked(Body):
         """The options, under the names that they have in OpenAI's API."""
         given = self.options.model_dump(exclude={"num_predict"}, exclude_none=True)
         if (limit := self.options.num_predict) is not None:
-            given["max_tokens"] = max(-1, limit)
+            given["max_tokens"] = limit if limit > 0 else -1
         return Sampling.model_validate({**given, "stream": self.stream, "colm": self.colm})
 
     @property

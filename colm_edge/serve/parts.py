@@ -102,7 +102,7 @@ class Splitter:
     @property
     def is_call(self) -> bool:
         """Whether the answer so far ends with a call, and all of its calls are whole."""
-        return self.n_calls > 0 and self._nesting.closed
+        return self.n_calls > 0 and self._nesting.closed and self._state != self._head
 
     def read(self, event: Event) -> list[Part]:
         """Return the parts that an event of the answer adds."""

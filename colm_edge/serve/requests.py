@@ -23,10 +23,10 @@ DEFAULT_COMPLETION = 16  # tokens of a plain completion that sets no limit, as i
 # except for values that change nothing, which some clients always send.
 REFUSED: dict[str, tuple[Any, ...]] = {
     **dict.fromkeys(
-        ("allowed_token_ids", "guided_choice", "guided_grammar",
-         "guided_json", "guided_regex", "logits_processors", "n_predict", "structured_outputs",
-         "truncate_prompt_tokens"), ()),
-    **dict.fromkeys(("bad_words", "functions", "stop_token_ids"), ([],)),
+        ("allowed_token_ids", "chat_template", "guided_choice", "guided_grammar",
+         "guided_json", "guided_regex", "logits_processors", "n_predict", "samplers",
+         "structured_outputs", "truncate_prompt_tokens"), ()),
+    **dict.fromkeys(("bad_words", "functions", "lora", "stop_token_ids"), ([],)),
     "add_generation_prompt": (True,),
     "best_of": (1,),
     "function_call": ("auto", "none"),
@@ -34,14 +34,18 @@ REFUSED: dict[str, tuple[Any, ...]] = {
     "logit_bias": ({},),
     "modalities": (["text"],),
     "repeat_last_n": (64,),  # what llama.cpp's penalties look at here
+    "skip_special_tokens": (True,),
     "suffix": ("",),
+    "top_n_sigma": (0, -1),
     **dict.fromkeys(
         ("dry_multiplier", "dynatemp_range", "ignore_eos", "min_tokens", "mirostat",
-         "use_beam_search", "xtc_probability"), (0,)),
+         "t_max_predict_ms", "use_beam_search", "xtc_probability"), (0,)),
     **dict.fromkeys(("length_penalty", "repetition_penalty", "tfs_z", "typical_p"), (1,)),
 }  # fmt: skip
 
 
+# What a field may hold where it means nothing.
+HARMLESS: tuple[Any, ...] = (None, False, 0, "", [], {}, {"type": "text"})
 T = TypeVar("T")
 # The first wrong element ends the reading: 4 MB of them would be made into 5 GB of errors.
 List = Annotated[list[T], Field(fail_fast=True)]
@@ -130,7 +134,7 @@ Seed = Annotated[int, Field(ge=-(2**63), le=2**63 - 1)]
 class Sampling(BodyOptions):
     """What both kinds of completion accept, besides the options that are copied as they are."""
 
-    # Fields, also of `colm`, that mean something at OpenAI's completions alone.
+    # Fields, also of `colm`, that mean something at other paths alone.
     elsewhere: ClassVar[tuple[str, ...]] = ()
 
     model: str | None = None
@@ -152,7 +156,7 @@ class Sampling(BodyOptions):
             return given
         colm = given["colm"] if isinstance(given.get("colm"), dict) else {}
         for name in cls.elsewhere:
-            if given.get(name) is not None or colm.get(name):
+            if given.get(name) not in HARMLESS or colm.get(name):
                 message = f"{name} means nothing at this path; leave it out"
                 raise RefusalError(400, message, param=name)
         refuse_unsupported(given)
@@ -204,6 +208,8 @@ class Sampling(BodyOptions):
 
 
 class CompletionRequest(Sampling):
+    elsewhere = ("max_completion_tokens", "response_format", "tools")
+
     prompt: str | List[int] | List[str] | List[List[int]]
     logprobs: int | None = Field(default=None, ge=0, le=MAX_LOGPROBS)
     prompt_logprobs: int | None = Field(default=None, ge=0, le=MAX_LOGPROBS)  # vLLM's

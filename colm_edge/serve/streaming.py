@@ -14,7 +14,7 @@ from fastapi.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from colm_edge.errors import ColmError
-from colm_edge.serve.errors import INTERNAL, RefusalError
+from colm_edge.serve.errors import INTERNAL, RefusalError, refusal_of
 
 log = logging.getLogger("colm_edge")
 T = TypeVar("T")
@@ -75,7 +75,7 @@ async def _with_errors(
     except RefusalError as e:
         yield failed(e).encode()
     except ColmError as e:
-        yield failed(RefusalError(500, str(e), "server_error")).encode()
+        yield failed(refusal_of(e)).encode()
     except Exception:  # the client is told, whatever it was
         log.exception("a stream failed")
         yield failed(INTERNAL).encode()

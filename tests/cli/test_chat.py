@@ -307,9 +307,10 @@ def test_the_manual_shows_the_help_of_the_chat():
 
 def test_a_path_is_a_message_and_no_command():
     for line in ("/help", "/?", "/set temperature 0", "/nonsense", " /help", "/Help"):
-        assert COMMAND.match(line)
-    for line in ("/etc/hosts is a file", "/usr/bin", "hello", "// a comment", "/ is the root"):
-        assert not COMMAND.match(line)
+        assert COMMAND.fullmatch(line)
+    others = "/etc/hosts is a file", "/usr/bin", "hello", "// a comment", "/ is the root"
+    for line in (*others, "/usage\nof this"):
+        assert not COMMAND.fullmatch(line)
 
 
 def test_an_empty_system_prompt_is_one(tiny_pair, monkeypatch):

@@ -15,6 +15,7 @@ from schemathesis.specs.openapi.checks import positive_data_acceptance
 from serving import GREEDY, metrics_of, serving
 
 from colm_edge.decode.loop import PROMPT_OUTPUTS
+from colm_edge.errors import ColmError
 from colm_edge.options import ServerOptions
 from colm_edge.serve.answers import Server
 from colm_edge.serve.app import create_app, listen
@@ -292,6 +293,12 @@ def test_what_a_request_sets_reaches_the_options():
     assert {name: getattr(options, name) for name in given} == given
     assert options.max_tokens == 7  # OpenAI's newer name
     assert request.options(GREEDY, 1, 5).max_tokens == 5
+
+
+def test_a_host_that_cannot_be_is_told():
+    for host in ("b\u00fccher..de", "no such host"):
+        with pytest.raises(ColmError, match="cannot listen on"):
+            listen(host, 0)
 
 
 def test_small_answers_leave_at_once():

@@ -131,7 +131,7 @@ def test_a_question_that_was_being_changed_outlives_its_turn(script):
     press(page, 0, "Edit")
     page.keyboard.type("one more")
     page.evaluate(CHANGE.replace("Object.assign", "chat.turns[0].id += '2'; Object.assign"), {})
-    page.get_by_text("That turn is gone").wait_for()
+    page.get_by_text("That turn is no longer shown").wait_for()
     assert page.get_by_label("Your message").input_value() == "oneone more"
     assert turns(page) == ["one"]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from types import SimpleNamespace
 
 import httpx
 import openai
@@ -12,8 +13,10 @@ from pydantic import BaseModel
 
 from colm_edge.serve.dialogue import Conversation, Dialogue
 from colm_edge.serve.errors import RefusalError
-from colm_edge.serve.responses import STATEFUL, Head, ResponsesRequest, _events
+from colm_edge.serve.parts import Splitter
+from colm_edge.serve.responses import STATEFUL, Head, Output, ResponsesRequest, _events
 from colm_edge.serve.streaming import EventStream
+from colm_edge.serve.tools import GENERIC
 
 
 @pytest.fixture
@@ -159,6 +162,18 @@ def test_a_tool_is_called_and_told_in_a_stream_too(roomy):
     ]
     (streamed,) = events[-1].response.output
     assert streamed.arguments == call.arguments
+
+
+def test_a_call_that_a_stop_text_cuts_is_incomplete():
+    """A client would run half of it."""
+    ended = SimpleNamespace(answer=SimpleNamespace(finish_reason="stop"))
+    for rest, status in (('Rome"}}', "completed"), ("Ro", "incomplete")):
+        output, splitter = Output(), Splitter(GENERIC, ["f"], thinks=False, thinking=False)
+        text = '{"name": "f", "arguments": {"city": "' + rest
+        for part in [*splitter.feed(text), *splitter.end()]:
+            list(output.add(part))
+        list(output.end(ended, is_call=splitter.is_call))
+        assert output.items[-1]["status"] == status
 
 
 def test_earlier_calls_and_what_they_returned_are_told(url, pair):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 
 import httpx
@@ -9,13 +10,16 @@ import pytest
 from serving import serving
 
 from colm_edge.decode.step import Step
+from colm_edge.errors import ColmError, ModelError
 from colm_edge.llama.chat_template import ChatTemplate
 from colm_edge.pair import load
 from colm_edge.serve import chat, messages, responses
 from colm_edge.serve.dialogue import Conversation, Dialogue, finish_of
+from colm_edge.serve.errors import refusal_of
+from colm_edge.serve.messages import Message
 from colm_edge.serve.ollama import _line
 from colm_edge.serve.parts import Call, Reply, Splitter, reply_of
-from colm_edge.serve.streaming import sse
+from colm_edge.serve.streaming import EventStream, sse
 from colm_edge.serve.tools import GENERIC, HERMES, plain_messages
 
 USER = {"role": "user", "content": "hello"}
@@ -48,6 +52,7 @@ CALLS = {
     '{"name": "f", "arguments": {"city": "Rome"}}\n{"name": "f", "arguments": {"ci': False,
     '{"name": "f", "arguments": {}} {"name": "f", "arguments": {"a": 1}}': True,
     '{"name": "f", "argum': False,
+    '{"name": "f", "arguments": {"a": 1}}\n{"name": "f", "argum': False,
     "words": False,
 }
 
@@ -71,6 +76,64 @@ def test_a_call_that_was_cut_is_none_of_ollamas(url, monkeypatch):
     asked = {"messages": [USER], "stream": False, "options": {"num_predict": 2}}
     message = httpx.post(f"{url}/api/chat", json=asked, timeout=60).json()["message"]
     assert message["tool_calls"] == [{"function": {"name": "f", "arguments": {"a": 1}}}]
+
+
+FOREIGN = [
+    ("/v1/completions", {"prompt": "a"}, {"response_format": {"type": "json_object"}}),
+    ("/v1/completions", {"prompt": "a"}, {"max_completion_tokens": 500}),
+    ("/v1/completions", {"prompt": "a"}, {"tools": [{"type": "function"}]}),
+    ("/v1/chat/completions", {"messages": [USER]}, {"echo": True}),
+    ("/v1/chat/completions", {"messages": [USER]}, {"skip_special_tokens": False}),
+    ("/v1/chat/completions", {"messages": [USER]}, {"chat_template": "{{ messages }}"}),
+    ("/v1/responses", {"input": "a"}, {"response_format": {"type": "json_object"}}),
+    ("/v1/responses", {"input": "a"}, {"top_logprobs": 3}),
+    ("/v1/messages", {"messages": [USER], "max_tokens": 3}, {"response_format": {"a": 1}}),
+    ("/api/chat", {"messages": [USER]}, {"logprobs": True}),
+]
+
+
+@pytest.mark.parametrize(("path", "asked", "more"), FOREIGN)
+def test_what_would_change_the_answer_at_another_path_is_refused(url, path, asked, more):
+    refused = httpx.post(f"{url}{path}", json={**asked, **more}, timeout=60)
+    assert refused.status_code == 400
+    assert next(iter(more)) in refused.text
+
+
+def test_fields_that_mean_nothing_are_taken(url):
+    more = {"response_format": {"type": "text"}, "tools": [], "top_n_sigma": -1, "lora": []}
+    asked = {"prompt": "a", "max_tokens": 1, "skip_special_tokens": True, **more}
+    assert httpx.post(f"{url}/v1/completions", json=asked, timeout=60).status_code == 200
+
+
+@pytest.mark.parametrize("error", [ColmError("no"), ModelError("no")])
+def test_an_error_is_of_the_same_kind_in_a_stream(error):
+    async def pieces():
+        yield "begun"
+        raise error
+
+    async def read():
+        return [piece async for piece in EventStream(pieces())._pieces]
+
+    begun, failed = asyncio.run(read())
+    assert begun == b"begun"
+    told = json.loads(failed.decode().removeprefix("data: ").partition("\n")[0])
+    assert told["error"] == refusal_of(error).body["error"]
+
+
+def test_a_content_types_case_does_not_matter(url):
+    asked = {"content": b'{"prompt": "hi"}', "headers": {"Content-Type": "Application/JSON"}}
+    assert httpx.post(f"{url}/tokenize", **asked, timeout=60).status_code == 200
+
+
+def test_ollamas_limit_of_zero_is_none(url):
+    asked = {"prompt": "hello", "stream": False, "options": {"num_predict": 0, "temperature": 0}}
+    assert httpx.post(f"{url}/api/generate", json=asked, timeout=60).json()["response"]
+
+
+def test_a_tool_that_failed_is_told_so():
+    result = {"type": "tool_result", "tool_use_id": "1", "content": "boom", "is_error": True}
+    message = Message.model_validate({"role": "user", "content": [result]})
+    assert message.as_dicts()[0]["content"] == "Error: boom"
 
 
 @pytest.mark.parametrize("character", ["\x85", "\u2028", "\u2029", "\x1c", "\r\n", "é"])

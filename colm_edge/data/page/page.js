@@ -59,6 +59,7 @@ function open(id, instead = false) {
 }
 
 function redraw() {
+  for (const view of views.values()) keep(view.draft, []);
   views.clear();
   turns.replaceChildren();
   draw();
@@ -104,11 +105,12 @@ function drawTurns(all) {
   }
 }
 
-// A question that was being changed when its turn was replaced, by another tab, is not lost.
+// A question that was being changed is not lost when another tab replaces its turn, or another
+// conversation is opened.
 function keep(draft, all) {
   if (!draft || all.some((turn) => turn.question === draft)) return;
   prompt.value = [prompt.value, draft].filter(Boolean).join("\n");
-  say("That turn is gone; what you wrote is below.");
+  say("That turn is no longer shown; what you wrote is below.");
 }
 
 // Put elements in their order, and leave those where they are that are there: what is moved loses
