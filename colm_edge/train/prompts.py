@@ -124,10 +124,14 @@ def answer_prompts(
 
 def pace_of(pair: Pair, n_slots: int) -> list[Any]:
     """Return what the time that answers take depends on, and hardly their text: how many are
-    written at once, the threads, and the layers on a GPU."""
+    written at once, how the contexts are set up, and where each model is."""
+    context = pair.base_session.options
     models = [pair.base, *(member.model for member in pair.members)]
-    layers = [getattr(model, "n_gpu_layers", None) for model in models]  # a server tells none
-    return [n_slots, pair.base_session.options.n_threads, layers]
+    places = [  # a server tells none
+        [getattr(model, "n_gpu_layers", None), *getattr(model, "rpc", ())] for model in models
+    ]
+    set_up = [context.n_threads, context.threads_auto, context.n_ubatch, context.flash_attn]
+    return [n_slots, set_up, [*places, *(member.overlaps for member in pair.members)]]
 
 
 def read_prompts(rows: Iterable[Row], pair: Pair, raw: bool) -> Iterator[Document]:

@@ -34,8 +34,9 @@ def test_a_speed_is_told_only_where_it_was_measured(tiny, data, tmp_path):
     own text, which is scored, is not written again for that."""
     wanted = Comparison(metric="contains", limit=2, methods=["base", "expert"], on_expert=True)
 
-    def speeds(n_slots, n_threads):
-        with load(tiny["base"], tiny["expert"], "margin", n_threads=n_threads, n_ctx=256) as pair:
+    def speeds(n_slots, n_threads, **more):
+        files = tiny["base"], tiny["expert"], "margin"
+        with load(*files, n_threads=n_threads, n_ctx=256, **more) as pair:
             at_once = replace(wanted, n_slots=n_slots)
             table = ev.evaluate(pair, data, GREEDY, at_once, progress=no_bar, work=tmp_path)
         return [row["tokens_per_second"] for row in table]
@@ -43,8 +44,8 @@ def test_a_speed_is_told_only_where_it_was_measured(tiny, data, tmp_path):
     first = speeds(1, 1)
     assert None not in first
     assert speeds(1, 1) == first
-    for others in (2, 1), (1, 2):
-        base, expert = speeds(*others)
+    for others, more in ((2, 1), {}), ((1, 2), {}), ((1, 1), {"overlap": True}):
+        base, expert = speeds(*others, **more)
         assert base not in (None, first[0])
         assert expert is None
 
