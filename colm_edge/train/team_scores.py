@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from colm_edge.errors import DataError
 from colm_edge.switch.file import role_of
 from colm_edge.train.documents import MIN_LINES, Row, held_back_lines, tokenized
 from colm_edge.train.fit import models_of
-from colm_edge.train.prompts import answer_prompts
+from colm_edge.train.prompts import answer_prompts, read_prompts
 from colm_edge.train.scores import Scores
 from colm_edge.train.scoring import MakeProgress, score
 from colm_edge.train.team import TeamScores, likeliest_writers
@@ -107,6 +108,9 @@ def score_answers(
     found, writers, held_back = list[Scores](), list[int](), set[int]()
     info, n_cut, n_answers = {"expert_names": " ".join(names)}, 0, 0
     by_name, opened = by_expert(rows, names), as_one_team(open_pair, names)
+    with opened(names[0]) as pair:  # a bad prompt of the last one would be found after hours
+        for each in by_name.values():
+            deque(read_prompts(each, pair, raw), maxlen=0)
     for k, name in enumerate(names):
         with opened(name) as pair:
             bar = of_expert(name, progress)

@@ -313,6 +313,30 @@ def test_what_does_not_go_with_several_experts_is_said(tiny, tmp_path, rows, mor
     assert "base" not in ran.stderr.partition("Error")[0]  # nothing was evaluated for that
 
 
+def test_a_bad_prompt_of_the_last_expert_is_told_before_any_answer(tiny, tmp_path):
+    rows = [(i, {"prompt": f"say {i}", "expert": "ab"[i % 2]}) for i in range(12)]
+    rows[-1] = 11, {"prompt": "", "expert": "b"}
+    files = {"a": tiny["expert"], "b": tiny["base"]}
+    with pytest.raises(DataError, match="line 11: the prompt is empty"):
+        score_answers(
+            opener(tiny["base"], files), ["a", "b"], rows, no_bar,
+            raw=False, seed=0, work=tmp_path / "w", max_tokens=8, n_slots=2,
+        )  # fmt: skip
+    assert not (tmp_path / "w").exists()
+
+
+def test_an_objective_that_a_server_cannot_serve_is_told_before_the_scoring(tiny, tmp_path):
+    rows = write_rows(tmp_path / "d.jsonl", [{"text": f"it is {i}"} for i in range(8)])
+    ran = CliRunner().invoke(
+        main,
+        ["train", "-m", tiny["base"], "-me", f"a={tiny['expert']}", "-me", "b=http://127.0.0.1:9",
+         "--data", rows, "--objective", "regret", "--outfile", str(tmp_path / "s.gguf")],
+    )  # fmt: skip
+    assert ran.exit_code == 1
+    assert "which a server does not tell" in ran.stderr
+    assert not (tmp_path / "s.gguf.work").exists()
+
+
 def test_a_team_is_scored_in_the_context_that_fits_all(tiny, tmp_path):
     rows = [(i, {"text": f"it is {i} " + "or so " * (40 if i == 3 else 1)}) for i in range(8)]
     contexts = {"a": 128, "b": 32}
