@@ -34,6 +34,7 @@ from colm_edge.decode.bridge import NEAR_NATS
 from colm_edge.decode.step import ZERO_PROBABILITY
 from colm_edge.errors import AbsentExpertError, ColmError, DataError
 from colm_edge.journal import key_of
+from colm_edge.llama.model import Model
 from colm_edge.remote.client import RemoteSession
 from colm_edge.team import ends_of
 from colm_edge.train.columns import Columns, check_columns
@@ -438,10 +439,20 @@ def _read_outputs(
 
 def identity(pair: Pair, members: Sequence[Member]) -> list[str]:
     """Return what identifies the evaluations of a pair's base and of these experts, beside what is
-    evaluated: the files, and how the context is kept."""
+    evaluated: the files, how the context is kept, and its size where that scales positions."""
     options = pair.base_session.options
     models = [pair.base.fingerprint, *(member.timeline.fingerprint for member in members)]
-    return [*models, options.cache_type_k, options.cache_type_v]
+    scaled = map(_scales_positions, (pair.base, *(member.model for member in members)))
+    size = [str(pair.n_ctx)] if any(scaled) else []
+    return [*models, options.cache_type_k, options.cache_type_v, *size]
+
+
+def _scales_positions(model: Model | RemoteExpert) -> bool:
+    """Return whether a model may read the same tokens otherwise in a larger context (LongRoPE)."""
+    if not isinstance(model, Model):
+        return False
+    kind = model.metadata("general.architecture")
+    return model.metadata(f"{kind}.rope.scaling.original_context_length") is not None
 
 
 def _model_folder(work: Path, name: str, pair: Pair, which: int) -> Path:

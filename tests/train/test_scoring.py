@@ -14,6 +14,7 @@ from lib.random_model import SHAPES, write_model
 from progress import KilledError, killing, no_bar
 
 from colm_edge.errors import ColmError, DataError
+from colm_edge.llama.model import Model
 from colm_edge.pair import load
 from colm_edge.train import scoring, store
 from colm_edge.train.documents import tokenized
@@ -451,3 +452,18 @@ def test_a_model_that_gives_infinities_is_named_at_its_first_batch(pair, tiny, m
     with pytest.raises(ColmError, match=r"base\.gguf: hidden holds inf.* is broken"):
         score(pair, tokenized(enumerate(ROWS), pair), no_bar)
     assert n_batches == 1
+
+
+def test_where_a_context_scales_positions_its_size_tells_scores_apart(tiny, monkeypatch):
+    def identity_at(n_ctx):
+        with load(tiny["base"], tiny["expert"], "margin", n_ctx=n_ctx) as pair:
+            return scoring.identity(pair, pair.members)
+
+    assert identity_at(128) == identity_at(256)
+    metadata = Model.metadata
+
+    def scaled(model, key):
+        return "128" if key.endswith("original_context_length") else metadata(model, key)
+
+    monkeypatch.setattr(Model, "metadata", scaled)
+    assert identity_at(128) != identity_at(256)
