@@ -77,7 +77,7 @@ class Pair:
         self.defaults = defaults or Options()
         self._note = note or log.info
         self._note_once = cache(self._note)
-        self.lock, self._closing = HomeLock(), False
+        self._lock, self._closing = HomeLock(), False
         text = base.chat_template
         self.template = ChatTemplate(text, base.bos_text, base.eos_text) if text else None
         self._grammars = Grammars(base)
@@ -114,10 +114,10 @@ class Pair:
 
     def close(self) -> None:
         """Free the models and their contexts, after the token that is being written."""
-        if not self.lock.home.is_here:
+        if not self._lock.home.is_here:
             return  # they are the parent's
         self._closing = True
-        with self.lock.held():
+        with self._lock.held():
             experts = (member.close for member in self.members)
             close_each(*experts, self.base_session.close, self.base.close)
 
@@ -152,7 +152,7 @@ class Pair:
 
     def unload_expert(self) -> None:
         """Free the memory of the experts in this process; the next token of each loads it again."""
-        with self.lock.held():
+        with self._lock.held():
             here = [member for member in self.members if member.here is not None]
             close_each(*(member.unload for member in here or self.members))
 
@@ -164,17 +164,15 @@ class Pair:
     def cost_tables(self) -> tuple[CostTable, CostTable]:
         """Return the cost tables of the base and the first expert: measured once, then cached on
         disk."""
-        with self.lock.held():
+        with self._lock.held():
             return self.members[0].cost_tables(hasty=False)
 
-    def measure_at_length(self, cancel: Cancel) -> bool:
-        """Measure again what was measured in a hurry, while nobody waits; return whether anything
-        was. Raises CancelledError."""
-        with self.lock.held():
-            found = refine((self.base_session, *(member.here for member in self.members)), cancel)
-            for member in self.members if found else ():
-                member.planner.forget_costs()
-        return found
+    def measure_at_length(self, cancel: Cancel) -> None:
+        """Measure again what was measured in a hurry, while nobody waits. Raises CancelledError."""
+        with self._lock.held():
+            if refine((self.base_session, *(member.here for member in self.members)), cancel):
+                for member in self.members:
+                    member.planner.forget_costs()
 
     def note_speed(self) -> None:
         """Say where the pair is slower than its expert alone, if what decodes cost is known."""
@@ -190,7 +188,7 @@ class Pair:
         """Save what both models have evaluated to a file, for `load_prompts`. Raises ColmError when
         it cannot be written."""
         self.check_one_expert("a prompt cache")
-        with self.lock.held():
+        with self._lock.held():
             save_prompts(path, self.base_session, self.expert_session)
 
     def load_prompts(self, path: str | os.PathLike[str]) -> None:
@@ -199,7 +197,7 @@ class Pair:
         Raises ColmError when the file is broken, or belongs to other models or settings.
         """
         self.check_one_expert("a prompt cache")
-        with self.lock.held():
+        with self._lock.held():
             load_prompts(path, self.base_session, self.expert_session)
 
     def generate(self, prompt: str, **options: Any) -> Answer:
@@ -338,7 +336,7 @@ class Pair:
                 only=writer,
             ),
             cancel=cancel,
-            lock=self.lock if own else None,
+            lock=self._lock if own else None,
             near=self._prepare if threshold < 1 else None,
             sources=[member.source for member in self.members],
         )
@@ -363,7 +361,7 @@ class Pair:
             prepare(here, self.base_session)
 
     def _exhaust(self, stream: Stream) -> Answer:
-        with self.lock.held():
+        with self._lock.held():
             for _ in stream:
                 if self._closing:
                     raise ModelError("the pair is closed; load it again")

@@ -141,7 +141,7 @@ class Slots:
         with self._changed:
             free = [slot for slot in range(self.n_slots) if slot not in self._taken]
             if self._closed:
-                raise BusyError("the slots are closed; make new ones")
+                raise ModelError("the slots are closed; make new ones")
             if not free:
                 raise BusyError("every slot is taken; ask again later")
             slot = max(free, key=lambda slot: self._worth(slot, wanted))
@@ -234,7 +234,7 @@ class Slots:
         """Free other experts, if that is needed. Every answer waits now, and reads none of them."""
         member, room = self.experts.get(context), self.pair.room
         if member is not None and room is not None:
-            room.enter(member, partial(self._free, context, member))
+            room.enter(member, partial(_free, context, member))
 
     @contextmanager
     def away(self) -> Iterator[None]:
@@ -261,24 +261,12 @@ class Slots:
     def unload_expert(self) -> None:
         """Free the experts' memory, unless an answer is being written, which may read it; the next
         call of each loads it again."""
-        with self.pair.lock.held(), self._changed:
+        with self._changed:
             if self._taken or not self.expert_loaded:
                 return
             if self.base is None:
                 self.pair.unload_expert()
-            close_each(*(partial(self._free, *expert) for expert in self.experts.items()))
-
-    def _free(self, context: SharedContext, member: Member) -> None:
-        """Give back the memory of an expert and its shared context, once nobody measures it."""
-        with self.pair.lock.held():
-            context.close()
-            member.unload()
-
-    def measure_at_length(self, cancel: Cancel) -> None:
-        """Do what the pair's method does, and have the batches cut by the new costs."""
-        if self.pair.measure_at_length(cancel):
-            for shared in self._waiting:
-                shared.forget_costs()
+            close_each(*(partial(_free, *expert) for expert in self.experts.items()))
 
     def close(self) -> None:
         """End the worker, and free the contexts once no answer reads them. Answers in shared
@@ -299,6 +287,12 @@ class Slots:
         if self.base is not None and self.pair.room is not None:
             closers.append(partial(self.pair.room.share, 1))
         close_each(*closers)
+
+
+def _free(context: SharedContext, member: Member) -> None:
+    """Give back the memory of an expert and its shared context."""
+    context.close()
+    member.unload()
 
 
 class Writer:

@@ -11,8 +11,7 @@ import numpy as np
 import pytest
 from lib.random_model import SHAPES, write_model
 
-from colm_edge.cancel import Cancel
-from colm_edge.errors import ColmError
+from colm_edge.errors import ColmError, ModelError
 from colm_edge.llama.context import Context
 from colm_edge.llama.costs import CostTable
 from colm_edge.llama.held import common_prefix
@@ -253,7 +252,7 @@ def test_an_error_of_the_worker_is_raised_in_the_answer(pair, monkeypatch):
     monkeypatch.undo()
     assert answer(pair, slots, "hello", Options(temperature=0.0, max_tokens=3))[0]
     slots.close()
-    with pytest.raises(BusyError):
+    with pytest.raises(ModelError, match="the slots are closed"):
         answer(pair, slots, "hello", Options(temperature=0.0, max_tokens=3))
 
 
@@ -365,37 +364,6 @@ def test_tokens_need_not_begin_with_the_prompt(pair):
         logits, _ = timeline.state(last)
     pair.base_session.sync(tokens)
     np.testing.assert_allclose(logits, pair.base_session.state(last)[0], atol=1e-4)
-    slots.close()
-
-
-def test_no_expert_is_freed_while_it_is_measured(pair):
-    slots = Slots(pair, 2)
-    answer(pair, slots, "hello", Options(temperature=0.0, max_tokens=3, threshold=0.0))
-    freeing = threading.Thread(target=slots.unload_expert)
-    with pair.lock.held():  # as `measure_at_length` holds it
-        freeing.start()
-        freeing.join(0.2)
-        assert pair.expert_is_loaded
-    freeing.join(60)
-    assert not pair.expert_is_loaded
-    slots.close()
-
-
-def test_costs_that_are_measured_at_length_cut_later_batches(pair, monkeypatch):
-    slots = Slots(pair, 2)
-    slots.open()
-    rough, better = CostTable((1, 64), (1.0, 1.0)), CostTable((1, 64), (1.0, 2.0))
-    slots.base.costs = rough
-    monkeypatch.setattr("colm_edge.llama.shared.cost_table", lambda session, *, hasty: better)
-    monkeypatch.setattr(type(pair), "measure_at_length", lambda pair, cancel: False)
-    slots.measure_at_length(Cancel())
-    slots.open()
-    assert slots.base.costs is rough
-    monkeypatch.setattr(type(pair), "measure_at_length", lambda pair, cancel: True)
-    slots.measure_at_length(Cancel())
-    slots.open()
-    assert slots.base.costs is better
-    assert all(shared.costs is None for shared in slots.experts)  # were not weighed
     slots.close()
 
 

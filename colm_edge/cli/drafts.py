@@ -20,6 +20,7 @@ class Drafts:
         # written: there is no place for drafts.
         self._column = 0
         self._texts: list[str] = []
+        self._is_shown = False  # any of them
 
     def add(self, text: str) -> str:
         """Return what shows another draft."""
@@ -61,10 +62,12 @@ class Drafts:
 
     def _shown(self) -> str:
         text = self._fitting()
+        self._is_shown = bool(text)
         return f"{SAVE}{click.style(text, dim=True)}{BACK}" if text else ""
 
     def _erased(self) -> str:
-        return ERASE if self._fitting() else ""
+        was, self._is_shown = self._is_shown, False
+        return ERASE if was else ""
 
 
 def column_behind(text: str, column: int = 0, width: int = sys.maxsize) -> int:

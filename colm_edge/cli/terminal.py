@@ -310,8 +310,7 @@ class Chat:
 
     def command(self, line: str) -> bool:
         """Run a /command; return False to leave."""
-        name, *others = line.split(None, 1)
-        rest = "".join(others)
+        name, rest = (*line.split(None, 1), "")[:2]
         rest = rest.strip()
         match name.lower():
             case "/bye" | "/exit" | "/quit":

@@ -329,7 +329,7 @@ def _check_choice(
     if "prompts" in text and ("metric" in threshold_by or is_scored):
         raise click.UsageError("--threshold-by and --expert-scores go with --data")
     if "prompts" not in text and "metric" not in threshold_by:
-        check_goes_with("--prompts or --threshold-by", "max_tokens", "n_slots")
+        check_goes_with("--prompts", "max_tokens", "n_slots")
     if "metric" not in threshold_by:
         check_goes_with("--threshold-by", "n_lines")
     check_exec(threshold_by.get("metric"), threshold_by.pop("allow_exec"), "--threshold-by")

@@ -11,6 +11,7 @@ from colm_edge.arrays import Floats
 from colm_edge.cancel import LOOK, Cancel, CancelledError
 from colm_edge.llama.backend import supports_gpu
 from colm_edge.llama.context import is_small
+from colm_edge.llama.held import common_prefix
 from colm_edge.llama.owners import Home
 from colm_edge.llama.session import Session
 from colm_edge.llama.threads import n_cores
@@ -32,7 +33,8 @@ class Background:
         self._home = Home()  # a child of fork has no worker
         self._worker = ThreadPoolExecutor(1, "colm-edge-expert")
         self._job: Future[int] | None = None
-        self._ahead, self._stop = array("i"), Cancel()  # what is caught up with, and what ends that
+        # What is caught up with, of which the first ones are known; and what ends that.
+        self._ahead, self._n_known, self._stop = array("i"), 0, Cancel()
         # A copy, updated by `sync`: work in the background counts for the next call.
         self.account = session.account.copy()
 
@@ -49,7 +51,7 @@ class Background:
         self.session.open(cancel)
 
     def turn_to(self, prompt: array[int]) -> None:
-        if prompt[: len(self._ahead)] != self._ahead:  # nobody wants it any more
+        if common_prefix(prompt, self._ahead) - self._n_known < MIN_GAP:  # nobody wants it now
             self._stop.request()
         self.settle()  # what no call of the last answer waited for does not count for the next one
         self.session.turn_to(prompt)
@@ -60,8 +62,8 @@ class Background:
             return
         self.wait()
         session = self.session
-        if session.created and len(tokens) - session.n_known(tokens) >= MIN_GAP:
-            self._ahead, self._stop = tokens[:], Cancel()
+        if session.created and len(tokens) - (n := session.n_known(tokens)) >= MIN_GAP:
+            self._ahead, self._n_known, self._stop = tokens[:], n, Cancel()
             self._job = self._worker.submit(session.sync, self._ahead, (), self._stop)
 
     def begin(
@@ -74,9 +76,9 @@ class Background:
         return self._job
 
     def wait(self, cancel: Cancel | None = None) -> None:
-        """Wait until no catch-up is running; cancel ends it. Raises what the catch-up raised,
-        unless it was cancelled, with the answer that it was for; and ModelError in a child of
-        fork."""
+        """Wait until no catch-up is running; cancel ends one that `follow` began. Raises what it
+        raised, unless it was cancelled, with the answer that it was for; and ModelError in a child
+        of fork."""
         self._home.check()
         if self._job is None:
             return

@@ -114,7 +114,7 @@ def with_guesses(
     (expert,) = experts
     if isinstance(expert, Background):
         inner = expert.session
-        return base, [Guessing(inner, partial(kept_table, inner), before=expert.wait)]
+        return base, [Guessing(inner, partial(kept_table, inner), expert)]
     if isinstance(expert, Session):
         return base, [Guessing(expert, partial(kept_table, expert))]
     return base, [expert]
@@ -124,30 +124,30 @@ class Guessing(Around):
     """A session's timeline that evaluates guesses along; for one answer.
 
     costs: returns what the session's decodes cost, or None where that is not known: then, and where
-    decodes are so quick that guessing takes longer than it saves, there are no guesses. before:
-    waits until no other thread uses the session.
+    decodes are so quick that guessing takes longer than it saves, there are no guesses. catches_up:
+    uses the session on another thread.
     """
 
     def __init__(
         self,
         session: Session,
         costs: Callable[[], CostTable | None],
-        before: Callable[[], None] = lambda: None,
+        catches_up: Background | None = None,
     ) -> None:
         super().__init__(session)
-        self._session, self._table, self._before = session, costs, before
+        self._session, self._table, self._catches_up = session, costs, catches_up
         self._lookup = Lookup()
         self._seen: dict[int, float] = {}  # seconds of batches with a guess, by their tokens
         self.n_guessed = 0
 
     def turn_to(self, prompt: array[int]) -> None:
-        self._before()
-        super().turn_to(prompt)
+        (self._catches_up or self._session).turn_to(prompt)
 
     def sync(
         self, tokens: Sequence[int], outputs: Sequence[int] = (), cancel: Cancel | None = None
     ) -> int:
-        self._before()
+        if self._catches_up is not None:
+            self._catches_up.wait(cancel)
         session = self._session
         if outputs or not isinstance(tokens, array) or not self._pays:
             return session.sync(tokens, outputs, cancel)

@@ -271,16 +271,18 @@ class Decoder:
         AbsentExpertError where the expert has no word for the base (`Bridge`), or names none that
         the grammar allows.
         """
+        prediction = self.predicted_by_expert(writer, at, base, p_defer)
+        if not self.picker.knows(prediction[0], before):
+            raise AbsentExpertError("the expert names no token that the grammar allows")
+        return prediction
+
+    def predicted_by_expert(
+        self, writer: int, at: int, base: Floats | None = None, p_defer: float = 1.0
+    ) -> Prediction:
+        """Return the same without asking the grammar."""
         logits, _ = self._experts[writer].state(at - 1)
         if base is not None:
             logits = self.picker.logits_of_deferred(base, logits, p_defer)
-        if not self.picker.knows(logits, before):
-            raise AbsentExpertError("the expert names no token that the grammar allows")
-        return logits, *self.picker.read(at, logits)
-
-    def predicted_by_expert(self, writer: int, at: int) -> Prediction:
-        """Return the same without asking the grammar."""
-        logits, _ = self._experts[writer].state(at - 1)
         return logits, *self.picker.read(at, logits)
 
     # Reading a prompt back.
@@ -333,7 +335,7 @@ class Decoder:
             for i, logits in places.items():
                 p_defer = steps[i - start].p_defer
                 try:
-                    theirs, _, logsumexp = self.read_expert(writer, i + 1, logits, p_defer)
+                    theirs, _, logsumexp = self.predicted_by_expert(writer, i + 1, logits, p_defer)
                 except AbsentExpertError:
                     self.stats.expert_failures += 1
                     continue
@@ -347,6 +349,6 @@ class Decoder:
         picker, source, steps = self.picker, self.sources[writer], list[Step]()
         self.evaluate_expert(writer, self.tokens[:end], range(start, end))
         for i in range(start, end):
-            logits, _, logsumexp = self.read_expert(writer, i + 1)
+            logits, _, logsumexp = self.predicted_by_expert(writer, i + 1)
             steps.append(picker.tell(self.tokens[i + 1], source, 1.0, logits, logsumexp))
         return steps

@@ -33,15 +33,16 @@ REFUSED = tuple('''
     pty. urllib. ftplib. smtplib. http. sqlite3. winreg. webbrowser.
 '''.split())
 import os
-try:  # these raise no event
-    import _posixsubprocess
-    del _posixsubprocess.fork_exec
-except ImportError:  # Windows
-    pass
-for name in ("mkfifo", "mknod"):
-    if hasattr(os, name):
-        delattr(os, name)
-        delattr(sys.modules[os.name], name)
+def refused(*args, **more):
+    raise PermissionError("that is not allowed here")
+for module, name in (  # these raise no event
+    ("_posixsubprocess", "fork_exec"), ("posix", "mkfifo"), ("posix", "mknod"),
+    ("os", "mkfifo"), ("os", "mknod"),
+):
+    try:
+        setattr(__import__(module), name, refused)
+    except ImportError:  # Windows
+        pass
 WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 LIBRARY = tuple(os.path.join(os.path.realpath(path), "") for path in (sys.prefix, sys.base_prefix))
 def guard(event, args):

@@ -111,7 +111,7 @@ def _results(text: str) -> list[str]:
 
 def _final_number(text: str) -> Decimal | None:
     number = r"-?\$?(?:\d[\d,]*(?:\.\d+)?|\.\d+)"
-    marked = re.findall(rf"####(?:[ \t]*({number})(?![.):][ \t]+\S)|\s*\Z)", text)
+    marked = re.findall(rf"####(?:[ \t]*((?>{number}))(?![.):][ \t]+\S)|\s*\Z)", text)
     found = marked or re.findall(number, text)
     return Decimal(re.sub("[$,]", "", found[-1])) if found and found[-1] else None
 

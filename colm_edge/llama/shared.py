@@ -100,11 +100,6 @@ class SharedContext:
             seconds = perf_counter() - begun
             self.context.account += Account(seconds=seconds, load_seconds=seconds)
 
-    def forget_costs(self) -> None:
-        """Read the costs again before the next batch, if batches are padded by them."""
-        if self.costs is not None:
-            self._weighed = False
-
     def evaluate(self, requests: Sequence[Request]) -> list[Request]:
         """Evaluate one batch of the requests; return those that are complete after it.
 

@@ -258,7 +258,7 @@ class Server:
                 continue
             measured, self._measuring = self._last_use, Cancel()
             with suppress(ColmError, CancelledError):
-                await asyncio.to_thread(self.slots.measure_at_length, self._measuring)
+                await asyncio.to_thread(self.pair.measure_at_length, self._measuring)
 
     def close(self) -> None:
         """End every answer with an error, and free the slots' contexts."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -146,7 +146,7 @@ class TemplateRequest(Messages):
 
 
 class ChatRequest(Messages, Sampling):
-    elsewhere = ("echo", "prompt_logprobs")
+    elsewhere: ClassVar = {"echo": (False,), "prompt_logprobs": ()}
 
     max_completion_tokens: int | None = Field(default=None, ge=0)
     response_format: ResponseFormat | None = None

@@ -56,8 +56,8 @@ async def respond(
 async def one_job(
     server: Server, body: Sampling, conversation: Callable[[], Conversation], request: Request
 ) -> tuple[Dialogue, Job]:
-    """Return what a request for one answer becomes. Where the queue is full, it is refused before
-    it is read.
+    """Return what a request for one answer becomes. Where the queue is full, the request is refused
+    before its conversation is read.
 
     Raises RefusalError, and what `dialogue_of` and `jobs_of` raise.
     """

@@ -8,7 +8,7 @@ from collections.abc import AsyncGenerator, Iterator
 from contextlib import aclosing
 from itertools import chain, groupby
 from operator import itemgetter
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
@@ -124,6 +124,7 @@ class CountRequest(Body):
     tools: Objects[OfferedTool] = Field(default_factory=list)
     tool_choice: ToolChoice = ToolChoice()
     output_config: OutputConfig = OutputConfig()
+    output_format: Format | None = None  # its earlier name
     thinking: Thinking | None = None
     chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
 
@@ -132,7 +133,8 @@ class CountRequest(Body):
         system = joined(self.system)
         messages: list[Json] = [{"role": "system", "content": system}] if system else []
         tools = [Tool(tool.name, tool.description, tool.input_schema) for tool in self.tools]
-        chosen, form, variables = self.tool_choice, self.output_config.format, Json()
+        chosen, variables = self.tool_choice, Json()
+        form = self.output_config.format or self.output_format
         if self.thinking is not None:
             variables["enable_thinking"] = self.thinking.type != "disabled"
         given = (one for message in self.messages for one in message.as_dicts())
@@ -164,9 +166,10 @@ def _as_one(turns: list[Json]) -> Json:
 
 
 class MessagesRequest(CountRequest, Sampling):
-    elsewhere = (
-        "stop", "json_schema", "output_format", "response_format", "trace", "provisional",
-    )  # fmt: skip
+    elsewhere: ClassVar = {
+        **dict.fromkeys(("stop", "json_schema", "response_format"), ()),
+        **dict.fromkeys(("trace", "provisional"), (0,)),
+    }
 
     max_tokens: int = Field(ge=0)
     stop_sequences: List[Stop] | None = None

@@ -52,7 +52,7 @@ UNSUPPORTED = (
 class SamplingOptions(BodyOptions):
     """Ollama's `options`. Others, such as num_ctx, were settled when the server was started."""
 
-    num_predict: int | None = Field(default=None, ge=-2)  # 0 and below: as much as has room
+    num_predict: int | None = Field(default=None, ge=-2)  # 0 and below: no limit
     seed: Seed | None = None
     stop: Stop | List[Stop] | None = None
 

@@ -102,7 +102,13 @@ class Splitter:
     @property
     def is_call(self) -> bool:
         """Whether the answer so far ends with a call, and all of its calls are whole."""
-        return self.n_calls > 0 and self._nesting.closed and self._state != self._head
+        begins = self._state == self._head and may_become_a_call(self._held, self._names)
+        return self.n_calls > 0 and self._nesting.closed and not begins
+
+    @property
+    def in_call(self) -> bool:
+        """Whether the answer so far ends inside the arguments of a call."""
+        return self._state == self._arguments
 
     def read(self, event: Event) -> list[Part]:
         """Return the parts that an event of the answer adds."""

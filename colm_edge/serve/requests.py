@@ -23,12 +23,13 @@ DEFAULT_COMPLETION = 16  # tokens of a plain completion that sets no limit, as i
 # except for values that change nothing, which some clients always send.
 REFUSED: dict[str, tuple[Any, ...]] = {
     **dict.fromkeys(
-        ("allowed_token_ids", "chat_template", "guided_choice", "guided_grammar",
-         "guided_json", "guided_regex", "logits_processors", "n_predict", "samplers",
-         "structured_outputs", "truncate_prompt_tokens"), ()),
-    **dict.fromkeys(("bad_words", "functions", "lora", "stop_token_ids"), ([],)),
+        ("allowed_token_ids", "guided_choice", "guided_grammar",
+         "guided_json", "guided_regex", "logits_processors", "n_predict", "structured_outputs",
+         "truncate_prompt_tokens"), ()),
+    **dict.fromkeys(("bad_words", "functions", "lora", "samplers", "stop_token_ids"), ([],)),
     "add_generation_prompt": (True,),
     "best_of": (1,),
+    "chat_template": ("",),
     "function_call": ("auto", "none"),
     "include_stop_str_in_output": (False,),
     "logit_bias": ({},),
@@ -36,16 +37,14 @@ REFUSED: dict[str, tuple[Any, ...]] = {
     "repeat_last_n": (64,),  # what llama.cpp's penalties look at here
     "skip_special_tokens": (True,),
     "suffix": ("",),
-    "top_n_sigma": (0, -1),
+    **dict.fromkeys(("t_max_predict_ms", "top_n_sigma"), (0, -1)),
     **dict.fromkeys(
         ("dry_multiplier", "dynatemp_range", "ignore_eos", "min_tokens", "mirostat",
-         "t_max_predict_ms", "use_beam_search", "xtc_probability"), (0,)),
+         "use_beam_search", "xtc_probability"), (0,)),
     **dict.fromkeys(("length_penalty", "repetition_penalty", "tfs_z", "typical_p"), (1,)),
 }  # fmt: skip
 
 
-# What a field may hold where it means nothing.
-HARMLESS: tuple[Any, ...] = (None, False, 0, "", [], {}, {"type": "text"})
 T = TypeVar("T")
 # The first wrong element ends the reading: 4 MB of them would be made into 5 GB of errors.
 List = Annotated[list[T], Field(fail_fast=True)]
@@ -134,8 +133,8 @@ Seed = Annotated[int, Field(ge=-(2**63), le=2**63 - 1)]
 class Sampling(BodyOptions):
     """What both kinds of completion accept, besides the options that are copied as they are."""
 
-    # Fields, also of `colm`, that mean something at other paths alone.
-    elsewhere: ClassVar[tuple[str, ...]] = ()
+    # Fields, also of `colm`, that are not supported at this path, as REFUSED has them.
+    elsewhere: ClassVar[dict[str, tuple[Any, ...]]] = {}
 
     model: str | None = None
     # -1 is llama.cpp's: no limit but the server's.
@@ -155,9 +154,11 @@ class Sampling(BodyOptions):
         if not isinstance(given, dict):
             return given
         colm = given["colm"] if isinstance(given.get("colm"), dict) else {}
-        for name in cls.elsewhere:
-            if given.get(name) not in HARMLESS or colm.get(name):
-                message = f"{name} means nothing at this path; leave it out"
+        for name, harmless in cls.elsewhere.items():
+            value = given.get(name)
+            is_text = isinstance(value, dict) and value.get("type") == "text"  # of response_format
+            if (value not in (None, *harmless) and not is_text) or colm.get(name):
+                message = f"{name} is not supported at this path; leave it out"
                 raise RefusalError(400, message, param=name)
         refuse_unsupported(given)
         return given
@@ -208,7 +209,7 @@ class Sampling(BodyOptions):
 
 
 class CompletionRequest(Sampling):
-    elsewhere = ("max_completion_tokens", "response_format", "tools")
+    elsewhere: ClassVar = {"max_completion_tokens": (), "response_format": (), "tools": ([],)}
 
     prompt: str | List[int] | List[str] | List[List[int]]
     logprobs: int | None = Field(default=None, ge=0, le=MAX_LOGPROBS)

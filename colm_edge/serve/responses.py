@@ -9,7 +9,7 @@ import secrets
 import time
 from collections.abc import AsyncGenerator, Iterator
 from contextlib import aclosing
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
@@ -111,9 +111,10 @@ class NamedTool(Body):
 
 
 class ResponsesRequest(Sampling):
-    elsewhere = (
-        "max_tokens", "json_schema", "response_format", "top_logprobs", "trace", "provisional",
-    )  # fmt: skip
+    elsewhere: ClassVar = {
+        **dict.fromkeys(("max_tokens", "json_schema", "response_format"), ()),
+        **dict.fromkeys(("top_logprobs", "trace", "provisional"), (0,)),
+    }
 
     input: str | Annotated[Objects[Item], Field(min_length=1)]
     instructions: str | None = None
@@ -202,7 +203,7 @@ async def responses(body: ResponsesRequest, server: TheServer, request: Request)
         for part in splitter.read(event):
             for _ in output.add(part):
                 pass
-    for _ in output.end(ended[0], is_call=splitter.is_call):
+    for _ in output.end(ended[0], in_call=splitter.in_call):
         pass
     return JSONResponse(head.whole(ended[0], output, splitter.n_thought))
 
@@ -306,12 +307,12 @@ class Output:
                 item["content"][0]["text"] += part.text
                 yield self._event("response.reasoning_text.delta", content_index=0, delta=part.text)
 
-    def end(self, ended: Ended, *, is_call: bool) -> Iterator[Emitted]:
-        """Close the last item; an empty answer has a message too. is_call: as for `finish_of`."""
+    def end(self, ended: Ended, *, in_call: bool) -> Iterator[Emitted]:
+        """Close the last item; an empty answer has a message too. in_call: whether the answer ends
+        inside a call."""
         if not self.items:
             yield from self.add(Text(""))
-        is_cut = self._kind is CallBegan and not is_call
-        yield from self._close("incomplete" if is_cut else status_of(ended))
+        yield from self._close("incomplete" if in_call else status_of(ended))
 
     def _event(self, kind: str, **fields: Any) -> Emitted:
         """Return an event about the item that is open."""
@@ -376,7 +377,7 @@ async def _events(stream: Events, head: Head, dialogue: Dialogue) -> AsyncGenera
                 for data in output.add(part):
                     yield event(*data)
             if isinstance(one, Ended):
-                for data in output.end(one, is_call=splitter.is_call):
+                for data in output.end(one, in_call=splitter.in_call):
                     yield event(*data)
                 whole = head.whole(one, output, splitter.n_thought)
                 yield event(f"response.{whole['status']}", {"response": whole})

@@ -6,6 +6,7 @@ import codecs
 import json
 import os
 from array import array
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -273,8 +274,7 @@ def _documents(row: dict[str, Any], pair: Pair, raw: bool, line: int) -> Iterato
         prompt = prompt_of(pair, messages[:i], raw=raw)
         if not prompt:
             raise ValueError("the prompt has no tokens")
-        # It goes on after the prompt: no vocabulary puts a space before it.
-        text = PARTED + _text(messages[i], "content")
+        text = _behind_prompt(pair, messages[: i + 1], raw=raw)
         completion = pair.base.tokenize(text, special=False, bos=False)
         if not completion:
             raise ValueError("the completion is empty")
@@ -282,6 +282,18 @@ def _documents(row: dict[str, Any], pair: Pair, raw: bool, line: int) -> Iterato
         end = pair.base.end_token
         ends = [end] if 0 <= end < pair.n_shared else []
         yield _document([*prompt, *completion, *ends], len(prompt), pair, line)
+
+
+def _behind_prompt(pair: Pair, messages: Sequence[dict[str, Any]], *, raw: bool) -> str:
+    """Return the last message as it stands behind its prompt: without the space that some
+    vocabularies put before the beginning of a text, and with one that the template puts there."""
+    content = _text(messages[-1], "content")
+    asked, told = (
+        pair.prompt_text(some, raw=raw, strftime_now=on_one_day)
+        for some in (messages[:-1], messages)
+    )
+    space = " " if told.startswith(f"{asked} {content}") else ""
+    return PARTED + space + content
 
 
 def prompt_of(pair: Pair, messages: Any, *, raw: bool) -> list[int]:
@@ -307,27 +319,35 @@ def _text(row: dict[str, Any], key: str) -> str:
 
 
 def check_lines(n: int) -> None:
-    """Raise DataError when there are too few lines to hold any back."""
+    """Raise DataError when there are too few lines, or different ones, to hold any back."""
     if n < MIN_LINES:
         lines = "1 line" if n == 1 else f"{n} lines"
-        raise DataError(f"{lines}; expected at least {MIN_LINES}, to hold one back")
+        raise DataError(f"{lines}; expected at least {MIN_LINES} different ones, to hold one back")
 
 
 def held_back_lines(documents: Documents, seed: int) -> set[int]:
-    """Return the lines that are held back: a share of the prompts, or of the texts without one,
-    those whose hashes with the seed are smallest.
+    """Return the lines that are held back: those of a share whose prompts, or texts where they have
+    none, have the smallest hashes with the seed.
 
-    By content: answers to one prompt are on one side, whoever wrote them, and when others are added
-    to the data, documents stay on theirs, except for a few near the border.
+    By content: answers to one prompt are on one side, and when others are added to the data,
+    documents stay on theirs, except for a few near the border.
+
+    Raises DataError for too few different lines.
     """
     lines, first = np.unique(documents.lines, return_index=True)
     check_lines(len(lines))
     hashes = [_hash(documents, i, seed, by_prompt=documents.starts[i] > 1) for i in first.tolist()]
     if len(set(hashes)) < MIN_LINES:  # so few prompts cannot be split
         hashes = [_hash(documents, i, seed, by_prompt=False) for i in first.tolist()]
-    distinct = sorted(set(hashes))
-    chosen = set(distinct[: max(1, round(VALID_SHARE * len(distinct)))])
-    return {line for line, hash_ in zip(lines.tolist(), hashes, strict=True) if hash_ in chosen}
+    n_lines = Counter(hashes)
+    check_lines(len(n_lines))
+    room, chosen = round(VALID_SHARE * len(lines)), set[bytes]()
+    for each in sorted(n_lines):
+        if n_lines[each] <= room:
+            chosen.add(each)
+            room -= n_lines[each]
+    chosen = chosen or {min(n_lines, key=n_lines.__getitem__)}
+    return {line for line, each in zip(lines.tolist(), hashes, strict=True) if each in chosen}
 
 
 def _hash(documents: Documents, index: int, seed: int, *, by_prompt: bool) -> bytes:

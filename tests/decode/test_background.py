@@ -191,8 +191,9 @@ def test_a_catch_up_goes_on_for_a_prompt_that_goes_on(session):
     expert.turn_to(tokens[:5])
     expert.sync(tokens[:5])
     expert.follow(tokens[:60])
-    expert.turn_to(tokens)
-    assert session.n_known(tokens) == 60
+    expert.turn_to(tokens[:50])  # the same prompt again, without what was written
+    expert.sync(tokens[:50])
+    assert expert.account.n_evaluated <= 60 + 16
     expert.close()
 
 

@@ -88,6 +88,8 @@ def test_code_that_does_not_end_is_ended(monkeypatch):
         "@dataclass\nclass A:\n    x: int\nassert A(1).x == 1",
         "assert 'é' == '\\u00e9'",
         "import os; os.environ['A'] = 'b'; assert os.environ['A'] == 'b'",
+        "import asyncio, subprocess\nfrom multiprocessing.pool import ThreadPool\n"
+        "from unittest.mock import patch",
         "if __name__ == '__main__':\n    raise ValueError",
     ],
 )

@@ -49,6 +49,8 @@ def test_these_metrics_are_there():
         ("gsm8k", "#### Step 2: twice\n5*2=10\nThe answer is 10.", {"completion": "#### 10"}, 1),
         ("gsm8k", "#### 1. Cost\n9*2=18\n#### 2. So it is 18.", {"completion": "#### 18"}, 1),
         ("gsm8k", "#### 18. ", {"completion": "#### 18"}, 1),
+        ("gsm8k", "9*2=18\n#### 18. That is it.", {"completion": "#### 18"}, 1),
+        ("gsm8k", "#### 10. Sum\nThe answer is 7.", {"completion": "#### 1"}, 0),
         ("gsm8k", "####\n2+3=5\nThe answer is 10.", {"completion": "#### 10"}, 1),
         ("gsm8k", "a half is .5", {"completion": "#### 0.5"}, 1),
         ("gsm8k", "1" + 400 * "0", {"completion": "#### 2" + 400 * "0"}, 0),

@@ -138,12 +138,15 @@ def test_a_completion_begins_with_no_space_that_nobody_wrote(sentence_piece):
     pair = SimpleNamespace(
         base=sentence_piece, n_ctx=99, n_shared=sentence_piece.n_vocab,
         prompt_tokens=lambda messages, **variables: [1, 300],
+        prompt_text=lambda messages, **variables: between.join(m["content"] for m in messages),
     )  # fmt: skip
     for text in ("hello", " hello", "|hello"):
-        documents = tokenized([(1, {"prompt": "-", "completion": text})], pair)
-        scored = documents.span(0)[documents.starts[0] :].tolist()
-        assert scored.pop() == sentence_piece.end_token
-        assert b"".join(map(sentence_piece.piece, scored)).decode() == text
+        for between in ("\n", " "):  # what the template puts before an answer
+            documents = tokenized([(1, {"prompt": "-", "completion": text})], pair)
+            scored = documents.span(0)[documents.starts[0] :].tolist()
+            assert scored.pop() == sentence_piece.end_token
+            written = b"".join(map(sentence_piece.piece, scored)).decode()
+            assert written == between.strip("\n") + text
 
 
 def test_many_names_in_a_long_text_are_parted_at_once(model):

@@ -167,12 +167,15 @@ def test_a_tool_is_called_and_told_in_a_stream_too(roomy):
 def test_a_call_that_a_stop_text_cuts_is_incomplete():
     """A client would run half of it."""
     ended = SimpleNamespace(answer=SimpleNamespace(finish_reason="stop"))
-    for rest, status in (('Rome"}}', "completed"), ("Ro", "incomplete")):
+    whole = 'Rome"}}'
+    for rest, status in (
+        (whole, "completed"), ("Ro", "incomplete"), (whole + '\n{"name": "f", "ar', "completed"),
+    ):  # fmt: skip
         output, splitter = Output(), Splitter(GENERIC, ["f"], thinks=False, thinking=False)
         text = '{"name": "f", "arguments": {"city": "' + rest
         for part in [*splitter.feed(text), *splitter.end()]:
             list(output.add(part))
-        list(output.end(ended, is_call=splitter.is_call))
+        list(output.end(ended, in_call=splitter.in_call))
         assert output.items[-1]["status"] == status
 
 

@@ -37,11 +37,14 @@ def url(pair):
         yield url
 
 
-def test_a_schema_in_anthropics_words_is_kept_to(url):
+@pytest.mark.parametrize(
+    "said",
+    [lambda form: {"output_config": {"format": form}}, lambda form: {"output_format": form}],
+)
+def test_a_schema_in_anthropics_words_is_kept_to(url, said):
     schema = {"properties": {"a": {"enum": [1, 2]}}, "required": ["a"]}
     form = {"type": "json_schema", "schema": {"type": "object", **schema}}
-    asked = {"messages": [USER], "max_tokens": 60, "output_config": {"format": form}}
-    asked |= {"temperature": 0}
+    asked = {"messages": [USER], "max_tokens": 60, "temperature": 0, **said(form)}
     answer = httpx.post(f"{url}/v1/messages", json=asked, timeout=60).json()
     assert json.loads(answer["content"][0]["text"])["a"] in (1, 2)
 
@@ -87,6 +90,8 @@ FOREIGN = [
     ("/v1/chat/completions", {"messages": [USER]}, {"chat_template": "{{ messages }}"}),
     ("/v1/responses", {"input": "a"}, {"response_format": {"type": "json_object"}}),
     ("/v1/responses", {"input": "a"}, {"top_logprobs": 3}),
+    ("/v1/responses", {"input": "a"}, {"max_tokens": 0}),
+    ("/v1/messages", {"messages": [USER], "max_tokens": 3}, {"json_schema": {}}),
     ("/v1/messages", {"messages": [USER], "max_tokens": 3}, {"response_format": {"a": 1}}),
     ("/api/chat", {"messages": [USER]}, {"logprobs": True}),
 ]
@@ -100,7 +105,8 @@ def test_what_would_change_the_answer_at_another_path_is_refused(url, path, aske
 
 
 def test_fields_that_mean_nothing_are_taken(url):
-    more = {"response_format": {"type": "text"}, "tools": [], "top_n_sigma": -1, "lora": []}
+    form = {"type": "text", "json_schema": None}
+    more = {"response_format": form, "tools": [], "t_max_predict_ms": -1, "samplers": []}
     asked = {"prompt": "a", "max_tokens": 1, "skip_special_tokens": True, **more}
     assert httpx.post(f"{url}/v1/completions", json=asked, timeout=60).status_code == 200
 

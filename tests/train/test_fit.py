@@ -306,47 +306,6 @@ def test_rescaling_keeps_the_ranking_and_betters_the_mixture():
     assert marginal_loss(base, expert, wrong(columns))[0] > planted_loss * 1.2
 
 
-def test_a_document_stays_on_its_side_when_others_are_added(tiny_pair):
-    rows = [{"prompt": f"p{i}", "completion": f"c{i}"} for i in range(200)]
-    some = train.held_back_lines(tokenized(list(enumerate(rows))[:100], tiny_pair), 0)
-    more = train.held_back_lines(tokenized(list(enumerate(rows)), tiny_pair), 0)
-    assert len(some) == 20
-    assert len(more) == 40
-    assert len(some & more) >= 15  # those at the border may cross it
-
-
-def test_other_seeds_hold_back_other_lines(tiny_pair):
-    rows = [(i, {"prompt": f"p{i}", "completion": f"c{i}"}) for i in range(300)]
-    documents = tokenized(rows, tiny_pair)
-    sides = [train.held_back_lines(documents, seed) for seed in range(12)]
-    shared = [len(one & other) / 60 for i, one in enumerate(sides) for other in sides[:i]]
-    assert all(len(side) == 60 for side in sides)
-    assert np.mean(shared) == pytest.approx(0.2, abs=0.03)
-    assert max(shared) < 0.45
-
-
-def test_answers_to_one_prompt_are_on_one_side(tiny_pair):
-    rows = [{"prompt": f"p{i % 50}", "completion": f"c{i}"} for i in range(200)]
-    held_back = train.held_back_lines(tokenized(list(enumerate(rows)), tiny_pair), 0)
-    assert len(held_back) == 40
-    assert all((i % 50 in held_back) == (i in held_back) for i in range(200))
-
-
-def test_a_prompt_stays_on_its_side_when_its_answer_changes(tiny_pair):
-    sides = [
-        train.held_back_lines(
-            tokenized([(i, {"prompt": f"p{i}", "completion": c}) for i in range(50)], tiny_pair), 3
-        )
-        for c in ("one", "another")
-    ]
-    assert sides[0] == sides[1]
-
-
-def test_answers_to_a_single_prompt_are_split(tiny_pair):
-    rows = [(i, {"prompt": "p", "completion": f"c{i}"}) for i in range(20)]
-    assert len(train.held_back_lines(tokenized(rows, tiny_pair), 0)) == 4
-
-
 def test_an_update_begins_with_the_old_switch_and_is_compared_with_it(tiny):
     with load(tiny["base"], tiny["expert"], "margin", n_threads=1, n_ctx=256) as pair:
         rows = [{"prompt": f"p{i}", "completion": f"c{i} and some more"} for i in range(40)]

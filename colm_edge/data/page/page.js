@@ -30,7 +30,8 @@ async function model() {
 }
 
 function name({ meta }) {
-  if (setExperts(meta)) redraw(); // in the experts' colours
+  // In the experts' colours; later, while a question is being changed.
+  if (setExperts(meta) && ![...views.values()].some((view) => view.draft)) redraw();
   const several = Object.entries(meta?.experts ?? {});
   if (several.length) {
     $("experts").replaceChildren(...several.map(([expert, file]) => element("span",
