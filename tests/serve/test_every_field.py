@@ -74,6 +74,7 @@ PATHS: dict[str, tuple[Any, dict[str, Any], dict[str, tuple[Any, dict[str, Any]]
         "max_tokens": (2, {}),
         "system": ("Be brief.", {}),
         "output_config": ({"format": {"type": "json_schema", "schema": {"type": "boolean"}}}, {}),
+        "output_format": ({"type": "json_schema", "schema": {"type": "boolean"}}, {}),
         "stop_sequences": (["e", "a", "i", " ", "."], {"max_tokens": 24}),
         "stop": ("e", {}),
         "n": (2, {}),
