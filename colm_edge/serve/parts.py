@@ -201,9 +201,9 @@ class Splitter:
             self._state = self._arguments
             yield CallBegan(self.n_calls, "call_" + secrets.token_hex(12), head["name"])
             self.n_calls += 1
-        elif final:  # cut inside it
+        elif final and not self.n_calls:  # cut inside it
             text, self._held = self._held, ""
-            if text and not self.n_calls:
+            if text:
                 yield Text(text)
 
     def _arguments(self, final: bool) -> Iterator[Part]:

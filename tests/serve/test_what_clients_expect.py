@@ -56,6 +56,7 @@ CALLS = {
     '{"name": "f", "arguments": {}} {"name": "f", "arguments": {"a": 1}}': True,
     '{"name": "f", "argum': False,
     '{"name": "f", "arguments": {"a": 1}}\n{"name": "f", "argum': False,
+    '{"name": "f", "arguments": {"a": 1}}\nI used {a: 1}.': True,
     "words": False,
 }
 
