@@ -82,12 +82,13 @@ class Case:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a command has left: the bytes of its files, what it printed, and what is there.
+    """What a command has left: the bytes of its files and folders, what it printed, and what is
+    there.
 
     n_events: how many things it did to files below its folder.
     """
 
-    files: tuple[bytes | None, ...]
+    files: tuple[Any, ...]
     printed: Any
     left: tuple[str, ...]
     n_events: int
@@ -124,7 +125,7 @@ def cases(n_lines: int, source: Path, base: Path, expert: Path) -> list[Case]:
             ("work",),
         ),
         Case("quantize", ["quantize", str(source), "q.gguf", "Q4_0", "-t", "1"], ("q.gguf",)),
-        Case("pull", ["pull", "them/model:m.gguf"], (), ("hub",)),
+        Case("pull", ["pull", "them/model:m.gguf"], ("hub",), ("hub",)),
     ]  # fmt: skip
 
 
@@ -185,7 +186,10 @@ class Trials:
         )  # fmt: skip
 
 
-def _content(path: Path) -> bytes | None:
+def _content(path: Path) -> Any:
+    """Return a file's bytes, those of all files in a folder by their names, or None."""
+    if path.is_dir():
+        return {str(file.relative_to(path)): file.read_bytes() for file in _files(path)}
     return path.read_bytes() if path.exists() else None
 
 

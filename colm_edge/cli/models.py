@@ -93,6 +93,7 @@ def quantize_command(
 
     Q4_0 is the fastest on most CPUs. IN is best the original in F16 or BF16.
     """
+    from colm_edge.files import parts_of
     from colm_edge.llama.quantize import quantize
     from colm_edge.references import resolve
 
@@ -104,7 +105,10 @@ def quantize_command(
     )  # fmt: skip
     sizes = ""
     if Path(target).is_file():  # a pipe does not tell what went through
-        before, after = (Path(file).stat().st_size / 1e6 for file in (path, target))
+        before, after = (
+            sum(Path(part).stat().st_size for part in parts_of(file)) / 1e6
+            for file in (path, target)
+        )
         sizes = f", {after:,.0f} MB; {path} has {before:,.0f} MB"
     say(f"{target}: written{sizes}")
 

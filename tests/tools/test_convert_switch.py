@@ -351,6 +351,17 @@ def test_strip_writes_the_base_without_the_added_rows(tmp_path, layout, names):
     assert not (tmp_path / "s2.gguf").exists()
 
 
+def test_strip_of_one_part_with_an_index_can_be_read(tmp_path):
+    folder, part = tmp_path / "c", "model-00001-of-00001.safetensors"
+    tensors = make_checkpoint(folder)
+    (folder / "model.safetensors").rename(folder / part)
+    index = {"weight_map": dict.fromkeys(tensors, part)}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    convert(folder, "--outfile", tmp_path / "s.gguf", "--strip-to", tmp_path / "base")
+    weights = checkpoint_files.Weights(tmp_path / "base")
+    assert {t.name for _, shard in weights.shards() for t in shard} == set(tensors)
+
+
 def test_strip_handles_tensors_of_every_stride(tmp_path):
     """.bin files hold views, and tied weights under both names at one place."""
     torch = need_torch()

@@ -135,6 +135,7 @@ def test_joint_training_lowers_the_joint_loss_and_llama_cpp_runs_the_result(tiny
     assert len(switch.thresholds) == len(switch.defer_rates) > 0
     assert 0 < switch.threshold < 1
     file = Model(tmp_path / "out/base.gguf")
+    assert switch.info["base_fingerprint"] == file.fingerprint
     session = Session(file, ContextOptions(n_ctx=64, n_threads=1), hidden=True)
     session.sync(TOKENS)
     assert np.isclose(float(session.hidden @ row.weight[0]), theirs[N_VOCAB], rtol=5e-3)
@@ -220,6 +221,7 @@ def test_bfloat16_and_recomputed_activations_go_the_same_way(tiny, scores, tmp_p
         ({"tokens": np.full(1000, N_VOCAB, np.int32)}, "do not fit"),
         ({"starts": np.zeros(11, int)}, "do not fit"),
         ({"logprob": np.zeros(3)}, "do not fit"),
+        ({"part": np.array([3, 14, 24])}, "has documents 4 to 14 of 24"),
     ],
 )
 def test_broken_scores_are_one_clear_line(tiny, tmp_path, changes, message):

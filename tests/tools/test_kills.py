@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import kills
@@ -16,6 +17,17 @@ pytestmark = pytest.mark.skipif(os.name != "posix", reason="kill -9")
 def prepared(tiny):
     with kills.prepared(12, Path(tiny["base"]), Path(tiny["expert"]), 0) as made:
         yield made
+
+
+def test_a_lost_file_of_the_hubs_cache_is_a_difference(prepared):
+    trials, known = prepared
+    with trials.new() as folder:
+        alone = trials.run(known["pull"], folder)
+    (cache,) = alone.files
+    assert len(cache) >= 3  # the blob, what refers to it, and the latest revision
+    for name in cache:
+        rest = {other: cache[other] for other in cache if other != name}
+        assert kills.difference(known["pull"], alone, replace(alone, files=(rest,)))
 
 
 @pytest.mark.parametrize("name", kills.NAMES)

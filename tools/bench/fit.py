@@ -52,6 +52,7 @@ def main() -> None:
     trial, _ = fit_head(split, ("hidden",), args.objective)
     seconds, head = time.perf_counter() - begun, trial.head
     cosine = head.weight @ weight / np.linalg.norm(head.weight) / np.linalg.norm(weight)
+    assert cosine > 0.9, f"the fit has not found the planted head: its cosine is {cosine:.4f}"
     print(
         f"{args.tokens:,} tokens of {args.width} features: {seconds:.1f} s, {trial.objective}, l2 "
         f"{trial.l2:g}, cosine with the planted head {cosine:.4f}; {cpu_name()}, "

@@ -445,6 +445,8 @@ def copy_weights(weights: Weights, folder: Path, change: Change) -> None:
         kept = [new for t in tensors if (new := change(t)) is not None]
         name = path.name.replace("pytorch_model", "model").removesuffix(".bin")
         name = name.removesuffix(".safetensors") + ".safetensors"
+        if len(paths) == 1:  # one part needs no index
+            name = "model.safetensors"
         total += write_safetensors(folder / name, kept)
         weight_map |= {t.name: name for t in kept}
     if len(paths) > 1:

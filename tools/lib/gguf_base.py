@@ -47,11 +47,11 @@ class GgufBase:
         arch = next((k for k, v in gguf.MODEL_ARCH_NAMES.items() if v == self.architecture), None)
         if arch is None:
             self._refuse(f"gguf has no names for the architecture {self.architecture}")
-        self._n_head = int(self._value(f"{self.architecture}.attention.head_count"))
-        n_kv = self._value(f"{self.architecture}.attention.head_count_kv", self._n_head)
-        if not isinstance(n_kv, int):
+        n_head = self._value(f"{self.architecture}.attention.head_count")
+        n_kv = self._value(f"{self.architecture}.attention.head_count_kv", n_head)
+        if not isinstance(n_head, int) or not isinstance(n_kv, int):
             self._refuse("its layers have different numbers of heads")
-        self._n_head_kv = n_kv
+        self._n_head, self._n_head_kv = n_head, n_kv
         self._names = gguf.get_tensor_name_map(
             arch, int(self._value(f"{self.architecture}.block_count"))
         )

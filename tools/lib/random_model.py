@@ -1,7 +1,7 @@
 """Llama-shaped GGUF files with random weights, for measuring speed and for tests.
 
-Their text is noise, but a decode costs as much as in a trained model of that shape. They share one
-byte-level vocabulary, so any two make a pair.
+Their text is noise, but a decode costs about as much as in a trained model of that shape. They
+share one byte-level vocabulary, so any two make a pair.
 """
 
 from __future__ import annotations
@@ -159,7 +159,8 @@ def tensors(shape: Shape, n_tokens: int, mix: str) -> Iterator[tuple[str, tuple[
     coarse, fine = MIXES[mix]
 
     def stored(kind: Type, columns: int) -> Type:
-        # K-quants come in blocks of 256 columns; narrower matrices take Q8_0.
+        # K-quants come in blocks of 256 columns; narrower matrices take Q8_0, for which
+        # llama-quantize has Q5_0.
         return Type.Q8_0 if columns % 256 and kind in (Type.Q4_K, Type.Q6_K) else kind
 
     yield "token_embd", (n_tokens, n), stored(coarse, n)

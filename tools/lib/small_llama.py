@@ -67,7 +67,8 @@ def train_vocab(corpus: Iterable[str], end: str, n_vocab: int, path: Path) -> No
         show_progress=False,
     )
     tokenizer.train_from_iterator((document.replace(end, "") for document in corpus), trainer)
-    tokenizer.save(str(path))
+    with replacing(path) as temporary:
+        tokenizer.save(str(temporary))
 
 
 def pretokenizer() -> Any:
@@ -156,7 +157,8 @@ def train_model(
             state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": done}
             with replacing(checkpoint) as temporary:
                 torch.save(state, temporary)
-    torch.save({"model": model.state_dict()}, work / f"{name}.pt")
+    with replacing(work / f"{name}.pt") as temporary:
+        torch.save({"model": model.state_dict()}, temporary)
 
 
 def _step(model: Any, optimizer: Any, ids: Any, mask: Any) -> float:

@@ -27,7 +27,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from colm_edge.arrays import Doubles
 from colm_edge.errors import ColmError, DataError, ModelError
-from colm_edge.files import replacing
+from colm_edge.files import fingerprint, replacing
 from colm_edge.switch.file import Switch
 from colm_edge.switch.reading import HIDDEN, sigmoids
 from colm_edge.switch.rules import DEFER_TOKEN
@@ -72,7 +72,7 @@ class ScoredData:
 
     def __init__(self, path: Path, n_vocab: int) -> None:
         """Raise DataError if this is not such a file, or is of another vocabulary."""
-        file = read_file(path, "tokens", "lengths", "starts", "logprob", "right")
+        file = read_file(path, "tokens", "lengths", "starts", "logprob", "right", "part")
         self.tokens = file["tokens"].astype(np.int64)
         lengths, self.starts = file["lengths"], file["starts"]
         self.logprob, self.right = file["logprob"], file["right"]
@@ -84,6 +84,12 @@ class ScoredData:
         if not fits or not self.rows[-1] == len(self.logprob) == len(self.right):
             raise DataError(
                 f"{path}: its arrays do not fit each other; score the data again (colm-edge score)"
+            )
+        first, last, n = file.get("part", (0, len(lengths), len(lengths)))
+        if (first, last) != (0, n):
+            raise DataError(
+                f"{path}: has documents {first + 1} to {last} of {n}; score the data again without "
+                "--shard"
             )
         if not 0 <= self.tokens.min() <= self.tokens.max() < n_vocab:
             raise DataError(
@@ -258,7 +264,8 @@ class Run:
         how = asdict(settings)
         for name in ("micro_batch", "checkpointing"):  # change what a step takes, not what it does
             del how[name]
-        facts = {**how, "data": data.key, "base": str(base.resolve())}
+        files = [base] if base.is_file() else sorted(filter(Path.is_file, base.iterdir()))
+        facts = {**how, "data": data.key, "base": fingerprint(*files)}
         self._key = json.dumps(facts, sort_keys=True)
         if self.state.exists():
             self._resume()
@@ -400,7 +407,8 @@ def write_results(
     report: dict[str, Any] = {}
     row = model.row.detach().cpu().float()
     bias = np.zeros(1, np.float32)
-    switch = Switch((HIDDEN,), row.numpy()[None], bias, len(row), info={"base": base.name})
+    info = {"base": base.name}
+    switch = Switch((HIDDEN,), row.numpy()[None], bias, len(row), info=info)
     if valid is not None:
         log_base, d = model.judge(valid)
         report = {"nll_base": float(-log_base.mean())}
@@ -410,8 +418,6 @@ def write_results(
             rates, thresholds = calibrate(p)
             threshold = choose_threshold(p, log_base, valid.logprob)
             switch = replace(switch, threshold=threshold, defer_rates=rates, thresholds=thresholds)
-    if joint:
-        switch.save(folder / "switch.gguf")
     tuned = model.base
     if settings.lora:
         tuned.save_pretrained(folder / "adapter", save_embedding_layers=False)
@@ -434,6 +440,9 @@ def write_results(
                 f"base.gguf: {len(coarser)} tensors are in Q8_0, as gguf cannot write their type",
                 file=sys.stderr,
             )
+        info["base_fingerprint"] = fingerprint(folder / "base.gguf")
+    if joint:
+        replace(switch, info=info).save(folder / "switch.gguf")
     _write_checkpoint(tuned, row if joint else None, base, folder, settings.dtype)
     return report
 

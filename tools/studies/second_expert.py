@@ -98,11 +98,14 @@ def train_expert(work: Path, out: Path, threads: int) -> None:
     context_settings={"help_option_names": ["-h", "--help"]}, help=(__doc__ or "").split("\n\n")[0]
 )
 @click.option("--work", type=click.Path(path_type=Path), default=ROOT / "build" / "second")
-@click.option("--out", type=click.Path(path_type=Path), default=ROOT / "tests" / "data")
+@click.option(
+    "--out", type=click.Path(path_type=Path), help="Folder of the results.  [default: --work]"
+)
 @click.option("--threads", default=0, help="PyTorch threads; 0: all.")
-def main(work: Path, out: Path, threads: int) -> None:
+def main(work: Path, out: Path | None, threads: int) -> None:
     """Train a second expert and a switch for both, and say what they do."""
     work.mkdir(parents=True, exist_ok=True)
+    out = out or work
     files = {"nature": DATA / "expert.gguf", "countries": out / "countries.gguf"}
     if not files["countries"].exists():
         train_expert(work, files["countries"], threads)
