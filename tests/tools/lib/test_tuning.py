@@ -81,7 +81,8 @@ def test_cutting_a_step_into_micro_batches_changes_nothing(tiny, scores, tmp_pat
     made = []
     for size in (1, 3, 8):
         model = tuned(tiny["base"], batch=8, micro_batch=size, start_steps=0)
-        run = tuning.Run(model, tuning.ScoredData(scores, N_VOCAB), Path("base"), tmp_path)
+        data = tuning.ScoredData(scores, N_VOCAB)
+        run = tuning.Run(model, data, Path(tiny["base"]), tmp_path)
         next(run.steps())
         made.append((run.loss, {n: p.detach().clone() for n, p in model.trained().items()}))
     for loss, parameters in made[1:]:
