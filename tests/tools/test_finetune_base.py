@@ -222,6 +222,7 @@ def test_bfloat16_and_recomputed_activations_go_the_same_way(tiny, scores, tmp_p
         ({"starts": np.zeros(11, int)}, "do not fit"),
         ({"logprob": np.zeros(3)}, "do not fit"),
         ({"part": np.array([3, 14, 24])}, "has documents 4 to 14 of 24"),
+        ({"part": np.array([3, 14])}, "do not fit"),
     ],
 )
 def test_broken_scores_are_one_clear_line(tiny, tmp_path, changes, message):

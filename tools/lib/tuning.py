@@ -80,12 +80,13 @@ class ScoredData:
         self.rows = np.concatenate(([0], np.cumsum(lengths - self.starts)))
         fits = len(lengths) > 0 and len(self.starts) == len(lengths)
         fits = fits and bool(((self.starts >= 1) & (self.starts < lengths)).all())
-        fits = fits and self.at[-1] == len(self.tokens)
+        part = file.get("part", np.array([0, len(lengths), len(lengths)]))
+        fits = fits and self.at[-1] == len(self.tokens) and len(part) == 3
         if not fits or not self.rows[-1] == len(self.logprob) == len(self.right):
             raise DataError(
                 f"{path}: its arrays do not fit each other; score the data again (colm-edge score)"
             )
-        first, last, n = file.get("part", (0, len(lengths), len(lengths)))
+        first, last, n = part.tolist()
         if (first, last) != (0, n):
             raise DataError(
                 f"{path}: has documents {first + 1} to {last} of {n}; score the data again without "
